@@ -1,0 +1,20 @@
+"""Train gates over a frozen pretrained encoder, then remove exactly what they closed.
+
+    import gatepress
+    model = gatepress.load_pruned("pruned/sst2")     # no registration, no remote code
+    import gatepress.auto                            # or teach transformers' Auto classes
+"""
+
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load_pruned"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is heavy only when it is asked for (PEP 562): `gatepress --help` must not need torch."""
+    if name == "load_pruned":
+        from gatepress.checkpoint import load_pruned
+
+        return load_pruned
+    raise AttributeError(f"module 'gatepress' has no attribute {name!r}")

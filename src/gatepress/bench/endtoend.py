@@ -1,0 +1,235 @@
+"""How long whole models take, one against another: the paper's figure 3(b) (arXiv 2412.12951).
+
+Every target answers the same inputs in turns. Either a grid of batch sizes and lengths is filled
+with tokens, or, with `data`, one call is a whole pass over a task's validation rows. Times are
+those of inputs that are on the device already until the result is there.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gatepress import runtime
+from gatepress.bench import timing
+from gatepress.bench.record import Record, latencies, now, relative_to, versions
+from gatepress.checkpoint import open_tokenizer
+from gatepress.config import DataSettings
+from gatepress.errors import GatepressError, ModelError
+from gatepress.progress import NoProgress, Progress
+from gatepress.tasks.sources import Rows, load_rows
+from gatepress.training.data import INPUTS, make_loader, tokenize
+
+REPETITIONS = 20  # of one batch
+EPOCH_REPETITIONS = 10  # of one pass over the validation rows, as in the paper
+WARMUP = 3
+EPOCH_WARMUP = 1
+BLOCK = 5  # batches in a row
+# Any ids do: how long a model takes does not hang on them. These are in every vocabulary and none
+# of them stands for padding.
+TOKEN_IDS = (5, 30)
+
+Batch = dict[str, NDArray[np.int64]]  # input_ids, attention_mask, ... each [batch, length]
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """One comparison: what all targets are given, and how the records describe it."""
+
+    batch_size: int
+    seq_len: int | None
+    batches: Callable[[runtime.Runner], list[Batch]]
+    facts: dict[str, Any]
+
+    def __str__(self) -> str:
+        """Return the cell as the progress line and errors name it."""
+        if self.seq_len is None:
+            return f"{self.facts['task']}, batch {self.batch_size}"
+        return f"batch {self.batch_size} x length {self.seq_len}"
+
+
+def run(  # noqa: PLR0913 - every knob of a measurement is named
+    targets: Sequence[str | Path],
+    *,
+    device: str = "cpu",
+    batch_sizes: Sequence[int] = (1, 8),
+    seq_lens: Sequence[int] = (32, 128),
+    repetitions: int | None = None,
+    warmup: int | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    data: DataSettings | None = None,
+    max_length: int = 128,
+    trust_remote_code: bool = False,
+    seed: int = 0,
+) -> list[Record]:
+    """Time every target (what `open_runner` opens) in each cell; the first one is the baseline.
+
+    Without `data` the cells are `batch_sizes` x `seq_lens`, full rows without padding. With it they
+    are `batch_sizes`, each a pass over the validation rows, sorted by length, cut at `max_length`
+    tokens (or what the shortest of the targets takes) and padded to the longest of a batch.
+    `None` for repetitions and warm-up: 20 and 3 batches, or 10 and 1 passes; for threads: torch's
+    own number, for every runtime.
+    Raises `UsageError`, `DeviceError`, and `ModelError` where a target cannot run a cell.
+    """
+    _check(targets, batch_sizes, seq_lens)
+    timing.refuse_below(1, repetitions=repetitions, threads=threads, max_length=max_length)
+    timing.refuse_below(0, warmup=warmup)
+    place = torch.device(runtime.torch_device(device))
+    rows = None if data is None else load_rows(data, splits="validation")
+    records: list[Record] = []
+    with timing.undisturbed(threads) as active:
+        runners = _open(targets, str(place), active, trust_remote_code=trust_remote_code)
+        if rows is None:
+            cells = _grid(batch_sizes, seq_lens, seed)
+        else:
+            most = min([max_length, *(one.max_tokens for one in runners.values() if one.max_tokens)])
+            cells = _passes(batch_sizes, rows, most, trust_remote_code=trust_remote_code)
+        for cell in cells:
+            rounds = repetitions or (REPETITIONS if data is None else EPOCH_REPETITIONS)
+            untimed = warmup if warmup is not None else (WARMUP if data is None else EPOCH_WARMUP)
+            samples = timing.interleave(
+                {name: _call(name, runner, cell) for name, runner in runners.items()},
+                timing.wall_clock,
+                repetitions=rounds,
+                warmup=untimed,
+                block=BLOCK if data is None else 1,
+                progress=progress or NoProgress(),
+                description=str(cell),
+            )
+            batch = [
+                Record(
+                    what="endtoend",
+                    name=name,
+                    kind=runner.kind,
+                    runtime=runner.runtime,
+                    device=place.type,
+                    device_name=timing.device_name(place),
+                    threads=active if place.type == "cpu" else None,
+                    dtype="float32",
+                    batch_size=cell.batch_size,
+                    seq_len=cell.seq_len,
+                    warmup=untimed,
+                    size_bytes=runner.size_bytes,
+                    parameters=runner.parameters,
+                    versions=versions("gatepress", "torch", "transformers", "onnxruntime"),
+                    timestamp=now(),
+                    **cell.facts,
+                    **latencies(samples[name]),
+                )
+                for name, runner in runners.items()
+            ]
+            records += [relative_to(record, batch[0]) for record in batch]
+    return records
+
+
+def _check(targets: Sequence[str | Path], batch_sizes: Sequence[int], seq_lens: Sequence[int]) -> None:
+    problems = [] if targets else ["nothing to time: give a directory, an .onnx file or a model"]
+    for option, sizes in (("--batch-size", batch_sizes), ("--seq-len", seq_lens)):
+        if not sizes:
+            problems.append(f"{option} is empty, expected sizes like 1,8")
+        problems += [f"{option} is {size}, expected 1 or more" for size in sizes if size < 1]
+    timing.refuse(problems)
+
+
+def _open(
+    targets: Sequence[str | Path], device: str, threads: int, *, trust_remote_code: bool
+) -> dict[str, runtime.Runner]:
+    """Open all targets at once (they take turns later), under names that tell them apart."""
+    opened = [
+        runtime.open_runner(target, device=device, threads=threads, trust_remote_code=trust_remote_code)
+        for target in targets
+    ]
+    shared = Counter(runner.name for runner in opened)
+    runners: dict[str, runtime.Runner] = {}
+    for target, runner in zip(targets, opened, strict=True):
+        name = base = runner.name if shared[runner.name] == 1 else str(target)
+        again = 1
+        while name in runners:  # the same target twice shows how much of a difference is noise
+            again += 1
+            name = f"{base} ({again})"
+        runners[name] = runner
+    return runners
+
+
+def _call(name: str, runner: runtime.Runner, cell: _Cell) -> Callable[[], None]:
+    """Return what is timed: all batches of the cell through one runner, on the device before."""
+    if runner.max_tokens and (cell.seq_len or 0) > runner.max_tokens:  # on a GPU this would not just fail
+        raise ModelError(
+            f"{name}: takes at most {runner.max_tokens} tokens, --seq-len asks for {cell.seq_len}"
+        )
+    prepared = [runner.prepare(batch) for batch in cell.batches(runner)]
+    forward, synchronize = runner.run, runner.synchronize
+
+    def call() -> None:
+        for batch in prepared:
+            forward(batch)
+        synchronize()
+
+    try:
+        call()
+    except (GatepressError, MemoryError):
+        raise
+    except Exception as error:  # every runtime has its own classes for "this shape does not fit"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"{name}: cannot run {cell} ({reason}); try a smaller --batch-size or --seq-len"
+        ) from error
+    return call
+
+
+def _grid(batch_sizes: Sequence[int], seq_lens: Sequence[int], seed: int) -> Iterator[_Cell]:
+    """Yield one cell for each batch size and length, its rows full of the same random tokens."""
+    random = np.random.default_rng(seed)
+    for batch_size in dict.fromkeys(batch_sizes):
+        for seq_len in dict.fromkeys(seq_lens):
+            ids = random.integers(*TOKEN_IDS, (batch_size, seq_len), dtype=np.int64)
+            batch = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+            yield _Cell(batch_size, seq_len, partial(_same, [batch]), {"seed": seed})
+
+
+def _same(batches: list[Batch], _runner: runtime.Runner) -> list[Batch]:
+    return batches
+
+
+def _passes(
+    batch_sizes: Sequence[int], rows: Rows, max_length: int, *, trust_remote_code: bool
+) -> Iterator[_Cell]:
+    """Yield one cell for each batch size: all validation rows, each target with its own tokenizer."""
+    facts = {
+        "task": rows.spec.name,
+        "examples": sum(map(len, rows.validation.values())),
+        "max_length": max_length,
+    }
+    for batch_size in dict.fromkeys(batch_sizes):
+        batches = partial(_batches, rows, batch_size, max_length, trust_remote_code)
+        yield _Cell(batch_size, None, batches, facts)
+
+
+def _batches(
+    rows: Rows,
+    batch_size: int,
+    max_length: int,
+    trust_remote_code: bool,  # noqa: FBT001 - bound by `_passes` only
+    runner: runtime.Runner,
+) -> list[Batch]:
+    """Return the validation rows as batches, the longest rows first, each padded to its longest."""
+    if runner.tokenizer_dir is None:
+        raise ModelError(
+            f"{runner.name}: no tokenizer beside it, and --task needs one; "
+            "give the directory that `gatepress export` wrote, or drop --task"
+        )
+    tokenizer = open_tokenizer(runner.tokenizer_dir, trust_remote_code=trust_remote_code)
+    return [
+        {name: values.numpy() for name, values in batch.items() if name in INPUTS}
+        for split in rows.validation.values()
+        for batch in make_loader(
+            tokenize(split, tokenizer, max_length), tokenizer, batch_size, shuffle=False, seed=0
+        )
+    ]

@@ -1,0 +1,181 @@
+"""What one measurement says: a single schema for every benchmark, its statistics and its JSON.
+
+All latencies are wall-clock milliseconds of one call (one product, one batch, or one pass over a
+validation split). `None` always means "does not apply" or "not known", never zero.
+"""
+
+import platform
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from gatepress.errors import ArtifactError
+
+FORMAT_VERSION = 1
+MAX_SAMPLES = 1_000  # kept in a record; the statistics are always of all of them
+MAX_NUMBER = 1e300  # what a file may hold: an integer of a thousand digits is none of ours
+What = Literal["matmul", "endtoend"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One thing that was timed, with every knob that shaped the figure."""
+
+    what: What
+    name: str  # unique within one benchmark
+    kind: str  # matmul: dense, index, closure; endtoend: run, pruned, onnx, model
+    runtime: str  # torch or onnxruntime
+    device: str  # cpu or cuda
+    device_name: str  # what the machine calls its processor
+    threads: int | None  # None: not the CPU's work
+    dtype: str
+    batch_size: int
+    seq_len: int | None  # tokens; None: as long as each batch of the task needs
+    repetitions: int
+    warmup: int  # untimed calls before the first timed one
+    latency_ms_median: float
+    latency_ms_p10: float
+    latency_ms_p90: float
+    latency_ms_min: float
+    samples_ms: tuple[float, ...] = ()  # in order of time, evenly thinned to `MAX_SAMPLES`
+    baseline: str | None = None  # name of the record that the two factors refer to
+    relative_time_factor: float | None = None  # baseline / this: above 1 is faster
+    relative_reduction_percent: float | None = None  # 100 (1 - this / baseline)
+    sparsity: float | None = None  # fraction of the columns (matmul) that is gone
+    shape: tuple[int, int] | None = None  # [out, in] of the dense weight
+    macs: int | None = None  # multiply-accumulates of one call
+    size_bytes: int | None = None  # of the weights or of the model's files
+    parameters: int | None = None
+    task: str | None = None  # given where a call is one pass over a validation split
+    examples: int | None = None  # rows in that pass
+    max_length: int | None = None  # tokens at which that pass cuts a row
+    seed: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    timestamp: str = ""  # UTC, ISO 8601, when the measurement ended
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self, *, samples: bool = True) -> dict[str, Any]:
+        """Return plain JSON values; without `samples` the raw samples are left out."""
+        value = asdict(self)
+        value["shape"] = list(self.shape) if self.shape else None
+        value["samples_ms"] = list(self.samples_ms)
+        if not samples:
+            del value["samples_ms"]
+        return value
+
+    @classmethod
+    def from_json(cls, value: Any) -> "Record":
+        """Read a record back; `ArtifactError` where it is malformed or of a newer version."""
+        if not isinstance(value, dict):
+            raise ArtifactError(f"benchmark record: expected a JSON object, got {type(value).__name__}")
+        found = value.get("format_version")
+        if found != FORMAT_VERSION:
+            raise ArtifactError(
+                f"benchmark record: version {found!r}, this gatepress reads version {FORMAT_VERSION}"
+            )
+        if problem := _first_problem(value):
+            raise ArtifactError(f"benchmark record: {problem}")
+        shape = value.get("shape")
+        tuples = {
+            "shape": (shape[0], shape[1]) if shape else None,
+            "samples_ms": tuple(value.get("samples_ms", ())),
+        }
+        try:
+            return cls(**{**value, **tuples})
+        except TypeError as error:
+            raise ArtifactError(f"benchmark record: not understood ({error})") from None
+
+
+def latencies(samples_ms: Sequence[float]) -> dict[str, Any]:
+    """Return the latency fields of a record for at least one sample in milliseconds."""
+    if len(samples_ms) > 1:
+        deciles = statistics.quantiles(samples_ms, n=10, method="inclusive")
+    else:
+        deciles = [samples_ms[0]] * 9
+    step = max(1, -(-len(samples_ms) // MAX_SAMPLES))
+    return {
+        "latency_ms_median": _nanoseconds(statistics.median(samples_ms)),
+        "latency_ms_p10": _nanoseconds(deciles[0]),
+        "latency_ms_p90": _nanoseconds(deciles[-1]),
+        "latency_ms_min": _nanoseconds(min(samples_ms)),
+        "samples_ms": tuple(_nanoseconds(sample) for sample in samples_ms[::step]),
+        "repetitions": len(samples_ms),
+    }
+
+
+def relative_to(record: Record, baseline: Record) -> Record:
+    """Return `record` with its factor and reduction against the median of `baseline`."""
+    share = record.latency_ms_median / baseline.latency_ms_median
+    return replace(
+        record,
+        baseline=baseline.name,
+        relative_time_factor=round(1 / share, 4),
+        relative_reduction_percent=round(100 * (1 - share), 2),
+    )
+
+
+def cpu_name() -> str:
+    """Return the processor's model name as the system gives it, or its architecture."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name" and value.strip():
+                return value.strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine() or "unknown processor"
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return the versions of Python and of those of `packages` that are installed."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def now() -> str:
+    """Return the time as UTC, ISO 8601, whole seconds."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _nanoseconds(milliseconds: float) -> float:
+    return round(milliseconds, 6)  # the clock knows no more
+
+
+def _first_problem(value: dict[str, Any]) -> str | None:
+    """Name the first field that is unknown or not of the type its readers rely on."""
+    hints = get_type_hints(Record)
+    for name, found in value.items():
+        if name not in hints:
+            return f"unknown field {name!r}"
+        if not _fits(found, hints[name]):
+            return f"field {name!r} is {str(found)[:40]!r}, expected {hints[name]}"
+    return None
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Say whether a JSON value can stand where `hint` is declared."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is UnionType:
+        return any(_fits(value, one) for one in inner)
+    if origin is tuple:
+        if not isinstance(value, list):
+            return False
+        wanted = [inner[0]] * len(value) if inner[-1] is ... else list(inner)
+        return len(value) == len(wanted) and all(map(_fits, value, wanted))
+    plain: dict[Any, Callable[[], bool]] = {
+        Literal: lambda: value in inner,
+        dict: lambda: isinstance(value, dict) and all(isinstance(one, str) for one in value.values()),
+        float: lambda: type(value) in (int, float) and -MAX_NUMBER < value < MAX_NUMBER,  # no NaN either
+        int: lambda: type(value) is int,  # True is no number here
+    }
+    return plain.get(origin or hint, lambda: isinstance(value, hint))()

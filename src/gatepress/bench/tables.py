@@ -1,0 +1,113 @@
+"""Benchmark records as text: one table for each comparison, with what was measured where."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from gatepress.bench.record import Record
+
+
+class Table(NamedTuple):
+    """Records as text, for Markdown and for the terminal; the first `left` columns are names."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    left: int
+
+
+def tables(records: Sequence[Record]) -> list[Table]:
+    """Return one table for each weight, or for each batch size and length, as text."""
+    return [
+        (_matmul_table if group[0].what == "matmul" else _endtoend_table)(group) for group in groups(records)
+    ]
+
+
+def conditions(records: Sequence[Record]) -> str:
+    """Return under what the figures were measured, as one line of text."""
+    one = records[0]
+    threads = f", {one.threads} thread{'s' if one.threads != 1 else ''}" if one.threads else ""
+    numbers = sorted({record.repetitions for record in records})
+    calls = " to ".join(f"{number:,}" for number in dict.fromkeys([numbers[0], numbers[-1]]))
+    built = [f"{key} {one.versions[key]}" for key in ("torch", "onnxruntime") if key in one.versions]
+    return f"{one.device_name}{threads}, {one.dtype}, median of {calls} repetitions, {', '.join(built)}"
+
+
+def _matmul_table(records: Sequence[Record]) -> Table:
+    one = records[0]
+    return Table(
+        f"{cell(one)} on {conditions(records)}",
+        ["product", "sparsity", "median", "p10 to p90", "MACs", "reduction", "time factor"],
+        [
+            [
+                record.kind,
+                f"{record.sparsity or 0:.0%}",
+                f"{ms(record.latency_ms_median)} ms",
+                f"{ms(record.latency_ms_p10)} to {ms(record.latency_ms_p90)}",
+                f"{(record.macs or 0) / 1e6:,.1f} M",
+                *_factors(record),
+            ]
+            for record in records
+        ],
+        1,
+    )
+
+
+def _endtoend_table(records: Sequence[Record]) -> Table:
+    return Table(
+        f"{cell(records[0])} on {conditions(records)}",
+        [
+            "target",
+            "kind",
+            "runtime",
+            "median",
+            "p10 to p90",
+            "parameters",
+            "size",
+            "reduction",
+            "time factor",
+        ],
+        [
+            [
+                record.name,
+                record.kind,
+                record.runtime,
+                f"{ms(record.latency_ms_median)} ms",
+                f"{ms(record.latency_ms_p10)} to {ms(record.latency_ms_p90)}",
+                "" if record.parameters is None else f"{record.parameters:,}",
+                "" if record.size_bytes is None else f"{record.size_bytes / 1e6:,.1f} MB",
+                *_factors(record),
+            ]
+            for record in records
+        ],
+        3,
+    )
+
+
+def _factors(record: Record) -> list[str]:
+    if record.relative_reduction_percent is None or record.relative_time_factor is None:
+        return ["", ""]
+    return [f"{record.relative_reduction_percent:.1f} %", f"{record.relative_time_factor:.2f}x"]
+
+
+def groups(records: Sequence[Record]) -> list[list[Record]]:
+    """Return the records that refer to one baseline side by side, in their order."""
+    groups: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        key = (record.what, record.shape, record.task, record.device_name, record.batch_size, record.seq_len)
+        groups.setdefault(key, []).append(record)
+    return list(groups.values())
+
+
+def cell(record: Record) -> str:
+    """Return what all records of a group have in common, as a title."""
+    if record.shape is not None:
+        return f"weight {record.shape[0]} x {record.shape[1]}, {record.seq_len} tokens"
+    if record.task is not None:
+        rows = f"{record.examples:,} rows" if record.examples is not None else "all rows"
+        return f"one pass over {record.task} ({rows}), batch {record.batch_size}"
+    return f"batch {record.batch_size} x {record.seq_len} tokens"
+
+
+def ms(value: float) -> str:
+    """Return milliseconds with three digits that count."""
+    return f"{value:#.3g}" if round(value, 1) < 100 else f"{value:,.0f}"  # noqa: PLR2004 - three digits

@@ -1,0 +1,309 @@
+"""Run and pruned directories: what stands in them, written whole, read with suspicion.
+
+A run directory holds what was trained and never the base model:
+
+    gatepress_run.json      settings, task, base (name, revision, sha256), report; names the tensors
+    gates-<step>.safetensors  gates with masks, biases, layer norms, low rank, head
+    probe.safetensors       up to 64 tokenised validation rows: the proof of every later step
+    tokenizer files
+
+`gatepress_run.json` is replaced last and names its tensors by sha256: killed at any moment, the
+directory holds the last complete checkpoint.
+"""
+
+import contextlib
+import importlib.metadata
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+
+from gatepress import __version__, modeling_gatepress
+from gatepress.config import TrainSettings
+from gatepress.errors import ArtifactError, ModelError
+from gatepress.families import FAMILIES
+from gatepress.files import explained, json_text, publish, read_json, replace_file, sha256_of
+from gatepress.gates import gates_of
+from gatepress.hub import locate_model
+from gatepress.inject import attach_gates_, trainable
+from gatepress.resolve import family_of
+from gatepress.tasks import TaskSpec
+
+RUN_FILE = "gatepress_run.json"
+PRUNED_FILE = "gatepress_pruned.json"
+PROBE_FILE = "probe.safetensors"
+RUN_FORMAT = {"format": "gatepress-run", "version": 1}
+PRUNED_FORMAT = {"format": "gatepress-pruned", "version": 1}
+
+
+@dataclass(frozen=True)
+class RunManifest:
+    """What `gatepress_run.json` says."""
+
+    settings: TrainSettings
+    task: TaskSpec
+    status: str  # "training" until the last step, then "finished"
+    step: int
+    base_sha256: dict[str, str]  # of each safetensors file of the base model
+    data_fingerprint: str
+    tensors: dict[str, str]  # {"file": name, "sha256": hex}
+    report: dict[str, Any]
+    versions: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the manifest as plain JSON values."""
+        return {
+            **RUN_FORMAT,
+            "status": self.status,
+            "step": self.step,
+            "settings": self.settings.to_json(),
+            "data": self.settings.to_json()["data"],
+            "max_length": self.settings.max_length,
+            "task": self.task.to_json(),
+            "base_sha256": self.base_sha256,
+            "data_fingerprint": self.data_fingerprint,
+            "tensors": self.tensors,
+            "report": self.report,
+            "versions": self.versions,
+        }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    names = ("torch", "transformers", "datasets", "safetensors", "numpy")
+    return {"gatepress": __version__, **{name: importlib.metadata.version(name) for name in names}}
+
+
+def read_manifest(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
+    """Read a manifest of the `expected` format and version; `ArtifactError` on any other."""
+    value = read_json(path)
+    if value.get("format") != expected["format"]:
+        raise ArtifactError(f"{path}: format is {value.get('format')!r}, expected {expected['format']!r}")
+    if value.get("version") != expected["version"]:
+        raise ArtifactError(
+            f"{path}: version {value.get('version')!r}, this gatepress reads {expected['version']}; upgrade gatepress"
+        )
+    return value
+
+
+def read_run(directory: Path) -> RunManifest:
+    """Read a run directory's manifest; `ArtifactError` where it is not complete."""
+    path = directory / RUN_FILE
+    if not path.is_file():
+        raise ArtifactError(f"{directory}: has no {RUN_FILE}, expected a run directory written by `gatepress train`")
+    value = read_manifest(path, RUN_FORMAT)
+    try:
+        manifest = RunManifest(
+            settings=TrainSettings.from_json(value["settings"]),
+            task=TaskSpec.from_json(value["task"]),
+            status=str(value["status"]),
+            step=int(value["step"]),
+            base_sha256=dict(value["base_sha256"]),
+            data_fingerprint=str(value["data_fingerprint"]),
+            tensors=dict(value["tensors"]),
+            report=dict(value["report"]),
+            versions=dict(value["versions"]),
+        )
+        name, digest = manifest.tensors["file"], manifest.tensors["sha256"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{path}: a field is missing or of a wrong kind ({error!r}); train again") from None
+    if not isinstance(name, str) or Path(name).name != name or not (directory / name).is_file():
+        raise ArtifactError(f"{directory}: {name!r} is missing, the directory is incomplete; train again")
+    if sha256_of(directory / name) != digest:
+        raise ArtifactError(f"{directory / name}: content does not match its sha256, the file is corrupted; train again")
+    return manifest
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file; `ArtifactError` where it is missing or broken."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{path}: not readable as safetensors ({error})") from None
+
+
+def model_files(directory: Path) -> dict[str, str]:
+    """Return the sha256 of each safetensors file of a model directory, by name."""
+    return {path.name: sha256_of(path) for path in sorted(directory.glob("*.safetensors"))}
+
+
+def open_base(directory: Path, spec: TaskSpec, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Load a dense float32 model with a head for the task.
+
+    Raises `ModelError` for a family that gatepress does not know, and where the checkpoint lacks
+    weights of the encoder itself: a randomly initialised layer must never be trained on silently.
+    """
+    with model_errors(directory):
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        family_of(config)
+        names = spec.label_names or ("score",)
+        config.num_labels = spec.num_labels
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: index for index, name in enumerate(names)}
+        config.problem_type = "regression" if spec.label_names is None else "single_label_classification"
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            directory,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+        )
+    prefix = f"{model.base_model_prefix}."
+    missing = [name for name in info["missing_keys"] if name.startswith(prefix) and ".pooler." not in name]
+    if missing:
+        raise ModelError(f"{directory}: weights are missing: {', '.join(sorted(missing)[:3])}, ...; the checkpoint is not whole")
+    opened: PreTrainedModel = model
+    return opened
+
+
+@contextlib.contextmanager
+def model_errors(directory: Path | str) -> Iterator[None]:
+    """Turn what transformers raises on an unreadable model into one `ModelError`."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{directory}: cannot be loaded as a model ({reason})") from error
+
+
+def open_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer of a model directory."""
+    with model_errors(directory):
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+
+
+def trained_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return all that a run may train, and the masks, by name."""
+    state = {
+        name: parameter.detach().cpu().contiguous()
+        for parameters in trainable(model, biases=True, layer_norms=True).values()
+        for name, parameter in parameters.items()
+    }
+    return state | {f"{name}.mask": gate.mask.cpu().contiguous() for name, gate in gates_of(model)}
+
+
+def load_trained_(model: PreTrainedModel, state: dict[str, Tensor], where: Path) -> None:
+    """Set what a run trained, in place; `ArtifactError` where names or shapes do not fit."""
+    own = trained_state(model)
+    if set(own) != set(state):
+        odd = sorted(set(own) ^ set(state))
+        raise ArtifactError(f"{where}: tensors do not fit the model ({', '.join(odd[:3])}, ...); train again")
+    for name, value in state.items():
+        if value.shape != own[name].shape or value.dtype != own[name].dtype:
+            raise ArtifactError(f"{where}: {name} is {list(value.shape)}, expected {list(own[name].shape)}; train again")
+    model.load_state_dict(state, strict=False)
+
+
+def load_run(directory: Path, device: str = "cpu") -> tuple[PreTrainedModel, RunManifest]:
+    """Rebuild the gated model of a run directory, in evaluation mode.
+
+    Raises `ArtifactError` where the directory is broken or the base model is not the one it was
+    trained on, `HubError` or `ModelError` where the base cannot be had.
+    """
+    manifest = read_run(directory)
+    settings = manifest.settings
+    base = locate_model(settings.model, settings.revision)
+    if model_files(base) != manifest.base_sha256:
+        raise ArtifactError(
+            f"{directory}: was trained on other weights of {settings.model!r} than {base} holds (sha256 differs); "
+            "bring back the base model it was trained on, or train again"
+        )
+    model = open_base(base, manifest.task, trust_remote_code=settings.trust_remote_code)
+    attach_gates_(
+        model, granularity=settings.granularity, controller=settings.controller, lora_rank=settings.lora_rank
+    )
+    tensors = directory / manifest.tensors["file"]
+    load_trained_(model, read_tensors(tensors), tensors)
+    return model.to(device).eval(), manifest
+
+
+class RunWriter:
+    """Writes checkpoints of one run; the directory appears with the first and is complete at any time.
+
+    Used as a context manager: without a first checkpoint nothing is left behind, and an earlier
+    result under the same name stays until the first checkpoint takes its place.
+    """
+
+    def __init__(self, target: Path, *, tokenizer: Any, probe: dict[str, Tensor]) -> None:
+        self.target = target
+        with explained(target):
+            target.absolute().parent.mkdir(parents=True, exist_ok=True)
+            staged = tempfile.mkdtemp(prefix=f".{target.name}.new.", dir=target.absolute().parent)
+            self.directory = Path(staged)
+            tokenizer.save_pretrained(self.directory)
+            replace_file(self.directory / PROBE_FILE, save(probe))
+
+    @property
+    def published(self) -> bool:
+        """Whether the target holds a checkpoint of this run."""
+        return self.directory == self.target
+
+    def save(self, model: PreTrainedModel, manifest: RunManifest) -> RunManifest:
+        """Write one checkpoint and return its manifest with the tensors named."""
+        data = save(trained_state(model))
+        path = self.directory / f"gates-{manifest.step:08d}.safetensors"
+        replace_file(path, data)
+        manifest = replace(manifest, tensors={"file": path.name, "sha256": sha256_of(path)})
+        replace_file(self.directory / RUN_FILE, json_text(manifest.to_json()).encode())
+        for old in self.directory.glob("gates-*.safetensors"):
+            if old != path:
+                old.unlink()
+        if not self.published:
+            publish(self.directory, self.target)
+            self.directory = self.target
+        return manifest
+
+    def __enter__(self) -> Self:
+        """Return the writer."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Remove what was staged and never became a checkpoint."""
+        if not self.published:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def is_stock(directory: Path) -> bool:
+    """Return whether a pruned directory holds a stock class (`--layout stock`)."""
+    return str(read_json(directory / "config.json").get("model_type")) in FAMILIES
+
+
+def load_pruned(directory: str | Path) -> PreTrainedModel:
+    """Load a pruned directory: no registration, no remote code, evaluation mode, float32.
+
+    Raises `ArtifactError` where the directory is incomplete, corrupted or of a newer version.
+    """
+    path = Path(directory)
+    if not (path / PRUNED_FILE).is_file():
+        raise ArtifactError(f"{path}: has no {PRUNED_FILE}, expected a directory written by `gatepress prune`")
+    manifest = read_manifest(path / PRUNED_FILE, PRUNED_FORMAT)
+    for name, digest in dict(manifest.get("sha256", {})).items():
+        if Path(name).name != name or not (path / name).is_file():
+            raise ArtifactError(f"{path}: {name!r} is missing, the directory is incomplete; prune again")
+        if sha256_of(path / name) != digest:
+            raise ArtifactError(f"{path / name}: content does not match its sha256, the file is corrupted; prune again")
+    with model_errors(path):
+        if is_stock(path):
+            loader: Any = AutoModelForSequenceClassification
+        else:
+            config = read_json(path / "config.json")
+            loader = getattr(modeling_gatepress, f"Gatepress{family_of_name(config.get('model_type'))}ForSequenceClassification")
+        model: PreTrainedModel = loader.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+    return model.eval()
+
+
+def family_of_name(model_type: Any) -> str:
+    """Return the class prefix of a (pruned or stock) model type."""
+    return family_of(type("Config", (), {"model_type": model_type})).class_prefix
+

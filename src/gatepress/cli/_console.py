@@ -1,0 +1,283 @@
+"""What every command shares: where output goes, how errors end, how results are shown.
+
+stdout is data (one JSON object with --json, else a table), stderr is progress, notes and errors.
+Exit codes: 0 done, 1 could not, 2 wrong usage, 130 interrupted, 143 terminated.
+"""
+
+import contextlib
+import errno
+import logging
+import math
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import typer
+
+from gatepress.errors import GatepressError
+from gatepress.files import explained, json_text
+from gatepress.progress import NoProgress, Progress
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from gatepress.cli._progress import BarProgress, LineProgress
+
+    Titled = tuple[str, Table]
+
+INTERRUPTED, TERMINATED = 130, 143  # 128 + the signal's number, as shells count
+PIPE_WIDTH = 120  # columns of a table that goes into a file or a pipe
+
+# Read by the libraries when they are first imported, so they must stand before any command imports one.
+QUIET_LIBRARIES = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "DATASETS_VERBOSITY": "error",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+class Terminated(KeyboardInterrupt):
+    """The system asked the process to end (SIGTERM): `timeout`, a scheduler or a container does that."""
+
+
+class Screen:
+    """The two streams of one running command."""
+
+    def __init__(self, stdout: TextIO, stderr: TextIO, *, as_json: bool, quiet: bool) -> None:
+        """Write results to `stdout` and all else to `stderr`."""
+        self.stdout = stdout
+        self.stderr = stderr
+        self.as_json = as_json
+        self.quiet = quiet
+        self.interrupt_note = "nothing was written"  # a command that keeps checkpoints says so here
+        self._drawing: BarProgress | LineProgress | None = None
+
+    @property
+    def progress(self) -> Progress:
+        """Where the library reports its progress."""
+        if self.quiet:
+            return NoProgress()
+        if self._drawing is None:
+            from gatepress.cli._progress import BarProgress, LineProgress
+
+            bars = self.stderr.isatty() and os.environ.get("TERM") != "dumb"
+            self._drawing = BarProgress(self.stderr) if bars else LineProgress(self.stderr)
+        return self._drawing
+
+    def note(self, text: str) -> None:
+        """Tell something by the way; not data, so it goes to stderr."""
+        if not self.quiet:
+            self.say(text)
+
+    def say(self, line: str) -> None:
+        """Print a line on stderr, above the bars where there are any."""
+        if self._drawing is not None:
+            self._drawing.say(line)
+        else:
+            print(line, file=self.stderr, flush=True)
+
+    def result(self, value: dict[str, Any], view: Callable[[dict[str, Any]], "Sequence[Titled]"]) -> None:
+        """Print the result: as it is with --json, else as the tables that `view` makes of it."""
+        self.close()
+        if self.as_json:
+            self.stdout.write(json_text(plain(value)))
+        else:
+            from rich.console import Console
+
+            console = Console(file=self.stdout, width=None if self.stdout.isatty() else PIPE_WIDTH)
+            for title, table in view(value):
+                console.print(title, markup=False, highlight=False, soft_wrap=not self.stdout.isatty())
+                console.print(table)
+        self.stdout.flush()
+
+    def error(self, kind: str, message: str, exit_code: int) -> None:
+        """Print an error: a line on stderr and, with --json, the object that pipelines parse on stdout."""
+        self.close()
+        line = " ".join(part.strip() for part in message.splitlines() if part.strip())
+        self.say(f"error: {line}")
+        if self.as_json:
+            told = {"error": {"type": kind, "message": line}, "exit_code": exit_code}
+            self.stdout.write(json_text(told))
+            self.stdout.flush()
+
+    def close(self) -> None:
+        """End live bars, if there are any."""
+        if self._drawing is not None:
+            self._drawing.close()
+
+
+def plain(value: Any) -> Any:
+    """Return `value` with what strict JSON lacks replaced: NaN and infinity by null, paths by text."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+@contextlib.contextmanager
+def session(*, as_json: bool, quiet: bool, debug: bool) -> Iterator[Screen]:
+    """Run the body of a command: the one place where exceptions become lines and exit codes."""
+    screen = Screen(sys.stdout, sys.stderr, as_json=as_json, quiet=quiet)
+    with contextlib.ExitStack() as stack:
+        stack.callback(screen.close)
+        # A library that prints must not spoil the data on stdout.
+        stack.enter_context(contextlib.redirect_stdout(screen.stderr))
+        stack.enter_context(_logging_to(screen, debug=debug))
+        if not debug:
+            for name, value in QUIET_LIBRARIES.items():
+                os.environ.setdefault(name, value)
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+        try:
+            yield screen
+        except typer.Exit:
+            raise
+        except BrokenPipeError:
+            # The reader of stdout went away, as `| head` does: there is nobody left to tell.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), screen.stdout.fileno())
+            raise typer.Exit(1) from None
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - a user never meets a traceback unasked
+            screen.close()
+            kind, message, exit_code = explain(error, screen)
+            if debug:
+                traceback.print_exc(file=screen.stderr)
+            screen.error(kind, message, exit_code)
+            raise typer.Exit(exit_code) from None
+
+
+def explain(error: BaseException, screen: Screen) -> tuple[str, str, int]:
+    """Return the kind, the one-line message and the exit code of an exception."""
+    kind = type(error).__name__
+    if isinstance(error, GatepressError):
+        return kind, str(error), error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        exit_code = TERMINATED if isinstance(error, Terminated) else INTERRUPTED
+        return "Interrupted", f"interrupted; {screen.interrupt_note}", exit_code
+    if _is_out_of_memory(error):
+        remedy = "lower --batch-size or --max-length, or take a smaller model"
+        return "OutOfMemory", f"out of memory; {remedy}", 1
+    if isinstance(error, OSError):
+        return "OSError", _os_error_text(error), 1
+    text = f"internal error ({kind}: {error}); run it again with --debug and report what that prints"
+    return "InternalError", text, 1
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether memory ran out; torch has its own classes for it, which are not imported here."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
+def _os_error_text(error: OSError) -> str:
+    place = str(error.filename or "output")
+    if error.errno in FULL_DISK:
+        try:
+            with explained(Path(place)):
+                raise error
+        except GatepressError as explanation:
+            return str(explanation)
+    reason = error.strerror or str(error)
+    return f"{place}: cannot read or write ({reason}); check that it exists and that you have access to it"
+
+
+class _Said(logging.Handler):
+    """Shows log records as notes of the command, above live bars where there are any."""
+
+    def __init__(self, screen: Screen, *, debug: bool) -> None:
+        super().__init__()
+        self.screen = screen
+        self.debug = debug
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print the record: with its origin for --debug, else as plain text or `warning: ...`."""
+        text = record.getMessage()
+        if self.debug:
+            text = f"{record.levelname} {record.name}: {text}"
+        elif record.levelno >= logging.WARNING:
+            text = f"{record.levelname.lower()}: {text}"
+        self.screen.say(text)
+
+
+@contextlib.contextmanager
+def _logging_to(screen: Screen, *, debug: bool) -> Iterator[None]:
+    """Show gatepress's log, and with --debug everyone's, for as long as the command runs."""
+    logger = logging.getLogger() if debug else logging.getLogger("gatepress")
+    handler = _Said(screen, debug=debug)
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if debug else logging.WARNING if screen.quiet else logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
+
+
+# --- tables -------------------------------------------------------------------------------------
+
+
+def facts(title: str, rows: Sequence[tuple[str, str]]) -> "Titled":
+    """Return a two-column table of names and values."""
+    _, table = grid(title, ["", ""], rows, left=2)
+    table.show_header = False
+    return title, table
+
+
+def grid(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> "Titled":
+    """Return a table whose first `left` columns are text and whose others are numbers."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, name in enumerate(columns):
+        table.add_column(Text(name), justify="left" if index < left else "right")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))  # Text: a path in [brackets] is no markup
+    return title, table
+
+
+def percent(fraction: float) -> str:
+    """Return a fraction as per cent."""
+    return f"{100 * fraction:.2f} %"
+
+
+def count(number: float) -> str:
+    """Return a whole number with thousands separated."""
+    return f"{number:,.0f}"
+
+
+def megabytes(size_bytes: float) -> str:
+    """Return bytes as megabytes (10^6)."""
+    return f"{size_bytes / 1e6:.1f} MB"
+
+
+def milliseconds(value: float) -> str:
+    """Return milliseconds with at least three digits that count."""
+    return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"  # noqa: PLR2004 - three digits
+
+
+def pick(
+    result: dict[str, Any], shown: Sequence[tuple[str, str, Callable[[Any], str]]]
+) -> list[tuple[str, str]]:
+    """Return (label, text) for each (key, label, formatter) whose key the result has."""
+    return [(label, style(result[key])) for key, label, style in shown if result.get(key) is not None]

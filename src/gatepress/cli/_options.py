@@ -1,0 +1,341 @@
+"""The options that commands share: one annotated type each, so that `--help` says the same everywhere."""
+
+from typing import Annotated, Any, Literal
+
+import typer
+
+from gatepress.config import Controller, DataSettings, Granularity, Layout, Precision
+from gatepress.errors import UsageError
+from gatepress.tasks import task_named
+
+Device = Literal["auto", "cpu", "cuda"]
+
+DATA = "Data"
+MODEL = "Model"
+GATES = "Gates"
+TRAINING = "Training"
+MEASURING = "Measuring"
+OUTPUT = "Output"
+
+# --- data -----------------------------------------------------------------------------------------
+
+Task = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="A named task: cola, stsb, mrpc, rte, sst2, mnli, qnli or qqp of GLUE, or demo (tweets in "
+        "three classes that come with gatepress[demo] and need no network).",
+        rich_help_panel=DATA,
+    ),
+]
+DataDir = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR",
+        help="Read a GLUE task from DIR/NAME/train.tsv and DIR/NAME/validation.tsv instead of the hub.",
+        rich_help_panel=DATA,
+    ),
+]
+TrainFile = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Your own training rows, as .csv, .tsv, .jsonl or .parquet, in place of --task.",
+        rich_help_panel=DATA,
+    ),
+]
+ValidationFile = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Your own validation rows; the metric is measured on these.",
+        rich_help_panel=DATA,
+    ),
+]
+TextColumn = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Column with the text; guessed from usual names if absent.",
+        rich_help_panel=DATA,
+    ),
+]
+TextPairColumn = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Column with a second text, for tasks on pairs of texts.",
+        rich_help_panel=DATA,
+    ),
+]
+LabelColumn = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Column with the label. Texts and whole numbers are classes, numbers with a point are "
+        "regression targets.",
+        rich_help_panel=DATA,
+    ),
+]
+MaxTrainSamples = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Train on the first N rows only.", rich_help_panel=DATA),
+]
+MaxValidationSamples = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Validate on the first N rows only.", rich_help_panel=DATA),
+]
+
+# --- model ----------------------------------------------------------------------------------------
+
+Model = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME|DIR",
+        help="The pretrained encoder: a hub id, a local directory, or demo (MiniLM, 6 layers of 384, from "
+        "gatepress[demo]).",
+        rich_help_panel=MODEL,
+    ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(metavar="REV", help="Branch, tag or commit of the model on the hub.", rich_help_panel=MODEL),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        help="Allow Python code that comes with a model to run on this machine. Off unless you have read it.",
+        show_default=False,
+        rich_help_panel=MODEL,
+    ),
+]
+
+# --- gates ----------------------------------------------------------------------------------------
+
+Sparsity = Annotated[
+    float,
+    typer.Option(
+        "--sparsity",
+        "-s",
+        metavar="FRACTION",
+        help="Fraction of the gates to close, from 0 up to but not including 1. With structured gates, 0.5 "
+        "halves the work of the encoder.",
+        rich_help_panel=GATES,
+    ),
+]
+GranularityOption = Annotated[
+    Granularity,
+    typer.Option(
+        help="Where gates sit. structured: one for each inner dimension, shared by the matrices that meet "
+        "there, so all that is closed also makes the model smaller. matrix: in and out of each "
+        "matrix, as in the paper.",
+        rich_help_panel=GATES,
+    ),
+]
+ControllerOption = Annotated[
+    Controller,
+    typer.Option(
+        help="What decides which gates close. importance: the least useful, step by step. penalty: the "
+        "paper's sparsity loss.",
+        rich_help_panel=GATES,
+    ),
+]
+LoraRank = Annotated[
+    int,
+    typer.Option(
+        metavar="RANK",
+        help="Rank of the low-rank update trained inside the gates; 0 trains without one.",
+        rich_help_panel=GATES,
+    ),
+]
+TrainBiases = Annotated[
+    bool,
+    typer.Option(
+        help="Train the biases of gated matrices too.",
+        rich_help_panel=GATES,
+    ),
+]
+TrainLayerNorms = Annotated[
+    bool,
+    typer.Option(
+        help="Train the layer norms too.",
+        rich_help_panel=GATES,
+    ),
+]
+PenaltyWeight = Annotated[
+    float,
+    typer.Option(
+        metavar="WEIGHT",
+        help="Weight of the sparsity loss (lambda of the paper); only --controller penalty has one.",
+        rich_help_panel=GATES,
+    ),
+]
+
+# --- training -------------------------------------------------------------------------------------
+
+Epochs = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Passes over the training rows. Unless given: enough for about 1,500 steps, at least 3 and at "
+        "most 20.",
+        rich_help_panel=TRAINING,
+    ),
+]
+BatchSize = Annotated[int, typer.Option(metavar="N", help="Rows in a batch.", rich_help_panel=TRAINING)]
+MaxLength = Annotated[
+    int, typer.Option(metavar="TOKENS", help="Cut texts after this many tokens.", rich_help_panel=TRAINING)
+]
+LearningRate = Annotated[
+    float,
+    typer.Option(
+        "--learning-rate",
+        "--lr",
+        metavar="RATE",
+        help="Learning rate of biases, layer norms, low-rank update and head.",
+        rich_help_panel=TRAINING,
+    ),
+]
+GateLearningRate = Annotated[
+    float,
+    typer.Option(
+        "--gate-learning-rate",
+        "--gate-lr",
+        metavar="RATE",
+        help="Learning rate of the gates.",
+        rich_help_panel=TRAINING,
+    ),
+]
+WeightDecay = Annotated[
+    float,
+    typer.Option(metavar="RATE", help="AdamW weight decay; gates have none.", rich_help_panel=TRAINING),
+]
+WarmupRatio = Annotated[
+    float,
+    typer.Option(
+        metavar="FRACTION",
+        help="Fraction of the steps in which the rates rise.",
+        rich_help_panel=TRAINING,
+    ),
+]
+Seed = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        help="Seed of all that is random; the same seed gives the same run.",
+        rich_help_panel=TRAINING,
+    ),
+]
+MeasuringSeed = Annotated[
+    int, typer.Option("--seed", metavar="N", help="Seed of the made-up inputs.", rich_help_panel=MEASURING)
+]
+PrecisionOption = Annotated[
+    Precision,
+    typer.Option(
+        help="Arithmetic of the forward and backward pass.",
+        rich_help_panel=TRAINING,
+    ),
+]
+
+# --- where and how --------------------------------------------------------------------------------
+
+DeviceOption = Annotated[
+    Device,
+    typer.Option(
+        help="Where to compute; auto takes a CUDA GPU where there is one.", rich_help_panel=TRAINING
+    ),
+]
+MeasuringDevice = Annotated[
+    Device,
+    typer.Option(
+        help="Where to compute; auto takes a CUDA GPU where there is one.", rich_help_panel=MEASURING
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="CPU threads to compute with; all cores unless given.",
+        rich_help_panel=MEASURING,
+    ),
+]
+LayoutOption = Annotated[
+    Layout,
+    typer.Option(
+        help="How smaller matrices are stored. inner: cut inner dimensions, no index operation at run "
+        "time. index: also cut the residual side, by index. stock: only what the original model class "
+        "can hold, so that plain transformers loads it with no extra code.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+
+Force = Annotated[
+    bool,
+    typer.Option(
+        help="Replace an output that exists. It goes only when the new one is complete.",
+        show_default=False,
+        rich_help_panel=OUTPUT,
+    ),
+]
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json/--no-json",
+        help="Print one JSON object on stdout, errors too, in place of tables.",
+        show_default=False,
+        rich_help_panel=OUTPUT,
+    ),
+]
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet/--no-quiet",
+        "-q",
+        help="No progress and no notes, only result and errors.",
+        show_default=False,
+        rich_help_panel=OUTPUT,
+    ),
+]
+Debug = Annotated[
+    bool,
+    typer.Option(
+        "--debug/--no-debug",
+        help="Show tracebacks, and what the libraries underneath have to say.",
+        show_default=False,
+        rich_help_panel=OUTPUT,
+    ),
+]
+
+
+def data_settings(**given: Any) -> DataSettings:
+    """Return where rows come from; an unknown task is told at once, before anything slow is imported."""
+    settings = DataSettings(**given)
+    if settings.task is not None:
+        task_named(settings.task)
+    return settings
+
+
+def asked_data(**given: Any) -> DataSettings | None:
+    """Return where rows come from, or None where no option speaks of data at all."""
+    return data_settings(**given) if any(value is not None for value in given.values()) else None
+
+
+def numbers(option: str, text: str) -> list[float]:
+    """Return the numbers of a comma-separated list, e.g. of `--sparsity 0,0.3`."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} is {text!r}, expected numbers separated by commas") from None
+
+
+def whole_numbers(option: str, text: str) -> list[int]:
+    """Return the whole numbers of a comma-separated list, e.g. of `--batch-size 1,8`."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} is {text!r}, expected whole numbers separated by commas") from None
+
+
+def examples(*lines: str) -> str:
+    """Return the end of a help page: commands to copy, one a line."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)

@@ -1,0 +1,127 @@
+"""The `gatepress` command: its verbs, its version, and what happens when the request is not understood."""
+
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+import gatepress
+from gatepress.cli import bench, demo, evaluate, export, prune, train
+from gatepress.cli._console import INTERRUPTED, Screen, Terminated
+from gatepress.cli._options import examples
+
+
+class Verbs(TyperGroup):
+    """Ends wrong usage like every other error: one line, exit code 2, JSON where JSON was asked for."""
+
+    def main(self, args: Sequence[str] | None = None, *given: Any, **settings: Any) -> NoReturn:
+        """Run the verb that `args` ask for and exit."""
+        arguments = list(sys.argv[1:] if args is None else args)
+        settings["standalone_mode"] = False  # exceptions come here instead of being printed
+        try:
+            exit_code = super().main(arguments, *given, **settings)
+        except typer.Abort:
+            exit_code = INTERRUPTED
+        except Exception as error:
+            # typer has carried click inside, renamed, since 0.20-odd: its errors are known by their shape.
+            if not hasattr(error, "format_message"):
+                raise
+            exit_code = _wrong_usage(error, arguments)
+        sys.exit(exit_code if isinstance(exit_code, int) else 0)
+
+
+def _wrong_usage(error: Any, arguments: Sequence[str]) -> int:
+    """Print what is wrong with the request; return the exit code."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        typer.echo(error.format_message(), err=True)
+        return int(error.exit_code)
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "gatepress"
+    text = error.format_message().strip().rstrip(".")
+    screen = Screen(sys.stdout, sys.stderr, as_json="--json" in arguments, quiet=False)
+    message = f"{text[:1].lower()}{text[1:]}{' See' if text.endswith('?') else '; see'} '{command} --help'"
+    screen.error("UsageError", message, int(error.exit_code))
+    return int(error.exit_code)
+
+
+class Verb(TyperCommand):
+    """A command whose help page shows its options in the groups they belong to."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write one section for each group, in the order of the parameters."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            group = getattr(parameter, "rich_help_panel", None) or f"{parameter.param_type_name.title()}s"
+            if record := parameter.get_help_record(ctx):
+                sections.setdefault(group, []).append(record)
+        sections["Options"] = sections.pop("Options", [])  # --help comes last
+        for group, records in sections.items():
+            if records:
+                with formatter.section(group):
+                    formatter.write_dl(records)
+
+
+def _print_version(asked: bool) -> None:  # noqa: FBT001 - typer hands the flag over like this
+    if asked:
+        typer.echo(f"gatepress {gatepress.__version__}")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    cls=Verbs,
+    no_args_is_help=True,
+    rich_markup_mode=None,  # plain text: whole option names at 80 columns, and no rich to import
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=examples(
+        "gatepress train --task sst2 --sparsity 0.3 -o runs/sst2",
+        "gatepress prune runs/sst2 -o pruned/sst2",
+        "gatepress export pruned/sst2 -o onnx/sst2",
+        "gatepress bench runs/sst2 pruned/sst2 onnx/sst2 --batch-size 1,8",
+        "gatepress evaluate onnx/sst2",
+    )
+    + "\n\nExit codes: 0 done, 1 could not, 2 wrong usage, 130 interrupted. Every verb takes --json.",
+)
+
+
+@app.callback()
+def root(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", "-V", help="Print the version and exit.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Make a pretrained encoder smaller while it learns your task.
+
+    Gates over its inner dimensions are trained with the task; those that close are then cut out of the
+    weights. What remains is an ordinary, smaller model that computes exactly what training produced.
+    """
+
+
+# In the order of use.
+app.command(cls=Verb, epilog=train.EXAMPLES)(train.train)
+app.command(cls=Verb, epilog=prune.EXAMPLES)(prune.prune)
+app.command(cls=Verb, epilog=export.EXAMPLES)(export.export)
+app.command(cls=Verb, epilog=bench.EXAMPLES)(bench.bench)
+app.command(cls=Verb, epilog=evaluate.EXAMPLES)(evaluate.evaluate)
+app.command(cls=Verb, epilog=demo.EXAMPLES)(demo.demo)
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise Terminated
+
+
+def main() -> NoReturn:
+    """Run the command line; the entry point of the `gatepress` script."""
+    signal.signal(signal.SIGTERM, _terminate)  # what is half written goes, as with Ctrl-C
+    app(prog_name="gatepress")  # also when started as `python -m gatepress`
+    sys.exit(0)
+
+
+__all__ = ["app", "main"]

@@ -1,0 +1,223 @@
+"""`gatepress bench`: how long it takes, one weight or whole models against each other."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gatepress.cli import _options as opt
+from gatepress.cli._console import grid, session
+from gatepress.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from gatepress.bench.record import Record
+    from gatepress.cli._console import Titled
+
+EXAMPLES = opt.examples(
+    "gatepress bench --device cpu",
+    "gatepress bench --shape 768x768,3072x768 --repetitions 100000 --plot fig3a.png",
+    "gatepress bench runs/sst2 pruned/sst2 onnx/sst2 --batch-size 1,8 --seq-len 32,128",
+    "gatepress bench FacebookAI/roberta-base pruned/cola --task cola --output cola.jsonl",
+)
+
+
+def bench(  # noqa: PLR0913 - every option is a parameter
+    targets: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="Models to time end to end: directories that gatepress wrote, .onnx files, transformers "
+            "directories, hub ids or demo. The first one is what the others are compared with. None: "
+            "time one weight.",
+            show_default=False,
+        ),
+    ] = None,
+    *,
+    batch_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,...",
+            help="With models: batch sizes; 1,8 unless given.",
+            rich_help_panel=opt.MEASURING,
+        ),
+    ] = None,
+    seq_len: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOKENS,...",
+            help="With models: lengths; 32,128 unless given.",
+            rich_help_panel=opt.MEASURING,
+        ),
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OUTxIN,...",
+            help="Without models: sizes of the weight; 768x768 unless given.",
+            rich_help_panel=opt.MEASURING,
+        ),
+    ] = None,
+    sparsity: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FRACTION,...",
+            help="Without models: fractions of the columns removed; 0 to 0.9 in tenths unless given.",
+            rich_help_panel=opt.MEASURING,
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Without models: rows the weight is multiplied with; 128 unless given.",
+            rich_help_panel=opt.MEASURING,
+        ),
+    ] = None,
+    repetitions: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Timed calls of each. Unless given: 2,000 of a weight (the paper: 100,000), 20 of a "
+            "batch, 10 of a pass over a task's rows.",
+            rich_help_panel=opt.MEASURING,
+        ),
+    ] = None,
+    warmup: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Untimed calls before the timed ones.", rich_help_panel=opt.MEASURING),
+    ] = None,
+    threads: opt.Threads = None,
+    device: opt.MeasuringDevice = "cpu",
+    seed: opt.MeasuringSeed = 0,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="With models: time passes over the validation rows of this task instead of made-up batches.",
+            rich_help_panel=opt.DATA,
+        ),
+    ] = None,
+    data_dir: opt.DataDir = None,
+    validation_file: opt.ValidationFile = None,
+    text_column: opt.TextColumn = None,
+    text_pair_column: opt.TextPairColumn = None,
+    label_column: opt.LabelColumn = None,
+    max_validation_samples: opt.MaxValidationSamples = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            metavar="TOKENS",
+            help="With rows of a task: cut texts after this many tokens; 128 unless given.",
+            rich_help_panel=opt.DATA,
+        ),
+    ] = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Also write the records, as .json or .jsonl (with every raw sample), .csv or .md.",
+            rich_help_panel=opt.OUTPUT,
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Also draw a figure, as .png or .svg; needs gatepress[plot].",
+            rich_help_panel=opt.OUTPUT,
+        ),
+    ] = None,
+    force: opt.Force = False,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Time models against each other, or one weight.
+
+    With models, the first is what the others are compared with. Without, one weight is multiplied with
+    all and with some of its columns: what removing them gains. All that is compared takes turns on the
+    same inputs, so that a machine that slows down slows everything. Shown are medians with their
+    spread; a time factor of 2.00x means twice as fast as the first.
+    """
+    with session(as_json=as_json, quiet=quiet, debug=debug) as screen:
+        data = {
+            "task": task,
+            "data_dir": data_dir,
+            "validation_file": validation_file,
+            "text_column": text_column,
+            "text_pair_column": text_pair_column,
+            "label_column": label_column,
+            "max_validation_samples": max_validation_samples,
+        }
+        weights = {"shape": shape, "sparsity": sparsity, "tokens": tokens}
+        models = {"batch_size": batch_size, "seq_len": seq_len, "max_length": max_length, **data}
+        if targets:
+            _refuse_given(weights, "times one weight; leave it out where models are given")
+        else:
+            _refuse_given(models, "times models; name at least one, e.g. gatepress bench pruned/x")
+        asked = _asked(batch_sizes=batch_size, seq_lens=seq_len, shapes=shape, sparsities=sparsity)
+        plain = {"tokens": tokens, "max_length": max_length, "repetitions": repetitions, "warmup": warmup}
+        asked |= {name: value for name, value in plain.items() if value is not None}
+        rows = opt.asked_data(**data)
+
+        from gatepress.bench import render
+
+        for path, check in ((output, render.check_report), (plot, render.check_plot)):
+            if path is not None:
+                check(path, force=force)  # before anything is timed
+        asked |= {"device": device, "threads": threads, "seed": seed, "progress": screen.progress}
+        records: list[Record]
+        if targets:
+            from gatepress.bench import endtoend
+
+            records = endtoend.run(targets, data=rows, trust_remote_code=trust_remote_code, **asked)
+        else:
+            from gatepress.bench import matmul
+
+            records = matmul.run(**asked)
+        written: dict[str, str] = {}
+        for key, path, write in (("output", output, render.write), ("plot", plot, render.plot)):
+            if path is not None:
+                write(records, path, force=force)
+                written[key] = str(path)
+        screen.result({**render.json_object(records, samples=False), **written}, lambda _: tables(records))
+        for name in written.values():
+            screen.note(f"wrote {name}")
+
+
+def tables(records: "Sequence[Record]") -> "list[Titled]":
+    """Return one table for each weight, or for each batch size and length."""
+    from gatepress.bench import render
+
+    return [grid(table.title, table.columns, table.rows, left=table.left) for table in render.tables(records)]
+
+
+def _asked(**lists: str | None) -> dict[str, Any]:
+    """Return the lists that options give; the library knows the defaults of the others."""
+    read: dict[str, Callable[[str], Any]] = {
+        "batch_sizes": lambda text: opt.whole_numbers("--batch-size", text),
+        "seq_lens": lambda text: opt.whole_numbers("--seq-len", text),
+        "shapes": lambda text: [_shape(part) for part in text.split(",")],
+        "sparsities": lambda text: opt.numbers("--sparsity", text),
+    }
+    return {name: read[name](text) for name, text in lists.items() if text is not None}
+
+
+def _refuse_given(options: dict[str, Any], reason: str) -> None:
+    """Refuse options that would be silently without effect."""
+    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
+    if given:
+        raise UsageError(f"{', '.join(given)} {reason}")
+
+
+def _shape(text: str) -> tuple[int, int]:
+    """Return `(out, in)` of `OUTxIN`."""
+    out, _, columns = text.strip().lower().partition("x")
+    if not (out.isdecimal() and columns.isdecimal()):
+        raise UsageError(f"--shape is {text!r}, expected sizes like 768x768 or 3072x768 separated by commas")
+    return int(out), int(columns)

@@ -1,0 +1,99 @@
+"""`gatepress evaluate`: the same metric on the same rows, whatever form the model has."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gatepress.cli import _options as opt
+from gatepress.cli._console import count, facts, pick, session
+from gatepress.cli.train import metric_rows
+
+if TYPE_CHECKING:
+    from gatepress.cli._console import Titled
+
+EXAMPLES = opt.examples(
+    "gatepress evaluate runs/sst2",
+    "gatepress evaluate onnx/sst2 --json",
+    "gatepress evaluate pruned/sst2 --task sst2 --data-dir glue",
+    "gatepress evaluate pruned/topics --validation-file fresh.csv --label-column topic",
+)
+
+
+def evaluate(  # noqa: PLR0913 - every option is a parameter
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A run directory, a pruned directory, an ONNX directory or file, or any model with a task "
+            "head.",
+            show_default=False,
+        ),
+    ],
+    *,
+    task: opt.Task = None,
+    data_dir: opt.DataDir = None,
+    validation_file: opt.ValidationFile = None,
+    text_column: opt.TextColumn = None,
+    text_pair_column: opt.TextPairColumn = None,
+    label_column: opt.LabelColumn = None,
+    max_validation_samples: opt.MaxValidationSamples = None,
+    batch_size: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Rows in a batch.", rich_help_panel=opt.MEASURING)
+    ] = 32,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            metavar="TOKENS",
+            min=1,
+            help="Cut texts after this many tokens; as in training unless given.",
+            rich_help_panel=opt.MEASURING,
+        ),
+    ] = None,
+    device: opt.MeasuringDevice = "auto",
+    trust_remote_code: opt.TrustRemoteCode = False,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Measure the metric on the validation rows.
+
+    Directories that gatepress wrote know their task and its rows; give data options only to measure on
+    others. A run, what was pruned from it and what was exported from that all score the same.
+    """
+    with session(as_json=as_json, quiet=quiet, debug=debug) as screen:
+        data = opt.asked_data(
+            task=task,
+            data_dir=data_dir,
+            validation_file=validation_file,
+            text_column=text_column,
+            text_pair_column=text_pair_column,
+            label_column=label_column,
+            max_validation_samples=max_validation_samples,
+        )
+
+        from gatepress import evaluation
+
+        result = evaluation.evaluate(
+            target,
+            data=data,
+            batch_size=batch_size,
+            max_length=max_length,
+            device=device,
+            progress=screen.progress,
+            trust_remote_code=trust_remote_code,
+        )
+        screen.result(result, tables)
+
+
+def tables(result: dict[str, Any]) -> "list[Titled]":
+    """Return the metric and what it was measured on."""
+    rows = metric_rows(result)
+    rows += pick(
+        result,
+        [
+            ("kind", "kind", str),
+            ("runtime", "runtime", str),
+            ("total_params", "parameters", count),
+        ],
+    )
+    return [facts("Evaluated", rows)]

@@ -1,0 +1,163 @@
+"""Fold, slice, swap: from a gated model to the smaller model that computes the same function."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+
+from gatepress import modeling_gatepress
+from gatepress.config import Layout
+from gatepress.errors import ModelError
+from gatepress.families import ROLES
+from gatepress.inject import gated_linear
+from gatepress.plan import ZERO_ROW, Folded, MatrixPlan, PrunePlan, make_plan
+from gatepress.resolve import Layer, family_of, resolve
+
+
+def plan_model(model: PreTrainedModel, layout: Layout) -> PrunePlan:
+    """Return the plan of a gated model, without changing it."""
+    layers = resolve(model)
+    return make_plan(layers, _fold(model, layers), layout)
+
+
+def collapse(model: PreTrainedModel, layout: Layout) -> tuple[PreTrainedModel, PrunePlan]:
+    """Return a new float32 model on the CPU that equals the gated `model`, and the plan it follows.
+
+    The gated model is left as it is. Raises `ModelError` where the activation does not map 0 to 0,
+    since a closed neuron would then still say something.
+    """
+    family = family_of(model.config)
+    activation = getattr(model.config, "hidden_act", None) or getattr(model.config, "activation", "gelu")
+    if float(ACT2FN[activation](torch.zeros(1))) != 0:
+        raise ModelError(f"activation {activation!r} does not map 0 to 0, so closed neurons cannot be removed exactly")
+    layers = resolve(model)
+    folded = _fold(model, layers)
+    plan = make_plan(layers, folded, layout)
+    config = _pruned_config(model, layers, plan)
+    stock = layout == "stock"
+    prefix = family.class_prefix if stock else f"Gatepress{family.class_prefix}"
+    pruned_class = getattr(transformers if stock else modeling_gatepress, f"{prefix}ForSequenceClassification")
+    with init_empty_weights(include_buffers=False):
+        pruned: PreTrainedModel = pruned_class(config)
+    pruned.load_state_dict(_pruned_state(model, layers, folded, plan), strict=True, assign=True)
+    return pruned.eval(), plan
+
+
+def _fold(model: PreTrainedModel, layers: list[Layer]) -> list[Folded]:
+    return [
+        {role: _on_cpu(*gated_linear(model, layer, role).folded()) for role in ROLES} for layer in layers
+    ]
+
+
+def _on_cpu(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return weight.cpu(), None if bias is None else bias.cpu()
+
+
+def _pruned_config(model: PreTrainedModel, layers: list[Layer], plan: PrunePlan) -> Any:
+    """Return the config of the pruned class: the dense one, with what is narrower as data."""
+    family = family_of(model.config)
+    values = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "transformers_version", "auto_map")}
+    values["architectures"] = None
+    if plan.layout == "stock":
+        values[family.intermediate_attribute] = len(plan.layers[0].matrices["up"].rows)
+        return type(model.config)(**values)
+    config_class = getattr(modeling_gatepress, f"Gatepress{family.class_prefix}Config")
+    return config_class(**values, gatepress=describe(layers, plan))
+
+
+def describe(layers: list[Layer], plan: PrunePlan) -> dict[str, Any]:
+    """Return `config.gatepress` as `modeling_gatepress.shrink_` reads it."""
+    linears, attentions = {}, {}
+    for layer, part in zip(layers, plan.layers, strict=True):
+        for role, matrix in part.matrices.items():
+            linears[layer.paths[role]] = {
+                "rows": len(matrix.rows),
+                "columns": len(matrix.columns),
+                "gathered": matrix.gathered,
+                "scattered": matrix.scattered,
+            }
+        inside = f"{layer.attention}."
+        names: dict[str, str | None] = {
+            role: layer.paths[role].removeprefix(inside) if layer.paths[role].startswith(inside) else None
+            for role in ("q", "k", "v", "o")
+        }
+        attentions[layer.attention] = {
+            **names,
+            "heads": part.heads,
+            "qk_width": part.qk_width,
+            "vo_width": part.vo_width,
+            "scale": layer.head_width**-0.5,
+        }
+    return {"version": modeling_gatepress.VERSION, "linears": linears, "attentions": attentions}
+
+
+def _pruned_state(
+    model: PreTrainedModel, layers: list[Layer], folded: list[Folded], plan: PrunePlan
+) -> dict[str, Tensor]:
+    """Return the pruned model's state: sliced matrices, everything else as it was (a copy, float32)."""
+    base = f"{model.base_model_prefix}."
+    paths = {layer.paths[role] for layer in layers for role in ROLES}
+    gated = tuple(f"{base}{path}." for path in paths)
+    state = {
+        name: value.detach().cpu().float().clone() if value.is_floating_point() else value.cpu().clone()
+        for name, value in model.state_dict().items()
+        if not name.startswith(gated)
+    }
+    for layer, parts, layer_plan in zip(layers, folded, plan.layers, strict=True):
+        for role, matrix in layer_plan.matrices.items():
+            weight, bias = parts[role]
+            prefix = f"{base}{layer.paths[role]}."
+            rows = _index(matrix.rows)
+            state[f"{prefix}weight"] = _take(_take(weight, rows, 0), _index(matrix.columns), 1)
+            if bias is not None:
+                state[f"{prefix}bias"] = _take(bias, rows, 0)
+            if matrix.gathered:
+                state[f"{prefix}in_index"] = _index(matrix.columns)
+            if matrix.scattered:
+                state[f"{prefix}out_index"] = _spread(matrix)
+    return state
+
+
+def _index(positions: list[int]) -> Tensor:
+    return torch.tensor(positions, dtype=torch.long)
+
+
+def _take(values: Tensor, index: Tensor, axis: int) -> Tensor:
+    """Select along `axis`; `ZERO_ROW` gives zeros."""
+    taken = values.index_select(axis, index.clamp_min(0))
+    zero = index == ZERO_ROW
+    if zero.any():
+        taken.index_fill_(axis, torch.nonzero(zero).flatten(), 0)
+    return taken.contiguous()
+
+
+def _spread(matrix: MatrixPlan) -> Tensor:
+    """Return [dense out]: for each dense output the row that computes it, or `rows` for exact zero."""
+    index = torch.full((matrix.dense_shape[0],), len(matrix.rows))
+    index[_index(matrix.rows)] = torch.arange(len(matrix.rows))
+    return index
+
+
+def ship_code(config: dict[str, Any], directory: Path) -> None:
+    """Copy the modeling file beside the weights and name its classes in `config` (config.json), in place.
+
+    With it plain transformers loads the directory by `trust_remote_code=True`, without gatepress.
+    """
+    source = Path(modeling_gatepress.__file__)
+    shutil.copyfile(source, directory / source.name)
+    class_name = config["architectures"][0]
+    config["auto_map"] = {
+        "AutoConfig": f"{source.stem}.{class_name.removesuffix('ForSequenceClassification')}Config",
+        "AutoModelForSequenceClassification": f"{source.stem}.{class_name}",
+    }
+
+
+def parameters_of(model: nn.Module) -> int:
+    """Return the number of parameters of a model."""
+    return sum(parameter.numel() for parameter in model.parameters())

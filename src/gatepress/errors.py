@@ -1,0 +1,49 @@
+"""Everything that can go wrong for a user, as one small tree.
+
+Every message says what is wrong, what was found, what was expected and how to mend it, in the
+spelling of the command line. The command line prints it as one line and exits with `exit_code`.
+"""
+
+
+class GatepressError(Exception):
+    """Root of all errors that a user can cause or meet; exit code 1 (could not)."""
+
+    exit_code = 1
+
+
+class UsageError(GatepressError):
+    """The request is wrong whatever the files hold (an option out of range); exit code 2."""
+
+    exit_code = 2
+
+
+class DataError(GatepressError):
+    """Rows, columns or labels are missing, unreadable or unusable."""
+
+
+class ModelError(GatepressError):
+    """A model is missing, unreadable, or of a kind that gatepress cannot gate."""
+
+
+class HubError(GatepressError):
+    """A model or data hub could not be reached, and nothing local answers in its place."""
+
+
+class ArtifactError(GatepressError):
+    """A run, pruned or ONNX directory is incomplete, corrupted, or of another version."""
+
+
+class OutputError(GatepressError):
+    """The result cannot be written: it exists already, the disk is full, access is denied."""
+
+
+class ParityError(GatepressError):
+    """Two forms of the same model disagree by more than the tolerance; nothing was written."""
+
+
+class DeviceError(GatepressError):
+    """The asked device is not on this machine."""
+
+
+class MissingExtraError(GatepressError):
+    """An optional package is not installed; the message names the pip command."""

@@ -1,0 +1,182 @@
+"""The metric of a task on its validation rows, the same for every form of a model."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gatepress.checkpoint import open_tokenizer
+from gatepress.config import DataSettings
+from gatepress.errors import ArtifactError, ModelError, UsageError
+from gatepress.progress import NoProgress, Progress
+from gatepress.runtime import INPUTS, Runner, open_runner
+from gatepress.tasks import TaskSpec
+from gatepress.tasks.sources import Rows, load_rows
+from gatepress.training.data import make_loader, tokenize
+from gatepress.training.metrics import compute_metric
+
+MAX_LENGTH = 128  # tokens, where neither the user nor a manifest says
+
+Loaders = Mapping[str, DataLoader[Any]]  # split name -> padded batches of tensors, "labels" among them
+Predict = Callable[[dict[str, torch.Tensor]], npt.NDArray[np.float32]]  # inputs -> logits [batch, labels]
+
+
+def evaluate(  # noqa: PLR0913 - every option of the command is one
+    target: str | Path,
+    *,
+    data: DataSettings | None = None,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Measure what `runtime.open_runner` opens on the validation rows.
+
+    `data` None: the rows that the directory's manifest names; `max_length` None: its own, else 128
+    tokens. Raises `UsageError` where neither names rows, `ModelError` where the model has no head
+    for the task, `ArtifactError` on a malformed manifest, and what opening and loading raise.
+    """
+    sizes = {"--batch-size": batch_size, "--max-length": max_length}
+    wrong = [
+        f"{name} is {size}, expected 1 or more"
+        for name, size in sizes.items()
+        if size is not None and size < 1
+    ]
+    if wrong:
+        raise UsageError("; ".join(wrong))
+    runner = open_runner(target, device=device, trust_remote_code=trust_remote_code)
+    manifest = runner.manifest or {}
+    spec = TaskSpec.from_json(manifest["task"]) if manifest.get("task") else None
+    settings = data or _settings(manifest.get("data"), target)
+    asked = max_length or manifest.get("max_length") or MAX_LENGTH
+    if not isinstance(asked, int):
+        raise ArtifactError(f"{target}: max_length in the manifest is {asked!r}; give --max-length TOKENS")
+    if runner.head_is_random:
+        raise ModelError(
+            f"{target}: has no task head of its own, so there is nothing to measure; train one first"
+        )
+    if runner.tokenizer_dir is None:
+        raise ModelError(
+            f"{target}: no tokenizer beside it; give the directory that `gatepress export` wrote"
+        )
+    tokenizer = open_tokenizer(runner.tokenizer_dir, trust_remote_code=trust_remote_code)
+    rows = load_rows(settings, splits="validation", spec=spec)
+    return {
+        "task": rows.spec.name,
+        **evaluate_runner(
+            runner,
+            rows,
+            tokenizer,
+            batch_size=batch_size,
+            max_length=asked,
+            progress=progress or NoProgress(),
+        ),
+        "kind": runner.kind,
+        "runtime": runner.runtime,
+        "device": runner.device,
+        "total_params": runner.parameters,
+        "data_fingerprint": rows.fingerprint,
+    }
+
+
+def evaluate_runner(  # noqa: PLR0913 - each is a dial of the measurement
+    runner: Runner,
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int = 32,
+    max_length: int = MAX_LENGTH,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Return the metric of an open model on rows, each text cut at `max_length` tokens."""
+    spec = rows.spec
+    if runner.num_labels is not None and runner.num_labels != spec.num_labels:
+        raise ModelError(
+            f"{runner.name}: has {runner.num_labels} outputs, but {spec.name} needs {spec.num_labels}; "
+            "give the data it was trained for, or a model for this task"
+        )
+    tokens = min(max_length, runner.max_tokens or max_length, int(tokenizer.model_max_length))
+    loaders = {
+        name: make_loader(tokenize(split, tokenizer, tokens), tokenizer, batch_size, shuffle=False, seed=0)
+        for name, split in rows.validation.items()
+    }
+    columns = _columns(runner.label_names, spec)
+
+    def predict(inputs: dict[str, torch.Tensor]) -> npt.NDArray[np.float32]:
+        return runner.logits({name: value.numpy() for name, value in inputs.items()})[:, columns]
+
+    return {**score(predict, loaders, spec, progress), "batch_size": batch_size, "max_length": tokens}
+
+
+def evaluate_model(
+    model: PreTrainedModel, loaders: Loaders, spec: TaskSpec, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Return the metric of a torch model on its own device; its mode is as before afterwards."""
+
+    def predict(inputs: dict[str, torch.Tensor]) -> npt.NDArray[np.float32]:
+        on_device = {name: value.to(model.device) for name, value in inputs.items()}
+        logits: npt.NDArray[np.float32] = model(**on_device).logits.float().cpu().numpy()
+        return logits
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            return score(predict, loaders, spec, progress)
+    finally:
+        model.train(was_training)
+
+
+def score(
+    predict: Predict, loaders: Loaders, spec: TaskSpec, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Return `metric_name`, `metric_value` over all splits together, `metrics_by_split`, `examples`."""
+    progress = progress or NoProgress()
+    outputs = {}
+    progress.start(sum(len(loader) for loader in loaders.values()), f"evaluating {spec.name}")
+    try:
+        for name, loader in loaders.items():
+            logits, labels = [], []
+            for batch in loader:
+                logits.append(predict({key: batch[key] for key in INPUTS if key in batch}))
+                labels.append(batch["labels"].numpy())
+                progress.advance(1)
+            outputs[name] = np.concatenate(logits), np.concatenate(labels)
+    finally:
+        progress.finish()
+    every = tuple(np.concatenate(parts) for parts in zip(*outputs.values(), strict=True))
+    return {
+        "metric_name": spec.metric,
+        "metric_value": compute_metric(spec.metric, *every),
+        "metrics_by_split": {name: compute_metric(spec.metric, *pair) for name, pair in outputs.items()},
+        "examples": len(every[1]),
+    }
+
+
+def _settings(data: Any, target: str | Path) -> DataSettings:
+    """Return the manifest's rows; `UsageError` where there is none to name them."""
+    if data is None:
+        raise UsageError(
+            f"{target}: does not say what to measure on; give --task NAME or --validation-file FILE"
+        )
+    try:
+        return DataSettings(**data)
+    except (TypeError, UsageError) as error:
+        raise ArtifactError(
+            f"{target}: data in the manifest is malformed ({error}); give --task NAME"
+        ) from None
+
+
+def _columns(names: tuple[str, ...] | None, spec: TaskSpec) -> list[int]:
+    """Return which output stands for each label of the task: models from elsewhere order them differently."""
+    wanted = [name.lower() for name in spec.label_names or ()]
+    given = [name.lower() for name in names or ()]
+    if given and sorted(given) == sorted(wanted):
+        return [given.index(name) for name in wanted]
+    return list(range(spec.num_labels))

@@ -1,0 +1,79 @@
+"""What is q, k, v, o, up and down in each model family: pure data, one row a family.
+
+A row names modules by their paths: `layers` below the base model, all others below one layer.
+To add a family, add its row here, its two classes in `modeling_gatepress.py` and its tiny model in
+the tests' fixture; nothing else in gatepress knows families.
+"""
+
+from dataclasses import dataclass, replace
+
+ROLES = ("q", "k", "v", "o", "up", "down")
+
+
+@dataclass(frozen=True)
+class FamilySpec:
+    """Where one family keeps its matrices."""
+
+    model_type: str  # `config.model_type` of the dense model
+    class_prefix: str  # `<prefix>ForSequenceClassification` is the stock class
+    layers: str  # the list of layers, below the base model
+    attention: str  # the module that splits heads; its class is swapped when widths change
+    q: str
+    k: str
+    v: str
+    o: str
+    up: str
+    down: str
+    heads_attribute: str  # on the config
+    intermediate_attribute: str  # on the config
+
+    def path(self, role: str) -> str:
+        """Return the path of a role's matrix below one layer."""
+        return str(getattr(self, role))
+
+
+BERT = FamilySpec(
+    model_type="bert",
+    class_prefix="Bert",
+    layers="encoder.layer",
+    attention="attention.self",
+    q="attention.self.query",
+    k="attention.self.key",
+    v="attention.self.value",
+    o="attention.output.dense",
+    up="intermediate.dense",
+    down="output.dense",
+    heads_attribute="num_attention_heads",
+    intermediate_attribute="intermediate_size",
+)
+ROBERTA = replace(BERT, model_type="roberta", class_prefix="Roberta")
+XLM_ROBERTA = replace(BERT, model_type="xlm-roberta", class_prefix="XLMRoberta")
+ELECTRA = replace(BERT, model_type="electra", class_prefix="Electra")
+MPNET = replace(
+    BERT,
+    model_type="mpnet",
+    class_prefix="MPNet",
+    attention="attention.attn",
+    q="attention.attn.q",
+    k="attention.attn.k",
+    v="attention.attn.v",
+    o="attention.attn.o",
+)
+DISTILBERT = FamilySpec(
+    model_type="distilbert",
+    class_prefix="DistilBert",
+    layers="transformer.layer",
+    attention="attention",
+    q="attention.q_lin",
+    k="attention.k_lin",
+    v="attention.v_lin",
+    o="attention.out_lin",
+    up="ffn.lin1",
+    down="ffn.lin2",
+    heads_attribute="n_heads",
+    intermediate_attribute="hidden_dim",
+)
+
+FAMILIES: dict[str, FamilySpec] = {
+    family.model_type: family for family in (BERT, ROBERTA, XLM_ROBERTA, ELECTRA, MPNET, DISTILBERT)
+}

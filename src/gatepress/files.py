@@ -1,0 +1,142 @@
+"""Writing so that nothing is ever half there: temp name, fsync, rename. Standard library only."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gatepress.errors import ArtifactError, OutputError
+
+MAX_JSON_BYTES = 64 * 1024 * 1024
+
+
+def sha256_of(path: Path) -> str:
+    """Return the hex sha256 of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read one JSON object, bounded in size; `ArtifactError` where it is not one."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ArtifactError(f"{path}: larger than {MAX_JSON_BYTES} bytes, not a gatepress file")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: no such file; the directory is incomplete") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def json_text(value: dict[str, Any]) -> str:
+    """Return the one JSON spelling that gatepress writes (strict: NaN is refused)."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+@contextlib.contextmanager
+def explained(target: Path) -> Iterator[None]:
+    """Turn an `OSError` while writing `target` into one `OutputError` with the remedy."""
+    try:
+        yield
+    except OSError as error:
+        remedy = {
+            errno.ENOSPC: "free some space or choose another disk with -o",
+            errno.EDQUOT: "free some space or choose another disk with -o",
+            errno.EACCES: "choose a directory that you may write to with -o",
+            errno.EROFS: "choose a directory that you may write to with -o",
+        }.get(error.errno or 0, "choose another output with -o")
+        reason = error.strerror or str(error)
+        raise OutputError(f"{target}: cannot write ({reason}); {remedy}") from error
+
+
+def _open_to_readers(path: Path) -> None:
+    """Give `path` the mode that the umask asks for: temporary files, and some writers, leave 0600."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
+def sync_tree(directory: Path) -> None:
+    """Flush every file below `directory`, and the directories, to the disk; readable as the umask says."""
+    for path in [*directory.rglob("*"), directory]:
+        _open_to_readers(path)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write `path` whole or not at all, replacing what is there."""
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            _open_to_readers(Path(temporary))
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+def check_output(target: Path, *, force: bool) -> None:
+    """Refuse a target that exists unless `force`; called before any long work starts."""
+    if target.exists() and not force:
+        raise OutputError(f"{target}: exists already; choose another with -o or replace it with --force")
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"{target}: is a file, expected a directory; choose another with -o")
+    with explained(target):
+        parent = target.absolute().parent
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=parent):
+            pass  # what cannot be written is found out now, not after an hour of training
+
+
+def publish(staged: Path, target: Path) -> None:
+    """Rename the complete directory `staged` to `target`; an old `target` goes only then."""
+    with explained(target):
+        sync_tree(staged)
+        if not target.exists():
+            os.rename(staged, target)
+            return
+        retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.absolute().parent))
+        os.rename(target, retired / "old")
+        try:
+            os.rename(staged, target)
+        except OSError:
+            os.rename(retired / "old", target)
+            raise
+        shutil.rmtree(retired, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield an empty directory that becomes `target` when the block ends well, else vanishes.
+
+    Raises `OutputError` where `target` exists and `force` is false, or it cannot be written.
+    """
+    check_output(target, force=force)
+    with explained(target):
+        staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.new.", dir=target.absolute().parent))
+        try:
+            yield staged
+            publish(staged, target)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)

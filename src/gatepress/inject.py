@@ -1,0 +1,107 @@
+"""Put gates into a model. The granularities are two lists of sites over one mechanism.
+
+`matrix` (the paper): an in and an out vector on each of the six matrices of a layer.
+`structured`: one vector per inner dimension, at the one place where it multiplies: query/key
+dimensions at the rows of q, value/output dimensions at the columns of o, neurons at the columns of
+down. Closure (plan.py) then removes the matching rows of k, v and up as well, so the whole
+sparsity is spent where it pays.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from gatepress.config import Controller, Granularity
+from gatepress.families import ROLES
+from gatepress.gates import Gate, GatedLinear
+from gatepress.resolve import Layer, resolve
+
+Site = tuple[str, str]  # (role, "in" or "out")
+
+SITES: dict[Granularity, tuple[Site, ...]] = {
+    "structured": (("q", "out"), ("o", "in"), ("down", "in")),
+    "matrix": tuple((role, axis) for role in ROLES for axis in ("in", "out")),
+}
+
+# Sigma of eq. (5) by controller: 0 makes the gate deterministic. With 0.25 the penalty of eq. (6)
+# still has a gradient at an open gate; with 0.1 it has none.
+NOISE: dict[Controller, float] = {"importance": 0.0, "penalty": 0.25}
+
+
+def attach_gates_(
+    model: nn.Module, *, granularity: Granularity, controller: Controller, lora_rank: int = 0
+) -> list[Layer]:
+    """Replace each encoder matrix of `model` by a `GatedLinear`, in place; return the layers.
+
+    Everything is frozen afterwards; `mark_trainable_` then opens what a run trains.
+    """
+    layers = resolve(model)
+    base: Any = model.base_model
+    model.requires_grad_(False)
+    sites = set(SITES[granularity])
+    for layer in layers:
+        for role in ROLES:
+            rows, columns = layer.shapes[role]
+            gated = GatedLinear(
+                base.get_submodule(layer.paths[role]),
+                gate_in=Gate(columns, noise=NOISE[controller]) if (role, "in") in sites else None,
+                gate_out=Gate(rows, noise=NOISE[controller]) if (role, "out") in sites else None,
+                lora_rank=lora_rank,
+            )
+            replace_module_(base, layer.paths[role], gated.to(base.device))
+    return layers
+
+
+def gated_linear(model: nn.Module, layer: Layer, role: str) -> GatedLinear:
+    """Return a layer's gated matrix by role."""
+    base: Any = model.base_model
+    module = base.get_submodule(layer.paths[role])
+    if not isinstance(module, GatedLinear):
+        raise TypeError(f"{layer.paths[role]} is not gated")
+    return module
+
+
+def replace_module_(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Set the submodule at the dotted `path`, in place."""
+    parent, _, name = path.rpartition(".")
+    setattr(root.get_submodule(parent), name, module)
+
+
+def trainable(model: nn.Module, *, biases: bool, layer_norms: bool) -> dict[str, dict[str, nn.Parameter]]:
+    """Return what a run trains: kind -> name -> parameter (gates, biases, layer_norms, low_rank, head).
+
+    Biases are those of gated matrices (a matrix without one gets none); layer norms are those of
+    the encoder; the head is everything outside the base model, with the pooler before it.
+    """
+    kinds: dict[str, dict[str, nn.Parameter]] = {
+        kind: {} for kind in ("gates", "biases", "layer_norms", "low_rank", "head")
+    }
+    prefix = f"{model.base_model_prefix}."
+    for path, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            name = f"{path}.{leaf}"
+            kind = _kind(name, module, prefix)
+            if kind and (kind != "biases" or biases) and (kind != "layer_norms" or layer_norms):
+                kinds[kind][name] = parameter
+    return kinds
+
+
+def _kind(name: str, module: nn.Module, prefix: str) -> str | None:
+    if isinstance(module, Gate):
+        return "gates"
+    if isinstance(module, GatedLinear):
+        return "low_rank"
+    if not name.startswith(prefix) or ".pooler." in name:
+        return "head"
+    if name.endswith(".base.bias"):
+        return "biases"
+    if isinstance(module, nn.LayerNorm) and ".embeddings." not in name:
+        return "layer_norms"
+    return None
+
+
+def mark_trainable_(kinds: dict[str, dict[str, nn.Parameter]]) -> None:
+    """Let the listed parameters receive gradients, in place; the rest of the model stays frozen."""
+    for parameters in kinds.values():
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)

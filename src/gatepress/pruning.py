@@ -1,0 +1,115 @@
+"""From a run directory to a pruned directory, with the proof that nothing changed."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gatepress.checkpoint import (
+    PROBE_FILE,
+    PRUNED_FILE,
+    PRUNED_FORMAT,
+    load_pruned,
+    load_run,
+    open_tokenizer,
+    read_tensors,
+    versions,
+)
+from gatepress.collapse import collapse, parameters_of, ship_code
+from gatepress.config import Layout
+from gatepress.errors import ArtifactError, ParityError
+from gatepress.files import check_output, json_text, new_directory, read_json, sha256_of
+from gatepress.gates import gates_of
+
+logger = logging.getLogger(__name__)
+
+MAX_LOGIT_DIFF = 1e-4  # between float32 forms of one model
+
+
+def prune(
+    run_dir: Path, output: Path, *, layout: Layout = "inner", force: bool = False, dry_run: bool = False
+) -> dict[str, Any]:
+    """Collapse a run's closed gates into smaller dense matrices and write a pruned directory.
+
+    The gated, the collapsed and the reloaded model must agree on the run's probe rows within
+    `MAX_LOGIT_DIFF`, else `ParityError` and nothing is written. `dry_run` plans only.
+    """
+    if not dry_run:
+        check_output(output, force=force)
+    model, manifest = load_run(run_dir)
+    probe = read_tensors(run_dir / PROBE_FILE)
+    if "input_ids" not in probe:
+        raise ArtifactError(f"{run_dir / PROBE_FILE}: holds no rows; train again")
+    masks = [gate.mask for _, gate in gates_of(model)]
+    total, closed = sum(m.numel() for m in masks), sum(int((m == 0).sum()) for m in masks)
+    report: dict[str, Any] = {
+        "task": manifest.task.name,
+        "layout": layout,
+        "asked_sparsity": manifest.settings.sparsity,
+        "total_gates": total,
+        "closed_gates": closed,
+        "closed_fraction": closed / total,
+        "dense_params": manifest.report.get("dense_params"),
+    }
+    pruned, plan = collapse(model, layout)
+    report |= {
+        "encoder_weights_removed": plan.removed_fraction,
+        "encoder_macs_removed": plan.removed_fraction,
+        "total_params": parameters_of(pruned),
+        "plan": plan.to_json(),
+    }
+    if dry_run:
+        return report
+    wanted = _logits(model, probe)
+    difference = _agree(wanted, _logits(pruned, probe), "pruned")
+    with new_directory(output, force=force) as staged:
+        _write(pruned, staged, layout)
+        tokenizer = open_tokenizer(run_dir)
+        tokenizer.save_pretrained(staged)
+        report |= {"max_abs_logit_diff": difference, "probe_rows": len(wanted)}
+        files = {name: sha256_of(staged / name) for name in ("config.json", "model.safetensors")}
+        body = {
+            **PRUNED_FORMAT,
+            "task": manifest.task.to_json(),
+            "data": manifest.to_json()["data"],
+            "max_length": manifest.settings.max_length,
+            "base": {"model": manifest.settings.model, "revision": manifest.settings.revision},
+            "base_sha256": manifest.base_sha256,
+            "data_fingerprint": manifest.data_fingerprint,
+            "seed": manifest.settings.seed,
+            "sha256": files,
+            "report": report,
+            "versions": versions(),
+        }
+        (staged / PRUNED_FILE).write_text(json_text(body), encoding="utf-8")
+        report["max_abs_logit_diff_reloaded"] = _agree(wanted, _logits(load_pruned(staged), probe), "reloaded")
+    return {**report, "file_bytes": (output / "model.safetensors").stat().st_size, "output_dir": str(output)}
+
+
+def _write(pruned: PreTrainedModel, staged: Path, layout: Layout) -> None:
+    """Write weights and config; a layout of our own brings the code that loads it."""
+    pruned.save_pretrained(staged, max_shard_size="100GB")  # one file: what the manifest binds is one hash
+    if layout != "stock":
+        config = read_json(staged / "config.json")
+        ship_code(config, staged)
+        (staged / "config.json").write_text(json_text(config), encoding="utf-8")
+
+
+@torch.inference_mode()
+def _logits(model: PreTrainedModel, probe: dict[str, Tensor]) -> Tensor:
+    logits: Tensor = model(**probe).logits
+    return logits.float()
+
+
+def _agree(wanted: Tensor, got: Tensor, what: str) -> float:
+    """Return max |difference|; `ParityError` above the tolerance or where it is not a number."""
+    difference = float((wanted - got).abs().max())
+    if not difference <= MAX_LOGIT_DIFF:
+        raise ParityError(
+            f"gated and {what} logits differ by {difference:.2e} on {len(wanted)} rows, "
+            f"expected at most {MAX_LOGIT_DIFF:.0e}; nothing was written, please report it"
+        )
+    return difference

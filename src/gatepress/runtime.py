@@ -1,0 +1,505 @@
+"""One way to run every form of a model: a run, a pruned directory, ONNX, or a plain transformers model.
+
+`open_runner` tells the forms apart by the files that are there and hides which runtime computes, so
+that bench, evaluate and export ask no questions. All forms compute in float32.
+"""
+
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from gatepress.checkpoint import PRUNED_FILE, RUN_FILE, load_pruned, load_run, model_errors, read_manifest
+from gatepress.errors import ArtifactError, DeviceError, ModelError, UsageError
+from gatepress.files import read_json, sha256_of
+from gatepress.hub import locate_model
+
+logger = logging.getLogger(__name__)
+
+ONNX_FILE = "gatepress_onnx.json"
+ONNX_FORMAT = {"format": "gatepress-onnx", "version": 1}
+ONNX_MODEL = "model.onnx"
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+Kind = Literal["run", "pruned", "onnx", "model"]
+Batch = Mapping[str, npt.NDArray[np.integer[Any]]]  # each [batch, length]
+Logits = npt.NDArray[np.float32]  # [batch, labels]
+
+# One of these tells that a tokenizer lies there; the last four are those of older checkpoints.
+_TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+
+# These families number positions from the padding id on, so a text has fewer than the table is long.
+_SHIFTED_POSITIONS = ("roberta", "xlm-roberta", "mpnet")
+
+
+class Runner(Protocol):
+    """A model that is ready to run, whatever file it came from.
+
+    `prepare`, `run` and `synchronize` are apart so that a benchmark times `run` alone.
+    """
+
+    @property
+    def name(self) -> str:
+        """What tables call it: the directory's name, the hub id, or demo."""
+
+    @property
+    def kind(self) -> Kind:
+        """The form it was found in."""
+
+    @property
+    def device(self) -> str:
+        """`cpu` or `cuda[:n]`."""
+
+    @property
+    def runtime(self) -> Literal["torch", "onnxruntime"]:
+        """What computes it."""
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Those of `INPUTS` that it takes."""
+
+    @property
+    def tokenizer_dir(self) -> Path | None:
+        """Where its tokenizer lies; None: it has none."""
+
+    @property
+    def label_names(self) -> tuple[str, ...] | None:
+        """What its outputs are called, in order; None: they have no names of their own."""
+
+    @property
+    def num_labels(self) -> int | None:
+        """Width of the logits; None: not known before the first run."""
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The longest text it takes; None: not known."""
+
+    @property
+    def parameters(self) -> int | None:
+        """All its parameters; None: not known (a bare .onnx file)."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the weight files that it needs."""
+
+    @property
+    def manifest(self) -> dict[str, Any] | None:
+        """What gatepress wrote beside it: `task`, `data`, `max_length`, ...; None for other models."""
+
+    @property
+    def head_is_random(self) -> bool:
+        """Whether the task head is fresh: its time is right, its answers mean nothing."""
+
+    def prepare(self, batch: Batch) -> Any:
+        """Return the batch on the device: unknown inputs dropped, missing ones filled in."""
+
+    def run(self, prepared: Any) -> Any:
+        """Compute the logits of a prepared batch, where they are, without waiting for them."""
+
+    def synchronize(self) -> None:
+        """Wait until everything that was started is done."""
+
+    def logits(self, batch: Batch) -> Logits:
+        """Return the logits of a batch as float32."""
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What a runner knows about the files behind it."""
+
+    name: str
+    kind: Kind
+    device: str
+    tokenizer_dir: Path | None
+    size_bytes: int
+    manifest: dict[str, Any] | None = None
+    head_is_random: bool = False
+
+
+@dataclass(frozen=True)
+class TorchRunner(_Facts):
+    """A transformers model in evaluation mode."""
+
+    model: PreTrainedModel = field(kw_only=True)
+    runtime: Literal["torch"] = "torch"
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Those of `INPUTS` that the model's forward takes and makes a difference of."""
+        return input_names(self.model)
+
+    @property
+    def label_names(self) -> tuple[str, ...] | None:
+        """The configuration's label names."""
+        return _label_names(self.model.config.id2label or {})
+
+    @property
+    def num_labels(self) -> int | None:
+        """Width of the task head."""
+        return self.model.config.num_labels
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The longest text that the positions allow."""
+        return _max_tokens(self.model.config.to_dict())
+
+    @property
+    def parameters(self) -> int | None:
+        """All parameters, shared ones once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def prepare(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Return the batch as int64 tensors on the device."""
+        return {
+            name: torch.from_numpy(values).to(self.device)
+            for name, values in _fitted(batch, self.input_names).items()
+        }
+
+    def run(self, prepared: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the logits [batch, labels] on the device."""
+        with torch.inference_mode():
+            logits: torch.Tensor = self.model(**prepared).logits
+            return logits
+
+    def synchronize(self) -> None:
+        """Wait for the GPU; the CPU never runs ahead."""
+        if self.device != "cpu":
+            torch.cuda.synchronize(self.device)
+
+    def logits(self, batch: Batch) -> Logits:
+        """Return the logits [batch, labels] as float32."""
+        values: Logits = self.run(self.prepare(batch)).float().cpu().numpy()
+        return values
+
+
+@dataclass(frozen=True)
+class OnnxRunner(_Facts):
+    """A session of ONNX Runtime."""
+
+    session: ort.InferenceSession = field(kw_only=True)
+    config: dict[str, Any] | None = None  # config.json beside it
+    runtime: Literal["onnxruntime"] = "onnxruntime"
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The inputs of the graph."""
+        return tuple(one.name for one in self.session.get_inputs())
+
+    @property
+    def output_name(self) -> str:
+        """The output that is read: the logits, or the first one where none is called so."""
+        names = [one.name for one in self.session.get_outputs()]
+        return "logits" if "logits" in names else names[0]
+
+    @property
+    def label_names(self) -> tuple[str, ...] | None:
+        """The label names of the configuration beside it."""
+        return _label_names((self.config or {}).get("id2label") or {})
+
+    @property
+    def num_labels(self) -> int | None:
+        """Last dimension of the output, where the graph states it."""
+        shape = {one.name: one.shape for one in self.session.get_outputs()}[self.output_name]
+        return shape[-1] if shape and isinstance(shape[-1], int) else None
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The longest text, by the configuration beside it."""
+        return _max_tokens(self.config) if self.config else None
+
+    @property
+    def parameters(self) -> int | None:
+        """Parameters of the model it was exported from."""
+        count = (self.manifest or {}).get("total_params")
+        return count if isinstance(count, int) else None
+
+    def prepare(self, batch: Batch) -> Any:
+        """Return the feed on the CPU, or inputs and output bound on the GPU."""
+        types = {
+            one.name: np.int32 if one.type == "tensor(int32)" else np.int64
+            for one in self.session.get_inputs()
+        }
+        feed = {name: values.astype(types[name]) for name, values in _fitted(batch, self.input_names).items()}
+        if self.device == "cpu":
+            return feed
+        kind, _, index = self.device.partition(":")
+        binding = self.session.io_binding()
+        for name, values in feed.items():
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(values, kind, int(index or 0)))
+        binding.bind_output(self.output_name, kind, int(index or 0))
+        return binding
+
+    def run(self, prepared: Any) -> Any:
+        """Return the logits [batch, labels]; on the GPU they stay there, in the binding that is returned."""
+        if self.device == "cpu":
+            return self.session.run([self.output_name], prepared)[0]
+        self.session.run_with_iobinding(prepared)
+        return prepared
+
+    def synchronize(self) -> None:
+        """Nothing to do: ONNX Runtime returns from a run when its outputs are there."""
+
+    def logits(self, batch: Batch) -> Logits:
+        """Return the logits [batch, labels] as float32."""
+        result = self.run(self.prepare(batch))
+        values = result if self.device == "cpu" else result.copy_outputs_to_cpu()[0]
+        return np.asarray(values, dtype=np.float32)
+
+
+def open_runner(
+    target: str | Path, *, device: str = "cpu", threads: int | None = None, trust_remote_code: bool = False
+) -> Runner:
+    """Open what `target` names: a directory of gatepress or transformers, an .onnx file, a hub id, or demo.
+
+    `device` is auto, cpu or cuda[:n]. `threads` sets torch's number for the whole process, and that of
+    an ONNX session; None leaves torch's number, which an ONNX session then takes too.
+    Raises `ArtifactError` on a broken directory, `ModelError` on what is no model, `DeviceError`,
+    and what `hub.locate_model` raises.
+    """
+    if threads is not None:
+        if threads < 1:
+            raise UsageError(f"--threads is {threads}, expected 1 or more")
+        torch.set_num_threads(threads)
+    path = Path(target).expanduser()
+    kind = _kind_of(str(target), path)
+    if kind == "onnx":
+        return _open_onnx(path, device)
+    place = torch_device(device)
+    if kind == "run":
+        return _open_run(path, place)
+    if kind == "pruned":
+        return _open_pruned(path, place)
+    return _open_model(str(target), place, trust_remote_code=trust_remote_code)
+
+
+def torch_device(name: str) -> str:
+    """Return `cpu` or `cuda[:n]` for what `--device` said; `DeviceError` where it is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise UsageError(f"--device is {name!r}, expected auto, cpu or cuda")
+    if kind == "cpu":
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise DeviceError("no CUDA device that torch can use on this machine; use --device cpu")
+    if int(index or 0) >= torch.cuda.device_count():
+        raise DeviceError(
+            f"no device {name}, this machine has {torch.cuda.device_count()}; use --device cuda"
+        )
+    return name
+
+
+def input_names(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return those of `INPUTS` that the model's forward takes and makes a difference of."""
+    taken = inspect.signature(model.forward).parameters
+    one_segment = (getattr(model.config, "type_vocab_size", None) or 1) < 2  # noqa: PLR2004 - RoBERTa: always 0
+    return tuple(name for name in INPUTS if name in taken and not (name == "token_type_ids" and one_segment))
+
+
+def _kind_of(target: str, path: Path) -> Kind:
+    """Tell the forms apart by their files; what is not on this disk is left to the hub."""
+    if path.suffix == ".onnx" and not path.is_dir():
+        return "onnx"
+    if target == "demo" or not path.is_dir():
+        return "model"
+    for name, kind in _MARKS:
+        if (path / name).is_file():
+            return kind
+    if not (path / "config.json").is_file():
+        raise ModelError(
+            f"{path}: holds no model; expected {RUN_FILE} (gatepress train), "
+            f"{PRUNED_FILE} (gatepress prune), {ONNX_MODEL} (gatepress export), "
+            "or config.json with *.safetensors (transformers)"
+        )
+    if str(read_json(path / "config.json").get("model_type", "")).startswith("gatepress_"):
+        return "pruned"  # its manifest is missing, which its loader explains
+    return "model"
+
+
+# In this order: an ONNX directory has a config.json, and may lie in the directory of its source.
+_MARKS: tuple[tuple[str, Kind], ...] = (
+    (RUN_FILE, "run"),
+    (PRUNED_FILE, "pruned"),
+    (ONNX_FILE, "onnx"),
+    (ONNX_MODEL, "onnx"),
+)
+
+
+def _open_run(path: Path, device: str) -> TorchRunner:
+    model, manifest = load_run(path, device)
+    base = locate_model(manifest.settings.model, manifest.settings.revision)
+    weights = [path / manifest.tensors["file"], *base.glob("*.safetensors")]
+    return TorchRunner(
+        _name(path), "run", device, _tokenizer_dir(path), _bytes(weights), manifest.to_json(), model=model
+    )
+
+
+def _open_pruned(path: Path, device: str) -> TorchRunner:
+    model = load_pruned(path)
+    manifest = read_json(path / PRUNED_FILE)
+    size = _bytes(list(path.glob("*.safetensors")))
+    return TorchRunner(
+        _name(path), "pruned", device, _tokenizer_dir(path), size, manifest, model=_moved(model, device)
+    )
+
+
+def _open_model(target: str, device: str, *, trust_remote_code: bool) -> TorchRunner:
+    path = locate_model(target)
+    # A fresh head is drawn from a fixed seed, so that two openings of one encoder agree.
+    with model_errors(target), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path,
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+        )
+    prefix = f"{model.base_model_prefix}."
+    lost = sorted(key for key in info["missing_keys"] if key.startswith(prefix) and ".pooler." not in key)
+    if lost:
+        raise ModelError(
+            f"{target}: weights are missing ({', '.join(lost[:3])}, ...); the checkpoint is not whole"
+        )
+    random = bool(info["missing_keys"])
+    if random:
+        logger.info("%s has no task head: a random one stands in", target)
+    name = target if target == "demo" or not Path(target).exists() else _name(Path(target))
+    size = _bytes(list(path.glob("*.safetensors")))
+    return TorchRunner(
+        name,
+        "model",
+        device,
+        _tokenizer_dir(path),
+        size,
+        head_is_random=random,
+        model=_moved(model.eval(), device),
+    )
+
+
+def _moved(model: PreTrainedModel, device: str) -> PreTrainedModel:
+    moved: PreTrainedModel = torch.nn.Module.to(model, torch.device(device))
+    return moved
+
+
+def _open_onnx(path: Path, device: str) -> OnnxRunner:
+    directory, file = (path, path / ONNX_MODEL) if path.is_dir() else (path.parent, path)
+    if not file.is_file():
+        raise ModelError(f"{file}: no such file, expected an ONNX model; export one with gatepress export")
+    manifest = None
+    if (directory / ONNX_FILE).is_file() and file.name == ONNX_MODEL:
+        manifest = read_manifest(directory / ONNX_FILE, ONNX_FORMAT)
+        _check_files(directory, manifest)
+    session, place = _session(file, device)
+    unknown = [one.name for one in session.get_inputs() if one.name not in INPUTS]
+    if unknown or not session.get_inputs():
+        raise ModelError(
+            f"{file}: takes {', '.join(unknown) or 'no inputs'}, expected some of {', '.join(INPUTS)}"
+        )
+    config = directory / "config.json"
+    return OnnxRunner(
+        _name(path),
+        "onnx",
+        place,
+        _tokenizer_dir(directory),
+        _bytes([file, *directory.glob(f"{file.name}.data")]),
+        manifest,
+        bool(manifest and manifest.get("head_is_random")),
+        session=session,
+        config=read_json(config) if config.is_file() else None,
+    )
+
+
+def _check_files(directory: Path, manifest: dict[str, Any]) -> None:
+    """Compare the files with the manifest's sha256; `ArtifactError` where one is missing or changed."""
+    hashes = manifest.get("sha256")
+    if not isinstance(hashes, dict) or ONNX_MODEL not in hashes:
+        raise ArtifactError(f"{directory / ONNX_FILE}: names no sha256 of {ONNX_MODEL}; export again")
+    for name, digest in hashes.items():
+        if Path(name).name != name or not (directory / name).is_file():
+            raise ArtifactError(
+                f"{directory}: {name!r} is missing, the directory is incomplete; export again"
+            )
+        if sha256_of(directory / name) != digest:
+            raise ArtifactError(
+                f"{directory / name}: content does not match its sha256, the file is corrupted; export again"
+            )
+
+
+def _session(file: Path, device: str) -> tuple[ort.InferenceSession, str]:
+    """Return a session and the device it computes on."""
+    cuda = "CUDAExecutionProvider"
+    has_cuda = cuda in ort.get_available_providers() and torch.cuda.is_available()
+    if device == "auto":
+        device = "cuda" if has_cuda else "cpu"
+    device = torch_device(device)
+    if device != "cpu" and not has_cuda:
+        raise DeviceError(
+            "this onnxruntime has no CUDA provider; pip install onnxruntime-gpu instead, or use --device cpu"
+        )
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # errors; what it warns of is not the user's doing
+    options.intra_op_num_threads = torch.get_num_threads()
+    index = int(device.partition(":")[2] or 0)
+    providers: Sequence[Any] = ["CPUExecutionProvider"] if device == "cpu" else [(cuda, {"device_id": index})]
+    try:
+        session = ort.InferenceSession(str(file), options, providers=list(providers))
+    except Exception as error:  # its exceptions share no base class but this one
+        reason = " ".join(str(error).split())[:300]
+        raise ArtifactError(f"{file}: ONNX Runtime cannot load it ({reason}); export it again") from error
+    if device != "cpu" and cuda not in session.get_providers():  # it falls back to the CPU without a word
+        raise DeviceError("onnxruntime could not start its CUDA provider; use --device cpu")
+    return session, device
+
+
+def _fitted(batch: Batch, names: tuple[str, ...]) -> dict[str, npt.NDArray[np.int64]]:
+    """Return the named inputs as contiguous int64 arrays: a missing mask is all ones, missing segments 0."""
+    ids = batch["input_ids"]
+    missing = {"attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    return {
+        name: np.ascontiguousarray(batch[name] if name in batch else missing[name], dtype=np.int64)
+        for name in names
+    }
+
+
+def _label_names(id2label: Mapping[Any, Any]) -> tuple[str, ...] | None:
+    """Return the names in the order of their ids; None where they are only numbered (LABEL_0, ...)."""
+    names = tuple(str(id2label[key]) for key in sorted(id2label, key=int))
+    return None if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else names
+
+
+def _max_tokens(config: Mapping[str, Any]) -> int | None:
+    """Return the longest text that the position table has room for."""
+    positions = config.get("max_position_embeddings")
+    if not isinstance(positions, int):
+        return None
+    family = str(config.get("model_type", "")).removeprefix("gatepress_").replace("_", "-")
+    return positions - (int(config.get("pad_token_id") or 0) + 1 if family in _SHIFTED_POSITIONS else 0)
+
+
+def _tokenizer_dir(directory: Path) -> Path | None:
+    return directory if any((directory / name).is_file() for name in _TOKENIZER_FILES) else None
+
+
+def _name(path: Path) -> str:
+    return path.resolve().name
+
+
+def _bytes(files: list[Path]) -> int:
+    return sum(file.stat().st_size for file in files)

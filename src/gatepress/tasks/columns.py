@@ -1,0 +1,69 @@
+"""Which columns of a user's own file hold the texts and the labels."""
+
+from gatepress.config import DataSettings
+from gatepress.errors import DataError
+from gatepress.tasks.readers import Columns
+
+# First match wins, so pairs stand before the single names they contain.
+_PAIRS = (
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("premise", "hypothesis"),
+    ("question", "sentence"),
+    ("text_a", "text_b"),
+    ("text1", "text2"),
+    ("text", "text_pair"),
+)
+_TEXTS = ("text", "sentence", "content", "document", "review", "comment", "tweet", "title", "question")
+_LABELS = ("label", "labels", "target", "class", "category", "sentiment", "score", "rating")
+
+
+def choose_columns(data: DataSettings, names: list[str], where: str) -> tuple[tuple[str, ...], str]:
+    """Return the text columns (one or two) and the label column: the asked ones, else usual names.
+
+    Raises `DataError` that lists the columns there are.
+    """
+    label = data.label_column or _first(_LABELS, names)
+    if label is None:
+        raise DataError(
+            f"{where}: no column has a usual label name; choose one of {_list(names)} with --label-column"
+        )
+    texts = tuple(filter(None, [data.text_column, data.text_pair_column]))
+    if not data.text_column:
+        texts = _guess_texts(data.text_pair_column, [name for name in names if name != label])
+    if not texts:
+        raise DataError(
+            f"{where}: no column has a usual text name; choose one of {_list(names)} with --text-column"
+        )
+    for name, option in zip(texts, ("--text-column", "--text-pair-column"), strict=False):
+        if name not in names:
+            raise DataError(f"{where}: no column {name!r} ({option}); it has {_list(names)}")
+    if label not in names:
+        raise DataError(f"{where}: no column {label!r} (--label-column); it has {_list(names)}")
+    return texts, label
+
+
+def require_column(columns: Columns, name: str, option: str, where: str) -> list[object]:
+    """Return the values of a column; `DataError` that lists the columns there are."""
+    if name not in columns:
+        raise DataError(f"{where}: no column {name!r} ({option}); it has {_list(list(columns))}")
+    return columns[name]
+
+
+def _guess_texts(pair: str | None, names: list[str]) -> tuple[str, ...]:
+    if pair is None:
+        for first, second in _PAIRS:
+            found = _first((first,), names), _first((second,), names)
+            if found[0] and found[1]:
+                return found[0], found[1]
+    text = _first(_TEXTS, [name for name in names if name != pair])
+    return () if text is None else (text,) if pair is None else (text, pair)
+
+
+def _first(wanted: tuple[str, ...], names: list[str]) -> str | None:
+    there = {name.strip().lower(): name for name in names}
+    return next((there[name] for name in wanted if name in there), None)
+
+
+def _list(names: list[str], limit: int = 20) -> str:
+    return ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "")

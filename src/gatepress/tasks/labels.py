@@ -1,0 +1,88 @@
+"""From the values of a label column to ids or numbers, and to what kind of task they make."""
+
+import math
+from typing import Any
+
+from gatepress.errors import DataError
+from gatepress.tasks.spec import MIN_CLASSES
+
+MAX_CLASSES = 1000  # more distinct values than that are ids or texts: the wrong column
+
+
+def infer_names(values: list[Any], where: str) -> tuple[str, ...] | None:
+    """Return the class names that `values` hold, in id order, or None where they are scores.
+
+    Numbers with a decimal point are scores, unless there are only two of them and both are whole
+    (0.0 and 1.0, as pandas writes classes). Raises `DataError` where there are too many classes.
+    """
+    spelled = {label_text(value, where, row) for row, value in enumerate(values, start=1)}
+    numbers = [_number(text) for text in spelled]
+    if all(number is not None for number in numbers):
+        whole = all(number is not None and number.is_integer() for number in numbers)
+        if not all(_is_int(text) for text in spelled) and not (whole and len(spelled) == MIN_CLASSES):
+            return None
+        names = sorted(spelled, key=float)
+    else:
+        names = sorted(spelled)
+    if len(names) > MAX_CLASSES:
+        raise DataError(
+            f"{where} has {len(names):,} distinct values, expected at most {MAX_CLASSES:,} classes; "
+            "name another column with --label-column, or write scores with a decimal point for regression"
+        )
+    return tuple(names)
+
+
+def class_ids(values: list[Any], names: tuple[str, ...], where: str, *, ids_too: bool) -> list[int]:
+    """Return the id of each class name; with `ids_too` a value may also be the id itself.
+
+    Raises `DataError` that names the first row whose label is none of `names`.
+    """
+    ids = {str(number): number for number in range(len(names))} if ids_too else {}
+    ids |= {name: number for number, name in enumerate(names)}
+    result = []
+    for row, value in enumerate(values, start=1):
+        text = label_text(value, where, row)
+        if text not in ids:
+            or_id = f" or of their ids 0 to {len(names) - 1}" if ids_too else ", the labels of training"
+            raise DataError(f"{where}, row {row}: label {text!r} is not one of {_some(names)}{or_id}")
+        result.append(ids[text])
+    return result
+
+
+def scores(values: list[Any], where: str) -> list[float]:
+    """Return finite numbers; `DataError` that names the first row that holds none."""
+    result = []
+    for row, value in enumerate(values, start=1):
+        number = _number(label_text(value, where, row))
+        if number is None or not math.isfinite(number):
+            raise DataError(f"{where}, row {row}: label {str(value)!r} is not a finite number")
+        result.append(number)
+    return result
+
+
+def label_text(value: Any, where: str, row: int) -> str:
+    """Return the one spelling of a label; `DataError` where there is none or it is a structure."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return str(value)
+    if not isinstance(value, str) or not value.strip():
+        got = "missing" if value is None or isinstance(value, str) else type(value).__name__
+        raise DataError(f"{where}, row {row}: the label is {got}, expected a class or a number")
+    return value.strip()
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _is_int(text: str) -> bool:
+    return text.lstrip("+-").isdecimal()
+
+
+def _some(names: tuple[str, ...], limit: int = 10) -> str:
+    more = f", ... ({len(names)} in all)" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,124 @@
+"""One file of rows into columns: csv, tsv, jsonl, parquet. Whatever is wrong is one `DataError`.
+
+csv is read with quotes, as spreadsheets write it; tsv without, as GLUE is kept on people's disks
+(its texts hold unbalanced quotes).
+"""
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from gatepress.errors import DataError
+
+Columns = dict[str, list[Any]]  # column name -> values, all of one length; row i of a file is at i - 1
+
+
+def read_columns(path: Path) -> Columns:
+    """Read a whole file by its suffix; `DataError` where it is missing, empty or not what it says."""
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        kinds = ", ".join(_READERS)
+        raise DataError(f"{path}: the suffix is {path.suffix or 'missing'!r}, expected one of {kinds}")
+    if path.is_dir():
+        raise DataError(f"{path}: is a directory, expected a file of rows ({', '.join(_READERS)})")
+    try:
+        if path.stat().st_size == 0:
+            raise DataError(f"{path}: the file is empty, expected a header and rows")
+        columns = reader(path)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if not columns or not next(iter(columns.values())):
+        raise DataError(f"{path}: has no rows, expected at least one after the header")
+    return columns
+
+
+def _text(path: Path) -> str:
+    data = path.read_bytes()
+    if b"\0" in data[: 1 << 20]:
+        raise DataError(f"{path}: is binary or UTF-16, expected UTF-8 text; save it as UTF-8")
+    try:
+        text = data.decode("utf-8-sig")  # spreadsheets put a byte order mark in front
+    except UnicodeDecodeError as error:
+        row = data.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}: line {row} is not UTF-8 text; save the file as UTF-8") from None
+    if not text.strip():
+        raise DataError(f"{path}: the file is empty, expected a header and rows")
+    return text
+
+
+def _table(path: Path, rows: Any, advice: str) -> Columns:
+    """Turn an iterator over lists of fields, the first being the header, into columns."""
+    try:
+        header = next(rows)
+        if len(set(header)) != len(header):
+            raise DataError(f"{path}: two columns have the same name in the header: {', '.join(header)}")
+        body: list[list[str]] = []
+        for row in rows:
+            if not row:
+                continue  # an empty line, usually the last
+            if len(row) != len(header):
+                raise DataError(
+                    f"{path}: row {len(body) + 1} (line {rows.line_num}) has {len(row)} fields, "
+                    f"expected {len(header)} as in the header; {advice}"
+                )
+            body.append(row)
+    except csv.Error as error:
+        raise DataError(f"{path}: line {rows.line_num} is malformed ({error}); {advice}") from None
+    if not body:
+        raise DataError(f"{path}: has a header and no rows")
+    return dict(zip(header, map(list, zip(*body, strict=True)), strict=True))
+
+
+def _read_csv(path: Path) -> Columns:
+    text = _text(path)
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    advice = 'put texts with commas or line breaks in "quotes"'
+    if "," not in text.partition("\n")[0] and ";" in text.partition("\n")[0]:
+        raise DataError(f"{path}: the header is separated by ';', expected ','")
+    return _table(path, rows, advice)
+
+
+def _read_tsv(path: Path) -> Columns:
+    rows = csv.reader(io.StringIO(_text(path), newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
+    return _table(path, rows, "tsv is read without quotes, save texts with tabs or line breaks as .csv")
+
+
+def _read_jsonl(path: Path) -> Columns:
+    rows = []
+    for number, line in enumerate(io.StringIO(_text(path)), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}: line {number} is not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: line {number} is {type(row).__name__}, expected one JSON object a line")
+        rows.append(row)
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _read_parquet(path: Path) -> Columns:
+    try:
+        table = parquet.ParquetFile(path).read()
+    except (pa.ArrowException, OSError) as error:
+        first = str(error).splitlines()[0]
+        raise DataError(f"{path}: not readable as parquet ({first})") from None
+    return {name: table.column(name).to_pylist() for name in table.column_names}
+
+
+_READERS: dict[str, Callable[[Path], Columns]] = {
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}

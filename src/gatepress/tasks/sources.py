@@ -1,0 +1,185 @@
+"""Rows of a task from where the user has them: a GLUE directory, the hub, the demo, own files."""
+
+import json
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+
+from gatepress.config import DataSettings
+from gatepress.errors import DataError, UsageError
+from gatepress.tasks.columns import choose_columns, require_column
+from gatepress.tasks.demo import demo_rows
+from gatepress.tasks.glue import glue_columns, hub_columns
+from gatepress.tasks.labels import class_ids, infer_names, scores
+from gatepress.tasks.readers import Columns, read_columns
+from gatepress.tasks.spec import MIN_CLASSES, PAIR, TASKS, Metric, TaskSpec, task_named
+
+Splits = Literal["all", "validation"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one task: columns `text`, `text_pair` (pairs only) and `label` (id or number)."""
+
+    spec: TaskSpec
+    train: datasets.Dataset | None  # None where only validation was asked for
+    validation: dict[str, datasets.Dataset]  # by split name
+    fingerprint: str  # sha256 over all rows above, in order
+
+
+@dataclass(frozen=True)
+class _Split:
+    name: str
+    where: str  # what an error calls it: a path, or a hub address
+    columns: Columns
+
+
+def load_rows(data: DataSettings, *, splits: Splits = "all", spec: TaskSpec | None = None) -> Rows:
+    """Load, check and cut the rows that `data` asks for.
+
+    `spec` (from a run's manifest) fixes columns and label ids; without it they come from the task's
+    row or from the training file. Raises `UsageError` on an unknown task, `DataError` on unusable
+    rows, `HubError` where a hub is out of reach, `MissingExtraError` without the demo package.
+    """
+    if data.task is None:
+        train, validation = _own_splits(data, splits, spec)
+        spec = _with_asked_columns(spec, data) if spec else _infer_spec(data, train or validation[0])
+    else:
+        named = task_named(data.task)
+        train, validation = _named_splits(data, named, splits)
+        spec = _with_asked_columns(_trained_for(spec, named), data)
+    used, tables = None, []
+    if train is not None and splits == "all":
+        used = _table(train, spec, data)
+        _refuse_one_class(used["label"], spec, train.where, cut=data.max_train_samples is not None)
+        tables.append(used)
+    checked = {split.name: _table(split, spec, data) for split in validation}
+    return Rows(
+        spec,
+        None if used is None else _dataset(used, spec),
+        {name: _dataset(table, spec) for name, table in checked.items()},
+        _fingerprint([*tables, *checked.values()]),
+    )
+
+
+def _own_splits(
+    data: DataSettings, splits: Splits, spec: TaskSpec | None
+) -> tuple[_Split | None, list[_Split]]:
+    if data.data_dir:
+        raise UsageError("--data-dir holds named tasks; give --task NAME with it, or own files without it")
+    if not data.validation_file:
+        raise DataError("own data has no validation rows; give them with --validation-file FILE")
+    if splits == "all" and not data.train_file:
+        raise DataError("own data has no training rows; give them with --train-file FILE")
+    train = None
+    if data.train_file and (splits == "all" or spec is None):  # its labels name the classes
+        train = _Split("train", data.train_file, read_columns(Path(data.train_file)))
+    path = data.validation_file
+    return train, [_Split("validation", path, read_columns(Path(path)))]
+
+
+def _named_splits(data: DataSettings, task: TaskSpec, splits: Splits) -> tuple[_Split | None, list[_Split]]:
+    names = [*(["train"] if splits == "all" else []), *task.validation_splits]
+    if task.name == "demo":
+        if data.data_dir:
+            raise UsageError("--task demo brings its own rows; drop --data-dir")
+        halves = dict(zip(("train", "validation"), demo_rows(), strict=True))
+        found = {name: _Split(name, f"demo {name} rows", _columns(halves[name], task)) for name in names}
+    elif data.data_dir:
+        found = {name: _Split(name, *glue_columns(Path(data.data_dir), task.name, name)) for name in names}
+    else:
+        found = {name: _Split(name, *hub_columns(task.name, name)) for name in names}
+    return found.pop("train", None), list(found.values())
+
+
+def _columns(rows: list[tuple[str, str]], task: TaskSpec) -> Columns:
+    texts, labels = zip(*rows, strict=True)
+    return {task.text_columns[0]: list(texts), task.label_column: list(labels)}
+
+
+def _infer_spec(data: DataSettings, split: _Split) -> TaskSpec:
+    """Return the spec that the user's own rows make; the training rows name the classes."""
+    texts, label = choose_columns(data, list(split.columns), split.where)
+    names = infer_names(split.columns[label], f"{split.where}, column {label!r}")
+    if names is not None and len(names) < MIN_CLASSES:
+        raise DataError(f"{split.where}: every row has the label {names[0]!r}, expected two classes or more")
+    metric: Metric = "pearson" if names is None else "accuracy"
+    name = Path(data.train_file or data.validation_file or "own").stem
+    return TaskSpec(name, texts, names, metric, label_column=label)
+
+
+def _trained_for(spec: TaskSpec | None, task: TaskSpec) -> TaskSpec:
+    """Return the row to read `task` by; `UsageError` where a model trained for `spec` has other labels."""
+    if spec is None or spec.name == task.name:
+        return spec or task
+    if spec.label_names != task.label_names:
+        raise UsageError(
+            f"--task is {task.name}, but the model was trained for {spec.name}, whose labels are others; "
+            "drop --task, or name a task with the same labels"
+        )
+    return task
+
+
+def _with_asked_columns(spec: TaskSpec, data: DataSettings) -> TaskSpec:
+    """Return `spec` with the columns that the user named in place of its own."""
+    first, second = (*spec.text_columns, None)[:PAIR]
+    pair = data.text_pair_column or second
+    texts = (data.text_column or first or "", *([pair] if pair else []))
+    return replace(spec, text_columns=texts, label_column=data.label_column or spec.label_column)
+
+
+def _table(split: _Split, spec: TaskSpec, data: DataSettings) -> Columns:
+    """Return the checked columns of one split, cut to the first rows as asked."""
+    limit = data.max_train_samples if split.name == "train" else data.max_validation_samples
+    table: dict[str, list[Any]] = {}
+    options = ("--text-column", "--text-pair-column")
+    for key, name, option in zip(("text", "text_pair"), spec.text_columns, options, strict=False):
+        values = require_column(split.columns, name, option, split.where)[:limit]
+        # GLUE has a few empty texts; in own data one is more likely a mistake.
+        table[key] = _texts(values, f"{split.where}, column {name!r}", empty_allowed=data.task is not None)
+    values = require_column(split.columns, spec.label_column, "--label-column", split.where)[:limit]
+    where = f"{split.where}, column {spec.label_column!r}"
+    if spec.label_names is None:
+        table["label"] = scores(values, where)
+    else:
+        known = TASKS.get(spec.name)
+        ids_too = known is not None and known.label_names == spec.label_names
+        table["label"] = class_ids(values, spec.label_names, where, ids_too=ids_too)
+    return table
+
+
+def _texts(values: list[Any], where: str, *, empty_allowed: bool) -> list[str]:
+    """Return the values as they are; `DataError` that names the first row with no text in it."""
+    for row, value in enumerate(values, start=1):
+        if not isinstance(value, str):
+            got = "missing" if value is None else type(value).__name__
+            raise DataError(f"{where}, row {row}: the text is {got}, expected text")
+        if not (empty_allowed or value.strip()):
+            raise DataError(f"{where}, row {row}: the text is empty; fill it or drop the row")
+    return values
+
+
+def _refuse_one_class(ids: list[int], spec: TaskSpec, where: str, *, cut: bool) -> None:
+    if spec.label_names is None or len(set(ids)) >= MIN_CLASSES:
+        return
+    remedy = "; raise --max-train-samples" if cut else ""
+    only = spec.label_names[ids[0]]
+    raise DataError(f"{where}: every row used has the label {only!r}, expected two classes or more{remedy}")
+
+
+def _dataset(table: Columns, spec: TaskSpec) -> datasets.Dataset:
+    kinds = {key: datasets.Value("string") for key in table}
+    kinds["label"] = datasets.Value("float32" if spec.label_names is None else "int64")
+    return datasets.Dataset.from_dict(table, features=datasets.Features(kinds))
+
+
+def _fingerprint(tables: list[Columns]) -> str:
+    digest = sha256()
+    for table in tables:
+        digest.update(f"{len(table['label'])} rows\n".encode())
+        for row in zip(*table.values(), strict=True):
+            digest.update(json.dumps(row).encode() + b"\n")
+    return digest.hexdigest()

@@ -1,0 +1,111 @@
+"""One row a task: its columns, its labels, its metric, its validation splits."""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from gatepress.errors import ArtifactError, UsageError
+
+Metric = Literal["accuracy", "matthews", "pearson"]
+ONE_TEXT, PAIR = 1, 2  # text columns a row can have
+MIN_CLASSES = 2
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """What a classification or regression task looks like, whatever its rows are."""
+
+    name: str
+    text_columns: tuple[str, ...]  # one, or two for a task over pairs of texts
+    label_names: tuple[str, ...] | None  # in the order of the label ids; None: regression
+    metric: Metric
+    validation_splits: tuple[str, ...] = ("validation",)
+    label_column: str = "label"
+
+    @property
+    def num_labels(self) -> int:
+        """Width of the task head: the number of classes, or 1 for regression."""
+        return 1 if self.label_names is None else len(self.label_names)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the row as plain JSON values."""
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, value: Any) -> "TaskSpec":
+        """Read a row back from a manifest; `ArtifactError` where a field is missing, unknown or malformed."""
+        if not isinstance(value, dict):
+            raise ArtifactError(f"task in the manifest is {type(value).__name__}, expected an object")
+        known = [field.name for field in fields(cls)]
+        if set(value) != set(known):
+            got = ", ".join(map(str, value)) or "nothing"
+            raise ArtifactError(f"task in the manifest has {got}; expected {', '.join(known)}")
+        for name, sound in _CHECKS.items():
+            if not sound(value[name]):
+                raise ArtifactError(f"task in the manifest: {name} is malformed ({str(value[name])[:80]!r})")
+        if (value["metric"] == "pearson") != (value["label_names"] is None):
+            raise ArtifactError(
+                "task in the manifest: pearson goes without label_names, other metrics with them"
+            )
+        row: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in value.items()}
+        return cls(**row)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _are_texts(value: object) -> bool:
+    """Tell whether this is a list of texts that are all different."""
+    return (
+        isinstance(value, list)
+        and value != []
+        and all(map(_is_text, value))
+        and len(set(value)) == len(value)
+    )
+
+
+_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "name": _is_text,
+    "text_columns": lambda v: _are_texts(v) and len(v) in (ONE_TEXT, PAIR),
+    "label_names": lambda v: v is None or (_are_texts(v) and len(v) >= MIN_CLASSES),
+    "metric": lambda v: _is_text(v) and v in get_args(Metric),
+    "validation_splits": _are_texts,
+    "label_column": _is_text,
+}
+
+
+_ENTAILMENT = ("entailment", "not_entailment")
+
+# Columns, names and ids are those of the `nyu-mll/glue` data set; the metrics are those of the paper.
+_ROWS = (
+    TaskSpec("cola", ("sentence",), ("unacceptable", "acceptable"), "matthews"),
+    TaskSpec("stsb", ("sentence1", "sentence2"), None, "pearson"),
+    TaskSpec("mrpc", ("sentence1", "sentence2"), ("not_equivalent", "equivalent"), "accuracy"),
+    TaskSpec("rte", ("sentence1", "sentence2"), _ENTAILMENT, "accuracy"),
+    TaskSpec("sst2", ("sentence",), ("negative", "positive"), "accuracy"),
+    TaskSpec(
+        "mnli",
+        ("premise", "hypothesis"),
+        ("entailment", "neutral", "contradiction"),
+        "accuracy",
+        ("validation_matched", "validation_mismatched"),
+    ),
+    TaskSpec("qnli", ("question", "sentence"), _ENTAILMENT, "accuracy"),
+    TaskSpec("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), "accuracy"),
+    TaskSpec("demo", ("text",), ("negative", "neutral", "positive"), "accuracy", label_column="sentiment"),
+)
+TASKS: dict[str, TaskSpec] = {row.name: row for row in _ROWS}
+
+
+def task_named(name: str) -> TaskSpec:
+    """Return the row of a task; `UsageError` with the names that exist, and the nearest one."""
+    if name in TASKS:
+        return TASKS[name]
+    near = difflib.get_close_matches(name.lower().replace("-", ""), TASKS, n=1)
+    meant = f"did you mean {near[0]}? " if near else ""
+    raise UsageError(
+        f"--task is {name!r}, no task of that name; {meant}known: {', '.join(TASKS)}, "
+        "or your own rows with --train-file and --validation-file"
+    )

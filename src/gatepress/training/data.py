@@ -1,0 +1,182 @@
+"""From rows of text to batches: tokenise once, group rows of like length, pad each batch to its longest.
+
+Order depends on seed and epoch alone, so a run that was stopped can go on at any batch of any epoch.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import PreTrainedTokenizerBase
+
+from gatepress.errors import ModelError
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+_CHUNK_ROWS = 4096  # rows tokenised at a time: bounds the memory that Python lists take
+_GROUP_BATCHES = 50  # batches whose rows are sorted together: little padding, still well shuffled
+
+Row = dict[str, npt.NDArray[np.generic]]
+Batch = dict[str, torch.Tensor]
+
+
+def tokenize(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> datasets.Dataset:
+    """Return `input_ids`, `attention_mask`, `token_type_ids` (where the tokenizer has them) and `label`.
+
+    Texts are cut at `max_length` tokens, of a pair the longer text first; nothing is padded yet.
+    """
+    pairs = "text_pair" in rows.column_names
+    tables = []
+    for chunk in rows.iter(batch_size=_CHUNK_ROWS):
+        texts = (chunk["text"], chunk["text_pair"]) if pairs else (chunk["text"],)
+        encoded = tokenizer(*texts, truncation=True, max_length=max_length, padding=False)
+        columns = {name: pa.array(encoded[name], pa.list_(pa.int32())) for name in INPUTS if name in encoded}
+        kind = pa.int64() if isinstance(chunk["label"][0], int) else pa.float32()
+        tables.append(pa.table({**columns, "label": pa.array(chunk["label"], kind)}))
+    return datasets.Dataset(pa.concat_tables(tables))
+
+
+class GroupedBatches(Sampler[list[int]]):
+    """Lists of row numbers, one list a batch; rows in a batch have like lengths.
+
+    With `shuffle` rows are drawn at random, sorted by length within groups of 50 batches, and the
+    batches shuffled; without it all rows are sorted, longest first. Only the last batch may be short.
+    """
+
+    drop_last = False  # read by accelerate, like batch_size and sampler, to share batches over processes
+
+    def __init__(self, lengths: npt.NDArray[np.int64], batch_size: int, *, shuffle: bool, seed: int) -> None:
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.epoch = 0
+        self._start = (0, 0)
+
+    @property
+    def sampler(self) -> "GroupedBatches":
+        """Where accelerate looks for `set_epoch` once it has wrapped the batches."""
+        return self
+
+    @property
+    def order(self) -> npt.NDArray[np.int64]:
+        """Row numbers in the order they are served: row `order[i]` is the i-th result of this epoch."""
+        return np.concatenate(self.batches(self.epoch))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next pass."""
+        self.epoch = epoch
+
+    def skip_to(self, epoch: int, batch: int) -> None:
+        """Begin the next pass at batch `batch` of `epoch`; later epochs are served whole."""
+        self.epoch = epoch
+        self._start = (epoch, batch)
+
+    def batches(self, epoch: int) -> list[npt.NDArray[np.int64]]:
+        """Return all batches of an epoch: a function of seed and epoch."""
+        size = self.batch_size
+        if not self.shuffle:
+            rows = np.argsort(-self.lengths, kind="stable")
+            return [rows[i : i + size] for i in range(0, len(rows), size)]
+        random = np.random.default_rng([self.seed, epoch])
+        rows = random.permutation(len(self.lengths))
+        for i in range(0, len(rows), size * _GROUP_BATCHES):
+            group = rows[i : i + size * _GROUP_BATCHES]
+            rows[i : i + size * _GROUP_BATCHES] = group[np.argsort(-self.lengths[group], kind="stable")]
+        batches = [rows[i : i + size] for i in range(0, len(rows), size)]
+        whole = len(batches) - (len(batches[-1]) < size)  # a short batch stays last, for accelerate
+        return [*(batches[i] for i in random.permutation(whole)), *batches[whole:]]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield the batches of this epoch, from where `skip_to` said."""
+        epoch, first = self._start
+        for rows in self.batches(self.epoch)[first if epoch == self.epoch else 0 :]:
+            yield rows.tolist()
+
+    def __len__(self) -> int:
+        """Return the number of batches of a whole epoch."""
+        return math.ceil(len(self.lengths) / self.batch_size)
+
+
+class TokenRows(Dataset[Row]):
+    """Tokenised rows as flat arrays: a row costs a slice, not a walk through Arrow."""
+
+    def __init__(self, dataset: datasets.Dataset) -> None:
+        table = dataset.with_format("arrow")[:]
+        self._flat: dict[str, npt.NDArray[np.generic]] = {}
+        for name in INPUTS:
+            if name in table.column_names:
+                column = table.column(name).combine_chunks()
+                self._flat[name] = column.flatten().to_numpy(zero_copy_only=False)
+                ends = np.cumsum(column.value_lengths().to_numpy(zero_copy_only=False), dtype=np.int64)
+        self._bounds = np.concatenate([np.zeros(1, np.int64), ends])
+        self._labels = table.column("label").to_numpy()
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each row."""
+        return np.diff(self._bounds)
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> Row:
+        """Return the arrays of one row, and its label under `labels`."""
+        part = slice(self._bounds[index], self._bounds[index + 1])
+        return {**{k: flat[part] for k, flat in self._flat.items()}, "labels": self._labels[index]}
+
+
+class PadToLongest:
+    """Stack rows into one batch of int64 tensors `[batch, longest]`, padded on the right."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, multiple_of: int = 1) -> None:
+        if tokenizer.pad_token_id is None:
+            raise ModelError(
+                "the tokenizer has no padding token, so rows cannot share a batch; set its pad_token"
+            )
+        self._padding = {
+            "input_ids": tokenizer.pad_token_id,
+            "attention_mask": 0,
+            "token_type_ids": tokenizer.pad_token_type_id,
+        }
+        self._multiple_of = multiple_of
+
+    def __call__(self, rows: Sequence[Row]) -> Batch:
+        """Return the batch, with `labels` as int64 ids or float32 numbers."""
+        longest = max(len(row["input_ids"]) for row in rows)
+        width = -(-longest // self._multiple_of) * self._multiple_of
+        batch: Batch = {}
+        for name in rows[0]:
+            if name == "labels":
+                batch[name] = torch.as_tensor(np.stack([row[name] for row in rows]))
+                continue
+            padded = np.full((len(rows), width), self._padding[name], dtype=np.int64)
+            for i, row in enumerate(rows):
+                padded[i, : len(row[name])] = row[name]
+            batch[name] = torch.from_numpy(padded)
+        return batch
+
+
+def make_loader(  # noqa: PLR0913 - each is a dial of the batches
+    dataset: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    *,
+    shuffle: bool,
+    seed: int,
+    pad_to_multiple_of: int = 1,
+) -> DataLoader[Any]:
+    """Return a loader of padded batches over tokenised rows; its `batch_sampler` is a `GroupedBatches`.
+
+    `loader.batch_sampler.set_epoch(e)` chooses the order, `.skip_to(e, k)` resumes, `.order` undoes it.
+    """
+    rows = TokenRows(dataset)
+    batches = GroupedBatches(rows.lengths, batch_size, shuffle=shuffle, seed=seed)
+    collate = PadToLongest(tokenizer, pad_to_multiple_of)
+    return DataLoader(rows, batch_sampler=batches, collate_fn=collate)

@@ -1,0 +1,77 @@
+"""The forms a model takes, made without training: a run directory, and what stands in it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gatepress.checkpoint import RunManifest, RunWriter, model_files, open_base, open_tokenizer, versions
+from gatepress.config import DataSettings, Granularity, TrainSettings
+from gatepress.gates import gates_of
+from gatepress.inject import attach_gates_, trainable
+from gatepress.tasks.sources import load_rows
+from gatepress.training.data import make_loader, tokenize
+
+PROBE_ROWS = 16
+MAX_LENGTH = 24
+
+
+def data_settings(files: Any) -> DataSettings:
+    """Return the settings of one of the `TaskFiles` fixtures."""
+    return DataSettings(
+        train_file=str(files.train),
+        validation_file=str(files.validation),
+        text_column=files.text_column,
+        text_pair_column=files.text_pair_column,
+        label_column=files.label_column,
+    )
+
+
+def save_run(
+    directory: Path, base: Path, files: Any, *, granularity: Granularity = "structured", closed: float = 0.4
+) -> Path:
+    """Write a run directory as training would, with drawn gates, low rank and head."""
+    settings = TrainSettings(
+        data=data_settings(files),
+        model=str(base),
+        granularity=granularity,
+        lora_rank=2,
+        max_length=MAX_LENGTH,
+        device="cpu",
+    )
+    rows = load_rows(settings.data)
+    tokenizer = open_tokenizer(base)
+    model = open_base(base, rows.spec)
+    attach_gates_(model, granularity=granularity, controller="importance", lora_rank=settings.lora_rank)
+    draw_(model, closed)
+    few = tokenize(rows.validation["validation"].select(range(PROBE_ROWS)), tokenizer, MAX_LENGTH)
+    probe = next(iter(make_loader(few, tokenizer, PROBE_ROWS, shuffle=False, seed=0)))
+    manifest = RunManifest(
+        settings=settings,
+        task=rows.spec,
+        status="finished",
+        step=1,
+        base_sha256=model_files(base),
+        data_fingerprint=rows.fingerprint,
+        tensors={},
+        report={},
+        versions=versions(),
+    )
+    with RunWriter(
+        directory, tokenizer=tokenizer, probe={k: v for k, v in probe.items() if k != "labels"}
+    ) as writer:
+        writer.save(model, manifest)
+    return directory
+
+
+@torch.no_grad()
+def draw_(model: Any, closed: float) -> None:
+    """Set all that a run trains to random values, wide enough that every part shows in the logits."""
+    torch.manual_seed(0)
+    for kind, parameters in trainable(model, biases=True, layer_norms=True).items():
+        for parameter in parameters.values():
+            if kind in ("head", "low_rank"):
+                parameter.normal_(std=0.4)
+    for _, gate in gates_of(model):
+        gate.mu.uniform_(0.1, 0.7)
+        gate.mask.copy_(torch.rand_like(gate.mask) >= closed)

@@ -1,0 +1,544 @@
+"""Bad input through the whole command line: one line, the right exit code, nothing touched.
+
+Every case asserts message, exit code, and that all files below the working directory are the same
+bytes as before, those in hidden staging directories included.
+"""
+
+import hashlib
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import tiny
+from gatepress.cli.app import app
+
+TRAINING = ["--epochs", "1", "--batch-size", "32", "--max-length", "16", "--device", "cpu"]
+HEADER = ("text", "label")
+
+
+def snapshot(root: Path) -> dict[str, str]:
+    """Return what each path below `root` is, by content."""
+    found = {}
+    for path in sorted(root.rglob("*")):
+        name = str(path.relative_to(root))
+        found[name] = "directory" if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def names(directory: Path) -> list[str]:
+    """Return the names in a directory, hidden ones too."""
+    return sorted(path.name for path in directory.iterdir())
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def refused(root: Path, arguments: list[object], exit_code: int, message: str) -> str:
+    """Run a command that must refuse; check all that the contract says of it; return its message."""
+    output = [] if "-o" in arguments or arguments[0] in ("evaluate", "bench") else ["-o", "out"]
+    before = snapshot(root)
+    result = run(*arguments, *output, "--json")
+    assert result.exit_code == exit_code, result.output
+    value = json.loads(result.stdout)
+    assert value["exit_code"] == exit_code
+    told = value["error"]["message"]
+    assert re.search(message, told), told
+    assert value["error"]["type"] != "InternalError"
+    last = result.stderr.splitlines()[-1]
+    assert last == f"error: {told}"
+    assert "Traceback" not in result.stderr
+    assert snapshot(root) == before
+    return told
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory, tiny_model_dir, tiny_task_files) -> Path:
+    """A directory with a run that has learnt, its pruned and its ONNX form; to be copied, never changed."""
+    root = tmp_path_factory.mktemp("made")
+    learning = ["--epochs", 30, "--learning-rate", 5e-3, "--max-length", 16, "--device", "cpu"]
+    model = ["--model", tiny_model_dir("bert"), *tiny_task_files.options()]
+    steps = [
+        ["train", *model, *learning, "-o", root / "run"],
+        ["prune", root / "run", "-o", root / "pruned"],
+        ["export", root / "pruned", "-o", root / "onnx"],
+    ]
+    for step in steps:
+        result = run(*step)
+        assert result.exit_code == 0, result.output
+    return root
+
+
+@pytest.fixture
+def copied(made, here) -> Path:
+    """The same in the working directory, to be spoilt."""
+    shutil.copytree(made, here, dirs_exist_ok=True)
+    return here
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+
+def test_unknown_task(here):
+    message = r"--task is 'sst3', no task of that name; did you mean sst2\? known: cola, .*demo"
+    refused(here, ["train", "--task", "sst3", "--model", "demo"], 2, message)
+
+
+def test_unknown_model_directory(here, tiny_task_files):
+    options = ["train", *tiny_task_files.options(), "--model", "./nowhere"]
+    refused(here, options, 1, r"nowhere: is not there, expected a model directory, a hub id, or demo")
+
+
+def test_hub_out_of_reach_for_a_model(here, tiny_task_files):
+    options = ["train", *tiny_task_files.options(), "--model", "someone/encoder"]
+    told = refused(here, options, 1, r"^someone/encoder: .*the hub cannot be reached")
+    for way_out in ("--model demo", "--model DIRECTORY", "HF_HOME"):
+        assert way_out in told
+
+
+def test_hub_out_of_reach_for_rows(here, tiny_model_dir):
+    options = ["train", "--task", "sst2", "--model", tiny_model_dir("bert")]
+    told = refused(here, options, 1, r"the hub cannot be reached")
+    for way_out in ("--data-dir", "--train-file", "--task demo"):
+        assert way_out in told
+
+
+@pytest.mark.parametrize("verb", ["prune", "export", "evaluate", "bench"])
+def test_a_directory_that_is_not_there(here, verb):
+    refused(here, [verb, "./nowhere"], 1, r"nowhere: ")
+
+
+@pytest.mark.parametrize("verb", ["prune", "export", "evaluate", "bench"])
+def test_a_directory_of_something_else(here, verb):
+    (here / "other").mkdir()
+    (here / "other/notes.txt").write_text("nothing of ours")
+    refused(here, [verb, "./other"], 1, r"other\b.*: ")
+
+
+# --- the model's files ---------------------------------------------------------------------------
+
+
+def spoil_config(directory: Path) -> None:
+    (directory / "config.json").write_text("{")
+
+
+def drop_config(directory: Path) -> None:
+    (directory / "config.json").unlink()
+
+
+def cut_weights(directory: Path) -> None:
+    halve(directory / "model.safetensors")
+
+
+def only_pickles(directory: Path) -> None:
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+
+
+def another_architecture(directory: Path) -> None:
+    (directory / "config.json").write_text(json.dumps({"model_type": "albert"}))
+
+
+def values_of_another_architecture(directory: Path) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "model_type": "t5"}))
+
+
+def unheard_architecture(directory: Path) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "model_type": "unheard"}))
+
+
+def drop_tokenizer(directory: Path) -> None:
+    for path in directory.glob("*token*"):
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoil_config, r"config.json is not readable as JSON"),
+        (drop_config, r"has no config.json"),
+        (cut_weights, r"model"),
+        (only_pickles, r"pickles, which can run code and are never loaded"),
+        (another_architecture, r"albert"),
+        (values_of_another_architecture, r"^model: |t5"),
+        (unheard_architecture, r"unheard"),
+        (drop_tokenizer, r"tokenizer"),
+    ],
+)
+def test_a_spoilt_model_directory(here, tiny_model_dir, tiny_task_files, spoil, message):
+    shutil.copytree(tiny_model_dir("bert"), here / "model")
+    spoil(here / "model")
+    refused(here, ["train", *tiny_task_files.options(), *TRAINING, "--model", "./model"], 1, message)
+
+
+# --- rows ----------------------------------------------------------------------------------------
+
+
+def rows(count: int = 40, label: Callable[[int], object] = lambda index: ("calm", "wild")[index % 2]):
+    texts = [text for text, _ in tiny.made_up_rows(count)]
+    return [(text, label(index)) for index, text in enumerate(texts)]
+
+
+@pytest.fixture
+def train_on(here, tiny_model_dir):
+    """Return (train file, options) -> arguments of a training on it and on a good validation file."""
+    tiny.write_table(here / "good.csv", HEADER, rows())
+
+    def arguments(train: str, *more: object, validation: str = "good.csv") -> list[object]:
+        files = ["--train-file", train, "--validation-file", validation]
+        return ["train", *files, "--model", tiny_model_dir("bert"), *TRAINING, *more]
+
+    return arguments
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.csv", None, r"missing.csv: no such file"),
+        ("empty.csv", b"", r"empty.csv: the file is empty"),
+        ("blank.csv", b"\n \n", r"blank.csv: the file is empty"),
+        ("header.csv", b"text,label\n", r"header.csv: .*no rows"),
+        ("binary.csv", b"\x00\x01\x02\xff" * 100, r"binary.csv: is binary"),
+        ("latin.csv", b"text,label\ncaf\xe9,calm\n", r"latin.csv: line 2 is not UTF-8"),
+        ("rows.xls", b"text,label\na,b\n", r"rows.xls: the suffix is '.xls', expected one of"),
+        (
+            "ragged.tsv",
+            b"text\tlabel\none\tcalm\ntwo\twild\tmore\n",
+            r"ragged.tsv: row 2 \(line 3\) has 3 fields",
+        ),
+        ("broken.jsonl", b'{"text": "a", "label": "b"}\n{"text"\n', r"broken.jsonl: .*2"),
+        ("list.jsonl", b"[1, 2]\n", r"list.jsonl: "),
+        ("broken.parquet", b"PAR1 and then nothing", r"broken.parquet: "),
+    ],
+)
+def test_a_file_that_holds_no_rows(here, train_on, name, content, message):
+    if content is not None:
+        (here / name).write_bytes(content)
+    refused(here, train_on(name), 1, message)
+    refused(here, train_on("good.csv", validation=name), 1, message)
+
+
+def test_a_directory_in_place_of_a_file(here, train_on):
+    (here / "folder.csv").mkdir()
+    refused(here, train_on("folder.csv"), 1, r"folder.csv: is a directory")
+
+
+@pytest.mark.parametrize("option", ["--text-column", "--text-pair-column", "--label-column"])
+def test_a_column_that_is_not_there(here, train_on, option):
+    message = rf"good.csv: no column 'nope' \({option}\); it has text, label"
+    refused(here, train_on("good.csv", option, "nope"), 1, message)
+
+
+def test_a_column_that_only_training_has(here, train_on):
+    tiny.write_table(here / "other.csv", ("text", "topic"), rows())
+    refused(
+        here, train_on("good.csv", validation="other.csv"), 1, r"other.csv: no column 'label'.* text, topic"
+    )
+
+
+def test_a_label_that_only_validation_has(here, train_on):
+    tiny.write_table(here / "other.csv", HEADER, [*rows(9), ("belu anda", "odd")])
+    message = r"other.csv, column 'label', row 10: label 'odd' is not one of calm, wild"
+    refused(here, train_on("good.csv", validation="other.csv"), 1, message)
+
+
+def test_one_class_only(here, train_on):
+    tiny.write_table(here / "one.csv", HEADER, rows(label=lambda _: "calm"))
+    refused(here, train_on("one.csv"), 1, r"one.csv: every row .*label 'calm', expected two classes or more")
+
+
+def test_one_class_among_the_first_rows(here, train_on):
+    tiny.write_table(here / "late.csv", HEADER, rows(label=lambda index: "calm" if index < 30 else "wild"))
+    message = r"late.csv: every row used has the label 'calm', .*raise --max-train-samples"
+    refused(here, train_on("late.csv", "--max-train-samples", 20), 1, message)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", ""])
+def test_scores_that_are_no_numbers(here, train_on, value):
+    good = rows(label=lambda index: index / 8)
+    tiny.write_table(here / "scores.csv", HEADER, good)
+    tiny.write_table(here / "bad.csv", HEADER, [*good[:3], ("anda", value), *good[4:]])
+    message = r"bad.csv, column 'label', row 4: (label '\w+' is not a finite number|the label is missing)"
+    refused(here, train_on("bad.csv", validation="scores.csv"), 1, message)
+    refused(here, train_on("scores.csv", validation="bad.csv"), 1, message)
+
+
+def test_a_word_among_scores(here, train_on):
+    tiny.write_table(here / "scores.csv", HEADER, rows(label=lambda index: index / 8))
+    tiny.write_table(here / "bad.csv", HEADER, [("anda", 1.5), ("boro", "high")])
+    message = r"bad.csv, column 'label', row 2: label 'high' is not a finite number"
+    refused(here, train_on("scores.csv", validation="bad.csv"), 1, message)
+
+
+def test_a_text_that_is_empty(here, train_on):
+    tiny.write_table(here / "holes.csv", HEADER, [*rows(6), ("  ", "calm")])
+    refused(here, train_on("holes.csv"), 1, r"holes.csv, column 'text', row 7: the text is empty")
+
+
+def test_no_validation_rows(here, tiny_model_dir):
+    tiny.write_table(here / "good.csv", HEADER, rows())
+    options = ["train", "--train-file", "good.csv", "--model", tiny_model_dir("bert")]
+    refused(here, options, 1, r"--validation-file")
+
+
+def test_a_data_directory_without_the_task(here, tiny_glue_dir, tiny_model_dir):
+    options = ["train", "--task", "qqp", "--data-dir", tiny_glue_dir, "--model", tiny_model_dir("bert")]
+    refused(here, options, 1, r"qqp/train.tsv: no such file")
+
+
+# --- options -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sparsity", ["-0.1", "1", "1.5", "nan", "inf"])
+def test_sparsity_out_of_range(here, train_on, sparsity):
+    message = rf"--sparsity is {float(sparsity)}, expected a fraction of at least 0 and below 1"
+    refused(here, train_on("good.csv", f"--sparsity={sparsity}"), 2, message)
+
+
+def test_no_gpu(here, train_on, made):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    refused(here, [*train_on("good.csv"), "--device", "cuda"], 1, r"CUDA")
+    for verb in ("evaluate", "bench"):
+        for target in ("run", "pruned", "onnx"):
+            refused(here, [verb, made / target, "--device", "cuda"], 1, r"(?i)cuda.*--device cpu")
+    refused(here, ["bench", "--device", "cuda"], 1, r"(?i)cuda.*--device cpu")
+
+
+# --- outputs that exist or cannot be written -----------------------------------------------------
+
+
+def test_a_refusal_leaves_no_empty_directories(here, train_on):
+    refused(here, train_on("missing.csv", "-o", "new/runs/x"), 1, r"missing.csv: no such file")
+
+
+@pytest.fixture(params=["train", "prune", "export"])
+def writer(request, made, tiny_model_dir, tiny_task_files) -> list[object]:
+    """Return the arguments of each verb that writes a directory, without its output."""
+    return {
+        "train": ["train", *tiny_task_files.options(), *TRAINING, "--model", tiny_model_dir("bert")],
+        "prune": ["prune", made / "run"],
+        "export": ["export", made / "pruned"],
+    }[request.param]
+
+
+def test_an_output_that_exists(here, writer):
+    (here / "out").mkdir()
+    (here / "out/precious.txt").write_text("a week of work")
+    message = r"^out: exists already; choose another with -o or replace it with --force$"
+    refused(here, [*writer, "-o", "out"], 1, message)
+
+
+def test_an_output_that_is_a_file(here, writer):
+    (here / "out").write_text("a week of work")
+    refused(here, [*writer, "-o", "out"], 1, r"^out: exists already")
+    refused(here, [*writer, "-o", "out", "--force"], 1, r"^out: is a file, expected a directory")
+    refused(
+        here, [*writer, "-o", "out/below"], 1, r"out/below: cannot write \((Not a directory|File exists)\)"
+    )
+
+
+def test_force_replaces_the_whole_output(here, writer):
+    (here / "out").mkdir()
+    (here / "out/old.txt").write_text("not wanted any more")
+    assert run(*writer, "-o", "out", "--force").exit_code == 0
+    assert not (here / "out/old.txt").exists()
+    assert names(here) == ["out"]
+
+
+MOUNT, UMOUNT = shutil.which("mount"), shutil.which("umount")
+needs_mount = pytest.mark.skipif(not (MOUNT and UMOUNT), reason="there is no mount command here")
+
+
+@contextmanager
+def small_disk(at: Path, options: str) -> Iterator[None]:
+    """Mount a tmpfs, or skip where that is not allowed."""
+    at.mkdir()
+    mounted = subprocess.run(
+        [MOUNT, "-t", "tmpfs", "-o", options, "tmpfs", str(at)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        at.rmdir()
+        pytest.skip("mounting a tmpfs needs rights that this test run has not")
+    try:
+        yield
+    finally:
+        subprocess.run([UMOUNT, str(at)], check=True)
+
+
+@needs_mount
+@pytest.mark.parametrize("size", ["8k", "64k"])
+def test_a_full_disk(here, writer, size):
+    with small_disk(here / "disk", f"size={size}"):
+        told = refused(here, [*writer, "-o", "disk/out"], 1, r"cannot write \(.*No space left on device.*\)")
+        assert "-o" in told
+
+
+@needs_mount
+def test_a_full_disk_leaves_the_earlier_result(here, writer):
+    with small_disk(here / "disk", "size=16k"):
+        (here / "disk/out").mkdir()
+        (here / "disk/out/precious.txt").write_text("a week of work")
+        refused(
+            here, [*writer, "-o", "disk/out", "--force"], 1, r"cannot write \(.*No space left on device.*\)"
+        )
+
+
+@needs_mount
+def test_a_disk_that_is_read_only(here, writer):
+    with small_disk(here / "disk", "ro"):
+        refused(
+            here, [*writer, "-o", "disk/out"], 1, r"disk/out: cannot write \(Read-only file system\); .*-o"
+        )
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_directory_without_rights(here, writer):
+    (here / "locked").mkdir(mode=0o555)
+    refused(here, [*writer, "-o", "locked/out"], 1, r"locked/out: cannot write \(Permission denied\); .*-o")
+
+
+def command(*arguments: object, **settings):
+    """Start the command line as a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "gatepress", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        **settings,
+    )
+
+
+def test_files_that_may_not_grow(here, writer):
+    """As a full disk, on any machine: no file of the process may be larger than a few bytes."""
+    before = snapshot(here)
+    with command(
+        *writer, "-o", "out", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
+    ) as process:
+        stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 1, stderr
+    assert stdout == ""
+    assert re.match(r"error: .*cannot write \(.*File too large.*\); ", stderr.splitlines()[-1]), stderr
+    assert "Traceback" not in stderr
+    assert snapshot(here) == before
+
+
+# --- directories that were cut short or spoilt -----------------------------------------------------
+
+
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def scramble(path: Path) -> None:
+    path.write_bytes(bytes(byte ^ 0x5A for byte in path.read_bytes()))
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+FORMS = {
+    "run": ["prune", "export", "evaluate", "bench"],
+    "pruned": ["export", "evaluate", "bench"],
+    "onnx": ["evaluate", "bench"],
+}
+ESSENTIAL = {
+    "run": ["gatepress_run.json", "gates-*.safetensors"],
+    "pruned": ["config.json", "model.safetensors"],
+    "onnx": ["model.onnx"],
+}
+
+
+@pytest.mark.parametrize("spoil", [halve, empty, scramble, remove])
+@pytest.mark.parametrize(("form", "pattern"), [(form, one) for form in ESSENTIAL for one in ESSENTIAL[form]])
+def test_a_spoilt_essential_file(copied, form, pattern, spoil):
+    (path,) = (copied / form).glob(pattern)
+    spoil(path)
+    for verb in FORMS[form]:
+        told = refused(copied, [verb, form], 1, "")
+        assert form in told
+
+
+@pytest.mark.parametrize("spoil", [halve, scramble])
+@pytest.mark.parametrize("form", FORMS)
+def test_any_spoilt_file_is_noticed_or_not_needed(copied, made, form, spoil):
+    """Success is allowed only with the result of the whole directory; a failure is one clear line."""
+    good = json.loads(run("evaluate", made / form, "--json").stdout)["metric_value"]
+    assert good > 0.7  # or it could not tell a broken tokenizer
+    for path in sorted(path for path in (copied / form).iterdir() if path.is_file()):
+        whole = path.read_bytes()
+        spoil(path)
+        result = run("evaluate", form, "--json")
+        value = json.loads(result.stdout)
+        assert result.exit_code in (0, 1), (path.name, result.output)
+        if result.exit_code:
+            assert value["error"]["type"] != "InternalError", (path.name, value)
+        else:
+            assert value["metric_value"] == good, path.name
+        path.write_bytes(whole)
+    assert names(copied) == ["onnx", "pruned", "run"]
+
+
+# --- interrupted ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("sign", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_training(here, train_on, sign, exit_code):
+    arguments = train_on("good.csv", "-o", "run", "--json")
+    arguments[arguments.index("--epochs") + 1] = "400"
+    with command(*arguments) as process:
+        seen = []
+        for line in process.stderr:
+            seen.append(line)
+            if line.startswith("epoch 3: "):
+                break
+        process.send_signal(sign)
+        stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == exit_code, (seen, stderr)
+    assert "Traceback" not in stderr
+    assert json.loads(stdout)["error"]["type"] == "Interrupted"
+    assert stderr.splitlines()[-1] == "error: interrupted; the last complete checkpoint is in run"
+    assert names(here) == ["good.csv", "run"]
+    for verb in ("evaluate", "prune"):
+        result = run(verb, "run", *(["-o", "pruned"] if verb == "prune" else []))
+        assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_interrupted_before_the_first_checkpoint(here, train_on, force, monkeypatch):
+    def interrupted(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gatepress.training.loop.open_base", interrupted)
+    if force:
+        (here / "run").mkdir()
+        (here / "run/precious.txt").write_text("a week of work")
+    message = "the last complete checkpoint is in run" if force else "nothing was written"
+    refused(here, train_on("good.csv", "-o", "run", *(["--force"] if force else [])), 130, message)

@@ -1,0 +1,115 @@
+"""What is asked is what is closed, counted, whatever the controller and the granularity."""
+
+import itertools
+
+import pytest
+import torch
+
+import tiny
+from gatepress.budget import Budget, choose_closed, gate_vectors, gates_to_close
+from gatepress.config import Controller, Granularity
+from gatepress.inject import attach_gates_, mark_trainable_, trainable
+
+GRANULARITIES: list[Granularity] = ["structured", "matrix"]
+CONTROLLERS: list[Controller] = ["importance", "penalty"]
+STEPS = 30
+
+
+def run_budget(
+    granularity: Granularity, controller: Controller, sparsity: float, steps: int = STEPS
+) -> Budget:
+    model = tiny.build_classifier("bert")
+    layers = attach_gates_(model, granularity=granularity, controller=controller)
+    kinds = trainable(model, biases=True, layer_norms=True)
+    mark_trainable_(kinds)
+    budget = Budget(
+        gate_vectors(model, layers, granularity),
+        sparsity=sparsity,
+        controller=controller,
+        steps=steps,
+        penalty_weight=10.0,
+    )
+    optimizer = torch.optim.AdamW(list(kinds["gates"].values()), lr=1e-2)
+    model.train()
+    for step in range(1, steps + 1):
+        loss = model(**tiny.random_batch("bert", seed=step), labels=torch.tensor([0, 1, 0, 1])).loss
+        penalty = budget.penalty(step)
+        (loss if penalty is None else loss + penalty).backward()
+        budget.after_backward(step)
+        optimizer.step()
+        optimizer.zero_grad()
+    return budget
+
+
+@pytest.mark.parametrize(
+    ("granularity", "controller", "sparsity"),
+    list(itertools.product(GRANULARITIES, CONTROLLERS, [0.0, 0.1, 0.3, 0.5, 0.75, 0.97])),
+)
+def test_the_asked_sparsity_is_delivered(
+    granularity: Granularity, controller: Controller, sparsity: float
+) -> None:
+    budget = run_budget(granularity, controller, sparsity)
+    assert budget.closed_gates == gates_to_close(budget.total_gates, sparsity)
+    assert abs(budget.closed_gates / budget.total_gates - sparsity) <= 0.005
+
+
+@pytest.mark.parametrize("controller", CONTROLLERS)
+def test_gates_are_fixed_for_the_recovery(controller: Controller) -> None:
+    budget = run_budget("structured", controller, 0.4)
+    masks = [vector.gate.mask.clone() for vector in budget.vectors]
+    for vector in budget.vectors:
+        vector.gate.mu.grad = torch.randn_like(vector.gate.mu)
+    budget.after_backward(STEPS + 1)
+    assert all(torch.equal(mask, v.gate.mask) for mask, v in zip(masks, budget.vectors, strict=True))
+
+
+def test_each_head_of_a_layer_keeps_the_same_width() -> None:
+    budget = run_budget("structured", "importance", 0.5)
+    for vector in budget.vectors:
+        if vector.heads > 1:
+            widths = vector.gate.mask.view(vector.heads, -1).sum(1)
+            assert widths.max() - widths.min() <= 1  # one more where slots leave a remainder
+
+
+def test_the_paper_s_projection_closes_the_same_share_of_each_vector() -> None:
+    budget = run_budget("matrix", "penalty", 0.3)
+    for vector in budget.vectors:
+        assert abs(float((vector.gate.mask == 0).sum()) - 0.3 * vector.gate.size) <= 1
+
+
+def test_closing_is_gradual_and_never_goes_back() -> None:
+    budget = run_budget("structured", "importance", 0.5)
+    targets = [budget.target(step) for step in range(STEPS + 1)]
+    assert targets == sorted(targets)
+    assert targets[0] == 0
+    assert targets[-1] == gates_to_close(budget.total_gates, 0.5)
+
+
+def test_the_least_important_go_first_per_multiply_accumulate_saved() -> None:
+    cheap, dear = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 2.0, 3.0])
+    masks = choose_closed([cheap, dear], macs=[1.0, 10.0], heads=[1, 1], count=3)
+    assert masks[0].tolist() == [1, 1, 1]
+    assert masks[1].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("count", range(13))
+def test_any_number_of_gates_can_be_closed_exactly(count: int) -> None:
+    torch.manual_seed(count)
+    masks = choose_closed([torch.rand(8), torch.rand(4)], macs=[1.0, 1.0], heads=[4, 2], count=count)
+    assert sum(int((mask == 0).sum()) for mask in masks) == count
+
+
+def test_a_gate_closed_too_early_comes_back() -> None:
+    model = tiny.build_classifier("bert")
+    layers = attach_gates_(model, granularity="structured", controller="importance")
+    vectors = gate_vectors(model, layers, "structured")
+    budget = Budget(vectors, sparsity=0.3, controller="importance", steps=100, penalty_weight=0.0)
+    neuron = next(vector.gate for vector in vectors if vector.heads == 1)
+    for step in range(1, 61):
+        for vector in vectors:
+            vector.gate.mu.grad = torch.ones_like(vector.gate.mu)
+        neuron.mu.grad[0] = 0.0 if step < 30 else 50.0
+        budget.after_backward(step)
+        if step == 29:
+            assert neuron.mask[0] == 0
+    assert neuron.mask[0] == 1

@@ -1,0 +1,743 @@
+"""The command line's contract: what goes where, exit codes, JSON, help. The verbs are stand-ins here."""
+
+import errno
+import importlib
+import inspect
+import io
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import gatepress
+from gatepress import errors
+from gatepress.cli import demo as demo_verb
+from gatepress.cli import train as train_verb
+from gatepress.cli._console import Terminated
+from gatepress.cli._progress import BarProgress, LineProgress, clock_text, rate_text
+from gatepress.cli.app import app
+from gatepress.config import DataSettings, TrainSettings
+from gatepress.progress import NoProgress
+
+VERBS = ("train", "prune", "export", "bench", "evaluate", "demo")
+MODULES = {"train": "training", "prune": "pruning", "export": "export", "evaluate": "evaluation"}
+TRAINED = {
+    "metric_name": "accuracy",
+    "metric_value": 0.75,
+    "examples": 96,
+    "asked_sparsity": 0.3,
+    "closed_gates": 300,
+    "total_gates": 1000,
+    "encoder_weights_removed": 0.31,
+    "encoder_macs_removed": 0.29,
+    "total_params": 1_234_567,
+    "trainable_params": {
+        "gates": 1000,
+        "biases": 20,
+        "layer_norms": 4,
+        "low_rank": 0,
+        "head": 6,
+        "total": 1030,
+    },
+}
+PRUNED = {
+    "encoder_weights_removed": 0.31,
+    "encoder_macs_removed": 0.29,
+    "total_params": 1_234_567,
+    "max_abs_logit_diff": 3e-7,
+}
+EXPORTED = {"max_abs_logit_diff": 1.5e-6, "opset": 18}
+EVALUATED = {
+    "metric_name": "accuracy",
+    "metric_value": 0.75,
+    "examples": 96,
+    "kind": "run",
+    "runtime": "torch",
+}
+ANSWERS = {"train": TRAINED, "prune": PRUNED, "export": EXPORTED, "evaluate": EVALUATED}
+ARGUMENTS = {
+    "train": ["train", "--task", "demo", "--model", "demo"],
+    "prune": ["prune", "runs/x"],
+    "export": ["export", "pruned/x"],
+    "evaluate": ["evaluate", "pruned/x"],
+}
+
+
+class Library:
+    """Stands in the place of the verbs: keeps the calls, answers or raises as told."""
+
+    def __init__(self, monkeypatch):
+        self.monkeypatch = monkeypatch
+        self.calls = []
+        self.raises = None
+        for name, module in MODULES.items():
+            self.put(module, name, ANSWERS[name])
+        self.put("bench.endtoend", "run", None)
+        self.put("bench.matmul", "run", None)
+
+    def put(self, module, name, answer):
+        def stand_in(*args, **kwargs):
+            self.calls.append((name if name != "run" else module, args, kwargs))
+            if self.raises is not None:
+                raise self.raises
+            sys.stdout.write("a library speaks its mind on stdout\n")
+            if progress := kwargs.get("progress"):
+                progress.start(40, "working")
+                for step in range(40):
+                    progress.advance(loss=1 / (step + 1))
+                progress.finish()
+            return answer if answer is not None else records(*args)
+
+        fake = types.ModuleType(f"gatepress.{module}")
+        setattr(fake, name, stand_in)
+        parent, _, child = f"gatepress.{module}".rpartition(".")
+        self.monkeypatch.setitem(sys.modules, fake.__name__, fake)
+        self.monkeypatch.setattr(importlib.import_module(parent), child, fake, raising=False)
+
+    def only_call(self):
+        (call,) = self.calls
+        return call
+
+
+def records(targets=("weight",)):
+    """Return one record a target, each a millisecond faster than the one before."""
+    from gatepress.bench.record import Record, relative_to
+
+    whole = [
+        Record(
+            what="endtoend",
+            name=str(target),
+            kind="model",
+            runtime="torch",
+            device="cpu",
+            device_name="a [fast] processor",
+            threads=1,
+            dtype="float32",
+            batch_size=1,
+            seq_len=8,
+            repetitions=2,
+            warmup=0,
+            latency_ms_median=10.0 - index,
+            latency_ms_p10=9.0 - index,
+            latency_ms_p90=11.0 - index,
+            latency_ms_min=8.5 - index,
+            samples_ms=(9.0 - index, 11.0 - index),
+            parameters=1000 - index,
+            size_bytes=4_000_000,
+        )
+        for index, target in enumerate(targets)
+    ]
+    return [relative_to(record, whole[0]) for record in whole]
+
+
+@pytest.fixture
+def library(monkeypatch, tmp_path):
+
+    monkeypatch.chdir(tmp_path)
+    return Library(monkeypatch)
+
+
+def run(*arguments, env=None):
+    return CliRunner().invoke(app, list(arguments), env={"NO_COLOR": "1", **(env or {})})
+
+
+def json_of(result):
+    """Return the one JSON object that stdout holds and nothing else."""
+    value = json.loads(result.stdout)
+    assert isinstance(value, dict)
+    return value
+
+
+# --- help and version ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_teaches_by_example(verb):
+    result = run(verb, "--help")
+    assert result.exit_code == 0
+    assert f"Usage: root {verb}" in result.stdout
+    assert f"gatepress {verb}" in result.stdout.partition("Examples:")[2]
+    for option in ("--json", "--quiet", "--debug", "--help"):
+        assert option in result.stdout
+    assert "\x1b" not in result.stdout
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_option_explains_itself(verb):
+    (command,) = (one.callback for one in app.registered_commands if one.callback.__name__ == verb)
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+        (info,) = parameter.annotation.__metadata__
+        assert info.help.endswith("."), name
+
+
+def test_help_names_the_verbs_in_the_order_of_use():
+    text = run("--help").stdout
+    listed = re.findall(r"^  (\w+)  ", text.partition("Commands:")[2], flags=re.MULTILINE)
+    assert tuple(listed) == VERBS
+    assert "Exit codes" in text
+
+
+def test_no_arguments_is_a_question_for_help():
+    result = run()
+    assert result.exit_code == 2
+    assert "Usage:" in result.output
+
+
+def test_version():
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"gatepress {gatepress.__version__}\n")
+
+
+# --- options and settings ------------------------------------------------------------------------
+
+
+def test_every_setting_has_an_option_with_its_default():
+    parameters = inspect.signature(train_verb.train).parameters
+    for settings in (TrainSettings, DataSettings):
+        for field in fields(settings):
+            if field.name != "data":
+                assert parameters[field.name].default == field.default, field.name
+
+
+def test_train_options_become_settings(library):
+    given = {
+        "model": "demo",
+        "sparsity": 0.25,
+        "granularity": "matrix",
+        "controller": "penalty",
+        "lora_rank": 0,
+        "penalty_weight": 7.0,
+        "epochs": 2,
+        "batch_size": 5,
+        "max_length": 16,
+        "learning_rate": 0.01,
+        "gate_learning_rate": 0.02,
+        "weight_decay": 0.5,
+        "warmup_ratio": 0.1,
+        "seed": 3,
+        "device": "cpu",
+        "precision": "bf16",
+        "revision": "abc",
+    }
+    data = {
+        "train_file": "a.csv",
+        "validation_file": "b.csv",
+        "text_column": "t",
+        "text_pair_column": "u",
+        "label_column": "l",
+        "max_train_samples": 9,
+        "max_validation_samples": 8,
+    }
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in {**given, **data}.items()]
+    switches = ["--no-train-biases", "--no-train-layer-norms", "--trust-remote-code"]
+    result = run("train", *options, *switches, "-o", "out", "--force")
+    assert result.exit_code == 0, result.output
+    _, (settings, output), kwargs = library.only_call()
+    assert settings == TrainSettings(
+        data=DataSettings(**data),
+        train_biases=False,
+        train_layer_norms=False,
+        trust_remote_code=True,
+        **given,
+    )
+    assert output == Path("out")
+    assert kwargs["force"] is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (ARGUMENTS["train"], Path("runs/demo-demo-s0.3")),
+        (ARGUMENTS["prune"], Path("pruned/x")),
+        (ARGUMENTS["export"], Path("onnx/x")),
+        (["export", "owner/name"], Path("onnx/name")),
+    ],
+)
+def test_outputs_have_a_default_place_and_are_told(library, arguments, expected):
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    assert library.only_call()[1][1] == expected
+    assert json_of(result)["output_dir"] == str(expected)
+
+
+def test_dry_run_promises_no_output(library):
+    result = run("prune", "runs/x", "--dry-run", "--layout", "stock", "--json")
+    assert "output_dir" not in json_of(result)
+    assert library.only_call()[2] == {"layout": "stock", "force": False, "dry_run": True}
+
+
+def test_evaluate_takes_the_rows_of_the_manifest_unless_told(library):
+    assert run("evaluate", "pruned/x").exit_code == 0
+    assert library.only_call()[2]["data"] is None
+
+
+def test_evaluate_takes_the_rows_it_is_told(library):
+    assert run("evaluate", "pruned/x", "--task", "cola", "--max-validation-samples", "5").exit_code == 0
+    assert library.only_call()[2]["data"] == DataSettings(task="cola", max_validation_samples=5)
+
+
+# --- stdout is data, stderr is the rest ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", MODULES)
+@pytest.mark.usefixtures("library")
+def test_json_is_one_object_alone_on_stdout(verb):
+    result = run(*ARGUMENTS[verb], "--json")
+    assert result.exit_code == 0, result.output
+    value = json_of(result)
+    assert ANSWERS[verb].items() <= value.items()
+    assert "speaks its mind" in result.stderr
+
+
+@pytest.mark.parametrize("verb", MODULES)
+@pytest.mark.usefixtures("library")
+def test_tables_go_to_stdout(verb):
+    result = run(*ARGUMENTS[verb])
+    assert result.exit_code == 0, result.output
+    assert "speaks its mind" not in result.stdout
+    assert "\x1b" not in result.output
+    label = {"prune": "3.0e-07", "export": "1.5e-06"}.get(verb, "0.7500  (on 96 examples)")
+    assert label in result.stdout
+
+
+@pytest.mark.usefixtures("library")
+def test_train_shows_asked_beside_counted():
+    text = run(*ARGUMENTS["train"]).stdout
+    for line in (
+        r"sparsity asked +30.00 %",
+        r"gates closed +300 of 1,000 \(30.00 %\)",
+        r"encoder weights to go +31.00 %",
+        r"parameters +1,234,567",
+        r"trained: layer norms +4",
+    ):
+        assert re.search(line, text), line
+
+
+def test_values_that_json_lacks_become_null(library):
+    library.put("evaluation", "evaluate", {"metric_value": float("nan"), "path": Path("a"), "pair": (1, 2)})
+    value = json_of(run("evaluate", "x", "--json"))
+    assert value == {"metric_value": None, "path": "a", "pair": [1, 2]}
+
+
+def test_quiet_leaves_result_and_errors_only(library):
+    library.put("evaluation", "evaluate", EVALUATED)
+    result = run("train", "--task", "demo", "-q")
+    assert result.stderr == "a library speaks its mind on stdout\n"
+    assert isinstance(library.only_call()[2]["progress"], NoProgress)
+    assert "0.7500" in result.stdout
+
+
+@pytest.mark.usefixtures("library")
+def test_log_records_are_notes():
+    import logging
+
+    def noisy(*_args, **_kwargs):
+        logging.getLogger("gatepress.hub").info("downloading x")
+        logging.getLogger("gatepress.hub").warning("x is old")
+        logging.getLogger("someone.else").warning("noise")
+        return EVALUATED
+
+    sys.modules["gatepress.evaluation"].evaluate = noisy
+    assert run("evaluate", "x").stderr == "downloading x\nwarning: x is old\n"
+    assert run("evaluate", "x", "--quiet").stderr == "warning: x is old\n"
+    assert "WARNING someone.else: noise" in run("evaluate", "x", "--debug").stderr
+    assert logging.getLogger("gatepress").handlers == []
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+LEAVES = [
+    one for one in vars(errors).values() if isinstance(one, type) and issubclass(one, errors.GatepressError)
+]
+
+
+@pytest.mark.parametrize("kind", LEAVES, ids=lambda kind: kind.__name__)
+def test_an_error_is_one_line_and_its_exit_code(library, kind):
+    library.raises = kind("first\n  second")
+    result = run("evaluate", "x")
+    assert result.exit_code == (2 if kind is errors.UsageError else 1)
+    assert (result.stdout, result.stderr) == ("", "error: first second\n")
+
+
+@pytest.mark.parametrize("verb", MODULES)
+def test_an_error_is_an_object_with_json(library, verb):
+    library.raises = errors.DataError("rows are missing")
+    result = run(*ARGUMENTS[verb], "--json")
+    assert result.exit_code == 1
+    assert json_of(result) == {"error": {"type": "DataError", "message": "rows are missing"}, "exit_code": 1}
+    assert result.stderr == "error: rows are missing\n"
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch names its own."""
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code", "text"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted; "),
+        (Terminated(), 143, "interrupted; "),
+        (MemoryError(), 1, "out of memory; lower --batch-size"),
+        (OutOfMemoryError("CUDA out of memory"), 1, "out of memory; lower --batch-size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory; lower --batch-size"),
+        (OSError(errno.ENOSPC, "No space left on device", "there"), 1, "there: cannot write (No space left"),
+        (PermissionError(errno.EACCES, "Permission denied", "there"), 1, "there: cannot read or write (Perm"),
+        (
+            ZeroDivisionError("division by zero"),
+            1,
+            "internal error (ZeroDivisionError: division by zero); run",
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_what_no_one_foresaw_is_one_line_too(library, error, exit_code, text):
+    library.raises = error
+    result = run("evaluate", "x", "--json")
+    assert result.exit_code == exit_code
+    assert result.stderr.startswith(f"error: {text}")
+    assert result.stderr.count("\n") == 1
+    assert json_of(result)["exit_code"] == exit_code
+
+
+def test_debug_shows_the_traceback_before_the_line(library):
+    library.raises = errors.DataError("rows are missing")
+    result = run("evaluate", "x", "--debug")
+    assert result.stderr.startswith("Traceback")
+    assert result.stderr.endswith("error: rows are missing\n")
+    assert result.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (
+            ["train", "--sparsty", "0.3"],
+            "no such option: --sparsty (Possible options: --sparsity); see 'root train",
+        ),
+        (["trian"], "no such command 'trian'. Did you mean 'train'? See 'root --help'"),
+        (["prune"], "missing argument 'RUN'; see 'root prune --help'"),
+        (["train", "--task", "demo", "--sparsity", "much"], "invalid value for '--sparsity' / '-s': "),
+        (["train", "--task", "demo", "--granularity", "fine"], "invalid value for '--granularity': "),
+        (
+            ["train", "--task", "demo", "--sparsity", "1"],
+            "--sparsity is 1.0, expected a fraction of at least 0",
+        ),
+        (
+            ["train", "--task", "demo", "--sparsity", "nan"],
+            "--sparsity is nan, expected a fraction of at least 0",
+        ),
+        (["train", "--task", "demo", "--epochs", "0"], "--epochs is 0, expected 1 or more"),
+        (["train"], "no data: give --task NAME, or --train-file and --validation-file"),
+        (
+            ["train", "--task", "demo", "--train-file", "a.csv"],
+            "--task and --train-file/--validation-file exclude",
+        ),
+        (
+            ["evaluate", "x", "--max-validation-samples", "0"],
+            "--max-validation-samples is 0, expected 1 or more",
+        ),
+        (["evaluate", "x", "--batch-size", "0"], "invalid value for '--batch-size': "),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(library, arguments, text):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith(f"error: {text}")
+    assert result.stderr.count("\n") == 1
+    as_json = run(*arguments, "--json")
+    assert as_json.exit_code == 2
+    assert json_of(as_json)["error"]["type"] == "UsageError"
+    assert library.calls == []
+
+
+PROCESS = """
+import sys, time, types
+import gatepress
+fake = types.ModuleType("gatepress.evaluation")
+gatepress.evaluation = sys.modules[fake.__name__] = fake
+
+def evaluate(*args, progress, **kwargs):
+    progress.start(40, "evaluating")
+    for _ in range(40):
+        progress.advance(rows=1)
+    progress.finish()
+    return {"rows": ["x" * 100] * int(sys.argv[2])}
+
+fake.evaluate = evaluate
+from gatepress.cli.app import main
+main()
+"""
+
+
+@contextmanager
+def process(rows: int, **settings):
+    """Start the command line as a process, with a stand-in for `evaluate`."""
+    unwanted = ("PYTHONUNBUFFERED", "NO_COLOR", "FORCE_COLOR")
+    environment = {name: value for name, value in os.environ.items() if name not in unwanted}
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), **settings.pop("env", {})}
+    arguments = [sys.executable, "-c", PROCESS, "evaluate", str(rows), "--json"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, env=environment, **settings) as started:
+        yield started
+
+
+def test_a_reader_that_goes_away_is_no_traceback():
+    with process(10_000, stderr=subprocess.PIPE) as started:
+        assert started.stdout.read(1) == b"{"
+        started.stdout.close()
+        noise = started.stderr.read().decode()
+    assert "Error" not in noise
+    assert "Traceback" not in noise
+    assert started.returncode == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo terminal")
+@pytest.mark.parametrize(
+    ("colours", "environment"), [(True, {}), (False, {"NO_COLOR": "1"}), (False, {"TERM": "dumb"})]
+)
+def test_bars_are_live_on_a_terminal_only(colours, environment):
+    import pty
+
+    terminal, its_end = pty.openpty()
+    with process(1, stderr=its_end, env={"TERM": "xterm-256color", **environment}) as started:
+        os.close(its_end)
+        assert json.load(started.stdout) == {"rows": ["x" * 100]}
+    drawn = os.read(terminal, 1 << 20).decode()
+    os.close(terminal)
+    assert "evaluating" in drawn
+    assert ("\x1b[?25h" in drawn) == (environment.get("TERM") != "dumb")
+    assert bool(re.search(r"\x1b\[3\d", drawn)) == colours
+    assert started.returncode == 0
+
+
+def test_a_log_has_no_bars_and_no_colours():
+    with process(1, stderr=subprocess.PIPE) as started:
+        stdout, stderr = started.communicate()
+    assert json.loads(stdout) == {"rows": ["x" * 100]}
+    assert b"\x1b" not in stderr
+    assert b"\r" not in stderr
+    assert stderr.count(b"evaluating: ") == 2
+
+
+# --- bench ---------------------------------------------------------------------------------------
+
+
+def test_bench_without_models_times_a_weight(library):
+    result = run("bench", "--shape", "8x4,16x8", "--sparsity", "0,0.5", "--tokens", "3", "--repetitions", "7")
+    assert result.exit_code == 0, result.output
+    name, args, kwargs = library.only_call()
+    progress = kwargs.pop("progress")
+    assert isinstance(progress, LineProgress)
+    assert (name, args) == ("bench.matmul", ())
+    assert kwargs == {
+        "shapes": [(8, 4), (16, 8)],
+        "sparsities": [0.0, 0.5],
+        "tokens": 3,
+        "repetitions": 7,
+        "device": "cpu",
+        "threads": None,
+        "seed": 0,
+    }
+
+
+def test_bench_with_models_times_them(library):
+    arguments = ["a", "b", "--batch-size", "1,4", "--seq-len", "16", "--warmup", "0", "--task", "cola"]
+    result = run("bench", *arguments, "--json")
+    assert result.exit_code == 0, result.output
+    name, args, kwargs = library.only_call()
+    assert (name, args) == ("bench.endtoend", (["a", "b"],))
+    assert kwargs["batch_sizes"] == [1, 4]
+    assert kwargs["seq_lens"] == [16]
+    assert kwargs["warmup"] == 0
+    assert kwargs["data"] == DataSettings(task="cola")
+    first, second = json_of(result)["records"]
+    assert (first["relative_time_factor"], second["latency_ms_median"]) == (1.0, 9.0)
+
+
+@pytest.mark.usefixtures("library")
+def test_bench_shows_a_table_for_people():
+    result = run("bench", "a", "b")
+    assert "a [fast] processor" in result.stdout
+    assert "1.11x" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--batch-size", "1"], "--batch-size times models"),
+        (["--task", "cola", "--seq-len", "8"], "--seq-len, --task times models"),
+        (["a", "--shape", "8x8"], "--shape times one weight"),
+        (["a", "--batch-size", "1,x"], "--batch-size is '1,x', expected whole numbers"),
+        (["--shape", "8"], "--shape is '8', expected sizes like 768x768"),
+        (["--sparsity", "half"], "--sparsity is 'half', expected numbers"),
+        (["--output", "out.xml"], "--output is out.xml, expected a name that ends in"),
+        (["--plot", "out.pdf"], "--plot is out.pdf, expected a name that ends in"),
+        (["a", "--data-dir", "glue"], "no data: give --task NAME"),
+    ],
+)
+def test_bench_refuses_before_it_times(library, arguments, text):
+    result = run("bench", *arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {text}")
+    assert library.calls == []
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".md"])
+@pytest.mark.usefixtures("library")
+def test_bench_writes_records(tmp_path, suffix):
+    path = tmp_path / f"out{suffix}"
+    result = run("bench", "a", "b", "--output", str(path), "--json")
+    assert result.exit_code == 0, result.output
+    assert json_of(result)["output"] == str(path)
+    before = path.read_bytes()
+    assert b"relative" in before or suffix == ".md"
+    again = run("bench", "a", "--output", str(path))
+    assert again.exit_code == 1
+    assert "exists already" in again.stderr
+    assert path.read_bytes() == before
+    assert run("bench", "a", "--output", str(path), "--force").exit_code == 0
+    assert path.read_bytes() != before
+
+
+# --- demo ----------------------------------------------------------------------------------------
+
+
+def test_demo_takes_the_five_steps_and_shows_one_table(library):
+    result = run("demo", "-o", "out", "--sparsity", "0.6")
+    assert result.exit_code == 0, result.output
+    steps = [name for name, _, _ in library.calls]
+    assert steps == [
+        *(verb for verb in ("train", "prune", "export") for _ in "ab"),
+        "bench.endtoend",
+        *["evaluate"] * 4,
+    ]
+    dense, settings = (library.calls[step][1][0] for step in (0, 1))
+    assert (dense.sparsity, settings.sparsity) == (0.0, 0.6)
+    assert replace(dense, sparsity=0.6) == settings
+    assert settings.model == settings.data.task == "demo"
+    assert re.search(r"accuracy +0.7500 +0.7500 +1.00", result.stdout)
+    for row in ("parameters", "file, safetensors", "file, ONNX", "latency, torch", "latency, ONNX Runtime"):
+        assert row in result.stdout
+    assert re.findall(r"^(\d)/5 ", result.stderr, flags=re.MULTILINE) == list("112345")
+
+
+@pytest.mark.usefixtures("library")
+def test_demo_as_json():
+    value = json_of(run("demo", "-o", "out", "--json"))
+    assert value["metric_values"] == dict.fromkeys(("dense-onnx", "run", "pruned", "onnx"), 0.75)
+    assert value["before"]["metric_value"] == 0.75
+    assert value["after"]["latency_ms_median"] == {"torch": 9.0, "onnxruntime": 7.0}
+    assert value["output_dir"] == "out"
+
+
+def test_demo_does_not_touch_an_earlier_result(library, tmp_path):
+    (tmp_path / "out").mkdir()
+    result = run("demo", "-o", "out")
+    assert (result.exit_code, result.stderr.strip()) == (
+        1,
+        "error: out: exists already; choose another with -o or replace it with --force",
+    )
+    assert library.calls == []
+
+
+def test_demo_settings_stand_in_one_place():
+    parameters = inspect.signature(demo_verb.demo).parameters
+    assert parameters["epochs"].default == demo_verb.DEMO.epochs
+    assert parameters["sparsity"].default == demo_verb.DEMO.sparsity
+
+
+# --- progress ------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self):
+        return True
+
+
+def work(progress, steps=1000):
+    progress.start(steps, "training")
+    for step in range(steps):
+        progress.advance(loss=0.5, closed=step)
+    progress.finish()
+
+
+def test_a_log_gets_a_line_at_every_tenth(monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr("gatepress.cli._progress.time.monotonic", lambda: next(clock))
+    stream = io.StringIO()
+    work(LineProgress(stream))
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 11
+    assert lines[0] == "training: 1,000 to do"
+    assert re.match(r"training: 50 % \(500/1,000, 1.0/s, 8:20 left, loss 0.5, closed 499\)", lines[5])
+    assert "left" not in lines[-1]
+    assert "\r" not in stream.getvalue()
+
+
+def test_quick_work_gets_a_first_and_a_last_line():
+    stream = io.StringIO()
+    work(LineProgress(stream))
+    first, last = stream.getvalue().splitlines()
+    assert first == "training: 1,000 to do"
+    assert last.startswith("training: 100 % (1,000/1,000, ")
+
+
+def test_a_terminal_gets_a_live_bar_that_ends(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    progress = BarProgress(stream)
+    progress.start(2, "epochs")
+    work(progress, steps=4)
+    progress.advance(2)
+    progress.finish()
+    drawn = stream.getvalue()
+    assert "training" in drawn
+    assert "4/4" in drawn
+    assert "loss 0.5, closed 3" in drawn
+    assert drawn.rstrip().endswith("\x1b[?25h")  # the cursor is back
+
+
+def test_an_error_ends_a_live_bar(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    progress = BarProgress(stream)
+    progress.start(2, "epochs")
+    progress.close()
+    assert stream.getvalue().rstrip().endswith("\x1b[?25h")
+    progress.advance()  # whoever still reports draws nothing more
+    progress.finish()
+
+
+@pytest.mark.parametrize(
+    ("speed", "text"), [(None, ""), (0.25, "4.0 s each"), (12.34, "12.3/s"), (4321, "4,321.0/s")]
+)
+def test_speed_is_readable(speed, text):
+    assert rate_text(speed) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(5, "0:05"), (65.4, "1:05"), (3723, "1:02:03")])
+def test_time_is_readable(seconds, text):
+    assert clock_text(seconds) == text
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "gatepress", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.stdout == f"gatepress {gatepress.__version__}\n"

@@ -1,0 +1,196 @@
+"""Masked = collapsed = reloaded, for every family, granularity and layout."""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
+
+import gatepress.auto  # noqa: F401 - registers the Auto classes
+import tiny
+from gatepress.collapse import collapse, parameters_of
+from gatepress.config import Granularity, Layout
+from gatepress.errors import ModelError
+from gatepress.gates import GatedLinear, gates_of
+from gatepress.inject import attach_gates_, gated_linear
+from gatepress.pruning import _write
+from gatepress.resolve import resolve
+
+GRANULARITIES: list[Granularity] = ["structured", "matrix"]
+LAYOUTS: list[Layout] = ["inner", "index", "stock"]
+
+
+def gated_model(family: str, granularity: Granularity, closed: float = 0.4, seed: int = 0) -> PreTrainedModel:
+    """Return a tiny gated model with fractional gates, some of them closed, and a low-rank update."""
+    model = tiny.build_classifier(family, num_labels=3)
+    attach_gates_(model, granularity=granularity, controller="importance", lora_rank=2)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, GatedLinear):
+                module.lora_b.normal_(std=0.1)
+        for _, gate in gates_of(model):
+            gate.mu.uniform_(0.1, 0.7)
+            gate.mask.copy_(torch.rand_like(gate.mask) >= closed)
+    return model.eval()
+
+
+@torch.inference_mode()
+def logits(model: PreTrainedModel, family: str) -> Tensor:
+    return model(**tiny.random_batch(family)).logits
+
+
+@pytest.mark.parametrize(("granularity", "layout"), list(itertools.product(GRANULARITIES, LAYOUTS)))
+def test_collapsed_and_reloaded_equal_gated(
+    family: str, granularity: Granularity, layout: Layout, tmp_path: Path
+) -> None:
+    model = gated_model(family, granularity)
+    wanted = logits(model, family)
+    pruned, plan = collapse(model, layout)
+    torch.testing.assert_close(logits(pruned, family), wanted, atol=1e-5, rtol=0)
+    assert torch.equal(logits(model, family), wanted)  # the gated model is left as it was
+    _write(pruned, tmp_path, layout)
+    reloaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(logits(reloaded, family), logits(pruned, family))
+    assert 0 < plan.removed_fraction < 1
+
+
+@pytest.mark.parametrize(("granularity", "layout"), list(itertools.product(GRANULARITIES, LAYOUTS)))
+def test_what_the_plan_counts_is_what_the_files_hold(
+    family: str, granularity: Granularity, layout: Layout
+) -> None:
+    model = gated_model(family, granularity)
+    pruned, plan = collapse(model, layout)
+    layers = resolve(pruned)
+    base = pruned.base_model
+    held = sum(base.get_submodule(path).weight.numel() for layer in layers for path in layer.paths.values())
+    assert held == plan.kept_weights
+    assert plan.dense_weights == sum(layer.weights for layer in resolve(model))
+    dense_parameters = parameters_of(tiny.build_classifier(family, num_labels=3))
+    assert parameters_of(pruned) == dense_parameters - plan.removed_parameters
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_open_gates_remove_nothing_and_change_nothing(family: str, granularity: Granularity) -> None:
+    dense = tiny.build_classifier(family, num_labels=3)
+    wanted = logits(dense, family)
+    attach_gates_(dense, granularity=granularity, controller="importance")
+    assert torch.equal(logits(dense.eval(), family), wanted)
+    pruned, plan = collapse(dense, "inner")
+    assert plan.removed_fraction == 0
+    torch.testing.assert_close(logits(pruned, family), wanted, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("granularity", "layout"), list(itertools.product(GRANULARITIES, LAYOUTS)))
+def test_a_model_with_every_gate_closed_still_runs(
+    family: str, granularity: Granularity, layout: Layout
+) -> None:
+    model = gated_model(family, granularity, closed=1.1)
+    pruned, _ = collapse(model, layout)
+    torch.testing.assert_close(logits(pruned, family), logits(model, family), atol=1e-5, rtol=0)
+
+
+def test_structured_sparsity_is_all_removed(family: str) -> None:
+    """Half the gates of every head and of the neurons: half of the encoder's weights are gone."""
+    model = gated_model(family, "structured", closed=0)
+    for name, gate in gates_of(model):
+        width = tiny.HIDDEN // tiny.HEADS if gate.size == tiny.HIDDEN else gate.size
+        gate.mask.view(-1, width)[:, : width // 2] = 0
+        assert name
+    _, plan = collapse(model, "inner")
+    assert plan.removed_fraction == 0.5
+
+
+def test_a_head_without_queries_attends_uniformly_and_one_without_values_goes(family: str) -> None:
+    model = gated_model(family, "structured", closed=0)
+    width = tiny.HIDDEN // tiny.HEADS
+    for layer in resolve(model):
+        gated_linear(model, layer, "q").gate_out.mask[:width] = 0
+        gated_linear(model, layer, "o").gate_in.mask[-width:] = 0
+    pruned, plan = collapse(model, "inner")
+    assert all(layer.heads == [0, 1, 2] for layer in plan.layers)
+    torch.testing.assert_close(logits(pruned, family), logits(model, family), atol=1e-5, rtol=0)
+
+
+def test_eager_and_fused_attention_agree(family: str) -> None:
+    pruned, _ = collapse(gated_model(family, "structured"), "inner")
+    fused = logits(pruned, family)
+    with torch.inference_mode():
+        inputs = tiny.random_batch(family)
+        if family != "mpnet":  # has one implementation only
+            pruned.set_attn_implementation("eager")
+        torch.testing.assert_close(pruned(**inputs).logits, fused, atol=1e-5, rtol=0)
+
+
+def test_an_activation_that_moves_zero_is_refused() -> None:
+    model = tiny.build_classifier("bert", hidden_act="sigmoid")
+    attach_gates_(model, granularity="structured", controller="importance")
+    with pytest.raises(ModelError, match="'sigmoid' does not map 0 to 0"):
+        collapse(model, "inner")
+
+
+def test_a_process_without_gatepress_loads_pruned_models(tmp_path: Path) -> None:
+    """Our layouts by `trust_remote_code`, the stock layout with no code at all."""
+    for family, layout in itertools.product(tiny.FAMILIES, LAYOUTS):
+        directory = tmp_path / f"{family}@{layout}"
+        pruned, _ = collapse(gated_model(family, "matrix"), layout)
+        directory.mkdir()
+        _write(pruned, directory, layout)
+        batch = tiny.random_batch(family)
+        torch.save({"inputs": batch, "logits": logits(pruned, family)}, directory / "wanted.pt")
+    script = """
+import sys, pathlib, torch
+sys.modules["gatepress"] = None  # importing it now fails
+from transformers import AutoModelForSequenceClassification as Auto
+for directory in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+    wanted = torch.load(directory / "wanted.pt")
+    model = Auto.from_pretrained(directory, trust_remote_code=not directory.name.endswith("@stock"))
+    with torch.inference_mode():
+        got = model(**wanted["inputs"]).logits
+    assert torch.allclose(got, wanted["logits"], atol=1e-6), directory
+    try:
+        if not directory.name.endswith("@stock"):
+            Auto.from_pretrained(directory, trust_remote_code=False)
+            raise SystemExit("loaded without code: random weights?")
+    except ValueError as error:
+        assert "trust_remote_code" in str(error)
+print("all equal")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.stdout.strip() == "all equal", done.stderr[-2000:]
+
+
+def test_pipelines_and_trainer_accept_a_pruned_model(tmp_path: Path) -> None:
+    pruned, _ = collapse(gated_model("bert", "structured"), "inner")
+    directory = tmp_path / "pruned"
+    directory.mkdir()
+    _write(pruned, directory, "inner")
+    tiny.build_tokenizer(tiny.BY_FAMILY["bert"]).save_pretrained(directory)
+    classify = pipeline("text-classification", model=str(directory), device="cpu")
+    assert classify("anda boro krat")[0]["label"].startswith("LABEL_")
+    model = AutoModelForSequenceClassification.from_pretrained(directory)
+    rows = [{"input_ids": [2, 60, 61, 3], "labels": label} for label in (0, 1, 2, 1)]
+    arguments = TrainingArguments(
+        str(tmp_path / "out"), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    Trainer(model=model, args=arguments, train_dataset=rows).train()
+    model.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "modeling_gatepress.py").is_file()
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "again")
+    assert torch.equal(logits(again.eval(), "bert"), logits(model.eval(), "bert"))

@@ -1,0 +1,209 @@
+"""One metric on one set of rows, whatever form the model has."""
+
+import json
+import shutil
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import tiny
+from forms import MAX_LENGTH, data_settings, save_run
+from gatepress.config import DataSettings
+from gatepress.errors import ArtifactError, ModelError, UsageError
+from gatepress.evaluation import evaluate, evaluate_model, evaluate_runner
+from gatepress.export import export
+from gatepress.pruning import prune
+from gatepress.runtime import open_runner
+from gatepress.tasks.sources import load_rows
+from gatepress.training.data import make_loader, tokenize
+
+
+@dataclass
+class Recorder:
+    """A `Progress` that remembers."""
+
+    calls: list[Any] = field(default_factory=list)
+    done: int = 0
+
+    def start(self, total: int, description: str) -> None:
+        self.calls.append((total, description))
+
+    def advance(self, steps: int = 1, **_figures: float | str) -> None:
+        self.done += steps
+
+    def finish(self) -> None:
+        self.calls.append("finish")
+
+
+def all_forms(root: Path, base: Path, files: Any) -> SimpleNamespace:
+    run = save_run(root / "run", base, files)
+    prune(run, root / "pruned")
+    export(root / "pruned", root / "onnx")
+    return SimpleNamespace(run=run, pruned=root / "pruned", onnx=root / "onnx")
+
+
+@pytest.fixture(scope="module")
+def forms(tiny_model_dir, tiny_task_files, tmp_path_factory) -> SimpleNamespace:
+    """A classifier in every form."""
+    return all_forms(tmp_path_factory.mktemp("forms"), tiny_model_dir("bert"), tiny_task_files)
+
+
+@pytest.fixture(scope="module")
+def regressor(tiny_model_dir, tiny_regression_files, tmp_path_factory) -> SimpleNamespace:
+    """A regression over pairs of texts in every form."""
+    return all_forms(tmp_path_factory.mktemp("regressor"), tiny_model_dir("mpnet"), tiny_regression_files)
+
+
+def test_every_form_scores_the_same_on_the_rows_of_its_manifest(forms) -> None:
+    results = [evaluate(path) for path in (forms.run, forms.pruned, forms.onnx)]
+    assert [one["kind"] for one in results] == ["run", "pruned", "onnx"]
+    assert [one["runtime"] for one in results] == ["torch", "torch", "onnxruntime"]
+    shared = (
+        "task",
+        "metric_name",
+        "metric_value",
+        "metrics_by_split",
+        "examples",
+        "max_length",
+        "data_fingerprint",
+    )
+    assert all(
+        {key: one[key] for key in shared} == {key: results[0][key] for key in shared} for one in results
+    )
+    assert (results[0]["metric_name"], results[0]["examples"], results[0]["max_length"]) == (
+        "accuracy",
+        96,
+        MAX_LENGTH,
+    )
+    assert results[1]["total_params"] == results[2]["total_params"] < results[0]["total_params"]
+
+
+def test_regression_over_pairs_scores_the_same(regressor) -> None:
+    values = [evaluate(path)["metric_value"] for path in (regressor.run, regressor.pruned, regressor.onnx)]
+    assert evaluate(regressor.onnx)["metric_name"] == "pearson"
+    assert values == pytest.approx([values[0]] * 3, abs=1e-5)
+    assert values[0] != 0
+
+
+def test_score_does_not_hang_on_the_batch_size(forms) -> None:
+    assert {evaluate(forms.pruned, batch_size=size)["metric_value"] for size in (1, 7, 96)} == {
+        evaluate(forms.pruned)["metric_value"]
+    }
+
+
+def test_asked_rows_win_over_the_manifest(forms, tiny_task_files) -> None:
+    data = DataSettings(
+        validation_file=str(tiny_task_files.train),
+        text_column="text",
+        label_column="label",
+        max_validation_samples=40,
+    )
+    assert evaluate(forms.onnx, data=data)["examples"] == 40
+
+
+def test_asked_length_is_cut_to_what_the_model_takes(forms) -> None:
+    assert evaluate(forms.onnx, max_length=10_000, batch_size=96)["max_length"] == tiny.MAX_TOKENS
+    assert evaluate(forms.run, max_length=5)["max_length"] == 5
+
+
+def test_both_halves_of_mnli_are_reported(tiny_classifier_dir, tiny_glue_dir) -> None:
+    result = evaluate(
+        tiny_classifier_dir("bert", 3), data=DataSettings(task="mnli", data_dir=str(tiny_glue_dir))
+    )
+    splits = result["metrics_by_split"]
+    assert set(splits) == {"validation_matched", "validation_mismatched"}
+    assert result["metric_value"] == pytest.approx(sum(splits.values()) / 2)  # halves of one size here
+    assert result["examples"] == 128
+
+
+def test_labels_are_matched_by_name(tiny_glue_dir, tmp_path: Path) -> None:
+    """A model from elsewhere may hold the same classes in another order."""
+    data = DataSettings(task="mnli", data_dir=str(tiny_glue_dir))
+    model = tiny.build_classifier("distilbert", 3)
+    model.config.id2label = {0: "entailment", 1: "neutral", 2: "contradiction"}
+    value = evaluate(tiny.save_model(model, "distilbert", tmp_path / "same"), data=data)["metric_value"]
+    order = [2, 0, 1]
+    model.config.id2label = {0: "CONTRADICTION", 1: "ENTAILMENT", 2: "NEUTRAL"}
+    model.classifier.weight.data = model.classifier.weight.data[order]
+    model.classifier.bias.data = model.classifier.bias.data[order]
+    assert (
+        evaluate(tiny.save_model(model, "distilbert", tmp_path / "other"), data=data)["metric_value"] == value
+    )
+
+
+def test_progress_is_reported_in_batches(forms) -> None:
+    progress = Recorder()
+    evaluate(forms.onnx, batch_size=32, progress=progress)
+    assert progress.calls == [(3, "evaluating train"), "finish"]
+    assert progress.done == 3
+
+
+def test_model_in_training_is_measured_as_its_runner_is_and_stays_in_training(forms, tiny_task_files) -> None:
+    runner = open_runner(forms.pruned)
+    rows = load_rows(data_settings(tiny_task_files), splits="validation")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(runner.tokenizer_dir)
+    wanted = evaluate_runner(runner, rows, tokenizer, max_length=MAX_LENGTH)
+    model = runner.model.train()
+    loaders = {
+        name: make_loader(tokenize(split, tokenizer, MAX_LENGTH), tokenizer, 16, shuffle=False, seed=0)
+        for name, split in rows.validation.items()
+    }
+    got = evaluate_model(model, loaders, rows.spec)
+    assert model.training
+    assert got == {key: wanted[key] for key in got}
+
+
+def test_other_number_of_classes_is_refused(tiny_classifier_dir, tiny_task_files) -> None:
+    with pytest.raises(ModelError, match="has 3 outputs, but train needs 2"):
+        evaluate(tiny_classifier_dir("bert", 3), data=data_settings(tiny_task_files))
+
+
+def test_encoder_without_a_head_is_refused(tiny_model_dir, tiny_task_files) -> None:
+    with pytest.raises(ModelError, match="no task head of its own"):
+        evaluate(tiny_model_dir("bert"), data=data_settings(tiny_task_files))
+
+
+def test_plain_model_without_data_asks_for_it(tiny_classifier_dir) -> None:
+    with pytest.raises(UsageError, match="give --task NAME or --validation-file"):
+        evaluate(tiny_classifier_dir("bert"))
+
+
+def test_onnx_file_without_a_tokenizer_is_refused(forms, tiny_task_files, tmp_path: Path) -> None:
+    shutil.copy(forms.onnx / "model.onnx", tmp_path / "alone.onnx")
+    with pytest.raises(ModelError, match="no tokenizer beside it"):
+        evaluate(tmp_path / "alone.onnx", data=data_settings(tiny_task_files))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data": {"task": "sst2", "colour": "red"}},
+        {"data": {}},
+        {"data": 3},
+        {"task": {"name": 1}},
+        {"max_length": "x"},
+    ],
+)
+def test_malformed_manifest_is_refused(forms, change, tmp_path: Path) -> None:
+    shutil.copytree(forms.onnx, tmp_path / "onnx")
+    file = tmp_path / "onnx" / "gatepress_onnx.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(ArtifactError, match="manifest"):
+        evaluate(tmp_path / "onnx")
+
+
+def test_sizes_below_one_are_refused(forms) -> None:
+    with pytest.raises(UsageError, match="--batch-size is 0"):
+        evaluate(forms.run, batch_size=0)
+    with pytest.raises(UsageError, match="--max-length is 0"):
+        evaluate(forms.run, max_length=0)
+
+
+def test_rows_of_another_task_are_refused(forms, tiny_glue_dir) -> None:
+    with pytest.raises(UsageError, match="--task is"):
+        evaluate(forms.onnx, data=replace(DataSettings(task="sst2"), data_dir=str(tiny_glue_dir)))

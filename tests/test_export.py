@@ -1,0 +1,209 @@
+"""ONNX Runtime = torch, for every family, form and granularity; and nothing is kept where it is not."""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import tiny
+from forms import PROBE_ROWS, save_run
+from gatepress import export as exporting
+from gatepress.checkpoint import load_pruned, load_run
+from gatepress.config import Granularity
+from gatepress.errors import ModelError, OutputError, ParityError, UsageError
+from gatepress.export import export, write_onnx
+from gatepress.pruning import prune
+from gatepress.runtime import open_runner
+
+# None of these is among the shapes that export itself compares.
+UNSEEN = [(1, 2), (2, 1), (3, 11), (7, 40)]
+
+
+@pytest.fixture(scope="module")
+def bert(tiny_classifier_dir, tmp_path_factory) -> SimpleNamespace:
+    """One exported classifier, for the tests that only look at it."""
+    source = tiny_classifier_dir("bert", 3)
+    output = tmp_path_factory.mktemp("bert") / "onnx"
+    return SimpleNamespace(source=source, output=output, result=export(source, output))
+
+
+def agree_on_unseen_shapes(model: torch.nn.Module, directory: Path, family: str) -> None:
+    """Compare in a session of ONNX Runtime's defaults, as a user without gatepress would."""
+    session = onnxruntime.InferenceSession(directory / "model.onnx", providers=["CPUExecutionProvider"])
+    names = [one.name for one in session.get_inputs()]
+    for rows, length in UNSEEN:
+        batch = tiny.random_batch(family, rows, length, seed=rows)
+        with torch.inference_mode():
+            wanted = model(**batch).logits
+        got = session.run(["logits"], {name: batch[name].numpy() for name in names})[0]
+        np.testing.assert_allclose(got, wanted.numpy(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("granularity", ["structured", "matrix"])
+def test_run_and_pruned_directory_export_to_what_torch_computes(
+    family: str,
+    granularity: Granularity,
+    tiny_model_dir: Callable[[str], Path],
+    tiny_task_files,
+    tmp_path: Path,
+) -> None:
+    run = save_run(tmp_path / "run", tiny_model_dir(family), tiny_task_files, granularity=granularity)
+    # An export takes seconds: each family's gated model is written with one of the granularities.
+    if (tiny.FAMILIES.index(family) % 2 == 0) == (granularity == "matrix"):
+        result = export(run, tmp_path / "run-onnx")
+        assert result["source_kind"] == "run"
+        assert result["shapes"][-1]["rows"] == PROBE_ROWS  # the run's own rows are compared as well
+        agree_on_unseen_shapes(load_run(run)[0], tmp_path / "run-onnx", family)
+
+    prune(run, tmp_path / "pruned")
+    result = export(tmp_path / "pruned", tmp_path / "onnx")
+    assert result["source_kind"] == "pruned"
+    assert result["max_abs_logit_diff"] <= 1e-4
+    assert len({(shape["rows"], shape["length"]) for shape in result["shapes"]}) >= 3
+    assert any(shape["padding"] for shape in result["shapes"])
+    agree_on_unseen_shapes(load_pruned(tmp_path / "pruned"), tmp_path / "onnx", family)
+    pruned_manifest = json.loads((tmp_path / "pruned" / "gatepress_pruned.json").read_text())
+    manifest = json.loads((tmp_path / "onnx" / "gatepress_onnx.json").read_text())
+    assert all(manifest[key] == pruned_manifest[key] for key in ("task", "data", "max_length"))
+    config = json.loads((tmp_path / "onnx" / "config.json").read_text())
+    assert config["model_type"] == family  # other tools know the family, not its pruned class
+    assert not {"auto_map", "gatepress"} & set(config)
+    assert "gatepress_" not in json.dumps(config)
+
+
+def test_axes_are_named_and_free(bert) -> None:
+    graph = onnx.load(bert.output / "model.onnx").graph
+    for one in graph.input:
+        assert [axis.dim_param for axis in one.type.tensor_type.shape.dim] == ["batch", "length"]
+    batch, labels = graph.output[0].type.tensor_type.shape.dim
+    assert (batch.dim_param, labels.dim_value) == ("batch", 3)
+
+
+def test_graph_has_whole_operators_and_no_notes(bert) -> None:
+    """What runtimes fuse or compute at once is one node; where it was exported is nobody's business."""
+    graph = onnx.load(bert.output / "model.onnx").graph
+    operators = Counter(node.op_type for node in graph.node)
+    assert operators["LayerNormalization"] == 2 * tiny.LAYERS + 1
+    assert operators["Gelu"] == operators["Softmax"] == tiny.LAYERS
+    assert not graph.value_info
+    assert not any(node.metadata_props or node.doc_string for node in graph.node)
+    content = (bert.output / "model.onnx").read_bytes()
+    assert b"site-packages" not in content
+    assert b".py" not in content
+
+
+def test_residual_sums_stay_apart_from_layer_norms(bert, tmp_path: Path) -> None:
+    """ONNX Runtime would fuse them into an operator that is slower on a CPU."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(bert.output / "model.onnx", options, providers=["CPUExecutionProvider"])
+    operators = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+    assert operators["SkipLayerNormalization"] == 0
+    assert operators["BiasGelu"] == operators["FusedMatMul"] == tiny.LAYERS
+
+
+def test_tokenizer_lies_beside_the_graph(bert) -> None:
+    text = "anda boro belu"
+    assert AutoTokenizer.from_pretrained(bert.output)(text) == AutoTokenizer.from_pretrained(bert.source)(
+        text
+    )
+
+
+def test_result_says_what_was_written(bert) -> None:
+    assert bert.result["output_dir"] == str(bert.output)
+    assert bert.result["size_bytes"] == (bert.output / "model.onnx").stat().st_size
+    assert bert.result["inputs"] == ["input_ids", "attention_mask", "token_type_ids"]
+    assert bert.result["total_params"] == open_runner(bert.source).parameters
+    assert {file.name for file in bert.output.iterdir()} == {
+        "model.onnx",
+        "gatepress_onnx.json",
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"opset": 11}, "--opset is 11"), ({"max_diff": float("nan")}, "--max-diff is nan")],
+)
+def test_options_out_of_range_are_refused(options, words, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=words):
+        export("no-such-model", tmp_path / "onnx", **options)
+
+
+def test_disagreement_keeps_nothing_and_harms_nothing(bert, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(
+        exporting, "write_onnx", lambda _model, file, **_: shutil.copy(bert.output / file.name, file)
+    )
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx" / "earlier").write_text("kept")
+    with pytest.raises(ParityError, match="nothing was written"):
+        export(bert.source, tmp_path / "onnx", force=True, max_diff=1e-12)
+    assert [path.name for path in tmp_path.iterdir()] == ["onnx"]
+    assert (tmp_path / "onnx" / "earlier").read_text() == "kept"
+
+
+def test_graph_with_a_frozen_axis_is_refused(bert, tmp_path: Path, monkeypatch) -> None:
+    """A graph that answers with the wrong shape, or not at all, never passes the comparison."""
+
+    def freeze(_model, file, *, opset=None) -> None:
+        assert opset is None
+        graph = onnx.load(bert.output / "model.onnx")
+        for one in graph.graph.input:
+            one.type.tensor_type.shape.dim[0].dim_value = 2
+        onnx.save(graph, file)
+
+    monkeypatch.setattr(exporting, "write_onnx", freeze)
+    with pytest.raises(ParityError, match="cannot run 1 x 1 tokens"):
+        export(bert.source, tmp_path / "onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_output_that_exists_is_refused_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="--force"):
+        export("no-such-model", tmp_path)
+
+
+def test_onnx_is_no_source(bert, tmp_path: Path) -> None:
+    for source in (bert.output, bert.output / "model.onnx"):
+        with pytest.raises(UsageError, match="is ONNX already"):
+            export(source, tmp_path / "onnx")
+
+
+def test_what_torch_cannot_export_is_one_line_and_leaves_the_model_alone(tmp_path: Path, monkeypatch) -> None:
+    def fail(*_args, **_options) -> None:
+        raise RuntimeError("an operator is unknown\nand a page of details")
+
+    model = tiny.build_classifier("bert")
+    before = model.config._attn_implementation
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    with pytest.raises(ModelError, match=r"cannot export it to ONNX \(an operator is unknown\)"):
+        write_onnx(model, tmp_path / "model.onnx")
+    assert model.config._attn_implementation == before
+
+
+def test_large_models_keep_their_weights_in_a_file_of_their_own(
+    tiny_model_dir, tmp_path: Path, monkeypatch, capfd
+) -> None:
+    """With the oldest operator set, of an encoder without a head, and without a word on stdout."""
+    monkeypatch.setattr(exporting, "EXTERNAL_DATA_BYTES", 0)
+    result = export(tiny_model_dir("distilbert"), tmp_path / "onnx", opset=17)
+    assert (result["opset"], result["head_is_random"]) == (17, True)
+    assert capfd.readouterr().out == ""
+    weights = tmp_path / "onnx" / "model.onnx.data"
+    assert result["size_bytes"] > weights.stat().st_size > (tmp_path / "onnx" / "model.onnx").stat().st_size
+    manifest = json.loads((tmp_path / "onnx" / "gatepress_onnx.json").read_text())
+    assert set(manifest["sha256"]) == {"model.onnx", "model.onnx.data"}
+    opened = open_runner(tmp_path / "onnx")
+    assert (opened.size_bytes, opened.head_is_random) == (result["size_bytes"], True)

@@ -1,0 +1,151 @@
+"""A model's name becomes a directory with safetensors, or one clear line."""
+
+import errno
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+from huggingface_hub import errors
+
+from gatepress.errors import GatepressError, HubError, ModelError, OutputError, UsageError
+from gatepress.hub import locate_model
+
+
+def model_directory(
+    path: Path, weights: str = "model.safetensors", config: str = '{"model_type": "bert"}'
+) -> Path:
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(config, encoding="utf-8")
+    (path / weights).write_bytes(b"weights")
+    return path
+
+
+def refused(name: str, kind: type[GatepressError], revision: str | None = None) -> str:
+    with pytest.raises(kind) as caught:
+        locate_model(name, revision)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_local_directory_is_itself(tmp_path: Path):
+    directory = model_directory(tmp_path / "model")
+    assert locate_model(str(directory)) == directory
+
+
+def test_a_home_directory_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    directory = model_directory(tmp_path / "model")
+    assert locate_model("~/model") == directory
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
+def test_pickles_are_never_loaded(tmp_path: Path, name: str):
+    directory = model_directory(tmp_path / "model", weights=name)
+    message = refused(str(directory), ModelError)
+    assert "pickles" in message
+    assert "save_pretrained" in message
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [("{", "not readable as JSON"), ("[]", "holds list"), ("[" * 100_000, "not readable as JSON")],
+)
+def test_a_configuration_that_is_none(tmp_path: Path, config: str, expected: str):
+    directory = model_directory(tmp_path / "model", config=config)
+    assert expected in refused(str(directory), ModelError)
+
+
+def test_directories_that_are_no_model(tmp_path: Path):
+    assert "has no config.json" in refused(str(tmp_path), ModelError)
+    assert "is not there" in refused(str(tmp_path / "gone"), ModelError)
+    assert "is not there" in refused("./gone", ModelError)
+    assert "is not there" in refused("models/of/mine", ModelError)
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    assert "has no *.safetensors" in refused(str(tmp_path), ModelError)
+    assert "is a file" in refused(str(tmp_path / "config.json"), ModelError)
+
+
+def test_a_revision_belongs_to_the_hub(tmp_path: Path):
+    directory = model_directory(tmp_path / "model")
+    assert "drop --revision" in refused(str(directory), UsageError, revision="main")
+    assert "drop --revision" in refused("demo", UsageError, revision="main")
+
+
+def test_the_hub_out_of_reach_is_told_soon_and_names_the_ways_out():
+    started = time.monotonic()
+    message = refused("somebody/some-model", HubError)
+    assert time.monotonic() - started < 15
+    for way in ("--model demo", "--model DIRECTORY", "HF_HOME"):
+        assert way in message
+
+
+def test_a_cached_copy_serves_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    root = tmp_path / "models--somebody--some-model"
+    directory = model_directory(root / "snapshots" / ("1" * 40))
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text("1" * 40)
+    assert locate_model("somebody/some-model").resolve() == directory.resolve()
+
+
+def test_no_pickle_no_code_and_no_folder_is_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    directory = model_directory(tmp_path / "snapshot")
+    asked = {}
+
+    def download(repo_id, **options):
+        asked.update(options, repo_id=repo_id)
+        return str(directory)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert locate_model("somebody/some-model", "v1") == directory
+    files = ["config.json", "model.safetensors", "vocab.txt", "merges.txt", "spiece.model"]
+    unwanted = ["pytorch_model.bin", "tf_model.h5", "modeling.py", "onnx/config.json", "a/model.safetensors"]
+    kept = huggingface_hub.utils.filter_repo_objects(
+        files + unwanted,
+        allow_patterns=asked["allow_patterns"],
+        ignore_patterns=asked["ignore_patterns"],
+    )
+    assert list(kept) == files
+    assert (asked["repo_id"], asked["revision"]) == ("somebody/some-model", "v1")
+
+
+ANSWER = SimpleNamespace(headers={}, request=None)
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "expected"),
+    [
+        (errors.RepositoryNotFoundError("404", response=ANSWER), ModelError, "check the spelling"),
+        (errors.GatedRepoError("401", response=ANSWER), ModelError, "HF_TOKEN"),
+        (errors.RevisionNotFoundError("404", response=ANSWER), ModelError, "no revision 'v1'"),
+        (errors.HFValidationError("name"), ModelError, "check the spelling"),
+        (errors.HfHubHTTPError("500", response=ANSWER), HubError, "--model demo"),
+        (errors.OfflineModeIsEnabled("offline"), HubError, "--model demo"),
+        (TimeoutError("slow"), HubError, "--model demo"),
+        (OSError(errno.ENOSPC, "No space left on device"), OutputError, "HF_HOME"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_what_the_hub_answers_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, raised, kind, expected):
+    def download(*_args, **_options):
+        raise raised
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    message = refused("somebody/some-model", kind, revision="v1")
+    assert message.startswith("somebody/some-model: ")
+    assert expected in message
+
+
+def test_a_name_that_is_no_id_is_refused():
+    assert "check the spelling" in refused("no such model!", ModelError)
+
+
+def test_only_pickles_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "config.json").write_text(json.dumps({}), encoding="utf-8")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_a, **_o: str(tmp_path))
+    message = refused("somebody/some-model", ModelError)
+    assert message.startswith("somebody/some-model: has no *.safetensors")

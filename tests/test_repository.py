@@ -1,0 +1,150 @@
+"""What holds for the whole repository: one version, layers, a quick start, documents that tell the truth."""
+
+import ast
+import importlib
+import importlib.metadata
+import re
+import resource
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import gatepress
+import tiny
+from gatepress.cli.app import app
+from gatepress.families import FAMILIES
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands]
+
+IMPORTED_BY_TORCH = {"onnxscript"}  # by its ONNX exporter
+
+HEAVY = PYPROJECT["tool"]["ruff"]["lint"]["flake8-tidy-imports"]["banned-module-level-imports"]
+HELP = f"""
+import sys
+from gatepress.cli.app import main
+sys.argv = ["gatepress", *sys.argv[1:]]
+try:
+    main()
+except SystemExit as end:
+    code = end.code
+loaded = [name for name in {HEAVY!r} if name in sys.modules]
+sys.exit(f"exit code {{code}}, loaded {{loaded}}" if code or loaded else 0)
+"""
+
+
+def test_version_stands_in_one_place():
+    assert PYPROJECT["project"]["dynamic"] == ["version"]
+    assert importlib.metadata.version("gatepress") == gatepress.__version__
+    spelled = f'"{gatepress.__version__}"'
+    tracked = [ROOT / "pyproject.toml", ROOT / "CITATION.cff", *ROOT.glob("src/**/*.py")]
+    holders = [path for path in tracked if f"version__ = {spelled}" in path.read_text(encoding="utf-8")]
+    assert holders == [ROOT / "src/gatepress/__init__.py"]
+
+
+def test_dependencies_are_what_is_imported():
+    listed = {_distribution(line) for line in PYPROJECT["project"]["dependencies"]}
+    optional = {_distribution(line) for line in PYPROJECT["project"]["optional-dependencies"]["plot"]}
+    used = {
+        name.split(".")[0]
+        for path in ROOT.glob("src/**/*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for name in _imported(node)
+    } - {*sys.stdlib_module_names, "gatepress"}
+    owners = importlib.metadata.packages_distributions()
+    imported = set()
+    for name in used:
+        candidates = {owner.lower().replace("_", "-") for owner in owners[name]}
+        imported |= candidates & (listed | optional) or candidates
+    assert imported == (listed | optional) - IMPORTED_BY_TORCH
+
+
+def _distribution(requirement: str) -> str:
+    return re.split(r"[^\w-]", requirement)[0].lower()
+
+
+def _imported(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+
+
+def test_changelog_has_the_version():
+    assert f"## {gatepress.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").replace(
+        "[", ""
+    )
+
+
+def test_imports_go_down_only(monkeypatch):
+    from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
+
+    monkeypatch.chdir(ROOT)
+    assert lint_imports(no_cache=True) == EXIT_STATUS_SUCCESS
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], *([command] for command in COMMANDS)], ids=["gatepress", *COMMANDS]
+)
+def test_help_loads_nothing_heavy(arguments):
+    done = subprocess.run(
+        [sys.executable, "-c", HELP, *arguments, "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_starts_quickly():
+    def seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "gatepress", "--help"], capture_output=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return (after.ru_utime - before.ru_utime) + (after.ru_stime - before.ru_stime)
+
+    # processor time, the best of some: other tests run beside this one
+    assert min(seconds() for _ in range(5)) < 0.4
+
+
+def test_every_family_has_a_tiny_model():
+    assert sorted(FAMILIES) == sorted(tiny.FAMILIES)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_documents_link_to_files_that_exist(document):
+    targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8"))
+    local = [target for target in targets if "://" not in target and not target.startswith("mailto:")]
+    assert [target for target in local if not (document.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_documents_name_things_that_exist(document):
+    """`gates.Gate.values`, `plan.make_plan`: a dotted name in backticks is one of ours and resolves."""
+    modules = {path.stem for path in (ROOT / "src/gatepress").iterdir() if not path.name.startswith("_")}
+    names = set(
+        re.findall(r"`(?:gatepress\.)?([a-z_]+(?:\.[A-Za-z_]\w*)+)(?:\(.*?\))?`", document.read_text("utf-8"))
+    )
+    ours = sorted(
+        name for name in names if name.split(".")[0] in modules and not name.endswith((".py", ".json"))
+    )
+    assert [name for name in ours if not _exists(name)] == []
+
+
+def _exists(dotted: str) -> bool:
+    """Tell whether `dotted` below gatepress is a module, or an attribute (or field) of one."""
+    parts = ["gatepress", *dotted.split(".")]
+    for cut in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:cut]))
+        except ModuleNotFoundError:
+            continue
+        for attribute in parts[cut:]:
+            if attribute in getattr(found, "__dataclass_fields__", {}):
+                return True
+            if not hasattr(found, attribute):
+                return False
+            found = getattr(found, attribute)
+        return True
+    return False
