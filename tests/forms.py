@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
+from gatepress.batches import make_loader, tokenize
 from gatepress.checkpoint import RunManifest, RunWriter, model_files, open_base, open_tokenizer, versions
 from gatepress.config import DataSettings, Granularity, TrainSettings
 from gatepress.gates import gates_of
 from gatepress.inject import attach_gates_, trainable
 from gatepress.tasks.sources import load_rows
-from gatepress.training.data import make_loader, tokenize
 
 PROBE_ROWS = 16
 MAX_LENGTH = 24
@@ -57,9 +57,7 @@ def save_run(
         report={},
         versions=versions(),
     )
-    with RunWriter(
-        directory, tokenizer=tokenizer, probe={k: v for k, v in probe.items() if k != "labels"}
-    ) as writer:
+    with RunWriter(directory, tokenizer=tokenizer, probe={k: v for k, v in probe.items() if k != "labels"}) as writer:
         writer.save(model, manifest)
     return directory
 

@@ -249,9 +249,7 @@ def test_a_column_that_is_not_there(here, train_on, option):
 
 def test_a_column_that_only_training_has(here, train_on):
     tiny.write_table(here / "other.csv", ("text", "topic"), rows())
-    refused(
-        here, train_on("good.csv", validation="other.csv"), 1, r"other.csv: no column 'label'.* text, topic"
-    )
+    refused(here, train_on("good.csv", validation="other.csv"), 1, r"other.csv: no column 'label'.* text, topic")
 
 
 def test_a_label_that_only_validation_has(here, train_on):
@@ -353,9 +351,7 @@ def test_an_output_that_is_a_file(here, writer):
     (here / "out").write_text("a week of work")
     refused(here, [*writer, "-o", "out"], 1, r"^out: exists already")
     refused(here, [*writer, "-o", "out", "--force"], 1, r"^out: is a file, expected a directory")
-    refused(
-        here, [*writer, "-o", "out/below"], 1, r"out/below: cannot write \((Not a directory|File exists)\)"
-    )
+    refused(here, [*writer, "-o", "out/below"], 1, r"out/below: cannot write \((Not a directory|File exists)\)")
 
 
 def test_force_replaces_the_whole_output(here, writer):
@@ -374,9 +370,7 @@ needs_mount = pytest.mark.skipif(not (MOUNT and UMOUNT), reason="there is no mou
 def small_disk(at: Path, options: str) -> Iterator[None]:
     """Mount a tmpfs, or skip where that is not allowed."""
     at.mkdir()
-    mounted = subprocess.run(
-        [MOUNT, "-t", "tmpfs", "-o", options, "tmpfs", str(at)], capture_output=True, check=False
-    )
+    mounted = subprocess.run([MOUNT, "-t", "tmpfs", "-o", options, "tmpfs", str(at)], capture_output=True, check=False)
     if mounted.returncode:
         at.rmdir()
         pytest.skip("mounting a tmpfs needs rights that this test run has not")
@@ -399,17 +393,13 @@ def test_a_full_disk_leaves_the_earlier_result(here, writer):
     with small_disk(here / "disk", "size=16k"):
         (here / "disk/out").mkdir()
         (here / "disk/out/precious.txt").write_text("a week of work")
-        refused(
-            here, [*writer, "-o", "disk/out", "--force"], 1, r"cannot write \(.*No space left on device.*\)"
-        )
+        refused(here, [*writer, "-o", "disk/out", "--force"], 1, r"cannot write \(.*No space left on device.*\)")
 
 
 @needs_mount
 def test_a_disk_that_is_read_only(here, writer):
     with small_disk(here / "disk", "ro"):
-        refused(
-            here, [*writer, "-o", "disk/out"], 1, r"disk/out: cannot write \(Read-only file system\); .*-o"
-        )
+        refused(here, [*writer, "-o", "disk/out"], 1, r"disk/out: cannot write \(Read-only file system\); .*-o")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -536,7 +526,7 @@ def test_interrupted_before_the_first_checkpoint(here, train_on, force, monkeypa
     def interrupted(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gatepress.training.loop.open_base", interrupted)
+    monkeypatch.setattr("gatepress.training.open_base", interrupted)
     if force:
         (here / "run").mkdir()
         (here / "run/precious.txt").write_text("a week of work")

@@ -272,9 +272,7 @@ def test_names_tell_targets_apart(fakes):
 
 def test_a_shape_that_does_not_fit_is_one_clear_line(fakes):
     fakes(FakeRunner("short", [], longest=8))
-    with pytest.raises(
-        ModelError, match=r"^short: cannot run batch 1 x length 16 \(index out of.*--seq-len$"
-    ):
+    with pytest.raises(ModelError, match=r"^short: cannot run batch 1 x length 16 \(index out of.*--seq-len$"):
         endtoend.run(["short"], batch_sizes=[1], seq_lens=[4, 16], **SMALL)
     assert gc.isenabled()
 
@@ -408,9 +406,7 @@ def test_markdown_says_what_was_measured_where(tmp_path, matmul_records):
     text = (tmp_path / "result.md").read_text()
     assert text.count("\n| --- ") == 3  # one table for each weight, one for the models
     assert "weight 24 x 16, 4 tokens" in text
-    assert (
-        "batch 8 x 128 tokens on made-up processor, 2 threads, float32, median of 1 to 3 repetitions" in text
-    )
+    assert "batch 8 x 128 tokens on made-up processor, 2 threads, float32, median of 1 to 3 repetitions" in text
     assert "| pruned\\|x | pruned | torch | 1.00 ms | 0.600 to 1.40 |  | 90.0 MB | 50.0 % | 2.00x |" in text
 
 

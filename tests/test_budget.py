@@ -15,9 +15,7 @@ CONTROLLERS: list[Controller] = ["importance", "penalty"]
 STEPS = 30
 
 
-def run_budget(
-    granularity: Granularity, controller: Controller, sparsity: float, steps: int = STEPS
-) -> Budget:
+def run_budget(granularity: Granularity, controller: Controller, sparsity: float, steps: int = STEPS) -> Budget:
     model = tiny.build_classifier("bert")
     layers = attach_gates_(model, granularity=granularity, controller=controller)
     kinds = trainable(model, biases=True, layer_norms=True)
@@ -45,9 +43,7 @@ def run_budget(
     ("granularity", "controller", "sparsity"),
     list(itertools.product(GRANULARITIES, CONTROLLERS, [0.0, 0.1, 0.3, 0.5, 0.75, 0.97])),
 )
-def test_the_asked_sparsity_is_delivered(
-    granularity: Granularity, controller: Controller, sparsity: float
-) -> None:
+def test_the_asked_sparsity_is_delivered(granularity: Granularity, controller: Controller, sparsity: float) -> None:
     budget = run_budget(granularity, controller, sparsity)
     assert budget.closed_gates == gates_to_close(budget.total_gates, sparsity)
     assert abs(budget.closed_gates / budget.total_gates - sparsity) <= 0.005

@@ -356,9 +356,7 @@ def test_log_records_are_notes():
 
 # --- errors --------------------------------------------------------------------------------------
 
-LEAVES = [
-    one for one in vars(errors).values() if isinstance(one, type) and issubclass(one, errors.GatepressError)
-]
+LEAVES = [one for one in vars(errors).values() if isinstance(one, type) and issubclass(one, errors.GatepressError)]
 
 
 @pytest.mark.parametrize("kind", LEAVES, ids=lambda kind: kind.__name__)
@@ -720,9 +718,7 @@ def test_an_error_ends_a_live_bar(monkeypatch):
     progress.finish()
 
 
-@pytest.mark.parametrize(
-    ("speed", "text"), [(None, ""), (0.25, "4.0 s each"), (12.34, "12.3/s"), (4321, "4,321.0/s")]
-)
+@pytest.mark.parametrize(("speed", "text"), [(None, ""), (0.25, "4.0 s each"), (12.34, "12.3/s"), (4321, "4,321.0/s")])
 def test_speed_is_readable(speed, text):
     assert rate_text(speed) == text
 

@@ -66,9 +66,7 @@ def test_collapsed_and_reloaded_equal_gated(
 
 
 @pytest.mark.parametrize(("granularity", "layout"), list(itertools.product(GRANULARITIES, LAYOUTS)))
-def test_what_the_plan_counts_is_what_the_files_hold(
-    family: str, granularity: Granularity, layout: Layout
-) -> None:
+def test_what_the_plan_counts_is_what_the_files_hold(family: str, granularity: Granularity, layout: Layout) -> None:
     model = gated_model(family, granularity)
     pruned, plan = collapse(model, layout)
     layers = resolve(pruned)
@@ -92,9 +90,7 @@ def test_open_gates_remove_nothing_and_change_nothing(family: str, granularity: 
 
 
 @pytest.mark.parametrize(("granularity", "layout"), list(itertools.product(GRANULARITIES, LAYOUTS)))
-def test_a_model_with_every_gate_closed_still_runs(
-    family: str, granularity: Granularity, layout: Layout
-) -> None:
+def test_a_model_with_every_gate_closed_still_runs(family: str, granularity: Granularity, layout: Layout) -> None:
     model = gated_model(family, granularity, closed=1.1)
     pruned, _ = collapse(model, layout)
     torch.testing.assert_close(logits(pruned, family), logits(model, family), atol=1e-5, rtol=0)
@@ -186,9 +182,7 @@ def test_pipelines_and_trainer_accept_a_pruned_model(tmp_path: Path) -> None:
     assert classify("anda boro krat")[0]["label"].startswith("LABEL_")
     model = AutoModelForSequenceClassification.from_pretrained(directory)
     rows = [{"input_ids": [2, 60, 61, 3], "labels": label} for label in (0, 1, 2, 1)]
-    arguments = TrainingArguments(
-        str(tmp_path / "out"), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True
-    )
+    arguments = TrainingArguments(str(tmp_path / "out"), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True)
     Trainer(model=model, args=arguments, train_dataset=rows).train()
     model.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "modeling_gatepress.py").is_file()

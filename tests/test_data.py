@@ -12,12 +12,12 @@ from accelerate.data_loader import prepare_data_loader
 from pyarrow import parquet
 
 import tiny
+from gatepress.batches import GroupedBatches, make_loader, tokenize
 from gatepress.config import DataSettings
 from gatepress.errors import ArtifactError, DataError, HubError, ModelError, UsageError
+from gatepress.metrics import compute_metric
 from gatepress.tasks import TASKS, TaskSpec, task_named
 from gatepress.tasks.sources import Rows, load_rows
-from gatepress.training.data import GroupedBatches, make_loader, tokenize
-from gatepress.training.metrics import compute_metric
 
 GOOD = [("anda boro cito", "calm"), ("duma efra fuli", "wild"), ("gano hilu ivo", "calm")]
 
@@ -319,9 +319,7 @@ def test_a_cached_copy_of_the_hub_serves_without_a_network(monkeypatch: pytest.M
     assert "--data-dir" in refused(DataSettings(task="qqp"), HubError)
 
 
-@pytest.mark.skipif(
-    "GATEPRESS_GLUE_DIR" not in os.environ, reason="GATEPRESS_GLUE_DIR names no GLUE directory"
-)
+@pytest.mark.skipif("GATEPRESS_GLUE_DIR" not in os.environ, reason="GATEPRESS_GLUE_DIR names no GLUE directory")
 @pytest.mark.parametrize(
     ("task", "train", "validation"),
     [("sst2", 67349, 872), ("cola", 8551, 1043), ("stsb", 5749, 1500), ("rte", 2490, 277)],
@@ -362,9 +360,7 @@ def test_a_loader_serves_every_row_once_and_tells_the_order(rows: Rows, tokenize
         assert set(batch) == {*tokenizer.model_input_names, "labels"}
         assert all(batch[name].shape[1] == width for name in tokenizer.model_input_names)
         assert batch["labels"].dtype == (torch.float32 if rows.spec.label_names is None else torch.int64)
-        for ids, mask, label in zip(
-            batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True
-        ):
+        for ids, mask, label in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
             assert torch.all(ids[mask == 0] == tokenizer.pad_token_id)
             served.append((ids[mask == 1].tolist(), label.item()))
     order = loader.batch_sampler.order
@@ -435,9 +431,7 @@ def test_two_processes_share_each_batch(rows: Rows, tokenizer):
 
     alone = loader()
     shares = [
-        prepare_data_loader(
-            loader(), num_processes=2, process_index=index, split_batches=True, put_on_device=False
-        )
+        prepare_data_loader(loader(), num_processes=2, process_index=index, split_batches=True, put_on_device=False)
         for index in (0, 1)
     ]
     for epoch in (0, 1, 4):

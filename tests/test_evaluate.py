@@ -11,6 +11,7 @@ import pytest
 
 import tiny
 from forms import MAX_LENGTH, data_settings, save_run
+from gatepress.batches import make_loader, tokenize
 from gatepress.config import DataSettings
 from gatepress.errors import ArtifactError, ModelError, UsageError
 from gatepress.evaluation import evaluate, evaluate_model, evaluate_runner
@@ -18,7 +19,6 @@ from gatepress.export import export
 from gatepress.pruning import prune
 from gatepress.runtime import open_runner
 from gatepress.tasks.sources import load_rows
-from gatepress.training.data import make_loader, tokenize
 
 
 @dataclass
@@ -70,9 +70,7 @@ def test_every_form_scores_the_same_on_the_rows_of_its_manifest(forms) -> None:
         "max_length",
         "data_fingerprint",
     )
-    assert all(
-        {key: one[key] for key in shared} == {key: results[0][key] for key in shared} for one in results
-    )
+    assert all({key: one[key] for key in shared} == {key: results[0][key] for key in shared} for one in results)
     assert (results[0]["metric_name"], results[0]["examples"], results[0]["max_length"]) == (
         "accuracy",
         96,
@@ -110,9 +108,7 @@ def test_asked_length_is_cut_to_what_the_model_takes(forms) -> None:
 
 
 def test_both_halves_of_mnli_are_reported(tiny_classifier_dir, tiny_glue_dir) -> None:
-    result = evaluate(
-        tiny_classifier_dir("bert", 3), data=DataSettings(task="mnli", data_dir=str(tiny_glue_dir))
-    )
+    result = evaluate(tiny_classifier_dir("bert", 3), data=DataSettings(task="mnli", data_dir=str(tiny_glue_dir)))
     splits = result["metrics_by_split"]
     assert set(splits) == {"validation_matched", "validation_mismatched"}
     assert result["metric_value"] == pytest.approx(sum(splits.values()) / 2)  # halves of one size here
@@ -129,9 +125,7 @@ def test_labels_are_matched_by_name(tiny_glue_dir, tmp_path: Path) -> None:
     model.config.id2label = {0: "CONTRADICTION", 1: "ENTAILMENT", 2: "NEUTRAL"}
     model.classifier.weight.data = model.classifier.weight.data[order]
     model.classifier.bias.data = model.classifier.bias.data[order]
-    assert (
-        evaluate(tiny.save_model(model, "distilbert", tmp_path / "other"), data=data)["metric_value"] == value
-    )
+    assert evaluate(tiny.save_model(model, "distilbert", tmp_path / "other"), data=data)["metric_value"] == value
 
 
 def test_progress_is_reported_in_batches(forms) -> None:

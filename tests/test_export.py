@@ -114,9 +114,7 @@ def test_residual_sums_stay_apart_from_layer_norms(bert, tmp_path: Path) -> None
 
 def test_tokenizer_lies_beside_the_graph(bert) -> None:
     text = "anda boro belu"
-    assert AutoTokenizer.from_pretrained(bert.output)(text) == AutoTokenizer.from_pretrained(bert.source)(
-        text
-    )
+    assert AutoTokenizer.from_pretrained(bert.output)(text) == AutoTokenizer.from_pretrained(bert.source)(text)
 
 
 def test_result_says_what_was_written(bert) -> None:
@@ -143,9 +141,7 @@ def test_options_out_of_range_are_refused(options, words, tmp_path: Path) -> Non
 
 
 def test_disagreement_keeps_nothing_and_harms_nothing(bert, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(
-        exporting, "write_onnx", lambda _model, file, **_: shutil.copy(bert.output / file.name, file)
-    )
+    monkeypatch.setattr(exporting, "write_onnx", lambda _model, file, **_: shutil.copy(bert.output / file.name, file))
     (tmp_path / "onnx").mkdir()
     (tmp_path / "onnx" / "earlier").write_text("kept")
     with pytest.raises(ParityError, match="nothing was written"):

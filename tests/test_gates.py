@@ -104,9 +104,7 @@ ROBERTA_LARGE = {
     [({}, 165_888, 82_944, 1_327_104), (ROBERTA_LARGE, 442_368, 221_184, 3_538_944)],
     ids=["base", "large"],
 )
-def test_trained_numbers_are_those_of_the_paper(
-    sizes: dict[str, int], gates: int, biases: int, low_rank: int
-) -> None:
+def test_trained_numbers_are_those_of_the_paper(sizes: dict[str, int], gates: int, biases: int, low_rank: int) -> None:
     with init_empty_weights():
         model = AutoModelForSequenceClassification.from_config(RobertaConfig(**sizes))
         attach_gates_(model, granularity="matrix", controller="penalty", lora_rank=8)

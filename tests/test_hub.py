@@ -14,9 +14,7 @@ from gatepress.errors import GatepressError, HubError, ModelError, OutputError, 
 from gatepress.hub import locate_model
 
 
-def model_directory(
-    path: Path, weights: str = "model.safetensors", config: str = '{"model_type": "bert"}'
-) -> Path:
+def model_directory(path: Path, weights: str = "model.safetensors", config: str = '{"model_type": "bert"}') -> Path:
     path.mkdir(parents=True)
     (path / "config.json").write_text(config, encoding="utf-8")
     (path / weights).write_bytes(b"weights")

@@ -44,11 +44,7 @@ def results(tmp_path_factory, tiny_model_dir, tiny_task_files):
 def test_the_promised_keys_are_given(command, results):
     keys = promised(command)
     assert keys, "the table promises nothing for this command"
-    wrong = {
-        key: results[command].get(key)
-        for key, kind in keys.items()
-        if not _fits(results[command].get(key), kind)
-    }
+    wrong = {key: results[command].get(key) for key, kind in keys.items() if not _fits(results[command].get(key), kind)}
     assert wrong == {}
 
 

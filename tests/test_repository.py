@@ -75,9 +75,7 @@ def _imported(node: ast.AST) -> list[str]:
 
 
 def test_changelog_has_the_version():
-    assert f"## {gatepress.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").replace(
-        "[", ""
-    )
+    assert f"## {gatepress.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").replace("[", "")
 
 
 def test_imports_go_down_only(monkeypatch):
@@ -87,9 +85,7 @@ def test_imports_go_down_only(monkeypatch):
     assert lint_imports(no_cache=True) == EXIT_STATUS_SUCCESS
 
 
-@pytest.mark.parametrize(
-    "arguments", [[], *([command] for command in COMMANDS)], ids=["gatepress", *COMMANDS]
-)
+@pytest.mark.parametrize("arguments", [[], *([command] for command in COMMANDS)], ids=["gatepress", *COMMANDS])
 def test_help_loads_nothing_heavy(arguments):
     done = subprocess.run(
         [sys.executable, "-c", HELP, *arguments, "--help"], capture_output=True, text=True, check=False
@@ -123,12 +119,8 @@ def test_documents_link_to_files_that_exist(document):
 def test_documents_name_things_that_exist(document):
     """`gates.Gate.values`, `plan.make_plan`: a dotted name in backticks is one of ours and resolves."""
     modules = {path.stem for path in (ROOT / "src/gatepress").iterdir() if not path.name.startswith("_")}
-    names = set(
-        re.findall(r"`(?:gatepress\.)?([a-z_]+(?:\.[A-Za-z_]\w*)+)(?:\(.*?\))?`", document.read_text("utf-8"))
-    )
-    ours = sorted(
-        name for name in names if name.split(".")[0] in modules and not name.endswith((".py", ".json"))
-    )
+    names = set(re.findall(r"`(?:gatepress\.)?([a-z_]+(?:\.[A-Za-z_]\w*)+)(?:\(.*?\))?`", document.read_text("utf-8")))
+    ours = sorted(name for name in names if name.split(".")[0] in modules and not name.endswith((".py", ".json")))
     assert [name for name in ours if not _exists(name)] == []
 
 

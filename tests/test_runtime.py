@@ -27,9 +27,7 @@ def forms(tiny_model_dir, tiny_classifier_dir, tiny_task_files, tmp_path_factory
     run = save_run(root / "run", tiny_model_dir("bert"), tiny_task_files)
     prune(run, root / "pruned")
     export(root / "pruned", root / "onnx")
-    return SimpleNamespace(
-        model=tiny_classifier_dir("bert"), run=run, pruned=root / "pruned", onnx=root / "onnx"
-    )
+    return SimpleNamespace(model=tiny_classifier_dir("bert"), run=run, pruned=root / "pruned", onnx=root / "onnx")
 
 
 def batch(rows: int = 3, length: int = 9) -> dict[str, np.ndarray]:
@@ -150,9 +148,7 @@ def test_gpu_agrees_with_cpu(forms, kind: str) -> None:
 
 
 def test_directory_without_a_model_names_the_forms(tmp_path: Path) -> None:
-    with pytest.raises(
-        ModelError, match=r"gatepress_run\.json .*gatepress_pruned\.json .*model\.onnx .*config"
-    ):
+    with pytest.raises(ModelError, match=r"gatepress_run\.json .*gatepress_pruned\.json .*model\.onnx .*config"):
         open_runner(tmp_path)
 
 

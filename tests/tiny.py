@@ -169,9 +169,7 @@ def build_encoder(family: str, seed: int = 0) -> PreTrainedModel:
 
 def build_classifier(family: str, num_labels: int = 2, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """Return a tiny random sequence classifier in eval mode; one label makes it a regression."""
-    model = AutoModelForSequenceClassification.from_config(
-        build_config(family, num_labels=num_labels, **changes)
-    )
+    model = AutoModelForSequenceClassification.from_config(build_config(family, num_labels=num_labels, **changes))
     widen_(model, seed)
     return model.eval()
 
@@ -197,9 +195,7 @@ def random_batch(family: str, batch: int = 4, length: int = 12, seed: int = 0) -
     return inputs
 
 
-def made_up_rows(
-    count: int, labels: Iterable[str] = ("calm", "wild"), seed: int = 0
-) -> Iterator[tuple[str, str]]:
+def made_up_rows(count: int, labels: Iterable[str] = ("calm", "wild"), seed: int = 0) -> Iterator[tuple[str, str]]:
     """Yield (sentence, label): filler words around one or two markers that tell the label."""
     draw = random.Random(seed)
     names = list(labels)

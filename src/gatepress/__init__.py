@@ -1,8 +1,8 @@
 """Train gates over a frozen pretrained encoder, then remove exactly what they closed.
 
-    import gatepress
-    model = gatepress.load_pruned("pruned/sst2")     # no registration, no remote code
-    import gatepress.auto                            # or teach transformers' Auto classes
+import gatepress
+model = gatepress.load_pruned("pruned/sst2")     # no registration, no remote code
+import gatepress.auto                            # or teach transformers' Auto classes
 """
 
 from typing import Any

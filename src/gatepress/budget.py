@@ -56,7 +56,9 @@ def gate_vectors(model: nn.Module, layers: list[Layer], granularity: Granularity
             in_heads = structured and role in ("q", "o")
             vectors.append(
                 GateVector(
-                    gate=_present(gate), macs=float(across * (2 if structured else 1)), heads=layer.heads if in_heads else 1
+                    gate=_present(gate),
+                    macs=float(across * (2 if structured else 1)),
+                    heads=layer.heads if in_heads else 1,
                 )
             )
     return vectors
@@ -82,8 +84,7 @@ def choose_closed(scores: list[Tensor], macs: list[float], heads: list[int], cou
     """
     units: list[tuple[float, int, Tensor]] = []
     for index, (score, cost, n_heads) in enumerate(zip(scores, macs, heads, strict=True)):
-        score = score.detach().float().cpu()
-        ranked, order = score.view(n_heads, -1).sort(dim=1, descending=True)
+        ranked, order = score.detach().float().cpu().view(n_heads, -1).sort(dim=1, descending=True)
         offsets = torch.arange(n_heads)[:, None] * order.shape[1]
         members = (order + offsets).T  # [slots, heads]
         for value, slot in zip((ranked.mean(0) / cost).tolist(), members, strict=True):
@@ -113,7 +114,13 @@ class Budget:
     """
 
     def __init__(
-        self, vectors: list[GateVector], *, sparsity: float, controller: Controller, steps: int, penalty_weight: float
+        self,
+        vectors: list[GateVector],
+        *,
+        sparsity: float,
+        controller: Controller,
+        steps: int,
+        penalty_weight: float,
     ) -> None:
         self.vectors = vectors
         self.sparsity = sparsity
@@ -171,9 +178,7 @@ class Budget:
             self.fixed = True
 
     def _close_by_importance(self, count: int) -> None:
-        masks = choose_closed(
-            self.scores, [v.macs for v in self.vectors], [v.heads for v in self.vectors], count
-        )
+        masks = choose_closed(self.scores, [v.macs for v in self.vectors], [v.heads for v in self.vectors], count)
         for mask, vector in zip(masks, self.vectors, strict=True):
             vector.gate.mask.copy_(mask)
 

@@ -27,19 +27,23 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from gatepress import __version__, modeling_gatepress
+from gatepress import __version__
 from gatepress.config import TrainSettings
-from gatepress.errors import ArtifactError, ModelError
+from gatepress.errors import ArtifactError, GatepressError, ModelError
 from gatepress.families import FAMILIES
 from gatepress.files import explained, json_text, publish, read_json, replace_file, sha256_of
 from gatepress.gates import gates_of
 from gatepress.hub import locate_model
 from gatepress.inject import attach_gates_, trainable
-from gatepress.resolve import family_of
+from gatepress.resolve import family_named, family_of, model_class
 from gatepress.tasks import TaskSpec
 
 RUN_FILE = "gatepress_run.json"
 PRUNED_FILE = "gatepress_pruned.json"
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("vocab.txt", "vocab.json"),
+)
 PROBE_FILE = "probe.safetensors"
 RUN_FORMAT = {"format": "gatepress-run", "version": 1}
 PRUNED_FORMAT = {"format": "gatepress-pruned", "version": 1}
@@ -119,7 +123,9 @@ def read_run(directory: Path) -> RunManifest:
     if not isinstance(name, str) or Path(name).name != name or not (directory / name).is_file():
         raise ArtifactError(f"{directory}: {name!r} is missing, the directory is incomplete; train again")
     if sha256_of(directory / name) != digest:
-        raise ArtifactError(f"{directory / name}: content does not match its sha256, the file is corrupted; train again")
+        raise ArtifactError(
+            f"{directory / name}: content does not match its sha256, the file is corrupted; train again"
+        )
     return manifest
 
 
@@ -162,7 +168,9 @@ def open_base(directory: Path, spec: TaskSpec, *, trust_remote_code: bool = Fals
     prefix = f"{model.base_model_prefix}."
     missing = [name for name in info["missing_keys"] if name.startswith(prefix) and ".pooler." not in name]
     if missing:
-        raise ModelError(f"{directory}: weights are missing: {', '.join(sorted(missing)[:3])}, ...; the checkpoint is not whole")
+        raise ModelError(
+            f"{directory}: weights are missing: {', '.join(sorted(missing)[:3])}, ...; the checkpoint is not whole"
+        )
     opened: PreTrainedModel = model
     return opened
 
@@ -172,13 +180,20 @@ def model_errors(directory: Path | str) -> Iterator[None]:
     """Turn what transformers raises on an unreadable model into one `ModelError`."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except (GatepressError, MemoryError):
+        raise
+    except Exception as error:  # transformers raises what its many parts raise, without a common base
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{directory}: cannot be loaded as a model ({reason})") from error
 
 
 def open_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
-    """Load the tokenizer of a model directory."""
+    """Load the tokenizer of a model directory; `ModelError` where it has none.
+
+    Without its files transformers makes one up that knows no word.
+    """
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        raise ModelError(f"{directory}: has no tokenizer (none of {', '.join(TOKENIZER_FILES)})")
     with model_errors(directory):
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
 
@@ -201,7 +216,9 @@ def load_trained_(model: PreTrainedModel, state: dict[str, Tensor], where: Path)
         raise ArtifactError(f"{where}: tensors do not fit the model ({', '.join(odd[:3])}, ...); train again")
     for name, value in state.items():
         if value.shape != own[name].shape or value.dtype != own[name].dtype:
-            raise ArtifactError(f"{where}: {name} is {list(value.shape)}, expected {list(own[name].shape)}; train again")
+            raise ArtifactError(
+                f"{where}: {name} is {list(value.shape)}, expected {list(own[name].shape)}; train again"
+            )
     model.load_state_dict(state, strict=False)
 
 
@@ -220,12 +237,11 @@ def load_run(directory: Path, device: str = "cpu") -> tuple[PreTrainedModel, Run
             "bring back the base model it was trained on, or train again"
         )
     model = open_base(base, manifest.task, trust_remote_code=settings.trust_remote_code)
-    attach_gates_(
-        model, granularity=settings.granularity, controller=settings.controller, lora_rank=settings.lora_rank
-    )
+    attach_gates_(model, granularity=settings.granularity, controller=settings.controller, lora_rank=settings.lora_rank)
     tensors = directory / manifest.tensors["file"]
     load_trained_(model, read_tensors(tensors), tensors)
-    return model.to(device).eval(), manifest
+    torch.nn.Module.to(model.eval(), torch.device(device))
+    return model, manifest
 
 
 class RunWriter:
@@ -241,8 +257,12 @@ class RunWriter:
             target.absolute().parent.mkdir(parents=True, exist_ok=True)
             staged = tempfile.mkdtemp(prefix=f".{target.name}.new.", dir=target.absolute().parent)
             self.directory = Path(staged)
-            tokenizer.save_pretrained(self.directory)
-            replace_file(self.directory / PROBE_FILE, save(probe))
+            try:
+                tokenizer.save_pretrained(self.directory)
+                replace_file(self.directory / PROBE_FILE, save(probe))
+            except BaseException:
+                shutil.rmtree(self.directory, ignore_errors=True)
+                raise
 
     @property
     def published(self) -> bool:
@@ -268,15 +288,12 @@ class RunWriter:
         """Return the writer."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Remove what was staged and never became a checkpoint."""
         if not self.published:
             shutil.rmtree(self.directory, ignore_errors=True)
-
-
-def is_stock(directory: Path) -> bool:
-    """Return whether a pruned directory holds a stock class (`--layout stock`)."""
-    return str(read_json(directory / "config.json").get("model_type")) in FAMILIES
 
 
 def load_pruned(directory: str | Path) -> PreTrainedModel:
@@ -293,17 +310,9 @@ def load_pruned(directory: str | Path) -> PreTrainedModel:
             raise ArtifactError(f"{path}: {name!r} is missing, the directory is incomplete; prune again")
         if sha256_of(path / name) != digest:
             raise ArtifactError(f"{path / name}: content does not match its sha256, the file is corrupted; prune again")
+    model_type = str(read_json(path / "config.json").get("model_type"))
+    loader = model_class(family_named(model_type), stock=model_type in FAMILIES)
     with model_errors(path):
-        if is_stock(path):
-            loader: Any = AutoModelForSequenceClassification
-        else:
-            config = read_json(path / "config.json")
-            loader = getattr(modeling_gatepress, f"Gatepress{family_of_name(config.get('model_type'))}ForSequenceClassification")
         model: PreTrainedModel = loader.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
-    return model.eval()
-
-
-def family_of_name(model_type: Any) -> str:
-    """Return the class prefix of a (pruned or stock) model type."""
-    return family_of(type("Config", (), {"model_type": model_type})).class_prefix
-
+    model.eval()
+    return model

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -17,7 +16,7 @@ from gatepress.errors import ModelError
 from gatepress.families import ROLES
 from gatepress.inject import gated_linear
 from gatepress.plan import ZERO_ROW, Folded, MatrixPlan, PrunePlan, make_plan
-from gatepress.resolve import Layer, family_of, resolve
+from gatepress.resolve import Layer, family_of, model_class, resolve
 
 
 def plan_model(model: PreTrainedModel, layout: Layout) -> PrunePlan:
@@ -32,7 +31,6 @@ def collapse(model: PreTrainedModel, layout: Layout) -> tuple[PreTrainedModel, P
     The gated model is left as it is. Raises `ModelError` where the activation does not map 0 to 0,
     since a closed neuron would then still say something.
     """
-    family = family_of(model.config)
     activation = getattr(model.config, "hidden_act", None) or getattr(model.config, "activation", "gelu")
     if float(ACT2FN[activation](torch.zeros(1))) != 0:
         raise ModelError(f"activation {activation!r} does not map 0 to 0, so closed neurons cannot be removed exactly")
@@ -40,9 +38,7 @@ def collapse(model: PreTrainedModel, layout: Layout) -> tuple[PreTrainedModel, P
     folded = _fold(model, layers)
     plan = make_plan(layers, folded, layout)
     config = _pruned_config(model, layers, plan)
-    stock = layout == "stock"
-    prefix = family.class_prefix if stock else f"Gatepress{family.class_prefix}"
-    pruned_class = getattr(transformers if stock else modeling_gatepress, f"{prefix}ForSequenceClassification")
+    pruned_class = model_class(family_of(model.config), stock=layout == "stock")
     with init_empty_weights(include_buffers=False):
         pruned: PreTrainedModel = pruned_class(config)
     pruned.load_state_dict(_pruned_state(model, layers, folded, plan), strict=True, assign=True)
@@ -50,9 +46,7 @@ def collapse(model: PreTrainedModel, layout: Layout) -> tuple[PreTrainedModel, P
 
 
 def _fold(model: PreTrainedModel, layers: list[Layer]) -> list[Folded]:
-    return [
-        {role: _on_cpu(*gated_linear(model, layer, role).folded()) for role in ROLES} for layer in layers
-    ]
+    return [{role: _on_cpu(*gated_linear(model, layer, role).folded()) for role in ROLES} for layer in layers]
 
 
 def _on_cpu(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -62,13 +56,14 @@ def _on_cpu(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]
 def _pruned_config(model: PreTrainedModel, layers: list[Layer], plan: PrunePlan) -> Any:
     """Return the config of the pruned class: the dense one, with what is narrower as data."""
     family = family_of(model.config)
-    values = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "transformers_version", "auto_map")}
+    values = {
+        k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "transformers_version", "auto_map")
+    }
     values["architectures"] = None
     if plan.layout == "stock":
         values[family.intermediate_attribute] = len(plan.layers[0].matrices["up"].rows)
         return type(model.config)(**values)
-    config_class = getattr(modeling_gatepress, f"Gatepress{family.class_prefix}Config")
-    return config_class(**values, gatepress=describe(layers, plan))
+    return model_class(family).config_class(**values, gatepress=describe(layers, plan))
 
 
 def describe(layers: list[Layer], plan: PrunePlan) -> dict[str, Any]:

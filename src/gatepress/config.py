@@ -4,7 +4,7 @@ A field's comment is what `--help` says of its option; a wrong value raises one 
 lists every problem in the command line's spelling.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -85,11 +85,24 @@ class TrainSettings:
             value = getattr(self, name)
             if not 0 < value < float("inf"):
                 problems.append(f"--{name.replace('_', '-')} is {value}, expected a positive number")
-        for name, kind in (("granularity", Granularity), ("controller", Controller), ("precision", Precision)):
+        for name, kind in (
+            ("granularity", Granularity),
+            ("controller", Controller),
+            ("precision", Precision),
+        ):
             value = getattr(self, name)
             if value not in get_args(kind):
                 problems.append(f"--{name} is {value!r}, expected one of {', '.join(get_args(kind))}")
         _refuse(problems)
+
+    def absolute(self) -> "TrainSettings":
+        """Return the settings with local paths made absolute: a run is used from anywhere."""
+        paths = ("data_dir", "train_file", "validation_file")
+        values = {name: getattr(self.data, name) for name in paths}
+        moved: dict[str, Any] = {name: _absolute(value) for name, value in values.items() if value}
+        data = replace(self.data, **moved)
+        model = _absolute(self.model) if self.model != "demo" and Path(self.model).expanduser().is_dir() else self.model
+        return replace(self, data=data, model=model)
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings as plain JSON values."""
@@ -108,6 +121,10 @@ def default_run_name(settings: TrainSettings) -> str:
     """Return the directory name a run gets when none is asked for, e.g. `sst2-roberta-base-s0.3`."""
     data = settings.data.task or Path(settings.data.train_file or "own").stem
     return f"{data}-{Path(settings.model).name}-s{settings.sparsity:g}"
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
 
 
 def _refuse(problems: list[str]) -> None:

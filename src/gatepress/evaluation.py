@@ -10,15 +10,15 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gatepress.batches import make_loader, tokenize
 from gatepress.checkpoint import open_tokenizer
 from gatepress.config import DataSettings
 from gatepress.errors import ArtifactError, ModelError, UsageError
+from gatepress.metrics import compute_metric
 from gatepress.progress import NoProgress, Progress
 from gatepress.runtime import INPUTS, Runner, open_runner
 from gatepress.tasks import TaskSpec
 from gatepress.tasks.sources import Rows, load_rows
-from gatepress.training.data import make_loader, tokenize
-from gatepress.training.metrics import compute_metric
 
 MAX_LENGTH = 128  # tokens, where neither the user nor a manifest says
 
@@ -43,11 +43,7 @@ def evaluate(  # noqa: PLR0913 - every option of the command is one
     for the task, `ArtifactError` on a malformed manifest, and what opening and loading raise.
     """
     sizes = {"--batch-size": batch_size, "--max-length": max_length}
-    wrong = [
-        f"{name} is {size}, expected 1 or more"
-        for name, size in sizes.items()
-        if size is not None and size < 1
-    ]
+    wrong = [f"{name} is {size}, expected 1 or more" for name, size in sizes.items() if size is not None and size < 1]
     if wrong:
         raise UsageError("; ".join(wrong))
     runner = open_runner(target, device=device, trust_remote_code=trust_remote_code)
@@ -58,13 +54,9 @@ def evaluate(  # noqa: PLR0913 - every option of the command is one
     if not isinstance(asked, int):
         raise ArtifactError(f"{target}: max_length in the manifest is {asked!r}; give --max-length TOKENS")
     if runner.head_is_random:
-        raise ModelError(
-            f"{target}: has no task head of its own, so there is nothing to measure; train one first"
-        )
+        raise ModelError(f"{target}: has no task head of its own, so there is nothing to measure; train one first")
     if runner.tokenizer_dir is None:
-        raise ModelError(
-            f"{target}: no tokenizer beside it; give the directory that `gatepress export` wrote"
-        )
+        raise ModelError(f"{target}: no tokenizer beside it; give the directory that `gatepress export` wrote")
     tokenizer = open_tokenizer(runner.tokenizer_dir, trust_remote_code=trust_remote_code)
     rows = load_rows(settings, splits="validation", spec=spec)
     return {
@@ -133,9 +125,7 @@ def evaluate_model(
         model.train(was_training)
 
 
-def score(
-    predict: Predict, loaders: Loaders, spec: TaskSpec, progress: Progress | None = None
-) -> dict[str, Any]:
+def score(predict: Predict, loaders: Loaders, spec: TaskSpec, progress: Progress | None = None) -> dict[str, Any]:
     """Return `metric_name`, `metric_value` over all splits together, `metrics_by_split`, `examples`."""
     progress = progress or NoProgress()
     outputs = {}
@@ -162,15 +152,11 @@ def score(
 def _settings(data: Any, target: str | Path) -> DataSettings:
     """Return the manifest's rows; `UsageError` where there is none to name them."""
     if data is None:
-        raise UsageError(
-            f"{target}: does not say what to measure on; give --task NAME or --validation-file FILE"
-        )
+        raise UsageError(f"{target}: does not say what to measure on; give --task NAME or --validation-file FILE")
     try:
         return DataSettings(**data)
     except (TypeError, UsageError) as error:
-        raise ArtifactError(
-            f"{target}: data in the manifest is malformed ({error}); give --task NAME"
-        ) from None
+        raise ArtifactError(f"{target}: data in the manifest is malformed ({error}); give --task NAME") from None
 
 
 def _columns(names: tuple[str, ...] | None, spec: TaskSpec) -> list[int]:

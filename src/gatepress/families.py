@@ -26,6 +26,7 @@ class FamilySpec:
     down: str
     heads_attribute: str  # on the config
     intermediate_attribute: str  # on the config
+    positions_follow_padding: bool = False  # positions are numbered from the padding id on: fewer tokens fit
 
     def path(self, role: str) -> str:
         """Return the path of a role's matrix below one layer."""
@@ -46,13 +47,14 @@ BERT = FamilySpec(
     heads_attribute="num_attention_heads",
     intermediate_attribute="intermediate_size",
 )
-ROBERTA = replace(BERT, model_type="roberta", class_prefix="Roberta")
-XLM_ROBERTA = replace(BERT, model_type="xlm-roberta", class_prefix="XLMRoberta")
+ROBERTA = replace(BERT, model_type="roberta", class_prefix="Roberta", positions_follow_padding=True)
+XLM_ROBERTA = replace(BERT, model_type="xlm-roberta", class_prefix="XLMRoberta", positions_follow_padding=True)
 ELECTRA = replace(BERT, model_type="electra", class_prefix="Electra")
 MPNET = replace(
     BERT,
     model_type="mpnet",
     class_prefix="MPNet",
+    positions_follow_padding=True,
     attention="attention.attn",
     q="attention.attn.q",
     k="attention.attn.k",

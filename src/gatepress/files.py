@@ -5,13 +5,14 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gatepress.errors import ArtifactError, OutputError
+from gatepress.errors import ArtifactError, GatepressError, OutputError
 
 MAX_JSON_BYTES = 64 * 1024 * 1024
 
@@ -45,12 +46,25 @@ def json_text(value: dict[str, Any]) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def _os_error_in(error: Exception) -> OSError | None:
+    """Return the `OSError` that an exception is, or that a library written in Rust only tells of."""
+    if isinstance(error, OSError):
+        return error
+    told = re.search(r"\(os error (\d+)\)", str(error))  # safetensors and tokenizers
+    return OSError(int(told[1]), os.strerror(int(told[1]))) if told else None
+
+
 @contextlib.contextmanager
 def explained(target: Path) -> Iterator[None]:
     """Turn an `OSError` while writing `target` into one `OutputError` with the remedy."""
     try:
         yield
-    except OSError as error:
+    except GatepressError:
+        raise
+    except Exception as found:
+        error = _os_error_in(found)
+        if error is None:
+            raise
         remedy = {
             errno.ENOSPC: "free some space or choose another disk with -o",
             errno.EDQUOT: "free some space or choose another disk with -o",
@@ -58,7 +72,7 @@ def explained(target: Path) -> Iterator[None]:
             errno.EROFS: "choose a directory that you may write to with -o",
         }.get(error.errno or 0, "choose another output with -o")
         reason = error.strerror or str(error)
-        raise OutputError(f"{target}: cannot write ({reason}); {remedy}") from error
+        raise OutputError(f"{target}: cannot write ({reason}); {remedy}") from found
 
 
 def _open_to_readers(path: Path) -> None:
@@ -104,7 +118,8 @@ def check_output(target: Path, *, force: bool) -> None:
         raise OutputError(f"{target}: is a file, expected a directory; choose another with -o")
     with explained(target):
         parent = target.absolute().parent
-        parent.mkdir(parents=True, exist_ok=True)
+        while not parent.exists():  # made when there is something to put there
+            parent = parent.parent
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=parent):
             pass  # what cannot be written is found out now, not after an hour of training
 
@@ -134,6 +149,7 @@ def new_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
     """
     check_output(target, force=force)
     with explained(target):
+        target.absolute().parent.mkdir(parents=True, exist_ok=True)
         staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.new.", dir=target.absolute().parent))
         try:
             yield staged

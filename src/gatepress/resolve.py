@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
+import transformers
 from torch import nn
 
+from gatepress import modeling_gatepress
 from gatepress.errors import ModelError
 from gatepress.families import FAMILIES, ROLES, FamilySpec
 
@@ -30,15 +32,23 @@ class Layer:
         return sum(rows * columns for rows, columns in self.shapes.values())
 
 
+def family_named(model_type: str) -> FamilySpec:
+    """Return the row of a dense or pruned `model_type`; `ModelError` naming the known families else."""
+    name = model_type.removeprefix("gatepress_").replace("_", "-")
+    if name not in FAMILIES:
+        raise ModelError(f"model type {model_type!r} is not supported; expected one of {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[name]
+
+
 def family_of(config: Any) -> FamilySpec:
-    """Return the family's row; `ModelError` naming the known families where there is none."""
-    model_type = str(getattr(config, "model_type", None)).removeprefix("gatepress_").replace("_", "-")
-    if model_type not in FAMILIES:
-        raise ModelError(
-            f"model type {getattr(config, 'model_type', None)!r} is not supported; "
-            f"expected one of {', '.join(sorted(FAMILIES))}"
-        )
-    return FAMILIES[model_type]
+    """Return the row of a transformers configuration's family."""
+    return family_named(str(getattr(config, "model_type", None)))
+
+
+def model_class(family: FamilySpec, *, stock: bool = False) -> Any:
+    """Return the family's pruned class, or its stock class, with a classification head."""
+    name = f"{family.class_prefix}ForSequenceClassification"
+    return getattr(transformers, name) if stock else getattr(modeling_gatepress, f"Gatepress{name}")
 
 
 def resolve(model: nn.Module) -> list[Layer]:
@@ -86,9 +96,7 @@ def _submodule(root: nn.Module, path: str) -> Any:
 def _refuse_uncovered(layer: nn.Module, family: FamilySpec, prefix: str) -> None:
     covered = tuple(family.path(role) + "." for role in ROLES)
     left = [
-        name
-        for name, parameter in layer.named_parameters()
-        if parameter.dim() == 2 and not name.startswith(covered)
+        name for name, parameter in layer.named_parameters() if parameter.dim() > 1 and not name.startswith(covered)
     ]
     if left:
         raise ModelError(f"{prefix}: matrices without a role: {', '.join(left)}; the family is not supported as it is")

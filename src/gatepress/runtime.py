@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from gatepress.checkpoint import PRUNED_FILE, RUN_FILE, load_pruned, load_run, model_errors, read_manifest
 from gatepress.errors import ArtifactError, DeviceError, ModelError, UsageError
+from gatepress.families import FAMILIES
 from gatepress.files import read_json, sha256_of
 from gatepress.hub import locate_model
 
@@ -42,9 +43,6 @@ _TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
-
-# These families number positions from the padding id on, so a text has fewer than the table is long.
-_SHIFTED_POSITIONS = ("roberta", "xlm-roberta", "mpnet")
 
 
 class Runner(Protocol):
@@ -156,7 +154,7 @@ class TorchRunner(_Facts):
     @property
     def max_tokens(self) -> int | None:
         """The longest text that the positions allow."""
-        return _max_tokens(self.model.config.to_dict())
+        return max_tokens(self.model.config.to_dict())
 
     @property
     def parameters(self) -> int | None:
@@ -166,8 +164,7 @@ class TorchRunner(_Facts):
     def prepare(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Return the batch as int64 tensors on the device."""
         return {
-            name: torch.from_numpy(values).to(self.device)
-            for name, values in _fitted(batch, self.input_names).items()
+            name: torch.from_numpy(values).to(self.device) for name, values in _fitted(batch, self.input_names).items()
         }
 
     def run(self, prepared: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -220,7 +217,7 @@ class OnnxRunner(_Facts):
     @property
     def max_tokens(self) -> int | None:
         """The longest text, by the configuration beside it."""
-        return _max_tokens(self.config) if self.config else None
+        return max_tokens(self.config) if self.config else None
 
     @property
     def parameters(self) -> int | None:
@@ -230,10 +227,7 @@ class OnnxRunner(_Facts):
 
     def prepare(self, batch: Batch) -> Any:
         """Return the feed on the CPU, or inputs and output bound on the GPU."""
-        types = {
-            one.name: np.int32 if one.type == "tensor(int32)" else np.int64
-            for one in self.session.get_inputs()
-        }
+        types = {one.name: np.int32 if one.type == "tensor(int32)" else np.int64 for one in self.session.get_inputs()}
         feed = {name: values.astype(types[name]) for name, values in _fitted(batch, self.input_names).items()}
         if self.device == "cpu":
             return feed
@@ -299,9 +293,7 @@ def torch_device(name: str) -> str:
     if not torch.cuda.is_available():
         raise DeviceError("no CUDA device that torch can use on this machine; use --device cpu")
     if int(index or 0) >= torch.cuda.device_count():
-        raise DeviceError(
-            f"no device {name}, this machine has {torch.cuda.device_count()}; use --device cuda"
-        )
+        raise DeviceError(f"no device {name}, this machine has {torch.cuda.device_count()}; use --device cuda")
     return name
 
 
@@ -310,6 +302,17 @@ def input_names(model: PreTrainedModel) -> tuple[str, ...]:
     taken = inspect.signature(model.forward).parameters
     one_segment = (getattr(model.config, "type_vocab_size", None) or 1) < 2  # noqa: PLR2004 - RoBERTa: always 0
     return tuple(name for name in INPUTS if name in taken and not (name == "token_type_ids" and one_segment))
+
+
+def max_tokens(config: Mapping[str, Any]) -> int | None:
+    """Return the longest text that the position table of a `config.json` has room for; None: not known."""
+    positions = config.get("max_position_embeddings")
+    if not isinstance(positions, int):
+        return None
+    family = FAMILIES.get(str(config.get("model_type", "")).removeprefix("gatepress_").replace("_", "-"))
+    if family is None or not family.positions_follow_padding:
+        return positions
+    return positions - int(config.get("pad_token_id") or 0) - 1
 
 
 def _kind_of(target: str, path: Path) -> Kind:
@@ -354,9 +357,7 @@ def _open_pruned(path: Path, device: str) -> TorchRunner:
     model = load_pruned(path)
     manifest = read_json(path / PRUNED_FILE)
     size = _bytes(list(path.glob("*.safetensors")))
-    return TorchRunner(
-        _name(path), "pruned", device, _tokenizer_dir(path), size, manifest, model=_moved(model, device)
-    )
+    return TorchRunner(_name(path), "pruned", device, _tokenizer_dir(path), size, manifest, model=_moved(model, device))
 
 
 def _open_model(target: str, device: str, *, trust_remote_code: bool) -> TorchRunner:
@@ -374,9 +375,7 @@ def _open_model(target: str, device: str, *, trust_remote_code: bool) -> TorchRu
     prefix = f"{model.base_model_prefix}."
     lost = sorted(key for key in info["missing_keys"] if key.startswith(prefix) and ".pooler." not in key)
     if lost:
-        raise ModelError(
-            f"{target}: weights are missing ({', '.join(lost[:3])}, ...); the checkpoint is not whole"
-        )
+        raise ModelError(f"{target}: weights are missing ({', '.join(lost[:3])}, ...); the checkpoint is not whole")
     random = bool(info["missing_keys"])
     if random:
         logger.info("%s has no task head: a random one stands in", target)
@@ -409,9 +408,7 @@ def _open_onnx(path: Path, device: str) -> OnnxRunner:
     session, place = _session(file, device)
     unknown = [one.name for one in session.get_inputs() if one.name not in INPUTS]
     if unknown or not session.get_inputs():
-        raise ModelError(
-            f"{file}: takes {', '.join(unknown) or 'no inputs'}, expected some of {', '.join(INPUTS)}"
-        )
+        raise ModelError(f"{file}: takes {', '.join(unknown) or 'no inputs'}, expected some of {', '.join(INPUTS)}")
     config = directory / "config.json"
     return OnnxRunner(
         _name(path),
@@ -433,9 +430,7 @@ def _check_files(directory: Path, manifest: dict[str, Any]) -> None:
         raise ArtifactError(f"{directory / ONNX_FILE}: names no sha256 of {ONNX_MODEL}; export again")
     for name, digest in hashes.items():
         if Path(name).name != name or not (directory / name).is_file():
-            raise ArtifactError(
-                f"{directory}: {name!r} is missing, the directory is incomplete; export again"
-            )
+            raise ArtifactError(f"{directory}: {name!r} is missing, the directory is incomplete; export again")
         if sha256_of(directory / name) != digest:
             raise ArtifactError(
                 f"{directory / name}: content does not match its sha256, the file is corrupted; export again"
@@ -473,8 +468,7 @@ def _fitted(batch: Batch, names: tuple[str, ...]) -> dict[str, npt.NDArray[np.in
     ids = batch["input_ids"]
     missing = {"attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
     return {
-        name: np.ascontiguousarray(batch[name] if name in batch else missing[name], dtype=np.int64)
-        for name in names
+        name: np.ascontiguousarray(batch[name] if name in batch else missing[name], dtype=np.int64) for name in names
     }
 
 
@@ -482,15 +476,6 @@ def _label_names(id2label: Mapping[Any, Any]) -> tuple[str, ...] | None:
     """Return the names in the order of their ids; None where they are only numbered (LABEL_0, ...)."""
     names = tuple(str(id2label[key]) for key in sorted(id2label, key=int))
     return None if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else names
-
-
-def _max_tokens(config: Mapping[str, Any]) -> int | None:
-    """Return the longest text that the position table has room for."""
-    positions = config.get("max_position_embeddings")
-    if not isinstance(positions, int):
-        return None
-    family = str(config.get("model_type", "")).removeprefix("gatepress_").replace("_", "-")
-    return positions - (int(config.get("pad_token_id") or 0) + 1 if family in _SHIFTED_POSITIONS else 0)
 
 
 def _tokenizer_dir(directory: Path) -> Path | None:

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from gatepress import runtime
+from gatepress.batches import INPUTS, make_loader, tokenize
 from gatepress.bench import timing
 from gatepress.bench.record import Record, latencies, now, relative_to, versions
 from gatepress.checkpoint import open_tokenizer
@@ -24,7 +25,6 @@ from gatepress.config import DataSettings
 from gatepress.errors import GatepressError, ModelError
 from gatepress.progress import NoProgress, Progress
 from gatepress.tasks.sources import Rows, load_rows
-from gatepress.training.data import INPUTS, make_loader, tokenize
 
 REPETITIONS = 20  # of one batch
 EPOCH_REPETITIONS = 10  # of one pass over the validation rows, as in the paper
@@ -161,9 +161,7 @@ def _open(
 def _call(name: str, runner: runtime.Runner, cell: _Cell) -> Callable[[], None]:
     """Return what is timed: all batches of the cell through one runner, on the device before."""
     if runner.max_tokens and (cell.seq_len or 0) > runner.max_tokens:  # on a GPU this would not just fail
-        raise ModelError(
-            f"{name}: takes at most {runner.max_tokens} tokens, --seq-len asks for {cell.seq_len}"
-        )
+        raise ModelError(f"{name}: takes at most {runner.max_tokens} tokens, --seq-len asks for {cell.seq_len}")
     prepared = [runner.prepare(batch) for batch in cell.batches(runner)]
     forward, synchronize = runner.run, runner.synchronize
 
@@ -178,9 +176,7 @@ def _call(name: str, runner: runtime.Runner, cell: _Cell) -> Callable[[], None]:
         raise
     except Exception as error:  # every runtime has its own classes for "this shape does not fit"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(
-            f"{name}: cannot run {cell} ({reason}); try a smaller --batch-size or --seq-len"
-        ) from error
+        raise ModelError(f"{name}: cannot run {cell} ({reason}); try a smaller --batch-size or --seq-len") from error
     return call
 
 
@@ -198,9 +194,7 @@ def _same(batches: list[Batch], _runner: runtime.Runner) -> list[Batch]:
     return batches
 
 
-def _passes(
-    batch_sizes: Sequence[int], rows: Rows, max_length: int, *, trust_remote_code: bool
-) -> Iterator[_Cell]:
+def _passes(batch_sizes: Sequence[int], rows: Rows, max_length: int, *, trust_remote_code: bool) -> Iterator[_Cell]:
     """Yield one cell for each batch size: all validation rows, each target with its own tokenizer."""
     facts = {
         "task": rows.spec.name,
@@ -229,7 +223,5 @@ def _batches(
     return [
         {name: values.numpy() for name, values in batch.items() if name in INPUTS}
         for split in rows.validation.values()
-        for batch in make_loader(
-            tokenize(split, tokenizer, max_length), tokenizer, batch_size, shuffle=False, seed=0
-        )
+        for batch in make_loader(tokenize(split, tokenizer, max_length), tokenizer, batch_size, shuffle=False, seed=0)
     ]

@@ -94,12 +94,8 @@ def _lines(figure: Figure, cells: list[list[Record]]) -> None:
 
 def _label_point(axes: Axes, record: Record, group: list[Record], color: str, top: float) -> None:
     """Write what a point saves: above the upper line, below the lower one where there is room."""
-    rivals = [
-        one for one in group if one.sparsity == record.sparsity and one.kind not in ("dense", record.kind)
-    ]
-    upper = all(
-        (record.latency_ms_median, record.kind) > (rival.latency_ms_median, rival.kind) for rival in rivals
-    )
+    rivals = [one for one in group if one.sparsity == record.sparsity and one.kind not in ("dense", record.kind)]
+    upper = all((record.latency_ms_median, record.kind) > (rival.latency_ms_median, rival.kind) for rival in rivals)
     cramped = min(one.latency_ms_median for one in [record, *rivals]) < LABEL_ROOM * top
     offset = (17 if cramped else 7) if upper else (7 if cramped else -7)
     axes.annotate(

@@ -75,9 +75,7 @@ class Record:
             raise ArtifactError(f"benchmark record: expected a JSON object, got {type(value).__name__}")
         found = value.get("format_version")
         if found != FORMAT_VERSION:
-            raise ArtifactError(
-                f"benchmark record: version {found!r}, this gatepress reads version {FORMAT_VERSION}"
-            )
+            raise ArtifactError(f"benchmark record: version {found!r}, this gatepress reads version {FORMAT_VERSION}")
         if problem := _first_problem(value):
             raise ArtifactError(f"benchmark record: {problem}")
         shape = value.get("shape")
@@ -93,10 +91,7 @@ class Record:
 
 def latencies(samples_ms: Sequence[float]) -> dict[str, Any]:
     """Return the latency fields of a record for at least one sample in milliseconds."""
-    if len(samples_ms) > 1:
-        deciles = statistics.quantiles(samples_ms, n=10, method="inclusive")
-    else:
-        deciles = [samples_ms[0]] * 9
+    deciles = statistics.quantiles(samples_ms, n=10, method="inclusive") if len(samples_ms) > 1 else [samples_ms[0]] * 9
     step = max(1, -(-len(samples_ms) // MAX_SAMPLES))
     return {
         "latency_ms_median": _nanoseconds(statistics.median(samples_ms)),

@@ -78,9 +78,7 @@ def _figures() -> ModuleType:
     try:
         from gatepress.bench import figures  # noqa: PLC0415 - matplotlib is an extra, not always there
     except ImportError:
-        raise MissingExtraError(
-            "--plot needs matplotlib; install it with: pip install 'gatepress[plot]'"
-        ) from None
+        raise MissingExtraError("--plot needs matplotlib; install it with: pip install 'gatepress[plot]'") from None
     return figures
 
 

@@ -17,9 +17,7 @@ class Table(NamedTuple):
 
 def tables(records: Sequence[Record]) -> list[Table]:
     """Return one table for each weight, or for each batch size and length, as text."""
-    return [
-        (_matmul_table if group[0].what == "matmul" else _endtoend_table)(group) for group in groups(records)
-    ]
+    return [(_matmul_table if group[0].what == "matmul" else _endtoend_table)(group) for group in groups(records)]
 
 
 def conditions(records: Sequence[Record]) -> str:

@@ -72,8 +72,7 @@ LabelColumn = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="Column with the label. Texts and whole numbers are classes, numbers with a point are "
-        "regression targets.",
+        help="Column with the label. Texts and whole numbers are classes, numbers with a point are regression targets.",
         rich_help_panel=DATA,
     ),
 ]
@@ -177,8 +176,7 @@ Epochs = Annotated[
     int | None,
     typer.Option(
         metavar="N",
-        help="Passes over the training rows. Unless given: enough for about 1,500 steps, at least 3 and at "
-        "most 20.",
+        help="Passes over the training rows. Unless given: enough for about 1,500 steps, at least 3 and at most 20.",
         rich_help_panel=TRAINING,
     ),
 ]
@@ -241,15 +239,11 @@ PrecisionOption = Annotated[
 
 DeviceOption = Annotated[
     Device,
-    typer.Option(
-        help="Where to compute; auto takes a CUDA GPU where there is one.", rich_help_panel=TRAINING
-    ),
+    typer.Option(help="Where to compute; auto takes a CUDA GPU where there is one.", rich_help_panel=TRAINING),
 ]
 MeasuringDevice = Annotated[
     Device,
-    typer.Option(
-        help="Where to compute; auto takes a CUDA GPU where there is one.", rich_help_panel=MEASURING
-    ),
+    typer.Option(help="Where to compute; auto takes a CUDA GPU where there is one.", rich_help_panel=MEASURING),
 ]
 Threads = Annotated[
     int | None,

@@ -28,8 +28,7 @@ def figures_text(figures: dict[str, float | str]) -> str:
     """Return the live figures as one phrase, e.g. `loss 0.413, gates closed 120`."""
     shown = {name.replace("_", " "): value for name, value in figures.items()}
     return ", ".join(
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in shown.items()
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items()
     )
 
 

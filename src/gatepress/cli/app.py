@@ -92,9 +92,7 @@ def root(
     *,
     version: Annotated[
         bool,
-        typer.Option(
-            "--version", "-V", help="Print the version and exit.", callback=_print_version, is_eager=True
-        ),
+        typer.Option("--version", "-V", help="Print the version and exit.", callback=_print_version, is_eager=True),
     ] = False,
 ) -> None:
     """Make a pretrained encoder smaller while it learns your task.

@@ -61,9 +61,7 @@ def demo(  # noqa: PLR0913 - every option is a parameter
     minutes on two cores.
     """
     with session(as_json=as_json, quiet=quiet, debug=debug) as screen:
-        data = replace(
-            DEMO.data, max_train_samples=max_train_samples, max_validation_samples=max_validation_samples
-        )
+        data = replace(DEMO.data, max_train_samples=max_train_samples, max_validation_samples=max_validation_samples)
         settings = replace(DEMO, data=data, sparsity=sparsity, epochs=epochs, seed=seed)
         check_output(output, force=force)
         screen.interrupt_note = f"what was finished is in {output}"
@@ -112,10 +110,7 @@ def run(settings: TrainSettings, output: Path, screen: Screen) -> dict[str, Any]
 
     screen.note("5/5 evaluate")
     forms = ("dense-onnx", "run", "pruned", "onnx")
-    scores = {
-        name: evaluation.evaluate(str(steps[name]), device=settings.device, progress=progress)
-        for name in forms
-    }
+    scores = {name: evaluation.evaluate(str(steps[name]), device=settings.device, progress=progress) for name in forms}
     before, after = scores["dense-onnx"], scores["onnx"]
     return {
         **{key: trained[key] for key in ("asked_sparsity", "closed_gates", "total_gates")},

@@ -24,8 +24,7 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A run directory, a pruned directory, an ONNX directory or file, or any model with a task "
-            "head.",
+            help="A run directory, a pruned directory, an ONNX directory or file, or any model with a task head.",
             show_default=False,
         ),
     ],

@@ -131,9 +131,7 @@ def tables(result: dict[str, Any]) -> "list[Titled]":
     rows += pick(result, [("asked_sparsity", "sparsity asked", percent)])
     if "closed_gates" in result and "total_gates" in result:
         closed, total = result["closed_gates"], result["total_gates"]
-        rows.append(
-            ("gates closed", f"{count(closed)} of {count(total)} ({percent(closed / max(total, 1))})")
-        )
+        rows.append(("gates closed", f"{count(closed)} of {count(total)} ({percent(closed / max(total, 1))})"))
     rows += pick(
         result,
         [
@@ -143,9 +141,7 @@ def tables(result: dict[str, Any]) -> "list[Titled]":
         ],
     )
     trained = result.get("trainable_params", {})
-    rows += [
-        (f"trained: {kind.replace('_', ' ')}", count(trained[kind])) for kind in KINDS if kind in trained
-    ]
+    rows += [(f"trained: {kind.replace('_', ' ')}", count(trained[kind])) for kind in KINDS if kind in trained]
     rows += pick(result, [("output_dir", "output", str)])
     return [facts("Trained", rows)]
 
@@ -158,6 +154,4 @@ def metric_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     name = str(result.get("metric_name", "metric"))
     splits = result.get("metrics_by_split", {})
     rows = [(name, f"{result['metric_value']:.4f}{on}")]
-    return rows + (
-        [(f"  {split}", f"{value:.4f}") for split, value in splits.items()] if len(splits) > 1 else []
-    )
+    return rows + ([(f"  {split}", f"{value:.4f}") for split, value in splits.items()] if len(splits) > 1 else [])

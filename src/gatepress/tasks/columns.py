@@ -25,16 +25,12 @@ def choose_columns(data: DataSettings, names: list[str], where: str) -> tuple[tu
     """
     label = data.label_column or _first(_LABELS, names)
     if label is None:
-        raise DataError(
-            f"{where}: no column has a usual label name; choose one of {_list(names)} with --label-column"
-        )
+        raise DataError(f"{where}: no column has a usual label name; choose one of {_list(names)} with --label-column")
     texts = tuple(filter(None, [data.text_column, data.text_pair_column]))
     if not data.text_column:
         texts = _guess_texts(data.text_pair_column, [name for name in names if name != label])
     if not texts:
-        raise DataError(
-            f"{where}: no column has a usual text name; choose one of {_list(names)} with --text-column"
-        )
+        raise DataError(f"{where}: no column has a usual text name; choose one of {_list(names)} with --text-column")
     for name, option in zip(texts, ("--text-column", "--text-pair-column"), strict=False):
         if name not in names:
             raise DataError(f"{where}: no column {name!r} ({option}); it has {_list(names)}")

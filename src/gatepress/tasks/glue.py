@@ -7,10 +7,7 @@ from gatepress.hub import download
 from gatepress.tasks.readers import Columns, read_columns
 
 HUB_ID = "nyu-mll/glue"
-_WAYS = (
-    "use --data-dir with a GLUE directory, --train-file and --validation-file with your own rows, "
-    "or --task demo"
-)
+_WAYS = "use --data-dir with a GLUE directory, --train-file and --validation-file with your own rows, or --task demo"
 
 
 def glue_columns(directory: Path, task: str, split: str) -> tuple[str, Columns]:
@@ -31,8 +28,6 @@ def hub_columns(task: str, split: str) -> tuple[str, Columns]:
     directory = download(HUB_ID, "dataset", (pattern,), ways_out=_WAYS)
     shards = sorted(directory.glob(pattern))
     if not shards:
-        raise HubError(
-            f"{HUB_ID}: {pattern} is not in the hub's cache, and the hub has not given it; {_WAYS}"
-        )
+        raise HubError(f"{HUB_ID}: {pattern} is not in the hub's cache, and the hub has not given it; {_WAYS}")
     parts = [read_columns(shard) for shard in shards]
     return f"{HUB_ID}/{task}/{split}", {name: [v for part in parts for v in part[name]] for name in parts[0]}

@@ -65,9 +65,7 @@ def load_rows(data: DataSettings, *, splits: Splits = "all", spec: TaskSpec | No
     )
 
 
-def _own_splits(
-    data: DataSettings, splits: Splits, spec: TaskSpec | None
-) -> tuple[_Split | None, list[_Split]]:
+def _own_splits(data: DataSettings, splits: Splits, spec: TaskSpec | None) -> tuple[_Split | None, list[_Split]]:
     if data.data_dir:
         raise UsageError("--data-dir holds named tasks; give --task NAME with it, or own files without it")
     if not data.validation_file:

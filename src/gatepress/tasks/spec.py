@@ -45,9 +45,7 @@ class TaskSpec:
             if not sound(value[name]):
                 raise ArtifactError(f"task in the manifest: {name} is malformed ({str(value[name])[:80]!r})")
         if (value["metric"] == "pearson") != (value["label_names"] is None):
-            raise ArtifactError(
-                "task in the manifest: pearson goes without label_names, other metrics with them"
-            )
+            raise ArtifactError("task in the manifest: pearson goes without label_names, other metrics with them")
         row: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in value.items()}
         return cls(**row)
 
@@ -58,12 +56,7 @@ def _is_text(value: object) -> bool:
 
 def _are_texts(value: object) -> bool:
     """Tell whether this is a list of texts that are all different."""
-    return (
-        isinstance(value, list)
-        and value != []
-        and all(map(_is_text, value))
-        and len(set(value)) == len(value)
-    )
+    return isinstance(value, list) and value != [] and all(map(_is_text, value)) and len(set(value)) == len(value)
 
 
 _CHECKS: dict[str, Callable[[Any], bool]] = {

@@ -137,9 +137,7 @@ class PadToLongest:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, multiple_of: int = 1) -> None:
         if tokenizer.pad_token_id is None:
-            raise ModelError(
-                "the tokenizer has no padding token, so rows cannot share a batch; set its pad_token"
-            )
+            raise ModelError("the tokenizer has no padding token, so rows cannot share a batch; set its pad_token")
         self._padding = {
             "input_ids": tokenizer.pad_token_id,
             "attention_mask": 0,

@@ -1,0 +1,276 @@
+"""The training loop, read from top to bottom: prepare, step, measure, save."""
+
+import logging
+import math
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, get_linear_schedule_with_warmup
+
+from gatepress.batches import make_loader, tokenize
+from gatepress.budget import Budget, gate_vectors
+from gatepress.checkpoint import RunManifest, RunWriter, model_files, open_base, open_tokenizer, versions
+from gatepress.collapse import parameters_of, plan_model
+from gatepress.config import TrainSettings
+from gatepress.errors import ModelError
+from gatepress.evaluation import evaluate_model
+from gatepress.files import check_output
+from gatepress.hub import locate_model
+from gatepress.inject import attach_gates_, mark_trainable_, trainable
+from gatepress.progress import NoProgress, Progress
+from gatepress.runtime import max_tokens, torch_device
+from gatepress.tasks import TaskSpec
+from gatepress.tasks.sources import load_rows
+
+logger = logging.getLogger(__name__)
+
+PROBE_ROWS = 64
+VALIDATION_BATCH = 64
+MIN_STEPS, MIN_EPOCHS, MAX_EPOCHS = 1_500, 3, 20  # what an absent --epochs aims at
+MAX_GRADIENT_NORM = 1.0
+LOSS_EVERY = 5  # steps: reading the loss waits for the device
+SHORT = 512  # tokens that any encoder takes, where its configuration names no limit
+
+Kinds = dict[str, dict[str, nn.Parameter]]
+
+
+def train(
+    settings: TrainSettings, output: Path, *, force: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Train gates, biases, layer norms, low rank and head on a frozen base; write a run directory.
+
+    The asked sparsity is delivered exactly, 60 % of the way, and the rest of the steps recover. After
+    every epoch the metric is measured and a checkpoint written; Ctrl-C writes one more. Returns the
+    report, whose keys docs/json-contract.md lists. Raises leaves of `GatepressError`.
+    """
+    progress = progress or NoProgress()
+    check_output(output, force=force)
+    job = _prepare(settings.absolute())
+    report: dict[str, Any] = {}
+    with RunWriter(output, tokenizer=job.tokenizer, probe=job.probe) as writer:
+        progress.start(job.epochs * job.steps_per_epoch, "training")
+        try:
+            for epoch in range(job.epochs):
+                _one_epoch(job, epoch, progress)
+                report = _checkpoint(job, writer, "finished" if epoch + 1 == job.epochs else "training")
+                logger.info("epoch %d: %s %.4f", epoch + 1, report["metric_name"], report["metric_value"])
+        except KeyboardInterrupt:
+            if job.step:
+                _checkpoint(job, writer, "interrupted")
+            raise
+        finally:
+            progress.finish()
+    return {**report, "output_dir": str(output)}
+
+
+@dataclass
+class _Job:
+    """Everything a run holds, loaded and wrapped."""
+
+    settings: TrainSettings
+    spec: TaskSpec
+    accelerator: Accelerator
+    tokenizer: Any
+    model: Any  # as accelerate wraps it
+    gated: PreTrainedModel  # the same, bare
+    parameters: list[nn.Parameter]
+    optimizer: Any
+    schedule: Any
+    loader: Any
+    validation: dict[str, DataLoader[Any]]
+    probe: dict[str, Tensor]
+    budget: Budget
+    epochs: int
+    steps_per_epoch: int
+    manifest: RunManifest
+    step: int = 0
+    started: float = field(default_factory=time.perf_counter)
+
+
+def _prepare(settings: TrainSettings) -> _Job:
+    """Load rows, model and tokenizer, put the gates in, and count what will be trained."""
+    cpu = torch_device(settings.device) == "cpu"
+    accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if settings.precision == "bf16" else "no")
+    set_seed(settings.seed)
+    rows = load_rows(settings.data)  # first: what is wrong here is found without a download
+    base = locate_model(settings.model, settings.revision)
+    tokenizer = open_tokenizer(base, trust_remote_code=settings.trust_remote_code)
+    model: Any = open_base(base, rows.spec, trust_remote_code=settings.trust_remote_code)
+    dense_params = parameters_of(model)
+    layers = attach_gates_(
+        model, granularity=settings.granularity, controller=settings.controller, lora_rank=settings.lora_rank
+    )
+    kinds = trainable(model, biases=settings.train_biases, layer_norms=settings.train_layer_norms)
+    mark_trainable_(kinds)
+
+    tokens = min(settings.max_length, max_tokens(model.config.to_dict()) or SHORT, int(tokenizer.model_max_length))
+    train_rows = tokenize(_present(rows.train), tokenizer, tokens)
+    validation_rows = {name: tokenize(split, tokenizer, tokens) for name, split in rows.validation.items()}
+    loader: Any = make_loader(train_rows, tokenizer, settings.batch_size, shuffle=True, seed=settings.seed)
+    steps_per_epoch = math.ceil(len(loader) / accelerator.num_processes)
+    epochs = settings.epochs or min(MAX_EPOCHS, max(MIN_EPOCHS, math.ceil(MIN_STEPS / steps_per_epoch)))
+    steps = epochs * steps_per_epoch
+    optimizer: Any = torch.optim.AdamW(_groups(kinds, settings))
+    schedule: Any = get_linear_schedule_with_warmup(optimizer, int(settings.warmup_ratio * steps), steps)
+    model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
+    # Without accelerate's wrapper: training runs under its autocast below, measuring in float32.
+    gated: PreTrainedModel = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    budget = Budget(
+        gate_vectors(gated, layers, settings.granularity),
+        sparsity=settings.sparsity,
+        controller=settings.controller,
+        steps=steps,
+        penalty_weight=settings.penalty_weight,
+    )
+    report = {
+        "task": rows.spec.name,
+        "model": settings.model,
+        "metric_name": rows.spec.metric,
+        "asked_sparsity": settings.sparsity,
+        "granularity": settings.granularity,
+        "controller": settings.controller,
+        "total_gates": budget.total_gates,
+        "dense_params": dense_params,
+        "trainable_params": _count(kinds),
+        "train_examples": len(train_rows),
+        "epochs": epochs,
+        "steps": steps,
+        "device": str(accelerator.device),
+        "curve": [],
+    }
+    return _Job(
+        settings=settings,
+        spec=rows.spec,
+        accelerator=accelerator,
+        tokenizer=tokenizer,
+        model=model,
+        gated=gated,
+        parameters=[parameter for group in kinds.values() for parameter in group.values()],
+        optimizer=optimizer,
+        schedule=schedule,
+        loader=loader,
+        validation={
+            name: make_loader(split, tokenizer, VALIDATION_BATCH, shuffle=False, seed=0)
+            for name, split in validation_rows.items()
+        },
+        probe=_probe(next(iter(validation_rows.values())), tokenizer),
+        budget=budget,
+        epochs=epochs,
+        steps_per_epoch=steps_per_epoch,
+        manifest=RunManifest(
+            settings=settings,
+            task=rows.spec,
+            status="training",
+            step=0,
+            base_sha256=model_files(base),
+            data_fingerprint=rows.fingerprint,
+            tensors={},
+            report=report,
+            versions=versions(),
+        ),
+    )
+
+
+def _one_epoch(job: _Job, epoch: int, progress: Progress) -> None:
+    """Take every step of one pass over the training rows."""
+    _set_epoch(job.loader, epoch)
+    job.model.train()
+    for batch in job.loader:
+        with job.accelerator.autocast():
+            loss = _loss(job.model, batch, job.spec)
+        penalty = job.budget.penalty(job.step)
+        job.accelerator.backward(loss if penalty is None else loss + penalty)
+        job.step += 1
+        job.budget.after_backward(job.step)
+        job.accelerator.clip_grad_norm_(job.parameters, MAX_GRADIENT_NORM)
+        job.optimizer.step()
+        job.schedule.step()
+        job.optimizer.zero_grad()
+        progress.advance(1, **(_figures(job, loss) if job.step % LOSS_EVERY == 0 else {}))
+
+
+def _figures(job: _Job, loss: Tensor) -> dict[str, float]:
+    """Return what the bar shows; `ModelError` where the loss is no number any more."""
+    value = loss.item()
+    if not math.isfinite(value):
+        raise ModelError(f"the loss is {value} at step {job.step}; try a smaller --learning-rate")
+    return {"loss": value, "closed": job.budget.closed_gates / job.budget.total_gates}
+
+
+def _checkpoint(job: _Job, writer: RunWriter, status: str) -> dict[str, Any]:
+    """Measure and count the gated model as it is, write a checkpoint, return the report."""
+    plan = plan_model(job.gated, "inner")
+    report: dict[str, Any] = {
+        **job.manifest.report,
+        **evaluate_model(job.gated, job.validation, job.spec),
+        "closed_gates": job.budget.closed_gates,
+        "closed_fraction": job.budget.closed_gates / job.budget.total_gates,
+        "encoder_weights_removed": plan.removed_fraction,
+        "encoder_macs_removed": plan.removed_fraction,
+        "total_params": job.manifest.report["dense_params"] - plan.removed_parameters,
+        "train_seconds": round(time.perf_counter() - job.started, 1),
+    }
+    point = {key: report[key] for key in ("metric_value", "closed_fraction", "train_seconds")}
+    report["curve"] = [*job.manifest.report["curve"], {"step": job.step, **point}]
+    job.manifest.report["curve"] = report["curve"]
+    if job.accelerator.is_main_process:
+        writer.save(job.gated, replace(job.manifest, status=status, step=job.step, report=report))
+    return report
+
+
+def _groups(kinds: Kinds, settings: TrainSettings) -> list[dict[str, Any]]:
+    """Return the optimizer's groups: gates with their own rate, weight decay on the head alone."""
+    small = [parameter for kind in ("biases", "layer_norms", "low_rank") for parameter in kinds[kind].values()]
+    groups = [
+        {"params": list(kinds["gates"].values()), "lr": settings.gate_learning_rate, "weight_decay": 0.0},
+        {"params": small, "lr": settings.learning_rate, "weight_decay": 0.0},
+        {
+            "params": list(kinds["head"].values()),
+            "lr": settings.learning_rate,
+            "weight_decay": settings.weight_decay,
+        },
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _loss(model: Any, batch: dict[str, Tensor], spec: TaskSpec) -> Tensor:
+    """Return the task loss: mean squared error for regression, cross entropy else."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    logits = model(**inputs).logits.float()
+    if spec.label_names is None:
+        return functional.mse_loss(logits[:, 0], batch["labels"].float())
+    return functional.cross_entropy(logits, batch["labels"])
+
+
+def _probe(rows: Any, tokenizer: Any) -> dict[str, Tensor]:
+    """Return the first validation rows as one padded batch: what every later form must agree on."""
+    few = rows.select(range(min(PROBE_ROWS, len(rows))))
+    batch: dict[str, Tensor] = next(iter(make_loader(few, tokenizer, PROBE_ROWS, shuffle=False, seed=0)))
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def _count(kinds: Kinds) -> dict[str, int]:
+    """Return trained numbers by kind, with their total."""
+    counted = {kind: sum(parameter.numel() for parameter in group.values()) for kind, group in kinds.items()}
+    return {**counted, "total": sum(counted.values())}
+
+
+def _set_epoch(loader: Any, epoch: int) -> None:
+    if hasattr(loader, "set_epoch"):  # accelerate's wrapper
+        loader.set_epoch(epoch)
+    else:
+        loader.batch_sampler.set_epoch(epoch)
+
+
+def _present(rows: Any) -> Any:
+    if rows is None:
+        raise TypeError("load_rows returned no training rows")
+    return rows
