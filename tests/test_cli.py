@@ -239,7 +239,7 @@ def test_train_options_become_settings(library):
         "max_validation_samples": 8,
     }
     options = [f"--{name.replace('_', '-')}={value}" for name, value in {**given, **data}.items()]
-    switches = ["--no-train-biases", "--no-train-layer-norms", "--trust-remote-code"]
+    switches = ["--no-train-biases", "--no-train-layer-norms"]
     result = run("train", *options, *switches, "-o", "out", "--force")
     assert result.exit_code == 0, result.output
     _, (settings, output), kwargs = library.only_call()
@@ -247,7 +247,6 @@ def test_train_options_become_settings(library):
         data=DataSettings(**data),
         train_biases=False,
         train_layer_norms=False,
-        trust_remote_code=True,
         **given,
     )
     assert output == Path("out")

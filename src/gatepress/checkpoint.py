@@ -35,7 +35,7 @@ from gatepress.files import explained, json_text, publish, read_json, replace_fi
 from gatepress.gates import gates_of
 from gatepress.hub import locate_model
 from gatepress.inject import attach_gates_, trainable
-from gatepress.resolve import family_named, family_of, model_class
+from gatepress.resolve import family_named, model_class
 from gatepress.tasks import TaskSpec
 
 RUN_FILE = "gatepress_run.json"
@@ -142,15 +142,15 @@ def model_files(directory: Path) -> dict[str, str]:
     return {path.name: sha256_of(path) for path in sorted(directory.glob("*.safetensors"))}
 
 
-def open_base(directory: Path, spec: TaskSpec, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def open_base(directory: Path, spec: TaskSpec) -> PreTrainedModel:
     """Load a dense float32 model with a head for the task.
 
     Raises `ModelError` for a family that gatepress does not know, and where the checkpoint lacks
     weights of the encoder itself: a randomly initialised layer must never be trained on silently.
     """
+    family_named(str(read_json(directory / "config.json").get("model_type")))
     with model_errors(directory):
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-        family_of(config)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         names = spec.label_names or ("score",)
         config.num_labels = spec.num_labels
         config.id2label = dict(enumerate(names))
@@ -162,7 +162,7 @@ def open_base(directory: Path, spec: TaskSpec, *, trust_remote_code: bool = Fals
             dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=False,
             use_safetensors=True,
         )
     prefix = f"{model.base_model_prefix}."
@@ -236,7 +236,7 @@ def load_run(directory: Path, device: str = "cpu") -> tuple[PreTrainedModel, Run
             f"{directory}: was trained on other weights of {settings.model!r} than {base} holds (sha256 differs); "
             "bring back the base model it was trained on, or train again"
         )
-    model = open_base(base, manifest.task, trust_remote_code=settings.trust_remote_code)
+    model = open_base(base, manifest.task)
     attach_gates_(model, granularity=settings.granularity, controller=settings.controller, lora_rank=settings.lora_rank)
     tensors = directory / manifest.tensors["file"]
     load_trained_(model, read_tensors(tensors), tensors)

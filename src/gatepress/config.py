@@ -68,7 +68,6 @@ class TrainSettings:
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda
     precision: Precision = "fp32"
-    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         """Collect what is wrong and raise it once."""

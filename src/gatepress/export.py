@@ -1,7 +1,7 @@
 """From a model in torch to an ONNX directory; where ONNX Runtime disagrees with torch, nothing is kept.
 
-The graph takes any batch and length. `docs/` and `benchmarks/notes/onnx-exporters.md` tell why it is
-written this way: torch's graph exporter, attention as plain products, no intermediate shapes.
+The graph takes any batch and length. Why it is written by torch's graph exporter, with attention as
+plain products and without intermediate shapes: `benchmarks/notes/onnx-exporters.md`.
 """
 
 import contextlib

@@ -86,7 +86,7 @@ def prune(
         }
         (staged / PRUNED_FILE).write_text(json_text(body), encoding="utf-8")
         report["max_abs_logit_diff_reloaded"] = _agree(wanted, _logits(load_pruned(staged), probe), "reloaded")
-    return {**report, "file_bytes": (output / "model.safetensors").stat().st_size, "output_dir": str(output)}
+    return {**report, "size_bytes": (output / "model.safetensors").stat().st_size, "output_dir": str(output)}
 
 
 def _write(pruned: PreTrainedModel, staged: Path, layout: Layout) -> None:

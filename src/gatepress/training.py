@@ -98,12 +98,12 @@ class _Job:
 def _prepare(settings: TrainSettings) -> _Job:
     """Load rows, model and tokenizer, put the gates in, and count what will be trained."""
     cpu = torch_device(settings.device) == "cpu"
-    accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if settings.precision == "bf16" else "no")
+    accelerator = Accelerator(cpu=cpu)
     set_seed(settings.seed)
     rows = load_rows(settings.data)  # first: what is wrong here is found without a download
     base = locate_model(settings.model, settings.revision)
-    tokenizer = open_tokenizer(base, trust_remote_code=settings.trust_remote_code)
-    model: Any = open_base(base, rows.spec, trust_remote_code=settings.trust_remote_code)
+    tokenizer = open_tokenizer(base)
+    model: Any = open_base(base, rows.spec)
     dense_params = parameters_of(model)
     layers = attach_gates_(
         model, granularity=settings.granularity, controller=settings.controller, lora_rank=settings.lora_rank
@@ -121,8 +121,7 @@ def _prepare(settings: TrainSettings) -> _Job:
     optimizer: Any = torch.optim.AdamW(_groups(kinds, settings))
     schedule: Any = get_linear_schedule_with_warmup(optimizer, int(settings.warmup_ratio * steps), steps)
     model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
-    # Without accelerate's wrapper: training runs under its autocast below, measuring in float32.
-    gated: PreTrainedModel = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    gated: PreTrainedModel = accelerator.unwrap_model(model)
     budget = Budget(
         gate_vectors(gated, layers, settings.granularity),
         sparsity=settings.sparsity,
@@ -184,7 +183,9 @@ def _one_epoch(job: _Job, epoch: int, progress: Progress) -> None:
     _set_epoch(job.loader, epoch)
     job.model.train()
     for batch in job.loader:
-        with job.accelerator.autocast():
+        # Not accelerate's autocast: it wraps the model itself, and measuring must be in float32.
+        bf16 = job.settings.precision == "bf16"
+        with torch.autocast(job.accelerator.device.type, torch.bfloat16, enabled=bf16):
             loss = _loss(job.model, batch, job.spec)
         penalty = job.budget.penalty(job.step)
         job.accelerator.backward(loss if penalty is None else loss + penalty)

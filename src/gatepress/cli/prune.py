@@ -82,7 +82,7 @@ def tables(result: dict[str, Any]) -> "list[Titled]":
             ("encoder_weights_removed", "encoder weights removed", percent),
             ("encoder_macs_removed", "encoder multiplications removed", percent),
             ("total_params", "parameters", count),
-            ("file_bytes", "size", megabytes),
+            ("size_bytes", "size", megabytes),
             ("max_abs_logit_diff", "largest difference of a logit", "{:.1e}".format),
             ("output_dir", "output", str),
         ],

@@ -36,7 +36,6 @@ def train(  # noqa: PLR0913 - every option is a parameter
     max_validation_samples: opt.MaxValidationSamples = None,
     model: opt.Model = TrainSettings.model,
     revision: opt.Revision = TrainSettings.revision,
-    trust_remote_code: opt.TrustRemoteCode = TrainSettings.trust_remote_code,
     sparsity: opt.Sparsity = TrainSettings.sparsity,
     granularity: opt.GranularityOption = TrainSettings.granularity,
     controller: opt.ControllerOption = TrainSettings.controller,
@@ -108,7 +107,6 @@ def train(  # noqa: PLR0913 - every option is a parameter
             seed=seed,
             device=device,
             precision=precision,
-            trust_remote_code=trust_remote_code,
         )
         target = output or Path("runs") / default_run_name(settings)
         check_output(target, force=force)  # at once: what follows takes seconds to import

