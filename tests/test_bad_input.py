@@ -503,7 +503,8 @@ def test_any_spoilt_file_is_noticed_or_not_needed(copied, made, form, spoil):
 def test_an_interrupted_training(here, train_on, sign, exit_code):
     arguments = train_on("good.csv", "-o", "run", "--json")
     arguments[arguments.index("--epochs") + 1] = "400"
-    with command(*arguments) as process:
+    # A shell starts background jobs with Ctrl-C ignored, and that is inherited: the tests may be such a job.
+    with command(*arguments, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) as process:
         seen = []
         for line in process.stderr:
             seen.append(line)

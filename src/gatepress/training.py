@@ -102,8 +102,8 @@ def _prepare(settings: TrainSettings) -> _Job:
     set_seed(settings.seed)
     rows = load_rows(settings.data)  # first: what is wrong here is found without a download
     base = locate_model(settings.model, settings.revision)
-    tokenizer = open_tokenizer(base)
     model: Any = open_base(base, rows.spec)
+    tokenizer = open_tokenizer(base)
     dense_params = parameters_of(model)
     layers = attach_gates_(
         model, granularity=settings.granularity, controller=settings.controller, lora_rank=settings.lora_rank
