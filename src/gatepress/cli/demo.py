@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # Chosen so that all of it takes at most six minutes on two cores.
 DEMO = TrainSettings(
-    data=DataSettings(task="demo", max_train_samples=6_000),
+    data=DataSettings(task="demo", max_train_samples=4_000, max_validation_samples=1_000),
     model="demo",
     sparsity=0.5,
     epochs=3,
