@@ -19,6 +19,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "main_job.json"
 FORMS = ("run", "pruned", "onnx")
+TASKS = ("sst2", "cola", "stsb", "rte")
 
 
 def gatepress(*words: object) -> dict[str, Any]:
@@ -108,7 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--model", action="append", default=[], metavar="NAME=DIRECTORY")
-    parser.add_argument("--task", action="append", choices=["sst2", "cola", "stsb", "rte"])
+    parser.add_argument("--task", action="append", choices=TASKS)
     parser.add_argument("--work", type=Path)
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--epochs", type=int)
@@ -118,9 +119,10 @@ def main() -> None:
     cells = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     for pair in [] if options.render else options.model:
         name, _, model = pair.partition("=")
-        for task in options.task or ["sst2", "cola", "stsb", "rte"]:
+        for task in options.task or TASKS:
             done = cell(name, model, task, options)
             cells = [c for c in cells if (c["encoder"], c["task"]) != (name, task)] + [done]
+            cells.sort(key=lambda c: (c["encoder"], TASKS.index(c["task"])))
             RESULTS.write_text(json.dumps(cells, indent=1) + "\n")
     RESULTS.with_suffix(".md").write_text(render(cells))
 
