@@ -15,7 +15,7 @@ import contextlib
 import importlib.metadata
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -99,6 +99,17 @@ def read_manifest(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+def check_files(directory: Path, named: Iterable[tuple[Any, Any]], remedy: str) -> None:
+    """Compare files with the (name, sha256) of a manifest; `ArtifactError` where one is missing or changed."""
+    for name, digest in named:
+        if not isinstance(name, str) or Path(name).name != name or not (directory / name).is_file():
+            raise ArtifactError(f"{directory}: {name!r} is missing, the directory is incomplete; {remedy}")
+        if sha256_of(directory / name) != digest:
+            raise ArtifactError(
+                f"{directory / name}: content does not match its sha256, the file is corrupted; {remedy}"
+            )
+
+
 def read_run(directory: Path) -> RunManifest:
     """Read a run directory's manifest; `ArtifactError` where it is not complete."""
     path = directory / RUN_FILE
@@ -120,12 +131,7 @@ def read_run(directory: Path) -> RunManifest:
         name, digest = manifest.tensors["file"], manifest.tensors["sha256"]
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{path}: a field is missing or of a wrong kind ({error!r}); train again") from None
-    if not isinstance(name, str) or Path(name).name != name or not (directory / name).is_file():
-        raise ArtifactError(f"{directory}: {name!r} is missing, the directory is incomplete; train again")
-    if sha256_of(directory / name) != digest:
-        raise ArtifactError(
-            f"{directory / name}: content does not match its sha256, the file is corrupted; train again"
-        )
+    check_files(directory, [(name, digest)], "train again")
     return manifest
 
 
@@ -165,14 +171,17 @@ def open_base(directory: Path, spec: TaskSpec) -> PreTrainedModel:
             trust_remote_code=False,
             use_safetensors=True,
         )
-    prefix = f"{model.base_model_prefix}."
-    missing = [name for name in info["missing_keys"] if name.startswith(prefix) and ".pooler." not in name]
-    if missing:
-        raise ModelError(
-            f"{directory}: weights are missing: {', '.join(sorted(missing)[:3])}, ...; the checkpoint is not whole"
-        )
+    refuse_missing(directory, model, info["missing_keys"])
     opened: PreTrainedModel = model
     return opened
+
+
+def refuse_missing(shown: Path | str, model: PreTrainedModel, missing: Iterable[str]) -> None:
+    """Raise `ModelError` where weights of the encoder itself are missing; a head or pooler may be fresh."""
+    prefix = f"{model.base_model_prefix}."
+    lost = sorted(name for name in missing if name.startswith(prefix) and ".pooler." not in name)
+    if lost:
+        raise ModelError(f"{shown}: weights are missing ({', '.join(lost[:3])}, ...); the checkpoint is not whole")
 
 
 @contextlib.contextmanager
@@ -305,11 +314,7 @@ def load_pruned(directory: str | Path) -> PreTrainedModel:
     if not (path / PRUNED_FILE).is_file():
         raise ArtifactError(f"{path}: has no {PRUNED_FILE}, expected a directory written by `gatepress prune`")
     manifest = read_manifest(path / PRUNED_FILE, PRUNED_FORMAT)
-    for name, digest in dict(manifest.get("sha256", {})).items():
-        if Path(name).name != name or not (path / name).is_file():
-            raise ArtifactError(f"{path}: {name!r} is missing, the directory is incomplete; prune again")
-        if sha256_of(path / name) != digest:
-            raise ArtifactError(f"{path / name}: content does not match its sha256, the file is corrupted; prune again")
+    check_files(path, dict(manifest.get("sha256", {})).items(), "prune again")
     model_type = str(read_json(path / "config.json").get("model_type"))
     loader = model_class(family_named(model_type), stock=model_type in FAMILIES)
     with model_errors(path):

@@ -17,10 +17,19 @@ import onnxruntime as ort
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from gatepress.checkpoint import PRUNED_FILE, RUN_FILE, load_pruned, load_run, model_errors, read_manifest
+from gatepress.checkpoint import (
+    PRUNED_FILE,
+    RUN_FILE,
+    check_files,
+    load_pruned,
+    load_run,
+    model_errors,
+    read_manifest,
+    refuse_missing,
+)
 from gatepress.errors import ArtifactError, DeviceError, ModelError, UsageError
 from gatepress.families import FAMILIES
-from gatepress.files import read_json, sha256_of
+from gatepress.files import read_json
 from gatepress.hub import locate_model
 
 logger = logging.getLogger(__name__)
@@ -372,10 +381,7 @@ def _open_model(target: str, device: str, *, trust_remote_code: bool) -> TorchRu
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
         )
-    prefix = f"{model.base_model_prefix}."
-    lost = sorted(key for key in info["missing_keys"] if key.startswith(prefix) and ".pooler." not in key)
-    if lost:
-        raise ModelError(f"{target}: weights are missing ({', '.join(lost[:3])}, ...); the checkpoint is not whole")
+    refuse_missing(target, model, info["missing_keys"])
     random = bool(info["missing_keys"])
     if random:
         logger.info("%s has no task head: a random one stands in", target)
@@ -428,13 +434,7 @@ def _check_files(directory: Path, manifest: dict[str, Any]) -> None:
     hashes = manifest.get("sha256")
     if not isinstance(hashes, dict) or ONNX_MODEL not in hashes:
         raise ArtifactError(f"{directory / ONNX_FILE}: names no sha256 of {ONNX_MODEL}; export again")
-    for name, digest in hashes.items():
-        if Path(name).name != name or not (directory / name).is_file():
-            raise ArtifactError(f"{directory}: {name!r} is missing, the directory is incomplete; export again")
-        if sha256_of(directory / name) != digest:
-            raise ArtifactError(
-                f"{directory / name}: content does not match its sha256, the file is corrupted; export again"
-            )
+    check_files(directory, hashes.items(), "export again")
 
 
 def _session(file: Path, device: str) -> tuple[ort.InferenceSession, str]:
