@@ -1,6 +1,7 @@
 """What is asked is what is closed, counted, whatever the controller and the granularity."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from gatepress.budget import Budget, choose_closed, gate_vectors, gates_to_close
 from gatepress.config import Controller, Granularity
 from gatepress.inject import attach_gates_, mark_trainable_, trainable
 
-GRANULARITIES: list[Granularity] = ["structured", "matrix"]
+GRANULARITIES: list[Granularity] = ["structured", "matrix", "heads"]
 CONTROLLERS: list[Controller] = ["importance", "penalty"]
 STEPS = 30
 
@@ -45,8 +46,13 @@ def run_budget(granularity: Granularity, controller: Controller, sparsity: float
 )
 def test_the_asked_sparsity_is_delivered(granularity: Granularity, controller: Controller, sparsity: float) -> None:
     budget = run_budget(granularity, controller, sparsity)
-    assert budget.closed_gates == gates_to_close(budget.total_gates, sparsity)
-    assert abs(budget.closed_gates / budget.total_gates - sparsity) <= 0.005
+    asked = gates_to_close(budget.total_gates, sparsity)
+    fine = [vector.gate for vector in budget.vectors if vector.gate.counts == 1]
+    if any(gate.mask.any() for gate in fine):
+        assert budget.closed_gates == asked
+        assert abs(budget.closed_gates / budget.total_gates - sparsity) <= 0.005
+    else:  # all that is left are whole heads
+        assert asked <= budget.closed_gates < asked + max(vector.gate.counts for vector in budget.vectors)
 
 
 @pytest.mark.parametrize("controller", CONTROLLERS)
@@ -109,3 +115,19 @@ def test_a_gate_closed_too_early_comes_back() -> None:
         if step == 29:
             assert neuron.mask[0] == 0
     assert neuron.mask[0] == 1
+
+
+def test_heads_go_whole_and_neurons_make_up_the_rest() -> None:
+    budget = run_budget("heads", "importance", 0.37)
+    assert budget.closed_gates == math.ceil(0.37 * budget.total_gates)
+    width = tiny.HIDDEN // tiny.HEADS
+    sizes = [(vector.gate.size, vector.gate.repeat, vector.gate.counts) for vector in budget.vectors]
+    assert sizes == [(tiny.HEADS, width, 2 * width), (tiny.INTERMEDIATE, 1, 1)] * tiny.LAYERS
+    structured = run_budget("structured", "importance", 0.37)
+    assert budget.total_gates == structured.total_gates  # both count inner dimensions
+
+
+def test_a_budget_that_neurons_cannot_fill_takes_one_head_more() -> None:
+    heads, neurons = torch.arange(4.0), torch.zeros(3)
+    masks = choose_closed([heads, neurons], [40.0, 1.0], [1, 1], 25, [20, 1])
+    assert [mask.tolist() for mask in masks] == [[0, 0, 1, 1], [0, 0, 0]]

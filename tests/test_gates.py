@@ -6,7 +6,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForSequenceClassification, RobertaConfig
 
-from gatepress.gates import Gate, GatedLinear
+from gatepress.gates import Gate, GatedLinear, counted
 from gatepress.inject import attach_gates_, trainable
 
 
@@ -115,3 +115,15 @@ def test_trained_numbers_are_those_of_the_paper(sizes: dict[str, int], gates: in
     assert counted["low_rank"] == low_rank
     if not sizes:
         assert counted["head"] == 592_130
+
+
+def test_one_gate_before_a_whole_head_is_its_value_repeated() -> None:
+    gate = Gate(2, repeat=3, counts=6)
+    with torch.no_grad():
+        gate.mu.copy_(torch.tensor([0.25, 0.1]))
+        gate.mask[1] = 0
+    assert gate.eval()().tolist() == gate.values().tolist() == [0.75] * 3 + [0.0] * 3
+    assert gate.train()().tolist() == [0.75] * 3 + [0.0] * 3
+    gate().sum().backward()
+    assert gate.mu.grad.tolist() == [3.0, 3.0]  # the closed one is still ranked
+    assert counted([gate, Gate(5)]) == (17, 6)

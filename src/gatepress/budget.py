@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from gatepress.config import Controller, Granularity
-from gatepress.gates import Gate
+from gatepress.gates import Gate, counted
 from gatepress.inject import SITES, gated_linear
 from gatepress.resolve import Layer
 
 CLOSING_STARTS = 0.08  # fractions of all steps
 CLOSING_ENDS = 0.60
 RERANK_EVERY = 10  # steps
+ROUNDING = 1e-6  # of a gate: what a product of a fraction and a whole number may be off
 AVERAGE_KEEPS = 0.98  # of the moving average, per step
 
 
@@ -43,22 +44,23 @@ class GateVector:
 def gate_vectors(model: nn.Module, layers: list[Layer], granularity: Granularity) -> list[GateVector]:
     """Return the model's gate vectors with costs.
 
-    A structured gate removes a row and a column (two matrices); a matrix gate one row or column.
+    A structured gate removes a row and a column (two matrices), a matrix gate one row or column, a head
+    as much as all of its dimensions.
     """
     vectors = []
-    structured = granularity == "structured"
+    alone = granularity == "matrix"
     for layer in layers:
         for role, axis in SITES[granularity]:
             linear = gated_linear(model, layer, role)
-            gate = linear.gate_in if axis == "in" else linear.gate_out
+            gate = _present(linear.gate_in if axis == "in" else linear.gate_out)
             rows, columns = layer.shapes[role]
             across = rows if axis == "in" else columns
-            in_heads = structured and role in ("q", "o")
+            of_heads = granularity == "structured" and role in ("q", "o")
             vectors.append(
                 GateVector(
-                    gate=_present(gate),
-                    macs=float(across * (2 if structured else 1)),
-                    heads=layer.heads if in_heads else 1,
+                    gate=gate,
+                    macs=float(across * (1 if alone else 2) * gate.counts),
+                    heads=layer.heads if of_heads else 1,
                 )
             )
     return vectors
@@ -72,16 +74,21 @@ def _present(gate: Gate | None) -> Gate:
 
 def gates_to_close(total: int, sparsity: float) -> int:
     """Return how many of `total` gates the asked sparsity closes (rounded up: never less than asked)."""
-    return min(total, math.ceil(sparsity * total - 1e-9))
+    return min(total, math.ceil(sparsity * total - ROUNDING))
 
 
-def choose_closed(scores: list[Tensor], macs: list[float], heads: list[int], count: int) -> list[Tensor]:
-    """Return masks (1 open, 0 closed) that close exactly `count` gates, the least important first.
+def choose_closed(
+    scores: list[Tensor], macs: list[float], heads: list[int], count: int, counts: list[int] | None = None
+) -> list[Tensor]:
+    """Return masks (1 open, 0 closed) that close `count` dimensions, the least important first.
 
-    `scores` holds one vector per gate vector. Vectors that belong to heads are closed in slots: the
-    r-th best element of every head together, so that each head of a layer keeps the same width and
-    nothing is lost to padding. Importance is the score per multiply-accumulate saved.
+    `scores` holds one vector per gate vector; each element stands for `counts` dimensions (None: one).
+    Vectors that belong to heads are closed in slots: the r-th best element of every head together, so
+    that each head of a layer keeps the same width and nothing is lost to padding. Importance is the
+    score per multiply-accumulate saved. What is left too small for whole heads is taken from single
+    dimensions; only where none is open any more, a last head goes beyond `count`.
     """
+    counts = counts or [1] * len(scores)
     units: list[tuple[float, int, Tensor]] = []
     for index, (score, cost, n_heads) in enumerate(zip(scores, macs, heads, strict=True)):
         ranked, order = score.detach().float().cpu().view(n_heads, -1).sort(dim=1, descending=True)
@@ -95,15 +102,16 @@ def choose_closed(scores: list[Tensor], macs: list[float], heads: list[int], cou
     for _, index, slot in units:
         if left == 0:
             break
-        if len(slot) <= left:
+        if len(slot) * counts[index] <= left:
             masks[index][slot] = 0
-            left -= len(slot)
+            left -= len(slot) * counts[index]
     # Slots of several heads may leave a remainder: close single elements, still the least important.
-    for _, index, slot in units:
-        for element in slot.tolist():
-            if left and masks[index][element]:
-                masks[index][element] = 0
-                left -= 1
+    for larger in (False, True):
+        for _, index, slot in units:
+            for element in slot.tolist():
+                if left > 0 and masks[index][element] and (larger or counts[index] <= left):
+                    masks[index][element] = 0
+                    left -= counts[index]
     return masks
 
 
@@ -133,13 +141,13 @@ class Budget:
 
     @property
     def total_gates(self) -> int:
-        """Number of gates in the encoder."""
-        return sum(vector.gate.size for vector in self.vectors)
+        """Dimensions that the encoder's gates stand for."""
+        return counted(vector.gate for vector in self.vectors)[0]
 
     @property
     def closed_gates(self) -> int:
-        """Number of gates whose mask is 0, counted."""
-        return sum(int((vector.gate.mask == 0).sum()) for vector in self.vectors)
+        """Those of them whose mask is 0, counted."""
+        return counted(vector.gate for vector in self.vectors)[1]
 
     def target(self, step: int) -> int:
         """Return how many gates should be closed after `step` (cubic schedule)."""
@@ -178,15 +186,22 @@ class Budget:
             self.fixed = True
 
     def _close_by_importance(self, count: int) -> None:
-        masks = choose_closed(self.scores, [v.macs for v in self.vectors], [v.heads for v in self.vectors], count)
+        vectors = self.vectors
+        counts = [vector.gate.counts for vector in vectors]
+        masks = choose_closed(self.scores, [v.macs for v in vectors], [v.heads for v in vectors], count, counts)
         for mask, vector in zip(masks, self.vectors, strict=True):
             vector.gate.mask.copy_(mask)
 
     def _project_each_vector(self) -> None:
-        carried = 0.0  # what rounding gave one vector too much the next one gets too little
-        for vector in self.vectors:
-            exact = self.sparsity * vector.gate.size + carried
-            count = min(vector.gate.size, math.ceil(exact - 1e-9))
-            carried = exact - count
-            masks = choose_closed([vector.gate.mu], [1.0], [vector.heads], count)
-            vector.gate.mask.copy_(masks[0])
+        carried = 0.0  # dimensions that rounding left of the vectors before; the finest gates come last and take it
+        for vector in sorted(self.vectors, key=lambda vector: -vector.gate.counts):
+            gate = vector.gate
+            exact = self.sparsity * gate.size + carried / gate.counts
+            whole = math.floor(exact + ROUNDING) if gate.counts > 1 else math.ceil(exact - ROUNDING)
+            count = min(gate.size, max(0, whole))
+            carried = (exact - count) * gate.counts
+            gate.mask.copy_(choose_closed([gate.mu], [1.0], [vector.heads], count)[0])
+        if carried > ROUNDING:  # nothing fine is left: one head more
+            units = [v.gate for v in self.vectors if v.gate.counts > 1 and v.gate.mask.any()]
+            last = min(units, key=lambda gate: float(gate.mu[gate.mask == 1].min()))
+            last.mask[last.mu.masked_fill(last.mask == 0, math.inf).argmin()] = 0

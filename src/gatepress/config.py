@@ -10,9 +10,10 @@ from typing import Any, Literal, get_args
 
 from gatepress.errors import ArtifactError, UsageError
 
-Granularity = Literal["structured", "matrix"]
+Granularity = Literal["structured", "matrix", "heads"]
 Controller = Literal["importance", "penalty"]
-Layout = Literal["inner", "index", "stock"]
+Layout = Literal["auto", "inner", "index", "paper", "stock"]
+Target = Literal["ort-cpu", "ort-int8", "torch-cpu", "cuda"]
 Precision = Literal["fp32", "bf16"]
 
 
@@ -137,6 +138,7 @@ __all__ = [
     "Granularity",
     "Layout",
     "Precision",
+    "Target",
     "TrainSettings",
     "default_run_name",
 ]

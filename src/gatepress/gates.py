@@ -15,7 +15,7 @@ Yamada et al., ICML 2020.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +26,15 @@ class Gate(nn.Module):
     """A vector of `size` gates, open at the start (value 1).
 
     `noise` is sigma of eq. (5); 0 gives the deterministic gate, whose value is not clipped and
-    whose closed elements still receive their gradient, so that a budget can reopen them.
+    whose closed elements still receive their gradient, so that a budget can reopen them. Each gate
+    stands before `repeat` neighbouring rows or columns (a head's), and in a budget for `counts` dimensions.
     """
 
-    def __init__(self, size: int, *, noise: float = 0.0) -> None:
+    def __init__(self, size: int, *, noise: float = 0.0, repeat: int = 1, counts: int = 1) -> None:
         super().__init__()
         self.noise = noise
+        self.repeat = repeat
+        self.counts = counts
         self.mu = nn.Parameter(torch.full((size,), 0.5))
         self.mask: Tensor
         self.register_buffer("mask", torch.ones(size))  # 1 open, 0 closed for good or for now
@@ -42,7 +45,11 @@ class Gate(nn.Module):
         return self.mu.numel()
 
     def forward(self) -> Tensor:
-        """Return z [size]."""
+        """Return z [size * repeat]."""
+        z = self._of_each()
+        return z if self.repeat == 1 else z.repeat_interleave(self.repeat)
+
+    def _of_each(self) -> Tensor:
         value = self.mu + 0.5
         if self.noise:
             if self.training:
@@ -59,9 +66,10 @@ class Gate(nn.Module):
 
     @torch.no_grad()
     def values(self) -> Tensor:
-        """Return z [size] as evaluation uses it, in float32."""
+        """Return z [size * repeat] as evaluation uses it, in float32."""
         value = (self.mu + 0.5).float()
-        return self.mask.float() * (value.clamp(0, 1) if self.noise else value)
+        z = self.mask.float() * (value.clamp(0, 1) if self.noise else value)
+        return z if self.repeat == 1 else z.repeat_interleave(self.repeat)
 
 
 class GatedLinear(nn.Module):
@@ -126,3 +134,9 @@ def gates_of(model: nn.Module) -> Iterator[tuple[str, Gate]]:
     for name, module in model.named_modules():
         if isinstance(module, Gate):
             yield name, module
+
+
+def counted(gates: Iterable[Gate]) -> tuple[int, int]:
+    """Return how many dimensions gates stand for, and how many of these are closed, counted on the masks."""
+    pairs = [(gate.size * gate.counts, int((gate.mask == 0).sum()) * gate.counts) for gate in gates]
+    return sum(total for total, _ in pairs), sum(closed for _, closed in pairs)

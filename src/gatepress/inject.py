@@ -1,10 +1,11 @@
-"""Put gates into a model. The granularities are two lists of sites over one mechanism.
+"""Put gates into a model. The granularities are lists of sites over one mechanism.
 
 `matrix` (the paper): an in and an out vector on each of the six matrices of a layer.
 `structured`: one vector per inner dimension, at the one place where it multiplies: query/key
 dimensions at the rows of q, value/output dimensions at the columns of o, neurons at the columns of
 down. Closure (plan.py) then removes the matching rows of k, v and up as well, so the whole
 sparsity is spent where it pays.
+`heads`: the same with one gate for a whole head, at its columns of o; all of its q, k and v go with it.
 """
 
 from typing import Any
@@ -21,7 +22,9 @@ Site = tuple[str, str]  # (role, "in" or "out")
 SITES: dict[Granularity, tuple[Site, ...]] = {
     "structured": (("q", "out"), ("o", "in"), ("down", "in")),
     "matrix": tuple((role, axis) for role in ROLES for axis in ("in", "out")),
+    "heads": (("o", "in"), ("down", "in")),
 }
+WHOLE_HEADS: set[tuple[Granularity, Site]] = {("heads", ("o", "in"))}  # sites with one gate a head
 
 # Sigma of eq. (5) by controller: 0 makes the gate deterministic. With 0.25 the penalty of eq. (6)
 # still has a gradient at an open gate; with 0.1 it has none.
@@ -38,14 +41,23 @@ def attach_gates_(
     layers = resolve(model)
     base: Any = model.base_model
     model.requires_grad_(False)
-    sites = set(SITES[granularity])
+
+    def gate(layer: Layer, site: Site) -> Gate | None:
+        if site not in SITES[granularity]:
+            return None
+        role, axis = site
+        size = layer.shapes[role][1 if axis == "in" else 0]
+        if (granularity, site) not in WHOLE_HEADS:
+            return Gate(size, noise=NOISE[controller])
+        width = layer.head_width  # query/key and value/output dimensions go together
+        return Gate(size // width, noise=NOISE[controller], repeat=width, counts=2 * width)
+
     for layer in layers:
         for role in ROLES:
-            rows, columns = layer.shapes[role]
             gated = GatedLinear(
                 base.get_submodule(layer.paths[role]),
-                gate_in=Gate(columns, noise=NOISE[controller]) if (role, "in") in sites else None,
-                gate_out=Gate(rows, noise=NOISE[controller]) if (role, "out") in sites else None,
+                gate_in=gate(layer, (role, "in")),
+                gate_out=gate(layer, (role, "out")),
                 lora_rank=lora_rank,
             )
             replace_module_(base, layer.paths[role], gated.to(base.device))
