@@ -26,8 +26,8 @@ from gatepress.inject import attach_gates_, gated_linear
 from gatepress.pruning import _write
 from gatepress.resolve import resolve
 
-GRANULARITIES: list[Granularity] = ["structured", "matrix"]
-LAYOUTS: list[Layout] = ["inner", "index", "stock"]
+GRANULARITIES: list[Granularity] = ["structured", "matrix", "heads"]
+LAYOUTS: list[Layout] = ["auto", "inner", "index", "paper", "stock"]
 
 
 def gated_model(family: str, granularity: Granularity, closed: float = 0.4, seed: int = 0) -> PreTrainedModel:

@@ -36,7 +36,7 @@ def settings_for(model: Path, files: TaskFiles, **changes: Any) -> TrainSettings
     return TrainSettings(data=data, model=str(model), **{**options, **changes})
 
 
-@pytest.mark.parametrize("granularity", ["structured", "matrix"])
+@pytest.mark.parametrize("granularity", ["structured", "matrix", "heads"])
 def test_asked_is_delivered_and_every_form_gives_the_same_metric(
     family: str, granularity: Granularity, tiny_model_dir: ModelDir, tiny_task_files: TaskFiles, tmp_path: Path
 ) -> None:

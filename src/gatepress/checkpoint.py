@@ -4,7 +4,7 @@ A run directory holds what was trained and never the base model:
 
     gatepress_run.json      settings, task, base (name, revision, sha256), report; names the tensors
     gates-<step>.safetensors  gates with masks, biases, layer norms, low rank, head
-    probe.safetensors       up to 64 tokenised validation rows: the proof of every later step
+    probe.safetensors       up to 32 tokenised validation rows: the proof of every later step
     tokenizer files
 
 `gatepress_run.json` is replaced last and names its tensors by sha256: killed at any moment, the
@@ -196,12 +196,17 @@ def model_errors(directory: Path | str) -> Iterator[None]:
         raise ModelError(f"{directory}: cannot be loaded as a model ({reason})") from error
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Say whether a vocabulary lies in a directory; a tokenizer_config.json alone is none."""
+    return any((directory / name).is_file() for name in TOKENIZER_FILES)
+
+
 def open_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer of a model directory; `ModelError` where it has none.
 
     Without its files transformers makes one up that knows no word.
     """
-    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+    if not has_tokenizer(directory):
         raise ModelError(f"{directory}: has no tokenizer (none of {', '.join(TOKENIZER_FILES)})")
     with model_errors(directory):
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
@@ -315,6 +320,11 @@ def load_pruned(directory: str | Path) -> PreTrainedModel:
         raise ArtifactError(f"{path}: has no {PRUNED_FILE}, expected a directory written by `gatepress prune`")
     manifest = read_manifest(path / PRUNED_FILE, PRUNED_FORMAT)
     check_files(path, dict(manifest.get("sha256", {})).items(), "prune again")
+    return open_pruned(path)
+
+
+def open_pruned(path: Path) -> PreTrainedModel:
+    """Load the model of a pruned directory as it lies there, manifest or not; `ModelError` where it cannot be."""
     model_type = str(read_json(path / "config.json").get("model_type"))
     loader = model_class(family_named(model_type), stock=model_type in FAMILIES)
     with model_errors(path):

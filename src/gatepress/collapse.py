@@ -11,46 +11,49 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from gatepress import modeling_gatepress
-from gatepress.config import Layout
+from gatepress.config import Layout, Target
+from gatepress.costs import Costs, analytic
 from gatepress.errors import ModelError
 from gatepress.families import ROLES
 from gatepress.inject import gated_linear
-from gatepress.plan import ZERO_ROW, Folded, MatrixPlan, PrunePlan, make_plan
+from gatepress.plan import ZERO_ROW, Live, MatrixPlan, PrunePlan, make_plan
 from gatepress.resolve import Layer, family_of, model_class, resolve
 
+DEFAULT_TARGET: Target = "ort-cpu"  # the runtime that most people deploy on
 
-def plan_model(model: PreTrainedModel, layout: Layout) -> PrunePlan:
-    """Return the plan of a gated model, without changing it."""
+
+def plan_model(model: PreTrainedModel, layout: Layout, costs: Costs | None = None) -> PrunePlan:
+    """Return the plan of a gated model, without changing it; `costs` None: the analytic ones."""
     layers = resolve(model)
-    return make_plan(layers, _fold(model, layers), layout)
+    return make_plan(layers, live_parts(model, layers), layout, costs or analytic(DEFAULT_TARGET))
 
 
-def collapse(model: PreTrainedModel, layout: Layout) -> tuple[PreTrainedModel, PrunePlan]:
+def live_parts(model: PreTrainedModel, layers: list[Layer]) -> list[dict[str, Live]]:
+    """Return what of each folded matrix is not zero: role -> `Live`, per layer. One matrix is folded at a time."""
+    return [{role: Live.of(*gated_linear(model, layer, role).folded()) for role in ROLES} for layer in layers]
+
+
+def collapse(
+    model: PreTrainedModel, layout: Layout, costs: Costs | None = None, *, consume: bool = False
+) -> tuple[PreTrainedModel, PrunePlan]:
     """Return a new float32 model on the CPU that equals the gated `model`, and the plan it follows.
 
-    The gated model is left as it is. Raises `ModelError` where the activation does not map 0 to 0,
+    What is not pruned is shared with the gated model. With `consume` each gated matrix gives its memory
+    back as soon as its smaller form is there, so that the two models are never held side by side; the
+    gated model is of no use afterwards. Raises `ModelError` where the activation does not map 0 to 0,
     since a closed neuron would then still say something.
     """
     activation = getattr(model.config, "hidden_act", None) or getattr(model.config, "activation", "gelu")
     if float(ACT2FN[activation](torch.zeros(1))) != 0:
         raise ModelError(f"activation {activation!r} does not map 0 to 0, so closed neurons cannot be removed exactly")
     layers = resolve(model)
-    folded = _fold(model, layers)
-    plan = make_plan(layers, folded, layout)
+    plan = plan_model(model, layout, costs)
     config = _pruned_config(model, layers, plan)
     pruned_class = model_class(family_of(model.config), stock=layout == "stock")
     with init_empty_weights(include_buffers=False):
         pruned: PreTrainedModel = pruned_class(config)
-    pruned.load_state_dict(_pruned_state(model, layers, folded, plan), strict=True, assign=True)
+    pruned.load_state_dict(_pruned_state(model, layers, plan, consume=consume), strict=True, assign=True)
     return pruned.eval(), plan
-
-
-def _fold(model: PreTrainedModel, layers: list[Layer]) -> list[Folded]:
-    return [{role: _on_cpu(*gated_linear(model, layer, role).folded()) for role in ROLES} for layer in layers]
-
-
-def _on_cpu(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    return weight.cpu(), None if bias is None else bias.cpu()
 
 
 def _pruned_config(model: PreTrainedModel, layers: list[Layer], plan: PrunePlan) -> Any:
@@ -92,26 +95,27 @@ def describe(layers: list[Layer], plan: PrunePlan) -> dict[str, Any]:
     return {"version": modeling_gatepress.VERSION, "linears": linears, "attentions": attentions}
 
 
-def _pruned_state(
-    model: PreTrainedModel, layers: list[Layer], folded: list[Folded], plan: PrunePlan
-) -> dict[str, Tensor]:
-    """Return the pruned model's state: sliced matrices, everything else as it was (a copy, float32)."""
+def _pruned_state(model: PreTrainedModel, layers: list[Layer], plan: PrunePlan, *, consume: bool) -> dict[str, Tensor]:
+    """Return the pruned model's state: sliced matrices, everything else as it is (float32, on the CPU)."""
     base = f"{model.base_model_prefix}."
     paths = {layer.paths[role] for layer in layers for role in ROLES}
     gated = tuple(f"{base}{path}." for path in paths)
     state = {
-        name: value.detach().cpu().float().clone() if value.is_floating_point() else value.cpu().clone()
+        name: value.detach().cpu().float() if value.is_floating_point() else value.cpu()
         for name, value in model.state_dict().items()
         if not name.startswith(gated)
     }
-    for layer, parts, layer_plan in zip(layers, folded, plan.layers, strict=True):
+    for layer, layer_plan in zip(layers, plan.layers, strict=True):
         for role, matrix in layer_plan.matrices.items():
-            weight, bias = parts[role]
+            linear = gated_linear(model, layer, role)
+            weight, bias = linear.folded()
+            if consume:
+                linear.base.weight = torch.nn.Parameter(weight.new_empty(0), requires_grad=False)
             prefix = f"{base}{layer.paths[role]}."
             rows = _index(matrix.rows)
-            state[f"{prefix}weight"] = _take(_take(weight, rows, 0), _index(matrix.columns), 1)
+            state[f"{prefix}weight"] = _take(_take(weight.cpu(), rows, 0), _index(matrix.columns), 1)
             if bias is not None:
-                state[f"{prefix}bias"] = _take(bias, rows, 0)
+                state[f"{prefix}bias"] = _take(bias.cpu(), rows, 0)
             if matrix.gathered:
                 state[f"{prefix}in_index"] = _index(matrix.columns)
             if matrix.scattered:

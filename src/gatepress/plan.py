@@ -1,7 +1,7 @@
 """Which rows and columns survive: closure over the folded matrices, then a layout.
 
 Gates are folded first (gates.py), so a closed gate is a row or column of exact zeros, and closure is
-a statement about matrices alone. With activation(0) = 0:
+a statement about zeros alone. With activation(0) = 0:
 
 - neuron j is needed only if row j of up and column j of down are not zero;
 - value/output dimension j only if row j of v and column j of o are not zero;
@@ -9,9 +9,14 @@ a statement about matrices alone. With activation(0) = 0:
 - a head without value/output dimensions goes; one without query/key dimensions stays: its scores are
   all 0, which is uniform attention, not none.
 
-Layouts: `inner` removes inner dimensions only and needs no index; `index` also drops zero columns and
-rows on the residual side, by gather and scatter (the paper's formula); `stock` narrows the
-intermediate size alone, alike in all layers, so that plain transformers loads the result.
+Inner dimensions that go leave nothing behind. Zeros on the residual side can only be left out by an
+index operation: columns by picking inputs (gather), rows by spreading outputs (scatter). Layouts:
+
+    auto    inner dimensions go; index operations, and widths that kernels like, where `costs` says so
+    inner   inner dimensions go, nothing else: no index operation
+    index   inner dimensions go, and every zero column and row on the residual side
+    paper   each matrix on its own: every zero column and row by index, nothing propagates
+    stock   the intermediate size alone, alike in all layers, so that plain transformers loads it
 """
 
 from dataclasses import dataclass
@@ -21,24 +26,46 @@ import torch
 from torch import Tensor
 
 from gatepress.config import Layout
+from gatepress.costs import WORTH, Costs, rounded
 from gatepress.families import ROLES
 from gatepress.resolve import Layer
 
 ZERO_ROW = -1  # in a list of source rows or columns: a padded one, all zeros
 
-Folded = dict[str, tuple[Tensor, Tensor | None]]  # role -> weight [out, in], bias [out]
+Axis = list[int]  # sources of the rows or columns that are kept
+
+
+@dataclass(frozen=True)
+class Live:
+    """What of one folded matrix is not zero."""
+
+    rows: Tensor  # [out] bool: the output is not exactly 0 for every input
+    columns: Tensor  # [in] bool
+    biased: bool
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None) -> "Live":
+        """Read a weight [out, in] and its bias [out]."""
+        rows, columns = (weight != 0).any(1), (weight != 0).any(0)
+        return cls((rows if bias is None else rows | (bias != 0)).cpu(), columns.cpu(), bias is not None)
 
 
 @dataclass(frozen=True)
 class MatrixPlan:
     """What becomes of one matrix: new row i is the dense row `rows[i]`, likewise columns."""
 
-    rows: list[int]
-    columns: list[int]
+    rows: Axis
+    columns: Axis
     dense_shape: tuple[int, int]
     biased: bool
+    live: tuple[int, int]  # rows and columns of the folded matrix that are not zero
     gathered: bool = False  # columns are picked from the dense input
     scattered: bool = False  # rows are spread over the dense output
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns kept."""
+        return len(self.rows), len(self.columns)
 
     @property
     def weights(self) -> int:
@@ -51,6 +78,11 @@ class MatrixPlan:
         rows, columns = self.dense_shape
         return rows * columns - self.weights + (rows - len(self.rows)) * self.biased
 
+    def to_json(self) -> dict[str, Any]:
+        """Return what was there, what of it is not zero, what is kept and how."""
+        operations = {"gathered": self.gathered, "scattered": self.scattered}
+        return {"dense": list(self.dense_shape), "live": list(self.live), "kept": list(self.shape), **operations}
+
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -60,6 +92,20 @@ class LayerPlan:
     qk_width: int
     vo_width: int
     matrices: dict[str, MatrixPlan]
+    time_left: float  # predicted time of the layer's products and index operations, over that of the dense layer
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the layer as a person reads it."""
+        return {
+            "heads": self.heads,
+            "qk_width": self.qk_width,
+            "vo_width": self.vo_width,
+            "neurons": len(self.matrices["up"].rows),
+            "macs_left": sum(m.weights for m in self.matrices.values())
+            / sum(m.dense_shape[0] * m.dense_shape[1] for m in self.matrices.values()),
+            "time_left": self.time_left,
+            "matrices": {role: matrix.to_json() for role, matrix in self.matrices.items()},
+        }
 
 
 @dataclass(frozen=True)
@@ -69,6 +115,7 @@ class PrunePlan:
     layout: Layout
     layers: list[LayerPlan]
     dense_weights: int
+    costs: Costs
 
     @property
     def kept_weights(self) -> int:
@@ -85,44 +132,48 @@ class PrunePlan:
         """Weights and biases of the encoder's matrices that go."""
         return sum(matrix.removed_parameters for layer in self.layers for matrix in layer.matrices.values())
 
+    @property
+    def time_left(self) -> float:
+        """Predicted time of the encoder's products and index operations, over that of the dense encoder."""
+        return sum(layer.time_left for layer in self.layers) / len(self.layers)
+
     def to_json(self) -> dict[str, Any]:
-        """Return the plan as a person reads it: widths and shapes per layer."""
+        """Return the plan as a person reads it: per layer what was there, what is left, what it should gain."""
         return {
             "layout": self.layout,
+            "target": self.costs.target,
+            "costs": self.costs.source,
             "encoder_weights_removed": self.removed_fraction,
-            "layers": [
-                {
-                    "heads": layer.heads,
-                    "qk_width": layer.qk_width,
-                    "vo_width": layer.vo_width,
-                    "neurons": len(layer.matrices["up"].rows),
-                    "matrices": {
-                        role: {
-                            "dense": list(matrix.dense_shape),
-                            "kept": [len(matrix.rows), len(matrix.columns)],
-                        }
-                        for role, matrix in layer.matrices.items()
-                    },
-                }
-                for layer in self.layers
-            ],
+            "time_left": self.time_left,
+            "layers": [layer.to_json() for layer in self.layers],
         }
 
 
-def make_plan(layers: list[Layer], folded: list[Folded], layout: Layout) -> PrunePlan:
-    """Plan every layer from its folded matrices (activation(0) = 0 is the caller's to know)."""
-    neurons = [_needed(parts["up"], parts["down"]) for parts in folded]
-    widest = max(1, *(len(kept) for kept in neurons))
+def make_plan(layers: list[Layer], live: list[dict[str, Live]], layout: Layout, costs: Costs) -> PrunePlan:
+    """Plan every layer from the zeros of its folded matrices (activation(0) = 0 is the caller's to know).
+
+    `costs` chooses in the layout `auto` and predicts in all of them.
+    """
+    needed = [_indices(parts["up"].rows & parts["down"].columns) for parts in live]
+    widest = max(1, *map(len, needed))
     plans = []
-    for layer, parts, kept in zip(layers, folded, neurons, strict=True):
-        width = widest if layout == "stock" else max(1, len(kept))
-        inner = kept + [ZERO_ROW] * (width - len(kept))
+    for layer, parts, neurons in zip(layers, live, needed, strict=True):
+        full = _all_dimensions(layer)
+        heads, qk, vo = list(range(layer.heads)), full, full
+        inner: Axis | None = neurons
         if layout == "stock":
-            heads, qk, vo = list(range(layer.heads)), *2 * [_all_dimensions(layer)]
+            inner = neurons + [ZERO_ROW] * (widest - len(neurons))
+        elif layout == "paper":
+            inner = None
         else:
             heads, qk, vo = _attention(layer, parts)
-        qk_rows, vo_rows = (_padded(dimensions) for dimensions in (qk, vo))
-        axes = {
+            width = max(1, len(neurons))
+            if layout == "auto":
+                width = rounded(width, layer.shapes["up"][0], multiple=costs.facts.multiple)
+                qk, vo = _liked(layer, qk, vo, costs)
+            inner = neurons + [ZERO_ROW] * (width - len(neurons))
+        qk_rows, vo_rows = _padded(qk), _padded(vo)
+        axes: dict[str, tuple[Axis | None, Axis | None]] = {
             "q": (qk_rows, None),
             "k": (qk_rows, None),
             "v": (vo_rows, None),
@@ -130,50 +181,74 @@ def make_plan(layers: list[Layer], folded: list[Folded], layout: Layout) -> Prun
             "up": (inner, None),
             "down": (None, inner),
         }
+        if layout == "paper":
+            axes = dict.fromkeys(ROLES, (None, None))
+        matrices = {role: _matrix(layer.shapes[role], parts[role], axes[role], layout, costs) for role in ROLES}
         plans.append(
-            LayerPlan(
-                heads=heads,
-                qk_width=len(qk_rows) // len(heads),
-                vo_width=len(vo_rows) // len(heads),
-                matrices={
-                    role: _matrix(layer.shapes[role], parts[role], *axes[role], indexed=layout == "index")
-                    for role in ROLES
-                },
-            )
+            LayerPlan(heads, len(qk_rows) // len(heads), len(vo_rows) // len(heads), matrices, _time(matrices, costs))
         )
-    return PrunePlan(layout=layout, layers=plans, dense_weights=sum(layer.weights for layer in layers))
+    return PrunePlan(layout, plans, sum(layer.weights for layer in layers), costs)
+
+
+def chooses(live: list[dict[str, Live]]) -> bool:
+    """Say whether a plan hangs on times: whether the residual side has zeros that an index could leave out."""
+    into = ("q", "k", "v", "up")
+    return any(
+        not (part.columns if role in into else part.rows).all() for parts in live for role, part in parts.items()
+    )
 
 
 def _matrix(
-    shape: tuple[int, int],
-    part: tuple[Tensor, Tensor | None],
-    rows: list[int] | None,
-    columns: list[int] | None,
-    *,
-    indexed: bool,
+    shape: tuple[int, int], live: Live, axes: tuple[Axis | None, Axis | None], layout: Layout, costs: Costs
 ) -> MatrixPlan:
-    """Plan one matrix; None marks the residual side, whose zeros go only where `indexed`."""
-    weight, bias = part
-    gathered = scattered = False
-    if columns is None:
-        columns = list(range(shape[1]))
-        if indexed:
-            nonzero = _indices((weight != 0).any(0)) or [0]
-            gathered, columns = len(nonzero) < len(columns), nonzero
-    if rows is None:
-        rows = list(range(shape[0]))
-        if indexed:
-            nonzero = _indices(_live_rows(part)) or [0]
-            scattered, rows = len(nonzero) < len(rows), nonzero
-    return MatrixPlan(rows, columns, shape, bias is not None, gathered, scattered)
+    """Plan one matrix; an axis that is None is the residual side (or, for `paper`, any)."""
+    every = [list(range(size)) for size in shape]
+    options = [[(every[side] if axis is None else axis, False)] for side, axis in enumerate(axes)]
+    for side, (axis, alive) in enumerate(zip(axes, (live.rows, live.columns), strict=True)):
+        if axis is None and layout not in ("inner", "stock") and not alive.all():
+            multiple = costs.facts.multiple if layout == "auto" else 1
+            options[side].append((_some(alive, multiple), True))
+    if layout != "auto":
+        (rows, scattered), (columns, gathered) = options[0][-1], options[1][-1]
+    else:
+        price = {
+            (r, c): costs.matrix(shape, (len(rows), len(columns)), gathered=gathered, scattered=scattered)
+            + WORTH * (gathered + scattered)
+            for r, (rows, scattered) in enumerate(options[0])
+            for c, (columns, gathered) in enumerate(options[1])
+        }
+        best = min(price, key=lambda choice: price[choice])
+        (rows, scattered), (columns, gathered) = options[0][best[0]], options[1][best[1]]
+    counted = (int(live.rows.sum()), int(live.columns.sum()))
+    return MatrixPlan(rows, columns, shape, live.biased, counted, gathered, scattered)
 
 
-def _attention(layer: Layer, parts: Folded) -> tuple[list[int], list[list[int]], list[list[int]]]:
+def _some(alive: Tensor, multiple: int) -> Axis:
+    """Return the live positions, with as many of the others as make a width that kernels like."""
+    kept = _indices(alive) or [0]
+    width = rounded(len(kept), len(alive), multiple=multiple)
+    spare = [position for position in _indices(~alive) if position not in kept]
+    return sorted(kept + spare[: width - len(kept)])
+
+
+def _time(matrices: dict[str, MatrixPlan], costs: Costs) -> float:
+    """Return the predicted time of a layer's matrices over that of the dense ones."""
+    dense = {role: float(costs.milliseconds("product", m.dense_shape).mean()) for role, m in matrices.items()}
+    left = {
+        role: dense[role] * costs.matrix(m.dense_shape, m.shape, gathered=m.gathered, scattered=m.scattered)
+        for role, m in matrices.items()
+    }
+    return sum(left.values()) / sum(dense.values())
+
+
+def _attention(layer: Layer, parts: dict[str, Live]) -> tuple[list[int], list[Axis], list[Axis]]:
     """Return the heads kept, and the query/key and value/output dimensions kept in each of them."""
     width = layer.head_width
-    qk = (_live_rows(parts["q"]) & _live_rows(parts["k"])).view(layer.heads, width)
-    vo = (_live_rows(parts["v"]) & (parts["o"][0] != 0).any(0)).view(layer.heads, width)
-    heads = _indices(vo.any(1)) or [0]
+    qk = (parts["q"].rows & parts["k"].rows).view(layer.heads, width)
+    vo = (parts["v"].rows & parts["o"].columns).view(layer.heads, width)
+    heads = _indices(vo.any(1))
+    if not heads:  # nothing gets out, so nothing needs to be asked: one head of zeros stands in
+        return [0], [[]], [[]]
     return (
         heads,
         [[head * width + j for j in _indices(qk[head])] for head in heads],
@@ -181,27 +256,26 @@ def _attention(layer: Layer, parts: Folded) -> tuple[list[int], list[list[int]],
     )
 
 
-def _all_dimensions(layer: Layer) -> list[list[int]]:
+def _liked(layer: Layer, qk: list[Axis], vo: list[Axis], costs: Costs) -> tuple[list[Axis], list[Axis]]:
+    """Pad the first head so that all heads get widths that the kernels of the target like."""
+    widths = [max(1, *map(len, heads)) for heads in (qk, vo)]
+    if costs.facts.equal_widths:
+        widths = [max(widths)] * 2
+    widths = [rounded(w, layer.head_width, multiple=costs.facts.multiple, copies=len(qk)) for w in widths]
+    first = [heads[0] + [ZERO_ROW] * (width - len(heads[0])) for heads, width in zip((qk, vo), widths, strict=True)]
+    return [first[0], *qk[1:]], [first[1], *vo[1:]]
+
+
+def _all_dimensions(layer: Layer) -> list[Axis]:
     width = layer.head_width
     return [list(range(head * width, (head + 1) * width)) for head in range(layer.heads)]
 
 
-def _padded(dimensions: list[list[int]]) -> list[int]:
+def _padded(dimensions: list[Axis]) -> Axis:
     """Concatenate heads, each padded with zero rows to the widest."""
     width = max(1, *(len(head) for head in dimensions))
     return [row for head in dimensions for row in head + [ZERO_ROW] * (width - len(head))]
 
 
-def _needed(up: tuple[Tensor, Tensor | None], down: tuple[Tensor, Tensor | None]) -> list[int]:
-    return _indices(_live_rows(up) & (down[0] != 0).any(0))
-
-
-def _live_rows(part: tuple[Tensor, Tensor | None]) -> Tensor:
-    """Return [out]: rows whose output is not exactly 0 for every input."""
-    weight, bias = part
-    live = (weight != 0).any(1)
-    return live if bias is None else live | (bias != 0)
-
-
-def _indices(live: Tensor) -> list[int]:
+def _indices(live: Tensor) -> Axis:
     return [int(index) for index in torch.nonzero(live).flatten()]

@@ -12,30 +12,45 @@ from gatepress.checkpoint import (
     PROBE_FILE,
     PRUNED_FILE,
     PRUNED_FORMAT,
-    load_pruned,
     load_run,
+    open_pruned,
     open_tokenizer,
     read_tensors,
     versions,
 )
-from gatepress.collapse import collapse, parameters_of, ship_code
-from gatepress.config import Layout
+from gatepress.collapse import DEFAULT_TARGET, collapse, live_parts, parameters_of, plan_model, ship_code
+from gatepress.config import Layout, Target
+from gatepress.costs import Costs, analytic
 from gatepress.errors import ArtifactError, ParityError
 from gatepress.files import check_output, json_text, new_directory, read_json, sha256_of
-from gatepress.gates import gates_of
+from gatepress.gates import counted, gates_of
+from gatepress.latency import for_target
+from gatepress.plan import chooses
+from gatepress.progress import Progress
+from gatepress.resolve import resolve
 
 logger = logging.getLogger(__name__)
 
 MAX_LOGIT_DIFF = 1e-4  # between float32 forms of one model
 
 
-def prune(
-    run_dir: Path, output: Path, *, layout: Layout = "inner", force: bool = False, dry_run: bool = False
+def prune(  # noqa: PLR0913 - every option of the command is one
+    run_dir: Path,
+    output: Path,
+    *,
+    layout: Layout = "auto",
+    target: Target = DEFAULT_TARGET,
+    latency_table: str | Path | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Collapse a run's closed gates into smaller dense matrices and write a pruned directory.
 
-    The gated, the collapsed and the reloaded model must agree on the run's probe rows within
-    `MAX_LOGIT_DIFF`, else `ParityError` and nothing is written. `dry_run` plans only.
+    The layout `auto` is chosen for `target` by the times in `latency_table` (see `latency.for_target`), which
+    are read or measured only where the choice hangs on them. The gated model and what is loaded back from
+    the new directory must agree on the run's probe rows within `MAX_LOGIT_DIFF`, else `ParityError` and
+    nothing is written. `dry_run` plans only.
     """
     if not dry_run:
         check_output(output, force=force)
@@ -43,30 +58,41 @@ def prune(
     probe = read_tensors(run_dir / PROBE_FILE)
     if "input_ids" not in probe:
         raise ArtifactError(f"{run_dir / PROBE_FILE}: holds no rows; train again")
-    masks = [gate.mask for _, gate in gates_of(model)]
-    total, closed = sum(m.numel() for m in masks), sum(int((m == 0).sum()) for m in masks)
+    total, closed = counted(gate for _, gate in gates_of(model))
+    costs = _costs(model, layout, target, latency_table, progress)
     report: dict[str, Any] = {
         "task": manifest.task.name,
         "layout": layout,
+        "target": target,
         "asked_sparsity": manifest.settings.sparsity,
         "total_gates": total,
         "closed_gates": closed,
         "closed_fraction": closed / total,
         "dense_params": manifest.report.get("dense_params"),
     }
-    pruned, plan = collapse(model, layout)
+    if dry_run:
+        plan = plan_model(model, layout, costs)
+        parameters = (
+            manifest.report["dense_params"] - plan.removed_parameters if "dense_params" in manifest.report else None
+        )
+    else:
+        wanted = _logits(model, probe)
+        pruned, plan = collapse(model, layout, costs, consume=True)
+        parameters = parameters_of(pruned)
+        del model
     report |= {
         "encoder_weights_removed": plan.removed_fraction,
         "encoder_macs_removed": plan.removed_fraction,
-        "total_params": parameters_of(pruned),
+        "expected_time_left": plan.time_left,
+        "total_params": parameters,
         "plan": plan.to_json(),
     }
     if dry_run:
         return report
-    wanted = _logits(model, probe)
-    difference = _agree(wanted, _logits(pruned, probe), "pruned")
     with new_directory(output, force=force) as staged:
         _write(pruned, staged, layout)
+        del pruned  # what counts is what is on disk, and that is loaded now
+        difference = _agree(wanted, _logits(open_pruned(staged), probe))
         tokenizer = open_tokenizer(run_dir)
         tokenizer.save_pretrained(staged)
         report |= {"max_abs_logit_diff": difference, "probe_rows": len(wanted)}
@@ -85,8 +111,16 @@ def prune(
             "versions": versions(),
         }
         (staged / PRUNED_FILE).write_text(json_text(body), encoding="utf-8")
-        report["max_abs_logit_diff_reloaded"] = _agree(wanted, _logits(load_pruned(staged), probe), "reloaded")
     return {**report, "size_bytes": (output / "model.safetensors").stat().st_size, "output_dir": str(output)}
+
+
+def _costs(
+    model: PreTrainedModel, layout: Layout, target: Target, table: str | Path | None, progress: Progress | None
+) -> Costs:
+    """Return the costs to plan by; nothing is measured where no choice hangs on them."""
+    if table is None and (layout != "auto" or not chooses(live_parts(model, resolve(model)))):
+        return analytic(target)
+    return for_target(target, table, progress)
 
 
 def _write(pruned: PreTrainedModel, staged: Path, layout: Layout) -> None:
@@ -104,12 +138,12 @@ def _logits(model: PreTrainedModel, probe: dict[str, Tensor]) -> Tensor:
     return logits.float()
 
 
-def _agree(wanted: Tensor, got: Tensor, what: str) -> float:
+def _agree(wanted: Tensor, got: Tensor) -> float:
     """Return max |difference|; `ParityError` above the tolerance or where it is not a number."""
     difference = float((wanted - got).abs().max())
     if not difference <= MAX_LOGIT_DIFF:
         raise ParityError(
-            f"gated and {what} logits differ by {difference:.2e} on {len(wanted)} rows, "
+            f"gated and reloaded logits differ by {difference:.2e} on {len(wanted)} rows, "
             f"expected at most {MAX_LOGIT_DIFF:.0e}; nothing was written, please report it"
         )
     return difference

@@ -32,7 +32,7 @@ from gatepress.tasks.sources import load_rows
 
 logger = logging.getLogger(__name__)
 
-PROBE_ROWS = 64
+PROBE_ROWS = 32
 VALIDATION_BATCH = 64
 MIN_STEPS, MIN_EPOCHS, MAX_EPOCHS = 1_500, 3, 20  # what an absent --epochs aims at
 MAX_GRADIENT_NORM = 1.0

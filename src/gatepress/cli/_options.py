@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from gatepress.config import Controller, DataSettings, Granularity, Layout, Precision
+from gatepress.config import Controller, DataSettings, Granularity, Layout, Precision, Target
 from gatepress.errors import UsageError
 from gatepress.tasks import task_named
 
@@ -15,6 +15,7 @@ MODEL = "Model"
 GATES = "Gates"
 TRAINING = "Training"
 MEASURING = "Measuring"
+ALTERNATIVES = "Alternatives"
 OUTPUT = "Output"
 
 # --- data -----------------------------------------------------------------------------------------
@@ -126,8 +127,8 @@ GranularityOption = Annotated[
     Granularity,
     typer.Option(
         help="Where gates sit. structured: one for each inner dimension, shared by the matrices that meet "
-        "there, so all that is closed also makes the model smaller. matrix: in and out of each "
-        "matrix, as in the paper.",
+        "there, so all that is closed also makes the model smaller. heads: the same, but attention heads go "
+        "whole or stay. matrix: in and out of each matrix, as in the paper.",
         rich_help_panel=GATES,
     ),
 ]
@@ -256,9 +257,30 @@ Threads = Annotated[
 LayoutOption = Annotated[
     Layout,
     typer.Option(
-        help="How smaller matrices are stored. inner: cut inner dimensions, no index operation at run "
-        "time. index: also cut the residual side, by index. stock: only what the original model class "
-        "can hold, so that plain transformers loads it with no extra code.",
+        help="How smaller matrices are stored. auto: what should be fastest on the runtime of --for. inner: cut inner "
+        "dimensions, no index operation at run time. index: also cut the residual side, by index. paper: each "
+        "matrix by its own indices. stock: only what the original model class can hold, so that plain "
+        "transformers loads it with no extra code.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+
+TargetOption = Annotated[
+    Target,
+    typer.Option(
+        "--for",
+        help="Runtime that the layout auto is chosen for. The result runs anywhere, it is fastest there.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+
+LatencyTable = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Times that the layout auto is chosen by, from another machine (gatepress bench --latency-table); "
+        "analytic: built-in estimates, the same everywhere. Unless given, this machine is measured once, in "
+        "seconds, where a choice hangs on it.",
         rich_help_panel=OUTPUT,
     ),
 ]

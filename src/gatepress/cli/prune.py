@@ -8,7 +8,7 @@ import typer
 from gatepress.cli import _options as opt
 from gatepress.cli._console import count, facts, grid, megabytes, percent, pick, session
 from gatepress.cli.train import metric_rows
-from gatepress.config import Layout
+from gatepress.config import Layout, Target
 from gatepress.files import check_output
 
 if TYPE_CHECKING:
@@ -16,11 +16,13 @@ if TYPE_CHECKING:
 
 EXAMPLES = opt.examples(
     "gatepress prune runs/sst2 -o pruned/sst2",
+    "gatepress prune runs/sst2 --for ort-int8 -o pruned/sst2-int8",
     "gatepress prune runs/sst2 --layout stock -o pruned/sst2-stock",
     "gatepress prune runs/sst2 --dry-run --json",
 )
-KEPT = ("heads", "query/key width", "value/output width", "neurons")
-DEFAULT_LAYOUT: Layout = "inner"
+KEPT = ("heads", "query/key width", "value/output width", "neurons", "by index", "multiplications left", "time left")
+DEFAULT_LAYOUT: Layout = "auto"
+DEFAULT_TARGET: Target = "ort-cpu"
 
 
 def prune(  # noqa: PLR0913 - every option is a parameter
@@ -30,10 +32,12 @@ def prune(  # noqa: PLR0913 - every option is a parameter
     ],
     *,
     layout: opt.LayoutOption = DEFAULT_LAYOUT,
+    target: opt.TargetOption = DEFAULT_TARGET,
+    latency_table: opt.LatencyTable = None,
     dry_run: Annotated[
         bool,
         typer.Option(
-            help="Only tell what would go, per layer; write nothing.",
+            help="Only tell what would go, per layer, and what it should gain; write nothing.",
             rich_help_panel=opt.OUTPUT,
         ),
     ] = False,
@@ -60,16 +64,25 @@ def prune(  # noqa: PLR0913 - every option is a parameter
     export.
     """
     with session(as_json=as_json, quiet=quiet, debug=debug) as screen:
-        target = output or Path("pruned") / run.resolve().name
+        directory = output or Path("pruned") / run.resolve().name
         if not dry_run:
-            check_output(target, force=force)  # at once: what follows takes seconds to import
+            check_output(directory, force=force)  # at once: what follows takes seconds to import
 
         from gatepress import pruning
 
-        result = pruning.prune(run, target, layout=layout, force=force, dry_run=dry_run)
-        screen.result(result if dry_run else {"output_dir": str(target), **result}, tables)
+        result = pruning.prune(
+            run,
+            directory,
+            layout=layout,
+            target=target,
+            latency_table=latency_table,
+            force=force,
+            dry_run=dry_run,
+            progress=screen.progress,
+        )
+        screen.result(result if dry_run else {"output_dir": str(directory), **result}, tables)
         if not dry_run:
-            screen.note(f"next: gatepress export {target}")
+            screen.note(f"next: gatepress export {directory}")
 
 
 def tables(result: dict[str, Any]) -> "list[Titled]":
@@ -79,8 +92,10 @@ def tables(result: dict[str, Any]) -> "list[Titled]":
         result,
         [
             ("layout", "layout", str),
+            ("target", "fastest on", str),
             ("encoder_weights_removed", "encoder weights removed", percent),
             ("encoder_macs_removed", "encoder multiplications removed", percent),
+            ("expected_time_left", "expected time of the matrix products", percent),
             ("total_params", "parameters", count),
             ("size_bytes", "size", megabytes),
             ("max_abs_logit_diff", "largest difference of a logit", "{:.1e}".format),
@@ -94,12 +109,14 @@ def tables(result: dict[str, Any]) -> "list[Titled]":
 
 
 def _layers(plan: dict[str, Any]) -> list[list[str]]:
-    """Return one row a layer: heads, width of query and key and of value and output, neurons."""
+    """Return one row a layer: heads, widths, neurons, matrices that keep an index, what is left."""
     return [
         [
             str(number),
             str(len(layer["heads"])),
             *(str(layer[key]) for key in ("qk_width", "vo_width", "neurons")),
+            " ".join(role for role, part in layer["matrices"].items() if part["gathered"] or part["scattered"]) or "-",
+            *(percent(layer[key]) for key in ("macs_left", "time_left")),
         ]
         for number, layer in enumerate(plan.get("layers", []))
     ]

@@ -1,0 +1,172 @@
+"""What matrix products and index operations cost on a runtime, so that a plan can choose between them.
+
+A closed row or column on the residual side can only be left out by picking inputs (gather) or
+spreading outputs (scatter), and whether that is faster than multiplying by zeros hangs on the
+runtime. The answer comes from a table of measured times (latency.py), or, for a machine that is not
+here, from one figure per runtime: how many multiply-accumulates pass while one number is moved.
+Both are a list of `Entry`, fitted by the same few features.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import nnls
+
+from gatepress.config import Target
+from gatepress.errors import ArtifactError
+from gatepress.files import json_text, read_json, replace_file
+
+FORMAT = {"format": "gatepress-latency", "version": 1}
+MAX_SIZE = 1_000_000  # of a side of a matrix, or tokens, in a table that is read
+WORTH = 0.02  # an index operation must save this fraction of the dense product, or it is not taken
+
+Op = Literal["product", "gather", "scatter"]
+
+
+@dataclass(frozen=True)
+class TargetFacts:
+    """What is known of a runtime without measuring on the machine (benchmarks/notes/kernels.md)."""
+
+    macs_per_moved: float  # linear multiply-accumulates in the time that an index operation moves one number
+    multiple: int  # kernels are slower on widths that are no multiple of this
+    equal_widths: bool  # fused attention wants query/key and value/output dimensions of one width
+
+
+TARGETS: dict[Target, TargetFacts] = {
+    "ort-cpu": TargetFacts(macs_per_moved=45, multiple=1, equal_widths=False),
+    "ort-int8": TargetFacts(macs_per_moved=160, multiple=1, equal_widths=False),
+    "torch-cpu": TargetFacts(macs_per_moved=45, multiple=16, equal_widths=True),
+    "cuda": TargetFacts(macs_per_moved=300, multiple=8, equal_widths=True),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The time of one operation on `tokens` rows.
+
+    `shape` is [out, in] of a product, [width, kept] of a gather, [kept, width] of a scatter.
+    """
+
+    op: Op
+    tokens: int
+    shape: tuple[int, int]
+    ms: float
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Times on one runtime and where they come from; `milliseconds` predicts between the entries."""
+
+    target: Target
+    source: str  # "analytic", or the machine that was measured
+    entries: tuple[Entry, ...]
+    about: dict[str, Any] = field(default_factory=dict)  # threads, versions, when
+
+    def __post_init__(self) -> None:
+        """Fit the features once; `ArtifactError` where an operation has no entry."""
+        tokens = sorted({entry.tokens for entry in self.entries})
+        fits = {op: np.stack([self._fitted(op, number) for number in tokens]) for op in get_args(Op)}
+        object.__setattr__(self, "_fits", fits)
+
+    @property
+    def facts(self) -> TargetFacts:
+        """What is known of the runtime itself."""
+        return TARGETS[self.target]
+
+    def milliseconds(self, op: Op, shape: tuple[int, int]) -> npt.NDArray[np.float64]:
+        """Return the predicted time [token counts of the table, ascending] of one operation."""
+        fits: dict[Op, npt.NDArray[np.float64]] = getattr(self, "_fits")  # noqa: B009 - set by __post_init__
+        times: npt.NDArray[np.float64] = fits[op] @ np.array(_features(op, shape))
+        return times
+
+    def matrix(
+        self, dense: tuple[int, int], kept: tuple[int, int], *, gathered: bool = False, scattered: bool = False
+    ) -> float:
+        """Return the time of a matrix of `kept` [out, in] with its index operations, over that of the `dense` one.
+
+        The mean of the ratio over the token counts of the table.
+        """
+        time = self.milliseconds("product", kept)
+        if gathered:
+            time = time + self.milliseconds("gather", (dense[1], kept[1]))
+        if scattered:
+            time = time + self.milliseconds("scatter", (kept[0], dense[0]))
+        return float(np.mean(time / self.milliseconds("product", dense)))
+
+    def _fitted(self, op: Op, tokens: int) -> npt.NDArray[np.float64]:
+        chosen = [entry for entry in self.entries if (entry.op, entry.tokens) == (op, tokens)]
+        if not chosen:
+            raise ArtifactError(f"latency table: no {op} on {tokens} tokens; every operation needs every token count")
+        # Relative errors count, so each equation is divided by its time; no time is negative.
+        features = np.array([_features(op, entry.shape) for entry in chosen])
+        times = np.array([entry.ms for entry in chosen])
+        found: npt.NDArray[np.float64] = nnls(features / times[:, None], np.ones(len(chosen)))[0]
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the table as plain JSON values."""
+        entries = [{**asdict(entry), "shape": list(entry.shape)} for entry in self.entries]
+        return {**FORMAT, "target": self.target, "source": self.source, **self.about, "entries": entries}
+
+
+def analytic(target: Target) -> Costs:
+    """Return costs in units of multiply-accumulates, from `TARGETS` alone."""
+    moved = TARGETS[target].macs_per_moved
+    sides = (256, 1024, 4096)
+    entries = [Entry("product", 1, (rows, columns), float(rows * columns)) for rows in sides for columns in sides]
+    for op in ("gather", "scatter"):
+        entries += [Entry(op, 1, (a, b), moved * (a + b)) for a in sides for b in sides]
+    return Costs(target, "analytic", tuple(entries))
+
+
+def read(path: Path) -> Costs:
+    """Read a table that `save` wrote; `ArtifactError` where it is not one."""
+    value = read_json(path)
+    if value.get("format") != FORMAT["format"] or value.get("version") != FORMAT["version"]:
+        raise ArtifactError(
+            f"{path}: format is {value.get('format')!r} version {value.get('version')!r}, "
+            f"expected {FORMAT['format']!r} version {FORMAT['version']}; "
+            "measure one with gatepress bench --latency-table TARGET"
+        )
+    if value.get("target") not in TARGETS:
+        raise ArtifactError(f"{path}: target is {value.get('target')!r}, expected one of {', '.join(TARGETS)}")
+    about = {key: value[key] for key in value if key not in (*FORMAT, "target", "source", "entries")}
+    try:
+        entries = tuple(map(_entry, value["entries"]))
+        return Costs(value["target"], str(value["source"]), entries, about)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{path}: not a latency table ({error}); measure it again") from None
+
+
+def save(costs: Costs, path: Path) -> None:
+    """Write a table, whole or not at all."""
+    replace_file(path, json_text(costs.to_json()).encode())
+
+
+def _entry(value: dict[str, Any]) -> Entry:
+    """Return one entry; `ValueError` naming what is wrong with it."""
+    op, tokens, ms = value["op"], value["tokens"], value["ms"]
+    rows, columns = value["shape"]
+    if op not in get_args(Op):
+        raise ValueError(f"op is {op!r}, expected one of {', '.join(get_args(Op))}")
+    if not all(type(size) is int and 0 < size <= MAX_SIZE for size in (tokens, rows, columns)):
+        raise ValueError(f"tokens {tokens!r} or shape {value['shape']!r} is no size")
+    if not (isinstance(ms, int | float) and 0 < ms < float("inf")):
+        raise ValueError(f"ms is {ms!r}, expected a positive number")
+    return Entry(op, tokens, (rows, columns), float(ms))
+
+
+def _features(op: Op, shape: tuple[int, int]) -> Sequence[float]:
+    """Return what the time of an operation is linear in."""
+    a, b = shape
+    return (1.0, float(a), float(b), float(a * b)) if op == "product" else (1.0, float(a), float(b))
+
+
+def rounded(width: int, most: int, *, multiple: int, copies: int = 1) -> int:
+    """Return the least width from `width` to `most` of which `copies` together fill whole multiples."""
+    fitting: Iterable[int] = (w for w in range(width, most + 1) if w * copies % multiple == 0)
+    return next(iter(fitting), width)

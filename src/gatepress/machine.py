@@ -1,0 +1,23 @@
+"""What the machine calls itself: measured times are of one machine and say which."""
+
+import platform
+from pathlib import Path
+
+import torch
+
+
+def cpu_name() -> str:
+    """Return the processor's model name as the system gives it, or its architecture."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name" and value.strip():
+                return value.strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine() or "unknown processor"
+
+
+def device_name(device: torch.device) -> str:
+    """Return what the processor or graphics card calls itself."""
+    return cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device)

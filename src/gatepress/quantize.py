@@ -1,0 +1,102 @@
+"""A float32 ONNX file with its weights in int8: what is quantized, and why it is fixed.
+
+Each choice is measured in `benchmarks/notes/int8.md`:
+
+- signed weights, one scale for each output: one scale for a whole matrix loses several points of accuracy
+  on some models and is not faster, and unsigned weights take twice the time;
+- inputs of the products are quantized while the model runs, so nothing has to be calibrated;
+- the word embeddings with one scale: half of a small model's file, at no cost that shows;
+- attention's products of two activations, the pooler, the head and small tables stay float32.
+"""
+
+import contextlib
+import logging
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnxruntime.quantization import QuantType, quantize_dynamic
+
+from gatepress.errors import ModelError
+
+WORDS = "input_ids"  # the input that word embeddings are looked up by
+_SHOWN = ("MatMul", "Gemm", "Gather")
+
+
+def quantize_file(source: Path, output: Path) -> dict[str, Any]:
+    """Write `source` with int8 weights to `output`, which may be the same file; return what was quantized.
+
+    Weights that lie in a file of their own (`<name>.data`) do so afterwards. Raises `ModelError`
+    where ONNX Runtime cannot quantize the graph.
+    """
+    graph = onnx.load(source, load_external_data=False).graph
+    chosen = _chosen(graph)
+    if not chosen["MatMul"]:
+        raise ModelError(f"{source}: has no matrix product with a float32 weight; export without --quantize")
+    try:
+        # Moved into place, never written over: a session that is open on the source reads its weights from there.
+        with tempfile.TemporaryDirectory(dir=output.parent) as place, _silence():
+            file = Path(place) / output.name
+            quantize_dynamic(
+                source,
+                file,
+                op_types_to_quantize=list(chosen),
+                nodes_to_quantize=[name for names in chosen.values() for name in names],
+                per_channel=True,
+                weight_type=QuantType.QInt8,
+                use_external_data_format=source.with_name(f"{source.name}.data").is_file(),
+            )
+            _check(file, len(chosen["MatMul"]))
+            for part in Path(place).iterdir():
+                part.replace(output.with_name(part.name))
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # it raises what its parts raise, without a common base
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"ONNX Runtime cannot quantize the graph ({reason}); export without --quantize") from error
+    total = Counter(node.op_type for node in graph.node)
+    return {
+        "operators": {name: {"quantized": len(chosen.get(name, ())), "of": total[name]} for name in _SHOWN},
+        "weight_type": "int8",
+        "per_channel": True,
+        "embeddings": bool(chosen["Gather"]),
+    }
+
+
+def _chosen(graph: onnx.GraphProto) -> dict[str, list[str]]:
+    """Return the names of the nodes to quantize: products with a constant weight, look-ups of word embeddings."""
+    weights = {one.name for one in graph.initializer if one.data_type == onnx.TensorProto.FLOAT}
+    products = [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] in weights]
+    words = [
+        node.name
+        for node in graph.node
+        if node.op_type == "Gather" and node.input[0] in weights and node.input[1] == WORDS
+    ]
+    return {"MatMul": products, "Gather": words}
+
+
+def _check(file: Path, expected: int) -> None:
+    """Raise where the quantizer left products as they were, which it does without a word."""
+    made = Counter(node.op_type for node in onnx.load(file, load_external_data=False).graph.node)["MatMulInteger"]
+    if made != expected:
+        raise ValueError(f"{made} of {expected} products came out in int8")
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep back the hints that the quantizer logs on the root logger, and the handler that doing so installs."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR or "onnxruntime" not in record.pathname
+
+    root, nowhere = logging.getLogger(), logging.NullHandler()
+    root.addHandler(nowhere)
+    root.addFilter(keep)
+    try:
+        yield
+    finally:
+        root.removeFilter(keep)
+        root.removeHandler(nowhere)
