@@ -41,6 +41,10 @@ class ParityError(GatepressError):
     """Two forms of the same model disagree by more than the tolerance; nothing was written."""
 
 
+class MetricDropError(GatepressError):
+    """A smaller form of a model loses more of its metric than was allowed; nothing was written."""
+
+
 class DeviceError(GatepressError):
     """The asked device is not on this machine."""
 

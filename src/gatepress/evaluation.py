@@ -1,6 +1,7 @@
 """The metric of a task on its validation rows, the same for every form of a model."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from gatepress.tasks import TaskSpec
 from gatepress.tasks.sources import Rows, load_rows
 
 MAX_LENGTH = 128  # tokens, where neither the user nor a manifest says
+PROBE_ROWS = 32  # as many as a run keeps
 
 Loaders = Mapping[str, DataLoader[Any]]  # split name -> padded batches of tensors, "labels" among them
 Predict = Callable[[dict[str, torch.Tensor]], npt.NDArray[np.float32]]  # inputs -> logits [batch, labels]
@@ -47,6 +49,44 @@ def evaluate(  # noqa: PLR0913 - every option of the command is one
     if wrong:
         raise UsageError("; ".join(wrong))
     runner = open_runner(target, device=device, trust_remote_code=trust_remote_code)
+    basis = basis_of(runner, target, data=data, max_length=max_length, trust_remote_code=trust_remote_code)
+    return {
+        "task": basis.rows.spec.name,
+        **evaluate_runner(
+            runner,
+            basis.rows,
+            basis.tokenizer,
+            batch_size=batch_size,
+            max_length=basis.max_length,
+            progress=progress or NoProgress(),
+        ),
+        "kind": runner.kind,
+        "runtime": runner.runtime,
+        "dtype": runner.dtype,
+        "device": runner.device,
+        "total_params": runner.parameters,
+        "data_fingerprint": basis.rows.fingerprint,
+    }
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What a model is measured on."""
+
+    rows: Rows
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int  # tokens
+
+
+def basis_of(
+    runner: Runner,
+    target: str | Path,
+    *,
+    data: DataSettings | None = None,
+    max_length: int | None = None,
+    trust_remote_code: bool = False,
+) -> Basis:
+    """Return the validation rows, tokenizer and length that fit an open model; raises as `evaluate`."""
     manifest = runner.manifest or {}
     spec = TaskSpec.from_json(manifest["task"]) if manifest.get("task") else None
     settings = data or _settings(manifest.get("data"), target)
@@ -58,23 +98,16 @@ def evaluate(  # noqa: PLR0913 - every option of the command is one
     if runner.tokenizer_dir is None:
         raise ModelError(f"{target}: no tokenizer beside it; give the directory that `gatepress export` wrote")
     tokenizer = open_tokenizer(runner.tokenizer_dir, trust_remote_code=trust_remote_code)
-    rows = load_rows(settings, splits="validation", spec=spec)
-    return {
-        "task": rows.spec.name,
-        **evaluate_runner(
-            runner,
-            rows,
-            tokenizer,
-            batch_size=batch_size,
-            max_length=asked,
-            progress=progress or NoProgress(),
-        ),
-        "kind": runner.kind,
-        "runtime": runner.runtime,
-        "device": runner.device,
-        "total_params": runner.parameters,
-        "data_fingerprint": rows.fingerprint,
-    }
+    return Basis(load_rows(settings, splits="validation", spec=spec), tokenizer, asked)
+
+
+def probe_rows(basis: Basis, runner: Runner, count: int = PROBE_ROWS) -> dict[str, npt.NDArray[np.int64]]:
+    """Return the first validation rows as one batch."""
+    rows = next(iter(basis.rows.validation.values()))
+    tokens = _fitting(basis.max_length, runner, basis.tokenizer)
+    few = tokenize(rows.select(range(min(count, len(rows)))), basis.tokenizer, tokens)
+    batch = next(iter(make_loader(few, basis.tokenizer, count, shuffle=False, seed=0)))
+    return {name: batch[name].numpy() for name in INPUTS if name in batch}
 
 
 def evaluate_runner(  # noqa: PLR0913 - each is a dial of the measurement
@@ -93,7 +126,7 @@ def evaluate_runner(  # noqa: PLR0913 - each is a dial of the measurement
             f"{runner.name}: has {runner.num_labels} outputs, but {spec.name} needs {spec.num_labels}; "
             "give the data it was trained for, or a model for this task"
         )
-    tokens = min(max_length, runner.max_tokens or max_length, int(tokenizer.model_max_length))
+    tokens = _fitting(max_length, runner, tokenizer)
     loaders = {
         name: make_loader(tokenize(split, tokenizer, tokens), tokenizer, batch_size, shuffle=False, seed=0)
         for name, split in rows.validation.items()
@@ -157,6 +190,10 @@ def _settings(data: Any, target: str | Path) -> DataSettings:
         return DataSettings(**data)
     except (TypeError, UsageError) as error:
         raise ArtifactError(f"{target}: data in the manifest is malformed ({error}); give --task NAME") from None
+
+
+def _fitting(max_length: int, runner: Runner, tokenizer: PreTrainedTokenizerBase) -> int:
+    return min(max_length, runner.max_tokens or max_length, int(tokenizer.model_max_length))
 
 
 def _columns(names: tuple[str, ...] | None, spec: TaskSpec) -> list[int]:

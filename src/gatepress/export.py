@@ -1,29 +1,39 @@
 """From a model in torch to an ONNX directory; where ONNX Runtime disagrees with torch, nothing is kept.
 
 The graph takes any batch and length. Why it is written by torch's graph exporter, with attention as
-plain products and without intermediate shapes: `benchmarks/notes/onnx-exporters.md`.
+plain products and without intermediate shapes: `benchmarks/notes/onnx-exporters.md`. On request it is
+quantized once it agrees.
 """
 
 import contextlib
+import errno
 import importlib.metadata
+import json
 import logging
 import math
+import os
+import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnxruntime as ort
 import torch
 from transformers import PreTrainedModel
 
 from gatepress import __version__
 from gatepress.checkpoint import PROBE_FILE, model_errors, open_tokenizer, read_tensors
-from gatepress.errors import ModelError, ParityError, UsageError
+from gatepress.errors import GatepressError, MetricDropError, ModelError, ParityError, UsageError
+from gatepress.evaluation import Basis, basis_of, evaluate_runner, probe_rows
 from gatepress.files import check_output, json_text, new_directory, sha256_of
+from gatepress.progress import Progress
+from gatepress.quantize import quantize_file
 from gatepress.runtime import (
     INPUTS,
     ONNX_FILE,
@@ -33,6 +43,7 @@ from gatepress.runtime import (
     TorchRunner,
     input_names,
     open_runner,
+    plain_attention,
 )
 
 logger = logging.getLogger(__name__)
@@ -53,6 +64,13 @@ SHAPES = (
     (5, 33, True),
     (1, LONGEST_TRIED, False),
 )
+# What ONNX Runtime makes of several operators, and whole operators that exporters may take apart.
+FUSED = (
+    *("Attention", "MultiHeadAttention", "BiasSoftmax"),
+    *("BiasGelu", "FastGelu", "Gelu", "QuickGelu"),
+    *("FusedGemm", "FusedMatMul", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"),
+    *("LayerNormalization", "SkipLayerNormalization", "EmbedLayerNormalization"),
+)
 
 Batch = dict[str, npt.NDArray[np.int64]]
 
@@ -65,35 +83,48 @@ class _Checked:
     difference: float
 
 
-def export(
+def export(  # noqa: PLR0913 - every option of the command is one
     source: str | Path,
     output: Path,
     *,
     force: bool = False,
     opset: int | None = None,
     max_diff: float = MAX_DIFF,
+    quantize: Literal["int8"] | None = None,
+    max_metric_drop: float | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write `source` (anything torch runs: a run, a pruned directory, any model) as an ONNX directory.
 
     `opset` None: the exporter's own choice. ONNX Runtime must agree with torch within `max_diff` on
     random rows of several shapes, and on the run's probe rows where there are some; else
-    `ParityError`. Also raises `UsageError`, `ModelError` where the model cannot be exported, and
-    what `open_runner` raises. Nothing is written unless all went well.
+    `ParityError`. With `quantize` that float32 graph is then quantized, and measured against itself on
+    the rows that the source names; `MetricDropError` where the metric drops by more than
+    `max_metric_drop`. Also raises `UsageError`, `ModelError` where the model cannot be exported or
+    quantized, and what `open_runner` raises. Nothing is written unless all went well.
     """
-    _check(opset, max_diff)
+    _check(opset, max_diff, quantize, max_metric_drop)
     check_output(output, force=force)
     runner = open_runner(source)
     if not isinstance(runner, TorchRunner):
         raise UsageError(f"{source}: is ONNX already; give the directory that it was exported from")
+    basis = _basis(runner, source, required=max_metric_drop is not None) if quantize else None
     probe = Path(source) / PROBE_FILE
+    random = random_batches(runner)
+    real = [_kept_rows(probe)] if probe.is_file() else [probe_rows(basis, runner)] if basis else []
     with new_directory(output, force=force) as staged:
         model_file = staged / ONNX_MODEL
         write_onnx(runner.model, model_file, opset=opset)
-        batches = [*random_batches(runner), *([_probe_rows(probe)] if probe.is_file() else [])]
-        checked = _compare(runner, open_runner(model_file), batches, max_diff)
         if runner.tokenizer_dir is not None:
             open_tokenizer(runner.tokenizer_dir).save_pretrained(staged)
         (staged / "config.json").write_text(json_text(_config(runner.model)), encoding="utf-8")
+        exact = open_runner(model_file)
+        checked = _compare(runner, exact, [*random, *real], max_diff)
+        smaller: dict[str, Any] = {}
+        if quantize:
+            smaller = _quantize(staged, exact, random, real)
+            smaller |= _metric(exact, open_runner(model_file), basis, max_metric_drop, progress)
+        made = operators(model_file, random[0])
         report = {
             "source_kind": runner.kind,
             "opset": _opset(model_file),
@@ -102,7 +133,12 @@ def export(
             "shapes": checked.shapes,
             "max_abs_logit_diff": checked.difference,
             "total_params": runner.parameters,
-            "size_bytes": sum(file.stat().st_size for file in staged.glob(f"{ONNX_MODEL}*")),
+            "macs": runner.mac_terms,
+            "size_bytes": _size(staged),
+            "dtype": quantize or "float32",
+            "operators": made,
+            "fused_operators": {name: count for name, count in made.items() if name in FUSED},
+            **smaller,
         }
         manifest = {
             **ONNX_FORMAT,
@@ -124,7 +160,8 @@ def write_onnx(model: PreTrainedModel, file: Path, *, opset: int | None = None) 
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
     size = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
     try:
-        with _plain_attention(model), _silence(), torch.no_grad():
+        # Plain attention: the fused call is taken apart into more nodes.
+        with plain_attention(model), _silence(), torch.no_grad():
             torch.onnx.export(
                 _Logits(model, names).eval(),
                 tuple(torch.from_numpy(example[name]).to(model.device) for name in names),
@@ -159,6 +196,28 @@ def random_batches(runner: Runner, *, seed: int = SEED) -> list[Batch]:
     ]
 
 
+def operators(file: Path, batch: Batch) -> dict[str, int]:
+    """Return what ONNX Runtime makes of a graph: how many of each operator it runs, its own ones among them.
+
+    Read from its profile of one run: saving the optimized graph would write all weights once more.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    options.enable_profiling = True
+    with tempfile.TemporaryDirectory() as directory:
+        options.profile_file_prefix = str(Path(directory) / "profile")
+        session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        session.run(None, {one.name: batch[one.name] for one in session.get_inputs()})
+        profile = Path(session.end_profiling())
+        try:
+            events = json.loads(profile.read_text(encoding="utf-8"))
+        except ValueError:  # it was cut short, which ONNX Runtime does not tell
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(profile)) from None
+    ran = Counter(one["args"]["op_name"] for one in events if one["name"].endswith("_kernel_time"))
+    return dict(sorted(ran.items()))
+
+
 class _Logits(torch.nn.Module):
     """The model as a function from its inputs, in order, to its logits."""
 
@@ -173,30 +232,98 @@ class _Logits(torch.nn.Module):
         return logits
 
 
-def _check(opset: int | None, max_diff: float) -> None:
+def _quantize(staged: Path, exact: Runner, random: list[Batch], real: list[Batch]) -> dict[str, Any]:
+    """Put an int8 model in the place of the float32 one, which stays open, and say what that changed."""
+    before = _size(staged)
+    quantized = quantize_file(staged / ONNX_MODEL, staged / ONNX_MODEL)
+    _slim(staged / ONNX_MODEL)
+    small = open_runner(staged / ONNX_MODEL)
+    quantized["logit_diff"] = {
+        kind: _difference(exact, small, batches) if batches else None
+        for kind, batches in (("random", random), ("probe", real))
+    }
+    return {"quantize": "int8", "quantized": quantized, "size_bytes_fp32": before}
+
+
+def _difference(before: Runner, after: Runner, batches: list[Batch]) -> dict[str, Any]:
+    """Return how far the logits of two forms lie apart; `ParityError` where they are no numbers."""
+    apart = np.concatenate([np.abs(after.logits(batch) - before.logits(batch)).ravel() for batch in batches])
+    if not np.isfinite(apart).all():
+        raise ParityError("logits in int8 are not finite numbers; nothing was written; export without --quantize")
+    rows = sum(len(batch["input_ids"]) for batch in batches)
+    return {"rows": rows, "max": float(apart.max()), "mean": float(apart.mean())}
+
+
+def _basis(runner: Runner, source: str | Path, *, required: bool) -> Basis | None:
+    """Return the rows that the manifest names; None, and a note why, where they cannot be had.
+
+    With `required` that is an error instead.
+    """
+    if not (runner.manifest or {}).get("data"):
+        if required:
+            raise UsageError(
+                f"{source}: names no rows that a metric could be measured on; export a run directory, "
+                "or what was pruned from one, or leave out --max-metric-drop"
+            )
+        logger.warning("%s names no rows, so what int8 costs in the metric is not measured", source)
+        return None
+    try:
+        return basis_of(runner, source)
+    except GatepressError as error:
+        if required:
+            raise
+        logger.warning("what int8 costs in the metric is not measured: %s", error)
+        return None
+
+
+def _metric(
+    before: Runner, after: Runner, basis: Basis | None, limit: float | None, progress: Progress | None
+) -> dict[str, Any]:
+    """Return the metric of both forms and their difference, positive where int8 is worse; None: no rows.
+
+    Raises `MetricDropError` above `limit`.
+    """
+    if basis is None:
+        return dict.fromkeys(("metric_name", "metric_value", "metric_value_fp32", "metric_drop", "examples"))
+    was, now = (
+        evaluate_runner(one, basis.rows, basis.tokenizer, max_length=basis.max_length, progress=progress)
+        for one in (before, after)
+    )
+    name, drop = now["metric_name"], was["metric_value"] - now["metric_value"]
+    if limit is not None and drop > limit:
+        raise MetricDropError(
+            f"{name} is {now['metric_value']:.4f} in int8 and {was['metric_value']:.4f} in float32, a drop of "
+            f"{drop:.4f}, expected at most --max-metric-drop {limit:g}; nothing was written; "
+            "allow more, or export without --quantize"
+        )
+    return {
+        "metric_name": name,
+        "metric_value": now["metric_value"],
+        "metric_value_fp32": was["metric_value"],
+        "metric_drop": drop,
+        "examples": now["examples"],
+    }
+
+
+def _size(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.glob(f"{ONNX_MODEL}*"))
+
+
+def _check(opset: int | None, max_diff: float, quantize: str | None, max_metric_drop: float | None) -> None:
     problems = []
     newest = onnx.defs.onnx_opset_version()
     if opset is not None and not MIN_OPSET <= opset <= newest:
         problems.append(f"--opset is {opset}, expected {MIN_OPSET} to {newest}")
     if not (max_diff > 0 and math.isfinite(max_diff)):
         problems.append(f"--max-diff is {max_diff}, expected a positive number")
+    if quantize not in (None, "int8"):
+        problems.append(f"--quantize is {quantize!r}, expected int8")
+    if max_metric_drop is not None and not 0 <= max_metric_drop < math.inf:
+        problems.append(f"--max-metric-drop is {max_metric_drop}, expected 0 or a positive number")
+    if max_metric_drop is not None and quantize is None:
+        problems.append("--max-metric-drop limits what --quantize costs; give --quantize int8 with it")
     if problems:
         raise UsageError("; ".join(problems))
-
-
-@contextlib.contextmanager
-def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Write attention as two products and a softmax: the fused call is taken apart into more nodes."""
-    before = model.config._attn_implementation  # noqa: SLF001 - transformers has no public reader
-    try:
-        model.set_attn_implementation("eager")
-    except (ValueError, NotImplementedError, AttributeError):
-        logger.debug("%s keeps its own attention", type(model).__name__)
-    try:
-        yield
-    finally:
-        if model.config._attn_implementation != before:  # noqa: SLF001
-            model.set_attn_implementation(before)
 
 
 @contextlib.contextmanager
@@ -252,7 +379,7 @@ def _rows(model: PreTrainedModel, rows: int, length: int, *, padded: bool, seed:
     return {name: batch[name] for name in input_names(model)}
 
 
-def _probe_rows(file: Path) -> Batch:
+def _kept_rows(file: Path) -> Batch:
     return {name: value.numpy() for name, value in read_tensors(file).items() if name in INPUTS}
 
 

@@ -1,13 +1,16 @@
 """One way to run every form of a model: a run, a pruned directory, ONNX, or a plain transformers model.
 
 `open_runner` tells the forms apart by the files that are there and hides which runtime computes, so
-that bench, evaluate and export ask no questions. All forms compute in float32.
+that bench, evaluate and export ask no questions. All take and give float32; an int8 ONNX file has
+int8 weights inside.
 """
 
+import contextlib
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -15,12 +18,14 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from gatepress.checkpoint import (
     PRUNED_FILE,
     RUN_FILE,
     check_files,
+    has_tokenizer,
     load_pruned,
     load_run,
     model_errors,
@@ -38,21 +43,12 @@ ONNX_FILE = "gatepress_onnx.json"
 ONNX_FORMAT = {"format": "gatepress-onnx", "version": 1}
 ONNX_MODEL = "model.onnx"
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+MAC_TERMS = ("token", "pair", "row")
+COUNTED_TOKEN = 5  # any that is in every vocabulary and does not stand for padding
 
 Kind = Literal["run", "pruned", "onnx", "model"]
 Batch = Mapping[str, npt.NDArray[np.integer[Any]]]  # each [batch, length]
 Logits = npt.NDArray[np.float32]  # [batch, labels]
-
-# One of these tells that a tokenizer lies there; the last four are those of older checkpoints.
-_TOKENIZER_FILES = (
-    "tokenizer_config.json",
-    "tokenizer.json",
-    "vocab.txt",
-    "vocab.json",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
-
 
 class Runner(Protocol):
     """A model that is ready to run, whatever file it came from.
@@ -77,6 +73,10 @@ class Runner(Protocol):
         """What computes it."""
 
     @property
+    def dtype(self) -> str:
+        """What its matrix products compute in: `float32` or `int8`."""
+
+    @property
     def input_names(self) -> tuple[str, ...]:
         """Those of `INPUTS` that it takes."""
 
@@ -99,6 +99,9 @@ class Runner(Protocol):
     @property
     def parameters(self) -> int | None:
         """All its parameters; None: not known (a bare .onnx file)."""
+
+    def macs(self, batch: int, length: int) -> int | None:
+        """Multiply-accumulates of its matrix products on so many rows and tokens; None: not known."""
 
     @property
     def size_bytes(self) -> int:
@@ -144,6 +147,7 @@ class TorchRunner(_Facts):
 
     model: PreTrainedModel = field(kw_only=True)
     runtime: Literal["torch"] = "torch"
+    dtype: str = "float32"
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -169,6 +173,29 @@ class TorchRunner(_Facts):
     def parameters(self) -> int | None:
         """All parameters, shared ones once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @cached_property
+    def mac_terms(self) -> dict[str, int] | None:
+        """Multiply-accumulates for each `token`, `pair` of tokens in a row, and `row`, counted on short rows.
+
+        None where the count is not of that form, as with attention in windows.
+        """
+        counted = [self._counted(length) for length in range(2, 6)]
+        slopes = np.diff(counted)
+        pair = int(slopes[1] - slopes[0]) // 2
+        token = int(slopes[0]) - 5 * pair  # 3 x 3 - 2 x 2
+        terms = {"token": token, "pair": pair, "row": counted[0] - 2 * token - 4 * pair}
+        return terms if all(_macs(terms, 1, length) == counted[length - 2] for length in range(2, 6)) else None
+
+    def macs(self, batch: int, length: int) -> int | None:
+        """Return what `mac_terms` give."""
+        return _macs(self.mac_terms, batch, length)
+
+    def _counted(self, length: int) -> int:
+        """Return the multiply-accumulates of one row; fused attention would go uncounted on a CPU."""
+        with plain_attention(self.model), FlopCounterMode(display=False) as counter:
+            self.run(self.prepare({"input_ids": np.full((1, length), COUNTED_TOKEN)}))
+        return int(counter.get_total_flops()) // 2
 
     def prepare(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Return the batch as int64 tensors on the device."""
@@ -202,6 +229,11 @@ class OnnxRunner(_Facts):
     runtime: Literal["onnxruntime"] = "onnxruntime"
 
     @property
+    def dtype(self) -> str:
+        """What the manifest says; a file from elsewhere is taken for float32."""
+        return str((self.manifest or {}).get("dtype") or "float32")
+
+    @property
     def input_names(self) -> tuple[str, ...]:
         """The inputs of the graph."""
         return tuple(one.name for one in self.session.get_inputs())
@@ -233,6 +265,12 @@ class OnnxRunner(_Facts):
         """Parameters of the model it was exported from."""
         count = (self.manifest or {}).get("total_params")
         return count if isinstance(count, int) else None
+
+    def macs(self, batch: int, length: int) -> int | None:
+        """Return those of the model it was exported from."""
+        terms = (self.manifest or {}).get("macs")
+        known = isinstance(terms, dict) and all(type(terms.get(name)) is int for name in MAC_TERMS)
+        return _macs(terms, batch, length) if known else None
 
     def prepare(self, batch: Batch) -> Any:
         """Return the feed on the CPU, or inputs and output bound on the GPU."""
@@ -322,6 +360,27 @@ def max_tokens(config: Mapping[str, Any]) -> int | None:
     if family is None or not family.positions_follow_padding:
         return positions
     return positions - int(config.get("pad_token_id") or 0) - 1
+
+
+@contextlib.contextmanager
+def plain_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Compute attention as two products and a softmax for as long as the block runs."""
+    before = model.config._attn_implementation  # noqa: SLF001 - transformers has no public reader
+    try:
+        model.set_attn_implementation("eager")
+    except (ValueError, NotImplementedError, AttributeError):
+        logger.debug("%s keeps its own attention", type(model).__name__)
+    try:
+        yield
+    finally:
+        if model.config._attn_implementation != before:  # noqa: SLF001
+            model.set_attn_implementation(before)
+
+
+def _macs(terms: Mapping[str, int] | None, batch: int, length: int) -> int | None:
+    if terms is None:
+        return None
+    return batch * (length * terms["token"] + length * length * terms["pair"] + terms["row"])
 
 
 def _kind_of(target: str, path: Path) -> Kind:
@@ -451,6 +510,8 @@ def _session(file: Path, device: str) -> tuple[ort.InferenceSession, str]:
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors; what it warns of is not the user's doing
     options.intra_op_num_threads = torch.get_num_threads()
+    # Its threads go on spinning for a while after a run, on cores that whoever comes next needs.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     index = int(device.partition(":")[2] or 0)
     providers: Sequence[Any] = ["CPUExecutionProvider"] if device == "cpu" else [(cuda, {"device_id": index})]
     try:
@@ -479,7 +540,7 @@ def _label_names(id2label: Mapping[Any, Any]) -> tuple[str, ...] | None:
 
 
 def _tokenizer_dir(directory: Path) -> Path | None:
-    return directory if any((directory / name).is_file() for name in _TOKENIZER_FILES) else None
+    return directory if has_tokenizer(directory) else None
 
 
 def _name(path: Path) -> str:

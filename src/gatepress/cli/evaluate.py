@@ -92,6 +92,7 @@ def tables(result: dict[str, Any]) -> "list[Titled]":
         [
             ("kind", "kind", str),
             ("runtime", "runtime", str),
+            ("dtype", "arithmetic", str),
             ("total_params", "parameters", count),
         ],
     )

@@ -1,7 +1,7 @@
 """`gatepress export`: from a model directory to ONNX, checked against torch before it is kept."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = opt.examples(
     "gatepress export pruned/sst2 -o onnx/sst2",
+    "gatepress export pruned/sst2 --quantize int8 --max-metric-drop 0.01 -o onnx/sst2-int8",
     "gatepress export runs/sst2 -o onnx/sst2-gated",
     "gatepress export distilbert/distilbert-base-uncased-finetuned-sst-2-english",
 )
@@ -45,6 +46,25 @@ def export(  # noqa: PLR0913 - every option is a parameter
             rich_help_panel=opt.OUTPUT,
         ),
     ] = 1e-4,
+    quantize: Annotated[
+        Literal["int8"] | None,
+        typer.Option(
+            help="int8: store the encoder's matrices and the word embeddings in 8 bits and multiply in 8 bits. "
+            "A quarter of the size and, on CPUs with VNNI, about twice as fast; the logits move a little, so "
+            "the metric is measured before and after on the validation rows that the run names.",
+            show_default=False,
+            rich_help_panel=opt.OUTPUT,
+        ),
+    ] = None,
+    max_metric_drop: Annotated[
+        float | None,
+        typer.Option(
+            metavar="LIMIT",
+            help="With --quantize: write nothing and exit with 1 when the metric drops by more than this, "
+            "e.g. 0.01 for one point of accuracy; 0 allows no loss at all.",
+            rich_help_panel=opt.OUTPUT,
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -64,7 +84,8 @@ def export(  # noqa: PLR0913 - every option is a parameter
 
     The file takes any batch size and any length; the tokenizer lies beside it. It is run in ONNX
     Runtime on shapes it has not seen, padded ones among them, and compared with torch. Where they
-    disagree, nothing is written.
+    disagree, nothing is written. With --quantize int8 that checked file is then made smaller and faster,
+    and what it costs is measured.
     """
     with session(as_json=as_json, quiet=quiet, debug=debug) as screen:
         target = output or Path("onnx") / name_of(source)
@@ -72,7 +93,16 @@ def export(  # noqa: PLR0913 - every option is a parameter
 
         from gatepress import export as exporting
 
-        result = exporting.export(source, target, force=force, opset=opset, max_diff=max_diff)
+        result = exporting.export(
+            source,
+            target,
+            force=force,
+            opset=opset,
+            max_diff=max_diff,
+            quantize=quantize,
+            max_metric_drop=max_metric_drop,
+            progress=screen.progress,
+        )
         screen.result({"output_dir": str(target), **result}, tables)
         screen.note(f"next: gatepress bench {source} {target}")
 
@@ -84,14 +114,43 @@ def name_of(target: str) -> str:
 
 
 def tables(result: dict[str, Any]) -> "list[Titled]":
-    """Return what was written and how well it agrees with torch."""
+    """Return what was written, how well it agrees with torch, and what int8 changed."""
     rows = pick(
         result,
         [
             ("opset", "operator set", str),
+            ("dtype", "arithmetic", str),
             ("size_bytes", "size", megabytes),
-            ("max_abs_logit_diff", "largest difference of a logit", "{:.1e}".format),
-            ("output_dir", "output", str),
+            ("size_bytes_fp32", "  in float32", megabytes),
         ],
     )
+    rows += pick(result, [("max_abs_logit_diff", "largest difference of a logit to torch", "{:.1e}".format)])
+    rows += _int8_rows(result)
+    rows += pick(result, [("fused_operators", "fused operators", _counts), ("output_dir", "output", str)])
     return [facts("Exported", rows)]
+
+
+def _int8_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what is in int8, and the logits and the metric before and after."""
+    quantized = result.get("quantized")
+    if quantized is None:
+        return []
+    parts = [f"{one['quantized']} of {one['of']} {name}" for name, one in quantized["operators"].items()]
+    found = [(kind, apart) for kind, apart in quantized["logit_diff"].items() if apart]
+    rows = [("in int8", ", ".join(parts))]
+    rows += [
+        (f"logits moved by, {kind} rows", f"{apart['mean']:.1e} on average, {apart['max']:.1e} at most")
+        for kind, apart in found
+    ]
+    name = result.get("metric_name")
+    if name is None:
+        return [*rows, ("metric in int8", "not measured")]
+    return [
+        *rows,
+        (f"{name} in float32", f"{result['metric_value_fp32']:.4f}"),
+        (f"{name} in int8", f"{result['metric_value']:.4f}  (drop {result['metric_drop']:.4f})"),
+    ]
+
+
+def _counts(counted: dict[str, int]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in counted.items())
