@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import json
 import sys
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from gatepress import bench
+import tiny
+from gatepress import bench, runtime
 from gatepress.bench import endtoend, matmul, render, tables, timing
-from gatepress.bench.record import MAX_SAMPLES, Record, cpu_name, latencies, relative_to
+from gatepress.bench.record import MAX_SAMPLES, Record, latencies, relative_to
 from gatepress.config import DataSettings
 from gatepress.errors import (
     ArtifactError,
@@ -25,6 +28,7 @@ from gatepress.errors import (
     OutputError,
     UsageError,
 )
+from gatepress.machine import cpu_name
 from gatepress.progress import NoProgress
 
 SMALL = {"repetitions": 3, "warmup": 1, "threads": 1}
@@ -142,6 +146,18 @@ def test_calls_take_turns_in_blocks_that_open_untimed():
     assert {name: len(values) for name, values in samples.items()} == {"A": 3, "B": 3}
 
 
+def test_untimed_calls_go_on_until_the_machine_has_settled():
+    calls = []
+
+    def call():
+        calls.append(time.sleep(0.002))
+
+    timing._settle(call, 9)
+    assert 2 <= len(calls) <= 5
+    timing._settle(call, 0)
+    assert 3 <= len(calls) <= 6
+
+
 def test_the_machine_is_left_as_it_was_also_after_an_interrupt():
     threads = torch.get_num_threads()
     assert gc.isenabled()
@@ -204,10 +220,14 @@ class FakeRunner:
     device: str = "cpu"
     runtime: str = "torch"
     input_names: tuple = ("input_ids", "attention_mask")
+    dtype: str = "float32"
     num_labels: int = 2
     parameters: int | None = 10
     size_bytes: int = 40
     seen: list = field(default_factory=list)
+
+    def macs(self, batch, length):
+        return batch * length * length
 
     def prepare(self, batch):
         self.seen.append(batch)
@@ -234,6 +254,7 @@ def fakes(monkeypatch):
             return left.pop(0)
 
         monkeypatch.setattr(endtoend.runtime, "open_runner", open_runner)
+        monkeypatch.setattr(endtoend, "SETTLE_MS", 0.0)
         return calls
 
     return install
@@ -268,6 +289,20 @@ def test_names_tell_targets_apart(fakes):
     fakes(*(FakeRunner(name, []) for name in ("x", "x", "x", "y")))
     records = endtoend.run(["runs/x", "onnx/x", "onnx/x", "y"], batch_sizes=[1], seq_lens=[2], **SMALL)
     assert [one.name for one in records] == ["runs/x", "onnx/x", "onnx/x (2)", "y"]
+
+
+def test_names_can_be_given(fakes):
+    opened = fakes(FakeRunner("x", []), FakeRunner("x", []))
+    records = endtoend.run({"before": "a", "after": "b"}, batch_sizes=[1], seq_lens=[2], **SMALL)
+    assert [one.name for one in records] == ["before", "after"]
+    assert [target for target, _ in opened] == ["a", "b"]
+
+
+def test_records_say_how_much_is_computed_and_in_which_type(fakes):
+    fakes(FakeRunner("a", []), FakeRunner("b", [], dtype="int8"))
+    records = endtoend.run(["a", "b"], batch_sizes=[2], seq_lens=[4, 8], **SMALL)
+    assert [one.macs for one in records] == [2 * 16, 2 * 16, 2 * 64, 2 * 64]
+    assert [one.dtype for one in records] == ["float32", "int8"] * 2
 
 
 def test_a_shape_that_does_not_fit_is_one_clear_line(fakes):
@@ -312,6 +347,7 @@ def test_a_task_is_timed_as_passes_over_all_its_rows(fakes, tiny_task_files, tin
     assert max(batch["input_ids"].shape[1] for batch in runner.seen) == 9
     assert all("labels" not in batch for batch in runner.seen)
     assert len(log) == 10 * (1 + 1 + 2)  # fitting, warm-up, two timed passes
+    assert one.macs == sum(batch["input_ids"].shape[0] * batch["input_ids"].shape[1] ** 2 for batch in runner.seen)
 
     fakes(FakeRunner("file.onnx", []))
     with pytest.raises(ModelError, match=r"^file.onnx: no tokenizer beside it"):
@@ -326,6 +362,32 @@ def test_a_real_model_against_itself(tiny_classifier_dir):
     assert all(one.latency_ms_min > 0 and one.size_bytes > 0 and one.parameters for one in records)
     with pytest.raises(ModelError, match="takes at most 160 tokens, --seq-len asks for 5000"):
         endtoend.run([target], batch_sizes=[1], seq_lens=[5000], **SMALL)
+
+
+# --- multiply-accumulates ------------------------------------------------------------------------
+
+
+def test_macs_of_a_small_bert_are_those_on_paper(tiny_classifier_dir):
+    h, i, labels = tiny.HIDDEN, tiny.INTERMEDIATE, 3
+    token = tiny.LAYERS * (4 * h * h + 2 * h * i)  # four matrices of attention, two of the feed-forward part
+    pair = tiny.LAYERS * 2 * h  # scores, and what they weigh
+    row = h * h + h * labels  # pooler and classifier
+    runner = runtime.open_runner(tiny_classifier_dir("bert", labels))
+    assert runner.mac_terms == {"token": token, "pair": pair, "row": row}
+    assert runner.macs(3, 17) == 3 * (17 * token + 17 * 17 * pair + row)
+
+
+def test_macs_are_those_of_a_whole_pass(family, tiny_classifier_dir):
+    runner = runtime.open_runner(tiny_classifier_dir(family))
+    with runtime.plain_attention(runner.model), FlopCounterMode(display=False) as counter:
+        runner.run(runner.prepare({"input_ids": np.full((3, 17), 7)}))
+    assert runner.macs(3, 17) == counter.get_total_flops() // 2
+
+
+def test_macs_of_another_form_are_not_known(tiny_classifier_dir, monkeypatch):
+    runner = runtime.open_runner(tiny_classifier_dir("bert"))
+    monkeypatch.setattr(runtime.TorchRunner, "_counted", lambda _self, length: length**3)
+    assert runner.macs(1, 8) is None
 
 
 # --- records -------------------------------------------------------------------------------------
@@ -344,6 +406,14 @@ def test_statistics_are_of_all_samples_and_few_are_kept():
 def test_twice_as_fast_is_a_factor_of_two_and_half_the_time():
     fast = relative_to(record(name="fast", **latencies([1.0])), record())
     assert (fast.relative_time_factor, fast.relative_reduction_percent, fast.baseline) == (2, 50, "dense")
+
+
+def test_the_last_of_each_cell_is_held_to_the_factor():
+    fast = [relative_to(one, record()) for one in (record(), record(name="x", **latencies([1.0])))]
+    slow = [dataclasses.replace(one, seq_len=32) for one in (fast[0], fast[1], relative_to(record(name="y"), fast[0]))]
+    assert tables.too_slow([*fast, *slow], 1.0) == []
+    assert tables.too_slow([*fast, *slow], 2.0) == [slow[-1]]
+    assert tables.too_slow([*fast, *slow], 2.1) == [fast[-1], slow[-1]]
 
 
 def test_records_survive_json(matmul_records):
@@ -407,7 +477,18 @@ def test_markdown_says_what_was_measured_where(tmp_path, matmul_records):
     assert text.count("\n| --- ") == 3  # one table for each weight, one for the models
     assert "weight 24 x 16, 4 tokens" in text
     assert "batch 8 x 128 tokens on made-up processor, 2 threads, float32, median of 1 to 3 repetitions" in text
-    assert "| pruned\\|x | pruned | torch | 1.00 ms | 0.600 to 1.40 |  | 90.0 MB | 50.0 % | 2.00x |" in text
+    assert "| pruned\\|x | pruned | torch | 1.00 ms | 0.600 to 1.40 |  | 90.0 MB | 2.00x |" in text
+
+
+def test_tables_show_work_and_type_where_they_are_known_and_differ():
+    (plain,) = tables.tables(endtoend_records())
+    assert {"dtype", "GMACs"}.isdisjoint(plain.columns)
+    dense = record(macs=1_234_000_000, parameters=22_700_000)
+    (table,) = tables.tables([relative_to(one, dense) for one in (dense, record(name="q", dtype="int8"))])
+    assert table.columns[: table.left] == ["target", "kind", "runtime", "dtype"]
+    assert [dict(zip(table.columns, row, strict=True))["GMACs"] for row in table.rows] == ["1.23", ""]
+    assert table.rows[0][table.columns.index("params")] == "22.7 M"
+    assert "2 threads, float32 and int8, median" in table.title
 
 
 @pytest.mark.parametrize("value", [0.0123, 0.123, 1.23, 12.3, 99.94])
@@ -493,6 +574,12 @@ def test_bars_are_labelled_with_their_factor(tmp_path):
         "made-up processor",
     ):
         assert words in text
+
+
+def test_bars_tell_types_apart(tmp_path):
+    dense = record()
+    render.plot([relative_to(one, dense) for one in (dense, record(name="q", dtype="int8"))], tmp_path / "a.svg")
+    assert "int8" in (tmp_path / "a.svg").read_text()
 
 
 def test_mixed_records_are_not_drawn_together(tmp_path, matmul_records):

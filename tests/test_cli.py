@@ -272,7 +272,8 @@ def test_outputs_have_a_default_place_and_are_told(library, arguments, expected)
 def test_dry_run_promises_no_output(library):
     result = run("prune", "runs/x", "--dry-run", "--layout", "stock", "--json")
     assert "output_dir" not in json_of(result)
-    assert library.only_call()[2] == {"layout": "stock", "force": False, "dry_run": True}
+    asked = {key: library.only_call()[2][key] for key in ("layout", "target", "latency_table", "force", "dry_run")}
+    assert asked == {"layout": "stock", "target": "ort-cpu", "latency_table": None, "force": False, "dry_run": True}
 
 
 def test_evaluate_takes_the_rows_of_the_manifest_unless_told(library):
@@ -580,6 +581,14 @@ def test_bench_shows_a_table_for_people():
         (["--output", "out.xml"], "--output is out.xml, expected a name that ends in"),
         (["--plot", "out.pdf"], "--plot is out.pdf, expected a name that ends in"),
         (["a", "--data-dir", "glue"], "no data: give --task NAME"),
+        (["--alternatives"], "--alternatives takes one run directory"),
+        (["a", "b", "--alternatives"], "--alternatives takes one run directory"),
+        (["a", "--for", "ort-int8", "--baseline", "x"], "--for, --baseline goes with --alternatives"),
+        (["a", "b", "--fail-under", "0"], "--fail-under is 0, expected a factor above 0"),
+        (["a", "b", "--fail-under", "-1.5"], "--fail-under is -1.5, expected a factor above 0"),
+        (["a", "b", "--fail-under", "nan"], "--fail-under is nan, expected a factor above 0"),
+        (["a", "--fail-under", "1.5"], "--fail-under compares the last model with the first"),
+        (["--fail-under", "1.5"], "--fail-under compares the last model with the first"),
     ],
 )
 def test_bench_refuses_before_it_times(library, arguments, text):
@@ -587,6 +596,47 @@ def test_bench_refuses_before_it_times(library, arguments, text):
     assert result.exit_code == 2
     assert result.stderr.startswith(f"error: {text}")
     assert library.calls == []
+
+
+def test_bench_builds_the_alternatives_of_a_run(library):
+    library.put("alternatives", "run", records(["dense ORT", "gatepress ORT"]))
+    arguments = ["runs/x", "--alternatives", "--baseline", "dense torch", "--for", "ort-int8", "--batch-size", "2"]
+    result = run("bench", *arguments, "--json")
+    assert result.exit_code == 0, result.output
+    name, args, kwargs = library.only_call()
+    assert (name, args) == ("alternatives", (Path("runs/x"),))
+    assert (kwargs["baseline"], kwargs["target"], kwargs["batch_sizes"]) == ("dense torch", "ort-int8", [2])
+    assert {"fail_under", "missed"}.isdisjoint(json_of(result))
+    assert run("bench", "runs/x", "--alternatives").exit_code == 0
+    assert {"baseline", "target"}.isdisjoint(library.calls[-1][2])
+
+
+@pytest.mark.usefixtures("library")
+def test_bench_gates_on_a_factor(tmp_path):
+    result = run("bench", "a", "b", "--fail-under", "1.11", "--json")
+    assert result.exit_code == 0, result.output
+    assert (json_of(result)["fail_under"], json_of(result)["missed"]) == (1.11, [])
+
+    path = tmp_path / "out.json"
+    result = run("bench", "a", "b", "--fail-under", "1.2", "--json", "--output", str(path))
+    assert result.exit_code == 1
+    (missed,) = json_of(result)["missed"]
+    assert missed == {
+        "name": "b",
+        "baseline": "a",
+        "task": None,
+        "batch_size": 1,
+        "seq_len": 8,
+        "relative_time_factor": 1.1111,
+    }
+    assert len(json_of(result)["records"]) == 2
+    assert len(json.loads(path.read_text())["records"]) == 2
+    last = result.stderr.splitlines()[-1]
+    assert last == "error: b is not 1.2 times as fast as a (--fail-under): 1.11x at batch 1 x 8 tokens"
+
+    result = run("bench", "a", "b", "--fail-under", "1.2")
+    assert result.exit_code == 1
+    assert "1.11x" in result.stdout
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".md"])

@@ -6,7 +6,7 @@ those of inputs that are on the device already until the result is there.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from gatepress.bench.record import Record, latencies, now, relative_to, versions
 from gatepress.checkpoint import open_tokenizer
 from gatepress.config import DataSettings
 from gatepress.errors import GatepressError, ModelError
+from gatepress.machine import device_name
 from gatepress.progress import NoProgress, Progress
 from gatepress.tasks.sources import Rows, load_rows
 
@@ -31,11 +32,15 @@ EPOCH_REPETITIONS = 10  # of one pass over the validation rows, as in the paper
 WARMUP = 3
 EPOCH_WARMUP = 1
 BLOCK = 5  # batches in a row
+SETTLE_MS = 20.0  # of untimed batches before them, see timing.py
 # Any ids do: how long a model takes does not hang on them. These are in every vocabulary and none
 # of them stands for padding.
 TOKEN_IDS = (5, 30)
 
 Batch = dict[str, NDArray[np.int64]]  # input_ids, attention_mask, ... each [batch, length]
+
+
+Targets = Sequence[str | Path] | Mapping[str, str | Path]  # with the names that tables give them, or without
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,17 @@ class _Cell:
         return f"batch {self.batch_size} x length {self.seq_len}"
 
 
+@dataclass(frozen=True)
+class _Timed:
+    """One target in one cell."""
+
+    runner: runtime.Runner
+    call: Callable[[], None]
+    macs: int | None  # of one call
+
+
 def run(  # noqa: PLR0913 - every knob of a measurement is named
-    targets: Sequence[str | Path],
+    targets: Targets,
     *,
     device: str = "cpu",
     batch_sizes: Sequence[int] = (1, 8),
@@ -78,10 +92,16 @@ def run(  # noqa: PLR0913 - every knob of a measurement is named
     own number, for every runtime.
     Raises `UsageError`, `DeviceError`, and `ModelError` where a target cannot run a cell.
     """
-    _check(targets, batch_sizes, seq_lens)
-    timing.refuse_below(1, repetitions=repetitions, threads=threads, max_length=max_length)
-    timing.refuse_below(0, warmup=warmup)
-    place = torch.device(runtime.torch_device(device))
+    timing.refuse([] if targets else ["nothing to time: give a directory, an .onnx file or a model"])
+    place = check(
+        device=device,
+        batch_sizes=batch_sizes,
+        seq_lens=seq_lens,
+        repetitions=repetitions,
+        warmup=warmup,
+        threads=threads,
+        max_length=max_length,
+    )
     rows = None if data is None else load_rows(data, splits="validation")
     records: list[Record] = []
     with timing.undisturbed(threads) as active:
@@ -92,14 +112,16 @@ def run(  # noqa: PLR0913 - every knob of a measurement is named
             most = min([max_length, *(one.max_tokens for one in runners.values() if one.max_tokens)])
             cells = _passes(batch_sizes, rows, most, trust_remote_code=trust_remote_code)
         for cell in cells:
+            timed = {name: _timed(name, runner, cell) for name, runner in runners.items()}
             rounds = repetitions or (REPETITIONS if data is None else EPOCH_REPETITIONS)
             untimed = warmup if warmup is not None else (WARMUP if data is None else EPOCH_WARMUP)
             samples = timing.interleave(
-                {name: _call(name, runner, cell) for name, runner in runners.items()},
+                {name: one.call for name, one in timed.items()},
                 timing.wall_clock,
                 repetitions=rounds,
                 warmup=untimed,
                 block=BLOCK if data is None else 1,
+                settle_ms=SETTLE_MS,
                 progress=progress or NoProgress(),
                 description=str(cell),
             )
@@ -107,45 +129,58 @@ def run(  # noqa: PLR0913 - every knob of a measurement is named
                 Record(
                     what="endtoend",
                     name=name,
-                    kind=runner.kind,
-                    runtime=runner.runtime,
+                    kind=one.runner.kind,
+                    runtime=one.runner.runtime,
                     device=place.type,
-                    device_name=timing.device_name(place),
+                    device_name=device_name(place),
                     threads=active if place.type == "cpu" else None,
-                    dtype="float32",
+                    dtype=one.runner.dtype,
                     batch_size=cell.batch_size,
                     seq_len=cell.seq_len,
                     warmup=untimed,
-                    size_bytes=runner.size_bytes,
-                    parameters=runner.parameters,
+                    macs=one.macs,
+                    size_bytes=one.runner.size_bytes,
+                    parameters=one.runner.parameters,
                     versions=versions("gatepress", "torch", "transformers", "onnxruntime"),
                     timestamp=now(),
                     **cell.facts,
                     **latencies(samples[name]),
                 )
-                for name, runner in runners.items()
+                for name, one in timed.items()
             ]
             records += [relative_to(record, batch[0]) for record in batch]
     return records
 
 
-def _check(targets: Sequence[str | Path], batch_sizes: Sequence[int], seq_lens: Sequence[int]) -> None:
-    problems = [] if targets else ["nothing to time: give a directory, an .onnx file or a model"]
+def check(  # noqa: PLR0913 - those of `run` that can be wrong by themselves
+    *,
+    device: str = "cpu",
+    batch_sizes: Sequence[int] = (1,),
+    seq_lens: Sequence[int] = (1,),
+    repetitions: int | None = None,
+    warmup: int | None = None,
+    threads: int | None = None,
+    max_length: int = 1,
+    **_others: Any,
+) -> torch.device:
+    """Raise what `run` raises on wrong arguments, before anything is opened; return where it computes."""
+    problems = []
     for option, sizes in (("--batch-size", batch_sizes), ("--seq-len", seq_lens)):
         if not sizes:
             problems.append(f"{option} is empty, expected sizes like 1,8")
         problems += [f"{option} is {size}, expected 1 or more" for size in sizes if size < 1]
     timing.refuse(problems)
+    timing.refuse_below(1, repetitions=repetitions, threads=threads, max_length=max_length)
+    timing.refuse_below(0, warmup=warmup)
+    return torch.device(runtime.torch_device(device))
 
 
-def _open(
-    targets: Sequence[str | Path], device: str, threads: int, *, trust_remote_code: bool
-) -> dict[str, runtime.Runner]:
-    """Open all targets at once (they take turns later), under names that tell them apart."""
-    opened = [
-        runtime.open_runner(target, device=device, threads=threads, trust_remote_code=trust_remote_code)
-        for target in targets
-    ]
+def _open(targets: Targets, device: str, threads: int, *, trust_remote_code: bool) -> dict[str, runtime.Runner]:
+    """Open all targets at once (they take turns later), under their names or under such that tell them apart."""
+    opening = partial(runtime.open_runner, device=device, threads=threads, trust_remote_code=trust_remote_code)
+    if isinstance(targets, Mapping):
+        return {name: opening(target) for name, target in targets.items()}
+    opened = [opening(target) for target in targets]
     shared = Counter(runner.name for runner in opened)
     runners: dict[str, runtime.Runner] = {}
     for target, runner in zip(targets, opened, strict=True):
@@ -158,11 +193,17 @@ def _open(
     return runners
 
 
-def _call(name: str, runner: runtime.Runner, cell: _Cell) -> Callable[[], None]:
+def refuse_longer(name: str, max_tokens: int | None, seq_len: int) -> None:
+    """Raise `ModelError` on rows longer than a model takes: on a GPU they would not just fail."""
+    if max_tokens and seq_len > max_tokens:
+        raise ModelError(f"{name}: takes at most {max_tokens} tokens, --seq-len asks for {seq_len}")
+
+
+def _timed(name: str, runner: runtime.Runner, cell: _Cell) -> _Timed:
     """Return what is timed: all batches of the cell through one runner, on the device before."""
-    if runner.max_tokens and (cell.seq_len or 0) > runner.max_tokens:  # on a GPU this would not just fail
-        raise ModelError(f"{name}: takes at most {runner.max_tokens} tokens, --seq-len asks for {cell.seq_len}")
-    prepared = [runner.prepare(batch) for batch in cell.batches(runner)]
+    refuse_longer(name, runner.max_tokens, cell.seq_len or 0)
+    batches = cell.batches(runner)
+    prepared = [runner.prepare(batch) for batch in batches]
     forward, synchronize = runner.run, runner.synchronize
 
     def call() -> None:
@@ -177,7 +218,9 @@ def _call(name: str, runner: runtime.Runner, cell: _Cell) -> Callable[[], None]:
     except Exception as error:  # every runtime has its own classes for "this shape does not fit"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"{name}: cannot run {cell} ({reason}); try a smaller --batch-size or --seq-len") from error
-    return call
+    macs = [runner.macs(*batch["input_ids"].shape) for batch in batches]
+    known = [number for number in macs if number is not None]
+    return _Timed(runner, call, sum(known) if len(known) == len(macs) else None)
 
 
 def _grid(batch_sizes: Sequence[int], seq_lens: Sequence[int], seed: int) -> Iterator[_Cell]:

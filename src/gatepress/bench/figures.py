@@ -30,6 +30,7 @@ STYLE: Any = {
     "axes.titlecolor": INK,
     "axes.titlesize": 10.5,
     "figure.facecolor": "white",
+    "hatch.color": "white",
     "font.family": "sans-serif",
     "font.size": 9.5,
     "svg.fonttype": "none",  # text stays text: searchable, and small
@@ -118,10 +119,9 @@ def _bars(figure: Figure, cells: list[list[Record]]) -> None:
     most = max(map(len, cells))
     figure.set_size_inches(2.2 + 4.2 * width, 1.2 + height * (0.75 + 0.42 * most))
     panels = _panels(figure, height, width)
-    runtimes = {record.runtime for group in cells for record in group}
     for place, (axes, group) in enumerate(zip(panels, cells, strict=False)):
         at = range(len(group))
-        axes.barh(
+        bars = axes.barh(
             at,
             [record.latency_ms_median for record in group],
             xerr=[
@@ -132,6 +132,8 @@ def _bars(figure: Figure, cells: list[list[Record]]) -> None:
             color=[_color(record) for record in group],
             error_kw={"ecolor": INK, "elinewidth": 1, "capsize": 2.5},
         )
+        for bar, record in zip(bars, group, strict=True):
+            bar.set_hatch(_hatch(record))
         longest = max(record.latency_ms_p90 for record in group)
         for y, record in enumerate(group):
             axes.annotate(
@@ -157,8 +159,7 @@ def _bars(figure: Figure, cells: list[list[Record]]) -> None:
         axes.grid(axis="x", color=FAINT, linewidth=0.8)
     for axes in panels[len(cells) :]:
         axes.set_axis_off()
-    if len(runtimes) > 1:
-        _runtime_legend(figure)
+    _legend(figure, [record for group in cells for record in group])
     _caption(
         figure,
         cells,
@@ -174,9 +175,19 @@ def _color(record: Record) -> str:
     return BLUE if record.runtime == "torch" else ORANGE
 
 
-def _runtime_legend(figure: Figure) -> None:
-    handles = [Patch(color=BLUE, label="torch"), Patch(color=ORANGE, label="ONNX Runtime")]
-    figure.legend(handles=handles, loc="outside upper right", ncols=2, frameon=False, fontsize=8.5)
+def _hatch(record: Record) -> str:
+    return "" if record.dtype == "float32" else "////"
+
+
+def _legend(figure: Figure, records: list[Record]) -> None:
+    """Say what color and hatching mean, where there is more than one of them."""
+    handles = []
+    if len({record.runtime for record in records}) > 1:
+        handles += [Patch(color=BLUE, label="torch"), Patch(color=ORANGE, label="ONNX Runtime")]
+    for dtype in sorted({record.dtype for record in records if _hatch(record)}):
+        handles.append(Patch(facecolor=QUIET, edgecolor="white", hatch="////", label=dtype))
+    if handles:
+        figure.legend(handles=handles, loc="outside upper right", ncols=3, frameon=False, fontsize=8.5)
 
 
 def _short(name: str) -> str:

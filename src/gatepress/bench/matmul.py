@@ -17,6 +17,7 @@ from torch.nn.functional import linear
 
 from gatepress.bench import timing
 from gatepress.bench.record import Record, latencies, now, relative_to, versions
+from gatepress.machine import device_name
 from gatepress.progress import NoProgress, Progress
 from gatepress.runtime import torch_device
 
@@ -78,7 +79,7 @@ def run(  # noqa: PLR0913 - every knob of a measurement is named
                 kind=product.kind,
                 runtime="torch",
                 device=place.type,
-                device_name=timing.device_name(place),
+                device_name=device_name(place),
                 threads=active if place.type == "cpu" else None,
                 dtype="float32",
                 batch_size=1,

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -33,7 +32,7 @@ class Record:
     device: str  # cpu or cuda
     device_name: str  # what the machine calls its processor
     threads: int | None  # None: not the CPU's work
-    dtype: str
+    dtype: str  # of the weights: float32, or int8
     batch_size: int
     seq_len: int | None  # tokens; None: as long as each batch of the task needs
     repetitions: int
@@ -112,18 +111,6 @@ def relative_to(record: Record, baseline: Record) -> Record:
         relative_time_factor=round(1 / share, 4),
         relative_reduction_percent=round(100 * (1 - share), 2),
     )
-
-
-def cpu_name() -> str:
-    """Return the processor's model name as the system gives it, or its architecture."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name" and value.strip():
-                return value.strip()
-    except OSError:
-        pass  # not Linux
-    return platform.processor() or platform.machine() or "unknown processor"
 
 
 def versions(*packages: str) -> dict[str, str]:

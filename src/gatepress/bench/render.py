@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from gatepress.bench.record import FORMAT_VERSION, Record
-from gatepress.bench.tables import tables
+from gatepress.bench.tables import cell, tables, too_slow
 from gatepress.errors import ArtifactError, MissingExtraError, OutputError, UsageError
 from gatepress.files import json_text, read_json, replace_file
 
@@ -134,4 +134,4 @@ WRITERS: dict[str, Callable[[Sequence[Record]], str]] = {
 }
 
 
-__all__ = ["check_plot", "check_report", "json_object", "plot", "read", "tables", "write"]
+__all__ = ["cell", "check_plot", "check_report", "json_object", "plot", "read", "tables", "too_slow", "write"]

@@ -1,6 +1,6 @@
 """Benchmark records as text: one table for each comparison, with what was measured where."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from gatepress.bench.record import Record
@@ -26,8 +26,9 @@ def conditions(records: Sequence[Record]) -> str:
     threads = f", {one.threads} thread{'s' if one.threads != 1 else ''}" if one.threads else ""
     numbers = sorted({record.repetitions for record in records})
     calls = " to ".join(f"{number:,}" for number in dict.fromkeys([numbers[0], numbers[-1]]))
+    dtypes = " and ".join(dict.fromkeys(record.dtype for record in records))
     built = [f"{key} {one.versions[key]}" for key in ("torch", "onnxruntime") if key in one.versions]
-    return f"{one.device_name}{threads}, {one.dtype}, median of {calls} repetitions, {', '.join(built)}"
+    return f"{one.device_name}{threads}, {dtypes}, median of {calls} repetitions, {', '.join(built)}"
 
 
 def _matmul_table(records: Sequence[Record]) -> Table:
@@ -51,33 +52,27 @@ def _matmul_table(records: Sequence[Record]) -> Table:
 
 
 def _endtoend_table(records: Sequence[Record]) -> Table:
+    columns: dict[str, Callable[[Record], str]] = {
+        "target": lambda record: record.name,
+        "kind": lambda record: record.kind,
+        "runtime": lambda record: record.runtime,
+        "dtype": lambda record: record.dtype,
+        "median": lambda record: f"{ms(record.latency_ms_median)} ms",
+        "p10 to p90": lambda record: f"{ms(record.latency_ms_p10)} to {ms(record.latency_ms_p90)}",
+        "GMACs": lambda record: "" if record.macs is None else f"{record.macs / 1e9:#.3g}",
+        "params": lambda record: "" if record.parameters is None else f"{record.parameters / 1e6:,.1f} M",
+        "size": lambda record: "" if record.size_bytes is None else f"{record.size_bytes / 1e6:,.1f} MB",
+        "factor": lambda record: _factors(record)[1],
+    }
+    if len({record.dtype for record in records}) == 1:
+        del columns["dtype"]  # the title says it
+    if all(record.macs is None for record in records):
+        del columns["GMACs"]
     return Table(
         f"{cell(records[0])} on {conditions(records)}",
-        [
-            "target",
-            "kind",
-            "runtime",
-            "median",
-            "p10 to p90",
-            "parameters",
-            "size",
-            "reduction",
-            "time factor",
-        ],
-        [
-            [
-                record.name,
-                record.kind,
-                record.runtime,
-                f"{ms(record.latency_ms_median)} ms",
-                f"{ms(record.latency_ms_p10)} to {ms(record.latency_ms_p90)}",
-                "" if record.parameters is None else f"{record.parameters:,}",
-                "" if record.size_bytes is None else f"{record.size_bytes / 1e6:,.1f} MB",
-                *_factors(record),
-            ]
-            for record in records
-        ],
-        3,
+        list(columns),
+        [[show(record) for show in columns.values()] for record in records],
+        list(columns).index("median"),
     )
 
 
@@ -94,6 +89,12 @@ def groups(records: Sequence[Record]) -> list[list[Record]]:
         key = (record.what, record.shape, record.task, record.device_name, record.batch_size, record.seq_len)
         groups.setdefault(key, []).append(record)
     return list(groups.values())
+
+
+def too_slow(records: Sequence[Record], factor: float) -> list[Record]:
+    """Return the last record of each group that is not `factor` times as fast as the first."""
+    last = [group[-1] for group in groups(records)]
+    return [record for record in last if (record.relative_time_factor or 0.0) < factor]
 
 
 def cell(record: Record) -> str:

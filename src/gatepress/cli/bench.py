@@ -1,13 +1,15 @@
 """`gatepress bench`: how long it takes, one weight or whole models against each other."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gatepress.cli import _options as opt
-from gatepress.cli._console import grid, session
-from gatepress.errors import UsageError
+from gatepress.cli._console import Screen, grid, session
+from gatepress.config import Target
+from gatepress.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -19,6 +21,9 @@ EXAMPLES = opt.examples(
     "gatepress bench --device cpu",
     "gatepress bench --shape 768x768,3072x768 --repetitions 100000 --plot fig3a.png",
     "gatepress bench runs/sst2 pruned/sst2 onnx/sst2 --batch-size 1,8 --seq-len 32,128",
+    "gatepress bench runs/sst2 --alternatives --plot sst2.png",
+    "gatepress bench dense-onnx onnx/sst2 --fail-under 1.3 --json",
+    "gatepress bench --latency-table ort-cpu -o server.json",
     "gatepress bench FacebookAI/roberta-base pruned/cola --task cola --output cola.jsonl",
 )
 
@@ -88,6 +93,50 @@ def bench(  # noqa: PLR0913 - every option is a parameter
         int | None,
         typer.Option(metavar="N", help="Untimed calls before the timed ones.", rich_help_panel=opt.MEASURING),
     ] = None,
+    alternatives: Annotated[
+        bool,
+        typer.Option(
+            "--alternatives",
+            help="With one run directory: time it against what could be deployed in its place. Builds, for the "
+            "moment, the dense model, its 8-bit form, the paper's layout and the forms of gatepress, in torch "
+            "and ONNX Runtime; takes a few minutes.",
+            rich_help_panel=opt.ALTERNATIVES,
+        ),
+    ] = False,
+    for_target: Annotated[
+        Target | None,
+        typer.Option(
+            "--for",
+            help="With --alternatives: prune the ONNX forms for this target; each for its own runtime unless given.",
+            rich_help_panel=opt.ALTERNATIVES,
+        ),
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="With --alternatives: what the others are compared with, by its name in the table; dense ORT "
+            "unless given.",
+            rich_help_panel=opt.ALTERNATIVES,
+        ),
+    ] = None,
+    latency_table: Annotated[
+        Target | None,
+        typer.Option(
+            help="Instead: measure what products and index operations of a runtime cost on this machine, for "
+            "gatepress prune --latency-table on another one; write it with --output.",
+            rich_help_panel=opt.MEASURING,
+        ),
+    ] = None,
+    fail_under: Annotated[
+        float | None,
+        typer.Option(
+            metavar="FACTOR",
+            help="With models: exit with 1 where the last one is not at least FACTOR times as fast as the first in "
+            "every table. Results are shown and written all the same.",
+            rich_help_panel=opt.MEASURING,
+        ),
+    ] = None,
     threads: opt.Threads = None,
     device: opt.MeasuringDevice = "cpu",
     seed: opt.MeasuringSeed = 0,
@@ -156,10 +205,18 @@ def bench(  # noqa: PLR0913 - every option is a parameter
         }
         weights = {"shape": shape, "sparsity": sparsity, "tokens": tokens}
         models = {"batch_size": batch_size, "seq_len": seq_len, "max_length": max_length, **data}
+        if latency_table is not None:
+            others = {**weights, **models, "plot": plot, "fail_under": fail_under, "for": for_target}
+            _refuse_given({**others, "repetitions": repetitions, "warmup": warmup}, "means nothing to --latency-table")
+            _latency_table(screen, latency_table, targets, output, threads, force=force)
+            return
         if targets:
             _refuse_given(weights, "times one weight; leave it out where models are given")
         else:
             _refuse_given(models, "times models; name at least one, e.g. gatepress bench pruned/x")
+        built = {"target": for_target, "baseline": baseline}
+        _check_alternatives(targets, built, alternatives=alternatives)
+        _check_factor(fail_under, enough=alternatives or len(targets or ()) > 1)
         asked = _asked(batch_sizes=batch_size, seq_lens=seq_len, shapes=shape, sparsities=sparsity)
         plain = {"tokens": tokens, "max_length": max_length, "repetitions": repetitions, "warmup": warmup}
         asked |= {name: value for name, value in plain.items() if value is not None}
@@ -171,23 +228,34 @@ def bench(  # noqa: PLR0913 - every option is a parameter
             if path is not None:
                 check(path, force=force)  # before anything is timed
         asked |= {"device": device, "threads": threads, "seed": seed, "progress": screen.progress}
-        records: list[Record]
         if targets:
-            from gatepress.bench import endtoend
+            asked |= {"data": rows, "trust_remote_code": trust_remote_code}
+        asked |= {name: value for name, value in built.items() if value is not None}
+        records = _records(targets, alternatives=alternatives, **asked)
+        _deliver(screen, records, {"output": output, "plot": plot}, fail_under, force=force)
 
-            records = endtoend.run(targets, data=rows, trust_remote_code=trust_remote_code, **asked)
-        else:
-            from gatepress.bench import matmul
 
-            records = matmul.run(**asked)
-        written: dict[str, str] = {}
-        for key, path, write in (("output", output, render.write), ("plot", plot, render.plot)):
-            if path is not None:
-                write(records, path, force=force)
-                written[key] = str(path)
-        screen.result({**render.json_object(records, samples=False), **written}, lambda _: tables(records))
-        for name in written.values():
-            screen.note(f"wrote {name}")
+def _deliver(
+    screen: Screen, records: "Sequence[Record]", files: dict[str, Path | None], factor: float | None, *, force: bool
+) -> None:
+    """Write and show the records; exit with 1 where the last model is not `factor` times as fast as the first."""
+    from gatepress.bench import render
+
+    written: dict[str, str] = {}
+    for (key, path), write in zip(files.items(), (render.write, render.plot), strict=True):
+        if path is not None:
+            write(records, path, force=force)
+            written[key] = str(path)
+    value = {**render.json_object(records, samples=False), **written}
+    missed = [] if factor is None else render.too_slow(records, factor)
+    if factor is not None:
+        value |= {"fail_under": factor, "missed": [_missed(record) for record in missed]}
+    screen.result(value, lambda _: tables(records))
+    for name in written.values():
+        screen.note(f"wrote {name}")
+    if missed:
+        _say_missed(screen, missed, factor)
+        raise typer.Exit(1)
 
 
 def tables(records: "Sequence[Record]") -> "list[Titled]":
@@ -195,6 +263,80 @@ def tables(records: "Sequence[Record]") -> "list[Titled]":
     from gatepress.bench import render
 
     return [grid(table.title, table.columns, table.rows, left=table.left) for table in render.tables(records)]
+
+
+def _records(targets: list[str] | None, *, alternatives: bool, **asked: Any) -> "list[Record]":
+    """Measure what the request is about."""
+    if targets and alternatives:
+        from gatepress import alternatives as building
+
+        return building.run(Path(targets[0]), **asked)
+    if targets:
+        from gatepress.bench import endtoend
+
+        return endtoend.run(targets, **asked)
+    from gatepress.bench import matmul
+
+    return matmul.run(**asked)
+
+
+def _latency_table(  # noqa: PLR0913 - each is an option of the command
+    screen: Screen, target: Target, models: list[str] | None, output: Path | None, threads: int | None, *, force: bool
+) -> None:
+    """Measure a latency table, write and show it."""
+    if models:
+        raise UsageError(f"--latency-table times single products; leave out {', '.join(models)}")
+    if output is not None and output.suffix.lower() != ".json":
+        raise UsageError(f"--output is {output}, expected a name that ends in .json")
+    if output is not None and output.exists() and not force:
+        raise OutputError(f"{output}: exists already; choose another with --output or replace it with --force")
+
+    from gatepress import costs, latency
+    from gatepress.bench import timing
+
+    timing.refuse_below(1, threads=threads)
+    with timing.undisturbed(threads):
+        table = latency.measure(target, progress=screen.progress)
+    if output is not None:
+        costs.save(table, output)
+    columns = ["operation", "tokens", "shape", "time"]
+    rows = [
+        [entry.op, f"{entry.tokens:,}", "x".join(map(str, entry.shape)), f"{entry.ms:.3f} ms"]
+        for entry in table.entries
+    ]
+    title = f"{target} on {table.source}, {table.about['threads']} threads, the fastest of {latency.REPEATS} calls"
+    screen.result(table.to_json(), lambda _: [grid(title, columns, rows)])
+
+
+def _check_alternatives(targets: list[str] | None, built: dict[str, Any], *, alternatives: bool) -> None:
+    if alternatives and len(targets or ()) != 1:
+        raise UsageError("--alternatives takes one run directory, e.g. gatepress bench runs/x --alternatives")
+    if not alternatives:
+        _refuse_given({"for": built["target"], "baseline": built["baseline"]}, "goes with --alternatives")
+
+
+def _check_factor(factor: float | None, *, enough: bool) -> None:
+    if factor is None:
+        return
+    if not 0 < factor < math.inf:
+        raise UsageError(f"--fail-under is {factor:g}, expected a factor above 0, e.g. 1.3")
+    if not enough:
+        raise UsageError("--fail-under compares the last model with the first; name two, or add --alternatives")
+
+
+def _missed(record: "Record") -> dict[str, Any]:
+    """Return one table in which --fail-under was missed."""
+    keys = ("name", "baseline", "task", "batch_size", "seq_len", "relative_time_factor")
+    return {key: getattr(record, key) for key in keys}
+
+
+def _say_missed(screen: Screen, missed: "Sequence[Record]", factor: float | None) -> None:
+    """Say in one line where the last model is too slow."""
+    from gatepress.bench import render
+
+    places = ", ".join(f"{record.relative_time_factor:.2f}x at {render.cell(record)}" for record in missed)
+    last = missed[0]
+    screen.say(f"error: {last.name} is not {factor:g} times as fast as {last.baseline} (--fail-under): {places}")
 
 
 def _asked(**lists: str | None) -> dict[str, Any]:

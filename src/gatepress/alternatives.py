@@ -1,0 +1,125 @@
+"""A run against what could be deployed in its place, built for the moment and timed by turns.
+
+From one run directory: the dense model it started from, the run itself with its gates as masks, the
+paper's way of leaving out what is closed (each matrix by its own index, nothing else), and what
+gatepress makes of it, in torch, in ONNX Runtime, and in ONNX Runtime with 8-bit weights. All but
+the run live in a temporary directory for as long as they are timed.
+"""
+
+import contextlib
+import logging
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from gatepress.bench import endtoend
+from gatepress.bench.record import Record
+from gatepress.checkpoint import open_base, open_tokenizer, read_run
+from gatepress.config import Layout, Target
+from gatepress.errors import UsageError
+from gatepress.export import export
+from gatepress.hub import locate_model
+from gatepress.progress import NoProgress, Progress
+from gatepress.pruning import prune
+from gatepress.runtime import max_tokens
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+BASELINE = "dense ORT"  # what a user would deploy who had never heard of gates
+
+# Name in the tables -> directory; the run itself has none of its own.
+FORMS = {
+    "dense torch": "dense",
+    "masked torch": "",
+    "dense ORT": "dense-onnx",
+    "dense ORT int8": "dense-int8",
+    "paper layout ORT": "paper-onnx",
+    "paper layout torch": "paper",
+    "gatepress torch": "for-torch",
+    "gatepress ORT": "for-ort-onnx",
+    "gatepress ORT int8": "for-int8-onnx",
+}
+
+
+def run(
+    run_dir: Path,
+    *,
+    target: Target | None = None,
+    baseline: str = BASELINE,
+    progress: Progress | None = None,
+    **measuring: Any,
+) -> list[Record]:
+    """Build the forms of a run and time them in one `endtoend.run`, which takes what is in `measuring`.
+
+    The first record of each cell is the `baseline`, the others follow in the order of `FORMS`. The forms
+    of gatepress are pruned each for the runtime that computes it, or those in ONNX for `target`.
+    Raises `UsageError` on an unknown baseline and on a device other than the CPU, and what `prune`,
+    `export` and `endtoend.run` raise; the temporary directory goes in any case.
+    """
+    if baseline not in FORMS:
+        raise UsageError(f"--baseline is {baseline!r}, expected one of: {', '.join(FORMS)}")
+    if endtoend.check(**measuring).type != "cpu":
+        raise UsageError("--alternatives compares runtimes of the CPU; leave out --device, or name the models to time")
+    with tempfile.TemporaryDirectory(prefix="gatepress-") as root:
+        _build(run_dir, Path(root), target, max(measuring.get("seq_lens", (0,))), progress or NoProgress())
+        names = [baseline, *(name for name in FORMS if name != baseline)]
+        targets = {name: Path(root, FORMS[name]) if FORMS[name] else run_dir for name in names}
+        return endtoend.run(targets, progress=progress, **measuring)
+
+
+def _build(run_dir: Path, root: Path, target: Target | None, longest: int, progress: Progress) -> None:
+    """Write every form of `FORMS` but the run."""
+    prunings: list[tuple[str, Layout, Target]] = [
+        ("paper", "paper", "ort-cpu"),
+        ("for-torch", "auto", "torch-cpu"),
+        ("for-ort", "auto", target or "ort-cpu"),
+        ("for-int8", "auto", target or "ort-int8"),
+    ]
+    exports: list[tuple[str, str, Literal["int8"] | None]] = [
+        ("dense", "dense-onnx", None),
+        ("dense", "dense-int8", "int8"),
+        ("paper", "paper-onnx", None),
+        ("for-ort", "for-ort-onnx", None),
+        ("for-int8", "for-int8-onnx", "int8"),
+    ]
+    steps: list[tuple[str, Callable[[], object]]] = [("dense", partial(_write_dense, run_dir, root / "dense", longest))]
+    for name, layout, runtime in prunings:
+        steps.append((name, partial(prune, run_dir, root / name, layout=layout, target=runtime, progress=progress)))
+    for source, name, quantize in exports:
+        steps.append((name, partial(export, root / source, root / name, quantize=quantize)))
+    progress.start(len(steps), "building the alternatives")
+    try:
+        with _no_metrics():
+            for name, step in steps:
+                step()
+                progress.advance(1, built=name)
+    finally:
+        progress.finish()
+
+
+@contextlib.contextmanager
+def _no_metrics() -> "Iterator[None]":
+    """Keep back the warning that a metric was not measured: the dense form has none, it is there for its time."""
+    logger = logging.getLogger("gatepress.export")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _write_dense(run_dir: Path, directory: Path, longest: int) -> None:
+    """Write the base model with a head for the run's task, not finetuned: its time is that of any other weights."""
+    manifest = read_run(run_dir)
+    base = locate_model(manifest.settings.model, manifest.settings.revision)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = open_base(base, manifest.task)
+    endtoend.refuse_longer(str(run_dir), max_tokens(model.config.to_dict()), longest)
+    model.save_pretrained(directory)
+    open_tokenizer(run_dir).save_pretrained(directory)
