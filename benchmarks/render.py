@@ -13,12 +13,21 @@ from typing import Any
 from main_job import render as main_job_table
 
 from gatepress.bench import render
+from gatepress.bench.record import Record
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
-TIMINGS = ("latency_minilm", "matmul")
+TIMINGS = (
+    "latency_minilm",
+    "matmul",
+    "speed_base",
+    "speed_trained",
+    "speed_structured_minilm",
+    "speed_structured_roberta-base",
+)
 BATCH, LENGTH = 8, 128  # of the latencies in the README
+TOLERATED = 3  # per cent: what a chosen layout may be slower than the best fixed one
 
 
 def defaults_table(rows: list[dict[str, Any]]) -> str:
@@ -36,6 +45,95 @@ def defaults_table(rows: list[dict[str, Any]]) -> str:
         for row in rows
     ]
     return head + "\n".join(lines) + "\n"
+
+
+def grid_table(rows: list[dict[str, Any]]) -> str:
+    """Return whether the chosen layout was ever slower than a fixed one, in Markdown."""
+    cells: dict[tuple[Any, ...], dict[str, Record]] = {}
+    for row in rows:
+        record = Record.from_json(row["record"])
+        key = (row["encoder"], row["target"], row["sparsity_asked"], record.batch_size, record.seq_len)
+        cells.setdefault(key, {})[record.name] = record
+    one = next(iter(next(iter(cells.values())).values()))
+    lines, worst = [], 0.0
+    for (encoder, target, sparsity, batch, length), found in cells.items():
+        times = {name: record.latency_ms_median for name, record in found.items()}
+        best = min(time for name, time in times.items() if name != "auto")
+        worst = max(worst, times["auto"] / best)
+        shown = " | ".join(f"{times[name]:.2f}" for name in ("dense", "inner", "index", "auto"))
+        lines.append(
+            f"| {encoder} | {target} | {sparsity:.0%} | {batch} x {length} | {shown} "
+            f"| {times['dense'] / times['auto']:.2f}x | {100 * (times['auto'] / best - 1):+.1f} % |"
+        )
+    above = sum(1 for line in lines if float(line.rsplit("|", 2)[1].split()[0]) > TOLERATED)
+    return (
+        "# Is the chosen layout ever slower than a fixed one?\n\n`python benchmarks/speed.py grid`. Matrix "
+        "gates closed "
+        "at random, on both axes of every matrix. Medians in milliseconds, each row one interleaved run. The "
+        "last column "
+        f"compares with the fastest of dense, inner and index. {one.device_name}, {one.threads} threads, "
+        f"{one.repetitions} repetitions.\n\n{above} of {len(lines)} rows are above +{TOLERATED:g} %; the worst is "
+        f"{100 * (worst - 1):+.1f} %.\n\n| shape | runtime | closed | batch x length | dense | inner | index | auto "
+        "| auto against dense | auto against the best |\n|---|---|--:|---|--:|--:|--:|--:|--:|--:|\n"
+        + "\n".join(lines)
+        + "\n"
+    )
+
+
+def collapse_table(result: dict[str, Any]) -> str:
+    """Return time and memory of prune, in Markdown."""
+    base, imports = result["base_bytes"], result["rss_of_the_imports_alone_bytes"]
+    lines = [
+        f"| {run['layout']} | {run['seconds']:.1f} s | {run['peak_rss_bytes'] / 1e6:,.0f} MB "
+        f"| {(run['peak_rss_bytes'] - imports) / base:.2f} |"
+        for run in result["runs"]
+    ]
+    return (
+        f"# Time and memory of `gatepress prune`\n\nShape {result['shape']}, weights of {base / 1e6:,.0f} MB, "
+        "matrix gates "
+        "at 0.3 on both axes; a fresh process from start to exit, checks and parity included. A process that has only "
+        f"imported gatepress and torch holds {imports / 1e6:,.0f} MB.\n\n| layout | time | peak resident memory "
+        "| above the imports, in base weights |\n|---|--:|--:|--:|\n" + "\n".join(lines) + "\n"
+    )
+
+
+def kernels_table(rows: list[dict[str, Any]]) -> str:
+    """Return single products and index operations, in Markdown."""
+    lines = [
+        f"| {row['runtime']} | {row['what']} | {row['shape'][0]} x {row['shape'][1]} | {row['tokens']:,} "
+        f"| {row['ms']:.3f} ms |"
+        for row in rows
+    ]
+    return (
+        "# Single products and index operations\n\n`python benchmarks/speed.py kernels`; the fastest of 30 calls on "
+        f"{rows[0]['device_name']}, {rows[0]['threads']} threads. A product is `[out, in]`, an index operation "
+        "goes from "
+        "the first width to the second.\n\n| runtime | what | shape | tokens | time |\n|---|---|---|--:|--:|\n"
+        + "\n".join(lines)
+        + "\n"
+    )
+
+
+def speed_figures() -> str:
+    """Return what pruning buys against what a user would deploy instead, from one interleaved run."""
+    records = [
+        record
+        for record in render.read(RESULTS / "speed_base.json")
+        if (record.batch_size, record.seq_len) == (BATCH, LENGTH)
+    ]
+    dense = records[0]
+    rows = "\n".join(
+        f"| {record.name} | {record.latency_ms_median:,.0f} ms | {record.relative_time_factor:.2f}x "
+        f"| {(record.macs or 0) / 1e9:.1f} G | {(record.size_bytes or 0) / 1e6:.0f} MB |"
+        for record in records
+    )
+    return (
+        "| RoBERTa-base shape, gates of the paper, 30 % closed on both axes | 8 x 128 tokens | factor | MACs | file |\n"
+        f"|---|--:|--:|--:|--:|\n{rows}\n\n{dense.device_name}, {dense.threads} threads, median of "
+        f"{dense.repetitions}, one "
+        "interleaved run (`gatepress bench RUN --alternatives`); random weights and gates. All batches and lengths, "
+        "a trained run, structured gates: [benchmarks](benchmarks/README.md).\n"
+    )
 
 
 def readme_figures() -> str:
@@ -75,13 +173,20 @@ def main() -> None:
     """Write every rendered file."""
     (RESULTS / "main_job.md").write_text(main_job_table(json.loads((RESULTS / "main_job.json").read_text())))
     (RESULTS / "defaults.md").write_text(defaults_table(json.loads((RESULTS / "defaults.json").read_text())))
+    (RESULTS / "kernels.md").write_text(kernels_table(json.loads((RESULTS / "kernels.json").read_text())))
+    grid = [json.loads(line) for line in (RESULTS / "speed_grid.jsonl").read_text().splitlines()]
+    (RESULTS / "speed_grid.md").write_text(grid_table(grid))
+    (RESULTS / "speed_collapse.md").write_text(
+        collapse_table(json.loads((RESULTS / "speed_collapse.json").read_text()))
+    )
     for name in TIMINGS:
         records = render.read(RESULTS / f"{name}.json")
         render.write(records, RESULTS / f"{name}.md", force=True)
         for suffix in ("svg", "png"):
             render.plot(records, RESULTS / f"{name}.{suffix}", force=True)
-    marked = r"(?s)(<!-- figures -->\n).*?(<!-- /figures -->)"
-    README.write_text(re.sub(marked, lambda m: m[1] + readme_figures() + m[2], README.read_text()))
+    for mark, text in (("figures", readme_figures()), ("speed", speed_figures())):
+        marked = rf"(?s)(<!-- {mark} -->\n).*?(<!-- /{mark} -->)"
+        README.write_text(re.sub(marked, lambda m, text=text: m[1] + text + m[2], README.read_text()))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,306 @@
+"""How fast pruned models are, on runtimes that people deploy, against what they would use instead.
+
+    python benchmarks/speed.py table       # what an index operation costs on this machine, per runtime
+    python benchmarks/speed.py kernels     # odd widths, ways to pick columns, products together or apart
+    python benchmarks/speed.py base        # RoBERTa-base shape, matrix gates, s = 0.3 on both axes, random
+    python benchmarks/speed.py trained --run DIR    # the same for a trained run
+    python benchmarks/speed.py structured  # half of the multiply-accumulates gone: how much of that is time
+    python benchmarks/speed.py grid        # is the chosen layout ever slower than a fixed one?
+    python benchmarks/speed.py collapse    # time and memory of prune, RoBERTa-base shape
+
+Weights are random (how long a product takes does not hang on them), gates are closed at random, shapes
+are real. Every comparison is one interleaved run. Wants a quiet machine; `--work DIR` keeps models, and
+parts of the grid that are done are not measured again.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from onnx import helper
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    MPNetConfig,
+    MPNetForSequenceClassification,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+from gatepress import latency
+from gatepress.alternatives import run as against_alternatives
+from gatepress.bench import endtoend, render
+from gatepress.checkpoint import RunManifest, RunWriter, model_files, open_base, open_tokenizer, versions
+from gatepress.config import DataSettings, Granularity, Layout, Target, TrainSettings
+from gatepress.export import export
+from gatepress.inject import attach_gates_, gated_linear
+from gatepress.machine import cpu_name
+from gatepress.pruning import prune
+from gatepress.resolve import resolve
+from gatepress.tasks.sources import load_rows
+
+RESULTS = Path(__file__).parent / "results"
+SHAPES: dict[str, Any] = {
+    "minilm": lambda: BertForSequenceClassification(
+        BertConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=12)
+    ),
+    "mpnet": lambda: MPNetForSequenceClassification(MPNetConfig(num_hidden_layers=4)),  # of 12: all of one shape
+    "roberta-base": lambda: RobertaForSequenceClassification(
+        RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
+    ),
+}
+BATCHES, LENGTHS = (1, 8), (32, 128)
+SPARSITIES = (0.1, 0.3, 0.5, 0.7)
+REPETITIONS = 20
+FIXED: tuple[Layout, ...] = ("inner", "index")
+GRID: dict[Target, bool] = {"torch-cpu": False, "ort-cpu": True, "ort-int8": True}  # whether ONNX Runtime computes it
+
+
+def base_model(shape: str, work: Path) -> Path:
+    """Write a model of a shape with random weights and a small word list, unless it is there; return its directory."""
+    directory = work / f"base-{shape}"
+    if not directory.exists():
+        torch.manual_seed(0)
+        model: PreTrainedModel = SHAPES[shape]()
+        model.save_pretrained(directory)
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(100))]
+        (directory / "vocab.txt").write_text("\n".join(words) + "\n")
+        AutoTokenizer.from_pretrained(directory, model_type="bert").save_pretrained(directory)
+    return directory
+
+
+def random_run(shape: str, work: Path, *, granularity: Granularity, sparsity: float, heads: bool = False) -> Path:
+    """Write a run directory whose gates are closed at random, `sparsity` of each vector; return it.
+
+    Structured gates close alike in every head, or, with `heads`, whole heads.
+    """
+    run = work / f"run-{shape}-{granularity}{'-heads' if heads else ''}-{sparsity:g}"
+    if run.exists():
+        return run
+    base = base_model(shape, work)
+    rows = work / "rows.csv"
+    rows.write_text("text,label\n" + "".join(f"w{n} w{n + 1} w{n + 2},{n % 2}\n" for n in range(60)))
+    data = DataSettings(train_file=str(rows), validation_file=str(rows), text_column="text", label_column="label")
+    settings = TrainSettings(data=data, model=str(base), granularity=granularity, sparsity=sparsity, lora_rank=0)
+    loaded = load_rows(data)
+    model = open_base(base, loaded.spec)
+    attach_gates_(model, granularity=granularity, controller="importance")
+    torch.manual_seed(0)
+    heads_at = {id(gated_linear(model, layer, role)): layer for layer in resolve(model) for role in ("q", "o")}
+    for module in model.modules():
+        for gate in (getattr(module, name, None) for name in ("gate_in", "gate_out")):
+            if gate is None:
+                continue
+            layer = heads_at.get(id(module)) if granularity == "structured" else None
+            groups = layer.heads if layer else 1
+            gate.mask.copy_(_closed(gate.size, groups, sparsity, whole=heads))
+    probe = {"input_ids": torch.randint(5, 90, (8, 16)), "attention_mask": torch.ones(8, 16, dtype=torch.long)}
+    manifest = RunManifest(
+        settings=settings,
+        task=loaded.spec,
+        status="finished",
+        step=1,
+        base_sha256=model_files(base),
+        data_fingerprint=loaded.fingerprint,
+        tensors={},
+        report={},
+        versions=versions(),
+    )
+    with RunWriter(run, tokenizer=open_tokenizer(base), probe=probe) as writer:
+        writer.save(model.eval(), manifest)
+    return run
+
+
+def _closed(size: int, groups: int, sparsity: float, *, whole: bool) -> torch.Tensor:
+    """Return a mask [size] with `sparsity` zeros: at random in each group, or whole groups from the last on."""
+    mask = torch.ones(groups, size // groups)
+    if whole and groups > 1:
+        mask[round(groups * (1 - sparsity)) :] = 0
+        return mask.flatten()
+    gone = round(sparsity * mask.shape[1])
+    for row in mask:
+        row[torch.randperm(len(row))[:gone]] = 0
+    return mask.flatten()
+
+
+def table(work: Path) -> None:
+    """Measure the costs that layouts are chosen by."""
+    del work
+    measured = {target: latency.measure(target).to_json() for target in GRID}
+    (RESULTS / "latency_tables.json").write_text(json.dumps(measured, indent=1) + "\n")
+
+
+def kernels(work: Path) -> None:
+    """Time what the target's facts in `costs.TARGETS` stand on: odd widths, and two ways to pick columns."""
+    del work
+    rows: list[dict[str, Any]] = []
+    fused = [("q alone", (384, 768)), ("q, k, v together", (1152, 768))]
+    products = [("product", (out, 768)) for out in (1504, 1505, 1512, 1520)]
+    products += [("product", (out, 1504)) for out in (538, 544)] + [
+        (f"product, {name}", shape) for name, shape in fused
+    ]
+    random = np.random.default_rng(0)
+
+    def add(what: str, runtime: Target, shape: tuple[int, int], tokens: int, call: latency.Call) -> None:
+        ms = latency._fastest(call, 30)
+        about = {"device_name": cpu_name(), "threads": torch.get_num_threads()}
+        rows.append({"what": what, "runtime": runtime, "shape": shape, "tokens": tokens, "ms": round(ms, 4), **about})
+
+    with torch.inference_mode():
+        for tokens in (128, 1024):
+            for what, (out, columns) in products:
+                linear, x = torch.nn.Linear(columns, out), torch.randn(1, tokens, columns)
+                add(what, "torch-cpu", (out, columns), tokens, partial(linear, x))
+                values = {"w": random.standard_normal((columns, out)).astype(np.float32)}
+                nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
+                for target in ("ort-cpu", "ort-int8"):
+                    call = latency._session(nodes, values, (columns, out), target, tokens)
+                    add(what, target, (out, columns), tokens, call)
+            kept = np.linspace(0, 767, 544).astype(np.int64)
+            last = [helper.make_node("Gather", ["x", "index"], ["y"], axis=-1)]
+            call = latency._session(last, {"index": kept}, (768, 544), "ort-cpu", tokens)
+            add("gather from the last axis", "ort-cpu", (768, 544), tokens, call)
+            call = latency._session(*latency._rows_moved(768, kept, zeros=0), (768, 544), "ort-cpu", tokens)
+            add("gather by rows of the transposed", "ort-cpu", (768, 544), tokens, call)
+            x, index = torch.randn(1, tokens, 768), torch.from_numpy(kept)
+            add("gather from the last axis", "torch-cpu", (768, 544), tokens, partial(x.index_select, -1, index))
+    (RESULTS / "kernels.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def compare(run: Path, name: str) -> None:
+    """Time a run against everything else that could be deployed."""
+    records = against_alternatives(run, batch_sizes=BATCHES, seq_lens=LENGTHS, repetitions=REPETITIONS)
+    render.write(records, RESULTS / f"speed_{name}.json", force=True)
+
+
+def forms_of(run: Path, target: Target, layouts: tuple[Layout, ...]) -> dict[str, Path]:
+    """Return the directories of a run's dense form and of each layout, as the target runs them; kept for others."""
+    base = Path(json.loads((run / "gatepress_run.json").read_text())["settings"]["model"])
+    sources = {"dense": base}
+    for layout in layouts:
+        pruned = run.with_name(f"{layout}-{target if layout == 'auto' else 'any'}-{run.name}")
+        if not pruned.exists():
+            prune(run, pruned, layout=layout, target=target)
+        sources[layout] = pruned
+    if target == "torch-cpu":
+        return sources
+    quantize: Literal["int8"] | None = "int8" if target == "ort-int8" else None
+    graphs = {name: source.with_name(f"{quantize or 'fp32'}-{source.name}") for name, source in sources.items()}
+    for name, graph in graphs.items():
+        if not graph.exists():
+            export(sources[name], graph, quantize=quantize)
+    return graphs
+
+
+def structured(work: Path) -> None:
+    """Time half of the multiply-accumulates gone, as dimensions of every head and as whole heads."""
+    for shape in ("minilm", "roberta-base"):
+        runs = {
+            name: random_run(shape, work, granularity="structured", sparsity=0.5, heads=name == "heads")
+            for name in ("dimensions", "heads")
+        }
+        targets = {"dense": forms_of(runs["heads"], "ort-cpu", ())["dense"]}
+        targets |= {f"half, {name}": forms_of(run, "ort-cpu", ("auto",))["auto"] for name, run in runs.items()}
+        records = endtoend.run(targets, batch_sizes=BATCHES, seq_lens=LENGTHS, repetitions=2 * REPETITIONS)
+        render.write(records, RESULTS / f"speed_structured_{shape}.json", force=True)
+
+
+def grid(work: Path) -> None:
+    """Time the chosen layout beside the fixed ones, for every sparsity, shape, batch, length and runtime."""
+    done = RESULTS / "speed_grid.jsonl"
+    rows = [json.loads(line) for line in done.read_text().splitlines()] if done.exists() else []
+    for shape, sparsity, target in itertools.product(("minilm", "mpnet"), SPARSITIES, GRID):
+        key = {"encoder": shape, "sparsity_asked": sparsity, "target": target}
+        if any(key.items() <= row.items() for row in rows):
+            continue
+        run = random_run(shape, work, granularity="matrix", sparsity=sparsity)
+        targets = forms_of(run, target, (*FIXED, "auto"))
+        records = endtoend.run(targets, batch_sizes=BATCHES, seq_lens=LENGTHS, repetitions=REPETITIONS)
+        with done.open("a") as file:
+            for record in records:
+                file.write(json.dumps({**key, "record": record.to_json()}) + "\n")
+
+
+def collapse(work: Path) -> None:
+    """Measure time and memory of `gatepress prune` in a fresh process, RoBERTa-base shape."""
+    run = random_run("roberta-base", work, granularity="matrix", sparsity=0.3)
+    base = base_model("roberta-base", work)
+    rows = []
+    for layout in ("auto", "inner"):
+        with tempfile.TemporaryDirectory(dir=work) as place:
+            words = ["-m", "gatepress", "prune", str(run), "--layout", layout, "-o", f"{place}/pruned", "--quiet"]
+            started = time.perf_counter()
+            process = subprocess.Popen([sys.executable, *words])
+            peak = {"bytes": 0}
+            watcher = threading.Thread(target=_watch, args=(process, peak))
+            watcher.start()
+            code = process.wait()
+            seconds = time.perf_counter() - started
+            watcher.join()
+            if code:
+                raise SystemExit(f"prune exited with {code}")
+        rows.append({"layout": layout, "seconds": round(seconds, 2), "peak_rss_bytes": peak["bytes"]})
+    imported = subprocess.run(
+        [sys.executable, "-c", "import gatepress.pruning; print(open('/proc/self/status').read())"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    result = {
+        "shape": "roberta-base",
+        "base_bytes": (base / "model.safetensors").stat().st_size,
+        "rss_of_the_imports_alone_bytes": _high_water(imported.stdout),
+        "runs": rows,
+    }
+    (RESULTS / "speed_collapse.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _watch(process: "subprocess.Popen[bytes]", peak: dict[str, int]) -> None:
+    """Keep the largest resident size of a process, looked up every few milliseconds."""
+    status = Path(f"/proc/{process.pid}/status")
+    while process.poll() is None:
+        with contextlib.suppress(OSError, StopIteration):  # it has just ended
+            peak["bytes"] = max(peak["bytes"], _high_water(status.read_text()))
+        time.sleep(0.005)
+
+
+def _high_water(status: str) -> int:
+    """Return the largest resident size so far, in bytes, that a /proc status tells."""
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def main() -> None:
+    """Run what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("table", "kernels", "base", "trained", "structured", "grid", "collapse"))
+    parser.add_argument("--work", type=Path, default=Path("work"))
+    parser.add_argument("--run", type=Path, help="a run directory with matrix gates, for `trained`")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    work = options.work.absolute()
+    if options.what == "trained":
+        compare(options.run, "trained")
+    elif options.what == "base":
+        compare(random_run("roberta-base", work, granularity="matrix", sparsity=0.3), "base")
+    else:
+        {"table": table, "kernels": kernels, "structured": structured, "grid": grid, "collapse": collapse}[
+            options.what
+        ](work)
+
+
+if __name__ == "__main__":
+    main()
