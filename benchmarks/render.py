@@ -97,6 +97,24 @@ def collapse_table(result: dict[str, Any]) -> str:
     )
 
 
+def fusions_table(rows: list[dict[str, Any]]) -> str:
+    """Return what ONNX Runtime fuses, in Markdown: a column for each operator."""
+    names = sorted({name for row in rows for name in row["fused_operators"]})
+    lines = [
+        f"| {row['encoder']} | {row['dtype']} | {row['layout']} | "
+        + " | ".join(str(row["fused_operators"].get(name, "")) for name in names)
+        + f" | {sum(row['operators'].values())} |"
+        for row in rows
+    ]
+    return (
+        "# What ONNX Runtime fuses\n\n`python benchmarks/speed.py fusions`. Fused or whole operators that it runs, and "
+        "all operators, by the shape and the layout of the graph; matrix gates, 30 % closed on both axes.\n\n"
+        f"| shape | dtype | layout | {' | '.join(names)} | all |\n|---|---|---|{'--:|' * (len(names) + 1)}\n"
+        + "\n".join(lines)
+        + "\n"
+    )
+
+
 def kernels_table(rows: list[dict[str, Any]]) -> str:
     """Return single products and index operations, in Markdown."""
     lines = [
@@ -173,6 +191,7 @@ def main() -> None:
     """Write every rendered file."""
     (RESULTS / "main_job.md").write_text(main_job_table(json.loads((RESULTS / "main_job.json").read_text())))
     (RESULTS / "defaults.md").write_text(defaults_table(json.loads((RESULTS / "defaults.json").read_text())))
+    (RESULTS / "fusions.md").write_text(fusions_table(json.loads((RESULTS / "fusions.json").read_text())))
     (RESULTS / "kernels.md").write_text(kernels_table(json.loads((RESULTS / "kernels.json").read_text())))
     grid = [json.loads(line) for line in (RESULTS / "speed_grid.jsonl").read_text().splitlines()]
     (RESULTS / "speed_grid.md").write_text(grid_table(grid))

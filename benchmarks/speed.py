@@ -6,6 +6,7 @@
     python benchmarks/speed.py trained --run DIR    # the same for a trained run
     python benchmarks/speed.py structured  # half of the multiply-accumulates gone: how much of that is time
     python benchmarks/speed.py grid        # is the chosen layout ever slower than a fixed one?
+    python benchmarks/speed.py fusions     # what ONNX Runtime fuses in dense and in pruned graphs
     python benchmarks/speed.py collapse    # time and memory of prune, RoBERTa-base shape
 
 Weights are random (how long a product takes does not hang on them), gates are closed at random, shapes
@@ -234,6 +235,19 @@ def grid(work: Path) -> None:
                 file.write(json.dumps({**key, "record": record.to_json()}) + "\n")
 
 
+def fusions(work: Path) -> None:
+    """Count what ONNX Runtime fuses in dense and in pruned graphs, as `export` reports it."""
+    rows = []
+    targets: tuple[Target, ...] = ("ort-cpu", "ort-int8")
+    for target in targets:
+        run = random_run("minilm", work, granularity="matrix", sparsity=0.3)
+        for name, directory in forms_of(run, target, (*FIXED, "auto")).items():
+            manifest = json.loads((directory / "gatepress_onnx.json").read_text())
+            counted = {key: manifest[key] for key in ("dtype", "fused_operators", "operators")}
+            rows.append({"encoder": "minilm", "layout": name, **counted})
+    (RESULTS / "fusions.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
 def collapse(work: Path) -> None:
     """Measure time and memory of `gatepress prune` in a fresh process, RoBERTa-base shape."""
     run = random_run("roberta-base", work, granularity="matrix", sparsity=0.3)
@@ -286,7 +300,9 @@ def _high_water(status: str) -> int:
 def main() -> None:
     """Run what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("table", "kernels", "base", "trained", "structured", "grid", "collapse"))
+    parser.add_argument(
+        "what", choices=("table", "kernels", "base", "trained", "structured", "grid", "fusions", "collapse")
+    )
     parser.add_argument("--work", type=Path, default=Path("work"))
     parser.add_argument("--run", type=Path, help="a run directory with matrix gates, for `trained`")
     options = parser.parse_args()
@@ -297,9 +313,14 @@ def main() -> None:
     elif options.what == "base":
         compare(random_run("roberta-base", work, granularity="matrix", sparsity=0.3), "base")
     else:
-        {"table": table, "kernels": kernels, "structured": structured, "grid": grid, "collapse": collapse}[
-            options.what
-        ](work)
+        {
+            "table": table,
+            "kernels": kernels,
+            "structured": structured,
+            "grid": grid,
+            "fusions": fusions,
+            "collapse": collapse,
+        }[options.what](work)
 
 
 if __name__ == "__main__":

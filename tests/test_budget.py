@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import tiny
-from gatepress.budget import Budget, choose_closed, gate_vectors, gates_to_close
+from gatepress.budget import Budget, GateVector, choose_closed, gate_vectors, gates_to_close
 from gatepress.config import Controller, Granularity
+from gatepress.gates import Gate
 from gatepress.inject import attach_gates_, mark_trainable_, trainable
 
 GRANULARITIES: list[Granularity] = ["structured", "matrix", "heads"]
@@ -46,13 +47,8 @@ def run_budget(granularity: Granularity, controller: Controller, sparsity: float
 )
 def test_the_asked_sparsity_is_delivered(granularity: Granularity, controller: Controller, sparsity: float) -> None:
     budget = run_budget(granularity, controller, sparsity)
-    asked = gates_to_close(budget.total_gates, sparsity)
-    fine = [vector.gate for vector in budget.vectors if vector.gate.counts == 1]
-    if any(gate.mask.any() for gate in fine):
-        assert budget.closed_gates == asked
-        assert abs(budget.closed_gates / budget.total_gates - sparsity) <= 0.005
-    else:  # all that is left are whole heads
-        assert asked <= budget.closed_gates < asked + max(vector.gate.counts for vector in budget.vectors)
+    assert budget.closed_gates == gates_to_close(budget.total_gates, sparsity)
+    assert abs(budget.closed_gates / budget.total_gates - sparsity) <= 0.005
 
 
 @pytest.mark.parametrize("controller", CONTROLLERS)
@@ -127,7 +123,33 @@ def test_heads_go_whole_and_neurons_make_up_the_rest() -> None:
     assert budget.total_gates == structured.total_gates  # both count inner dimensions
 
 
-def test_a_budget_that_neurons_cannot_fill_takes_one_head_more() -> None:
+@pytest.mark.parametrize("controller", CONTROLLERS)
+def test_whole_heads_meet_any_budget_exactly(controller: Controller) -> None:
+    """Twelve heads of width 4 and 20 neurons in each of three layers: 196 sparsities, no training."""
+    torch.manual_seed(0)
+    for asked in [i / 196 for i in range(196)]:
+        vectors = []
+        for _ in range(3):
+            heads, neurons = Gate(12, repeat=4, counts=8), Gate(20)
+            vectors += [GateVector(heads, 8.0, 1), GateVector(neurons, 1.0, 1)]
+        budget = Budget(vectors, sparsity=asked, controller=controller, steps=10, penalty_weight=1.0)
+        for vector in vectors:
+            vector.gate.mu.data.uniform_(-0.5, 0.5)
+            vector.gate.mu.grad = torch.rand_like(vector.gate.mu)
+        budget.after_backward(10)
+        assert budget.closed_gates == math.ceil(round(asked * budget.total_gates, 6))
+
+
+@pytest.mark.parametrize("count", range(35))
+def test_a_head_that_does_not_fit_is_left_and_neurons_fill_the_rest(count: int) -> None:
+    torch.manual_seed(count)
+    masks = choose_closed([torch.rand(4), torch.rand(10)], [6.0, 1.0], [1, 1], count, [6, 1])
+    assert 6 * int((masks[0] == 0).sum()) + int((masks[1] == 0).sum()) == count
+
+
+def test_a_budget_that_neurons_cannot_fill_takes_one_head_more_and_opens_neurons() -> None:
     heads, neurons = torch.arange(4.0), torch.zeros(3)
     masks = choose_closed([heads, neurons], [40.0, 1.0], [1, 1], 25, [20, 1])
-    assert [mask.tolist() for mask in masks] == [[0, 0, 1, 1], [0, 0, 0]]
+    assert [mask.tolist() for mask in masks] == [[0, 0, 1, 1], [1, 1, 1]]  # 40: less than one head too many
+    masks = choose_closed([heads, torch.arange(30.0) / 100], [20.0, 1.0], [1, 1], 65, [20, 1])
+    assert [int((mask == 0).sum()) for mask in masks] == [2, 25]

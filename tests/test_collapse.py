@@ -21,7 +21,7 @@ import tiny
 from gatepress.collapse import collapse, parameters_of
 from gatepress.config import Granularity, Layout
 from gatepress.errors import ModelError
-from gatepress.gates import GatedLinear, gates_of
+from gatepress.gates import GatedLinear, counted, gates_of
 from gatepress.inject import attach_gates_, gated_linear
 from gatepress.pruning import _write
 from gatepress.resolve import resolve
@@ -105,6 +105,22 @@ def test_structured_sparsity_is_all_removed(family: str) -> None:
         assert name
     _, plan = collapse(model, "inner")
     assert plan.removed_fraction == 0.5
+
+
+def test_closed_heads_leave_with_their_queries_keys_and_values(family: str) -> None:
+    model = gated_model(family, "heads", closed=0)
+    width = tiny.HIDDEN // tiny.HEADS
+    for layer in resolve(model):
+        gated_linear(model, layer, "o").gate_in.mask[[0, 3]] = 0
+        gated_linear(model, layer, "down").gate_in.mask[::3] = 0
+    total, closed = counted(gate for _, gate in gates_of(model))
+    pruned, plan = collapse(model, "inner")
+    torch.testing.assert_close(logits(pruned, family), logits(model, family), atol=1e-5, rtol=0)
+    for layer in plan.layers:
+        assert (layer.heads, layer.qk_width, layer.vo_width) == ([1, 2], width, width)
+        shapes = {role: matrix.shape for role, matrix in layer.matrices.items()}
+        assert shapes["q"] == shapes["k"] == shapes["v"] == shapes["o"][::-1] == (2 * width, tiny.HIDDEN)
+    assert plan.removed_fraction == pytest.approx(closed / total)  # nothing is padded, nothing stays behind
 
 
 def test_a_head_without_queries_attends_uniformly_and_one_without_values_goes(family: str) -> None:

@@ -32,6 +32,9 @@ ROUNDING = 1e-6  # of a gate: what a product of a fraction and a whole number ma
 AVERAGE_KEEPS = 0.98  # of the moving average, per step
 
 
+Unit = tuple[float, int, Tensor]  # importance, vector, the elements that close together
+
+
 @dataclass(frozen=True)
 class GateVector:
     """One gate vector and what its elements cost."""
@@ -86,10 +89,10 @@ def choose_closed(
     Vectors that belong to heads are closed in slots: the r-th best element of every head together, so
     that each head of a layer keeps the same width and nothing is lost to padding. Importance is the
     score per multiply-accumulate saved. What is left too small for whole heads is taken from single
-    dimensions; only where none is open any more, a last head goes beyond `count`.
+    dimensions; where none is open any more, one head more goes and single dimensions open again.
     """
     counts = counts or [1] * len(scores)
-    units: list[tuple[float, int, Tensor]] = []
+    units: list[Unit] = []
     for index, (score, cost, n_heads) in enumerate(zip(scores, macs, heads, strict=True)):
         ranked, order = score.detach().float().cpu().view(n_heads, -1).sort(dim=1, descending=True)
         offsets = torch.arange(n_heads)[:, None] * order.shape[1]
@@ -105,14 +108,26 @@ def choose_closed(
         if len(slot) * counts[index] <= left:
             masks[index][slot] = 0
             left -= len(slot) * counts[index]
-    # Slots of several heads may leave a remainder: close single elements, still the least important.
-    for larger in (False, True):
-        for _, index, slot in units:
-            for element in slot.tolist():
-                if left > 0 and masks[index][element] and (larger or counts[index] <= left):
-                    masks[index][element] = 0
-                    left -= counts[index]
+    if left:  # slots of several heads leave a remainder, and so do whole heads
+        _close_single_(masks, units, counts, left)
     return masks
+
+
+def _close_single_(masks: list[Tensor], units: list[Unit], counts: list[int], left: int) -> None:
+    """Close elements for `left` dimensions more, in place, still the least important first.
+
+    Where only larger elements are open, one of them goes, and smaller ones open again for the excess.
+    """
+    elements = [(index, element) for _, index, slot in units for element in slot.tolist()]
+    for larger in (False, True):
+        for index, element in elements:
+            if left > 0 and masks[index][element] and (larger or counts[index] <= left):
+                masks[index][element] = 0
+                left -= counts[index]
+    for index, element in reversed(elements):
+        if counts[index] <= -left and not masks[index][element]:
+            masks[index][element] = 1
+            left += counts[index]
 
 
 class Budget:
@@ -193,15 +208,26 @@ class Budget:
             vector.gate.mask.copy_(mask)
 
     def _project_each_vector(self) -> None:
-        carried = 0.0  # dimensions that rounding left of the vectors before; the finest gates come last and take it
-        for vector in sorted(self.vectors, key=lambda vector: -vector.gate.counts):
-            gate = vector.gate
-            exact = self.sparsity * gate.size + carried / gate.counts
-            whole = math.floor(exact + ROUNDING) if gate.counts > 1 else math.ceil(exact - ROUNDING)
-            count = min(gate.size, max(0, whole))
-            carried = (exact - count) * gate.counts
-            gate.mask.copy_(choose_closed([gate.mu], [1.0], [vector.heads], count)[0])
-        if carried > ROUNDING:  # nothing fine is left: one head more
-            units = [v.gate for v in self.vectors if v.gate.counts > 1 and v.gate.mask.any()]
-            last = min(units, key=lambda gate: float(gate.mu[gate.mask == 1].min()))
+        whole = [vector for vector in self.vectors if vector.gate.counts > 1]
+        single = [vector for vector in self.vectors if vector.gate.counts == 1]
+        carried = 0.0  # dimensions that rounding left to the vectors that follow; single ones come last
+        for vector in whole:
+            exact = self.sparsity * vector.gate.size + carried / vector.gate.counts
+            count = math.floor(exact + ROUNDING)
+            carried = (exact - count) * vector.gate.counts
+            _close_lowest(vector, count)
+        open_heads = [vector.gate for vector in whole if vector.gate.mask.any()]
+        if open_heads and carried > (1 - self.sparsity) * sum(vector.gate.size for vector in single) + ROUNDING:
+            last = min(open_heads, key=lambda gate: float(gate.mu[gate.mask == 1].min()))
             last.mask[last.mu.masked_fill(last.mask == 0, math.inf).argmin()] = 0
+            carried -= last.counts
+        for vector in single:
+            exact = self.sparsity * vector.gate.size + carried
+            count = min(vector.gate.size, max(0, math.ceil(exact - ROUNDING)))
+            carried = exact - count
+            _close_lowest(vector, count)
+
+
+def _close_lowest(vector: GateVector, count: int) -> None:
+    """Close `count` gates of a vector, by rank of mu, and open its others."""
+    vector.gate.mask.copy_(choose_closed([vector.gate.mu], [1.0], [vector.heads], count)[0])
