@@ -50,6 +50,7 @@ Kind = Literal["run", "pruned", "onnx", "model"]
 Batch = Mapping[str, npt.NDArray[np.integer[Any]]]  # each [batch, length]
 Logits = npt.NDArray[np.float32]  # [batch, labels]
 
+
 class Runner(Protocol):
     """A model that is ready to run, whatever file it came from.
 
