@@ -2,8 +2,8 @@
 
 Each choice is measured in `benchmarks/notes/int8.md`:
 
-- signed weights, one scale for each output: one scale for a whole matrix loses several points of accuracy
-  on some models and is not faster, and unsigned weights take twice the time;
+- one scale for each output: one scale for a whole matrix loses several points of accuracy on some models
+  and is not faster;
 - inputs of the products are quantized while the model runs, so nothing has to be calibrated;
 - the word embeddings with one scale: half of a small model's file, at no cost that shows;
 - attention's products of two activations, the pooler, the head and small tables stay float32.
