@@ -13,7 +13,7 @@ import forms
 import tiny
 from gatepress import costs, latency, pruning
 from gatepress.cli.app import app
-from gatepress.collapse import collapse, live_parts, plan_model
+from gatepress.collapse import collapse, cut, live_parts, plan_model
 from gatepress.config import Target
 from gatepress.costs import TARGETS, Costs, Entry, analytic
 from gatepress.errors import ArtifactError, DeviceError, UsageError
@@ -94,7 +94,7 @@ def test_without_any_value_dimension_one_head_of_zeros_stands_in(family: str) ->
 def test_a_consumed_model_gives_its_matrices_back(family: str) -> None:
     model = gated_model(family, "matrix")
     wanted = logits(model, family)
-    pruned, _ = collapse(model, "auto", consume=True)
+    pruned = cut(model, plan_model(model, "auto"), consume=True)
     torch.testing.assert_close(logits(pruned, family), wanted, atol=1e-5, rtol=0)
     layers = resolve(pruned)
     assert layers

@@ -6,8 +6,6 @@ gatepress makes of it, in torch, in ONNX Runtime, and in ONNX Runtime with 8-bit
 the run live in a temporary directory for as long as they are timed.
 """
 
-import contextlib
-import logging
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -27,7 +25,7 @@ from gatepress.pruning import prune
 from gatepress.runtime import max_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 BASELINE = "dense ORT"  # what a user would deploy who had never heard of gates
 
@@ -90,27 +88,14 @@ def _build(run_dir: Path, root: Path, target: Target | None, longest: int, progr
     for name, layout, runtime in prunings:
         steps.append((name, partial(prune, run_dir, root / name, layout=layout, target=runtime, progress=progress)))
     for source, name, quantize in exports:
-        steps.append((name, partial(export, root / source, root / name, quantize=quantize)))
+        steps.append((name, partial(export, root / source, root / name, quantize=quantize, measure=False)))
     progress.start(len(steps), "building the alternatives")
     try:
-        with _no_metrics():
-            for name, step in steps:
-                step()
-                progress.advance(1, built=name)
+        for name, step in steps:
+            step()
+            progress.advance(1, built=name)
     finally:
         progress.finish()
-
-
-@contextlib.contextmanager
-def _no_metrics() -> "Iterator[None]":
-    """Keep back the warning that a metric was not measured: the dense form has none, it is there for its time."""
-    logger = logging.getLogger("gatepress.export")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def _write_dense(run_dir: Path, directory: Path, longest: int) -> None:

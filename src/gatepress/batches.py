@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from gatepress.errors import ModelError
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+PROBE_ROWS = 32
 _CHUNK_ROWS = 4096  # rows tokenised at a time: bounds the memory that Python lists take
 _GROUP_BATCHES = 50  # batches whose rows are sorted together: little padding, still well shuffled
 
@@ -178,3 +179,10 @@ def make_loader(  # noqa: PLR0913 - each is a dial of the batches
     batches = GroupedBatches(rows.lengths, batch_size, shuffle=shuffle, seed=seed)
     collate = PadToLongest(tokenizer, pad_to_multiple_of)
     return DataLoader(rows, batch_sampler=batches, collate_fn=collate)
+
+
+def probe_batch(dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> Batch:
+    """Return the first tokenised rows as one padded batch: what every form of a model must agree on."""
+    few = dataset.select(range(min(PROBE_ROWS, len(dataset))))
+    batch: Batch = next(iter(make_loader(few, tokenizer, PROBE_ROWS, shuffle=False, seed=0)))
+    return {name: value for name, value in batch.items() if name != "labels"}

@@ -11,15 +11,13 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from gatepress import modeling_gatepress
-from gatepress.config import Layout, Target
+from gatepress.config import DEFAULT_TARGET, Layout
 from gatepress.costs import Costs, analytic
 from gatepress.errors import ModelError
 from gatepress.families import ROLES
 from gatepress.inject import gated_linear
 from gatepress.plan import ZERO_ROW, Live, MatrixPlan, PrunePlan, make_plan
 from gatepress.resolve import Layer, family_of, model_class, resolve
-
-DEFAULT_TARGET: Target = "ort-cpu"  # the runtime that most people deploy on
 
 
 def plan_model(model: PreTrainedModel, layout: Layout, costs: Costs | None = None) -> PrunePlan:
@@ -33,10 +31,14 @@ def live_parts(model: PreTrainedModel, layers: list[Layer]) -> list[dict[str, Li
     return [{role: Live.of(*gated_linear(model, layer, role).folded()) for role in ROLES} for layer in layers]
 
 
-def collapse(
-    model: PreTrainedModel, layout: Layout, costs: Costs | None = None, *, consume: bool = False
-) -> tuple[PreTrainedModel, PrunePlan]:
-    """Return a new float32 model on the CPU that equals the gated `model`, and the plan it follows.
+def collapse(model: PreTrainedModel, layout: Layout, costs: Costs | None = None) -> tuple[PreTrainedModel, PrunePlan]:
+    """Return the gated `model`, planned and cut, and the plan."""
+    plan = plan_model(model, layout, costs)
+    return cut(model, plan), plan
+
+
+def cut(model: PreTrainedModel, plan: PrunePlan, *, consume: bool = False) -> PreTrainedModel:
+    """Return a new float32 model on the CPU that follows `plan` and equals the gated `model`.
 
     What is not pruned is shared with the gated model. With `consume` each gated matrix gives its memory
     back as soon as its smaller form is there, so that the two models are never held side by side; the
@@ -47,13 +49,13 @@ def collapse(
     if float(ACT2FN[activation](torch.zeros(1))) != 0:
         raise ModelError(f"activation {activation!r} does not map 0 to 0, so closed neurons cannot be removed exactly")
     layers = resolve(model)
-    plan = plan_model(model, layout, costs)
     config = _pruned_config(model, layers, plan)
-    pruned_class = model_class(family_of(model.config), stock=layout == "stock")
+    pruned_class = model_class(family_of(model.config), stock=plan.layout == "stock")
     with init_empty_weights(include_buffers=False):
         pruned: PreTrainedModel = pruned_class(config)
     pruned.load_state_dict(_pruned_state(model, layers, plan, consume=consume), strict=True, assign=True)
-    return pruned.eval(), plan
+    pruned.eval()
+    return pruned
 
 
 def _pruned_config(model: PreTrainedModel, layers: list[Layer], plan: PrunePlan) -> Any:

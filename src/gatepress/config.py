@@ -16,6 +16,8 @@ Layout = Literal["auto", "inner", "index", "paper", "stock"]
 Target = Literal["ort-cpu", "ort-int8", "torch-cpu", "cuda"]
 Precision = Literal["fp32", "bf16"]
 
+DEFAULT_TARGET: Target = "ort-cpu"  # the runtime that most people deploy on
+
 
 @dataclass(frozen=True)
 class DataSettings:
@@ -133,6 +135,7 @@ def _refuse(problems: list[str]) -> None:
 
 
 __all__ = [
+    "DEFAULT_TARGET",
     "Controller",
     "DataSettings",
     "Granularity",

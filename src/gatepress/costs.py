@@ -7,8 +7,9 @@ here, from one figure per runtime: how many multiply-accumulates pass while one 
 Both are a list of `Entry`, fitted by the same few features.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -67,10 +68,8 @@ class Costs:
     about: dict[str, Any] = field(default_factory=dict)  # threads, versions, when
 
     def __post_init__(self) -> None:
-        """Fit the features once; `ArtifactError` where an operation has no entry."""
-        tokens = sorted({entry.tokens for entry in self.entries})
-        fits = {op: np.stack([self._fitted(op, number) for number in tokens]) for op in get_args(Op)}
-        object.__setattr__(self, "_fits", fits)
+        """Fit at once: `ArtifactError` where an operation has no entry."""
+        _ = self._fits
 
     @property
     def facts(self) -> TargetFacts:
@@ -79,8 +78,7 @@ class Costs:
 
     def milliseconds(self, op: Op, shape: tuple[int, int]) -> npt.NDArray[np.float64]:
         """Return the predicted time [token counts of the table, ascending] of one operation."""
-        fits: dict[Op, npt.NDArray[np.float64]] = getattr(self, "_fits")  # noqa: B009 - set by __post_init__
-        times: npt.NDArray[np.float64] = fits[op] @ np.array(_features(op, shape))
+        times: npt.NDArray[np.float64] = self._fits[op] @ np.array(_features(op, shape))
         return times
 
     def matrix(
@@ -96,6 +94,12 @@ class Costs:
         if scattered:
             time = time + self.milliseconds("scatter", (kept[0], dense[0]))
         return float(np.mean(time / self.milliseconds("product", dense)))
+
+    @cached_property
+    def _fits(self) -> dict[Op, npt.NDArray[np.float64]]:
+        """What a time is of each feature, [token counts, features] by operation."""
+        tokens = sorted({entry.tokens for entry in self.entries})
+        return {op: np.stack([self._fitted(op, number) for number in tokens]) for op in get_args(Op)}
 
     def _fitted(self, op: Op, tokens: int) -> npt.NDArray[np.float64]:
         chosen = [entry for entry in self.entries if (entry.op, entry.tokens) == (op, tokens)]
@@ -168,5 +172,4 @@ def _features(op: Op, shape: tuple[int, int]) -> Sequence[float]:
 
 def rounded(width: int, most: int, *, multiple: int, copies: int = 1) -> int:
     """Return the least width from `width` to `most` of which `copies` together fill whole multiples."""
-    fitting: Iterable[int] = (w for w in range(width, most + 1) if w * copies % multiple == 0)
-    return next(iter(fitting), width)
+    return next((wider for wider in range(width, most + 1) if wider * copies % multiple == 0), width)

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gatepress.batches import make_loader, tokenize
+from gatepress.batches import PROBE_ROWS, make_loader, probe_batch, tokenize
 from gatepress.checkpoint import open_tokenizer
 from gatepress.config import DataSettings
 from gatepress.errors import ArtifactError, ModelError, UsageError
@@ -22,7 +22,6 @@ from gatepress.tasks import TaskSpec
 from gatepress.tasks.sources import Rows, load_rows
 
 MAX_LENGTH = 128  # tokens, where neither the user nor a manifest says
-PROBE_ROWS = 32  # as many as a run keeps
 
 Loaders = Mapping[str, DataLoader[Any]]  # split name -> padded batches of tensors, "labels" among them
 Predict = Callable[[dict[str, torch.Tensor]], npt.NDArray[np.float32]]  # inputs -> logits [batch, labels]
@@ -101,13 +100,12 @@ def basis_of(
     return Basis(load_rows(settings, splits="validation", spec=spec), tokenizer, asked)
 
 
-def probe_rows(basis: Basis, runner: Runner, count: int = PROBE_ROWS) -> dict[str, npt.NDArray[np.int64]]:
+def probe_rows(basis: Basis, runner: Runner) -> dict[str, npt.NDArray[np.int64]]:
     """Return the first validation rows as one batch."""
     rows = next(iter(basis.rows.validation.values()))
     tokens = _fitting(basis.max_length, runner, basis.tokenizer)
-    few = tokenize(rows.select(range(min(count, len(rows)))), basis.tokenizer, tokens)
-    batch = next(iter(make_loader(few, basis.tokenizer, count, shuffle=False, seed=0)))
-    return {name: batch[name].numpy() for name in INPUTS if name in batch}
+    few = tokenize(rows.select(range(min(PROBE_ROWS, len(rows)))), basis.tokenizer, tokens)
+    return {name: value.numpy() for name, value in probe_batch(few, basis.tokenizer).items()}
 
 
 def evaluate_runner(  # noqa: PLR0913 - each is a dial of the measurement

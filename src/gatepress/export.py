@@ -92,6 +92,7 @@ def export(  # noqa: PLR0913 - every option of the command is one
     max_diff: float = MAX_DIFF,
     quantize: Literal["int8"] | None = None,
     max_metric_drop: float | None = None,
+    measure: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write `source` (anything torch runs: a run, a pruned directory, any model) as an ONNX directory.
@@ -99,8 +100,8 @@ def export(  # noqa: PLR0913 - every option of the command is one
     `opset` None: the exporter's own choice. ONNX Runtime must agree with torch within `max_diff` on
     random rows of several shapes, and on the run's probe rows where there are some; else
     `ParityError`. With `quantize` that float32 graph is then quantized, and measured against itself on
-    the rows that the source names; `MetricDropError` where the metric drops by more than
-    `max_metric_drop`. Also raises `UsageError`, `ModelError` where the model cannot be exported or
+    the rows that the source names unless `measure` is off; `MetricDropError` where the metric drops by more
+    than `max_metric_drop`. Also raises `UsageError`, `ModelError` where the model cannot be exported or
     quantized, and what `open_runner` raises. Nothing is written unless all went well.
     """
     _check(opset, max_diff, quantize, max_metric_drop)
@@ -108,7 +109,7 @@ def export(  # noqa: PLR0913 - every option of the command is one
     runner = open_runner(source)
     if not isinstance(runner, TorchRunner):
         raise UsageError(f"{source}: is ONNX already; give the directory that it was exported from")
-    basis = _basis(runner, source, required=max_metric_drop is not None) if quantize else None
+    basis = _basis(runner, source, required=max_metric_drop is not None) if quantize and measure else None
     probe = Path(source) / PROBE_FILE
     random = random_batches(runner)
     real = [_kept_rows(probe)] if probe.is_file() else [probe_rows(basis, runner)] if basis else []
@@ -122,8 +123,16 @@ def export(  # noqa: PLR0913 - every option of the command is one
         checked = _compare(runner, exact, [*random, *real], max_diff)
         smaller: dict[str, Any] = {}
         if quantize:
-            smaller = _quantize(staged, exact, random, real)
-            smaller |= _metric(exact, open_runner(model_file), basis, max_metric_drop, progress)
+            size = _size(staged)
+            quantized = quantize_file(model_file, model_file)
+            _slim(model_file)
+            after = open_runner(model_file)  # `exact` stays open, though its file is gone
+            quantized["logit_diff"] = {
+                kind: _difference(exact, after, batches) if batches else None
+                for kind, batches in (("random", random), ("probe", real))
+            }
+            smaller = {"quantize": "int8", "quantized": quantized, "size_bytes_fp32": size}
+            smaller |= _metric(exact, after, basis, max_metric_drop, progress)
         made = operators(model_file, random[0])
         report = {
             "source_kind": runner.kind,
@@ -230,19 +239,6 @@ class _Logits(torch.nn.Module):
         """Map inputs [batch, length] to logits [batch, labels]."""
         logits: torch.Tensor = self.model(**dict(zip(self.names, inputs, strict=True))).logits
         return logits
-
-
-def _quantize(staged: Path, exact: Runner, random: list[Batch], real: list[Batch]) -> dict[str, Any]:
-    """Put an int8 model in the place of the float32 one, which stays open, and say what that changed."""
-    before = _size(staged)
-    quantized = quantize_file(staged / ONNX_MODEL, staged / ONNX_MODEL)
-    _slim(staged / ONNX_MODEL)
-    small = open_runner(staged / ONNX_MODEL)
-    quantized["logit_diff"] = {
-        kind: _difference(exact, small, batches) if batches else None
-        for kind, batches in (("random", random), ("probe", real))
-    }
-    return {"quantize": "int8", "quantized": quantized, "size_bytes_fp32": before}
 
 
 def _difference(before: Runner, after: Runner, batches: list[Batch]) -> dict[str, Any]:

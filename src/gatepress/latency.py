@@ -22,13 +22,13 @@ import onnx
 import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from torch.nn import functional
 
 from gatepress import costs
 from gatepress.config import Target
 from gatepress.costs import Costs, Entry, Op
 from gatepress.errors import ArtifactError, DeviceError, UsageError
 from gatepress.machine import device_name
+from gatepress.modeling_gatepress import pick
 from gatepress.progress import NoProgress, Progress
 from gatepress.quantize import quantize_file
 
@@ -142,17 +142,9 @@ def _torch_calls(target: Target, tokens: int) -> Iterator[tuple[Op, tuple[int, i
         yield "product", (rows, columns), waited(partial(linear, x))
     for width, kept in MOVED:
         picked = torch.linspace(0, width - 1, kept, device=device).long()
-        yield "gather", (width, kept), waited(partial(_picked, torch.randn(1, tokens, width, device=device), picked))
+        yield "gather", (width, kept), waited(partial(pick, torch.randn(1, tokens, width, device=device), picked))
         spread = torch.arange(width, device=device).clamp_max(kept)
-        yield "scatter", (kept, width), waited(partial(_spread, torch.randn(1, tokens, kept, device=device), spread))
-
-
-def _picked(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    return x.index_select(-1, index)
-
-
-def _spread(y: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    return functional.pad(y, (0, 1)).index_select(-1, index)
+        yield "scatter", (kept, width), waited(partial(pick, torch.randn(1, tokens, kept, device=device), spread, 1))
 
 
 def _onnx_calls(target: Target, tokens: int) -> Iterator[tuple[Op, tuple[int, int], Call]]:

@@ -59,19 +59,16 @@ class PrunedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., in of the dense matrix] to y [..., rows], or [..., out of the dense matrix]."""
-        exporting = torch.compiler.is_exporting()
         if self.in_index is not None:
-            x = _pick_rows(x, self.in_index) if exporting else x.index_select(-1, self.in_index)
+            x = pick(x, self.in_index)
         y = functional.linear(x, self.weight, self.bias)
-        if self.out_index is not None and exporting:
-            y = _pick_rows(y, self.out_index, zeros=1)
-        elif self.out_index is not None:
-            y = functional.pad(y, (0, 1)).index_select(-1, self.out_index)
-        return y
+        return y if self.out_index is None else pick(y, self.out_index, zeros=1)
 
 
-def _pick_rows(x: Tensor, index: Tensor, zeros: int = 0) -> Tensor:
-    """Return `x[..., index]`, with so many zeros behind x, by way of the transposed x."""
+def pick(x: Tensor, index: Tensor, zeros: int = 0) -> Tensor:
+    """Return `x[..., index]`, with so many zeros behind x; when exported, by way of the transposed x."""
+    if not torch.compiler.is_exporting():
+        return (functional.pad(x, (0, zeros)) if zeros else x).index_select(-1, index)
     rows = functional.pad(x.flatten(0, -2).t(), (0, 0, 0, zeros))
     return rows.index_select(0, index).t().reshape(*x.shape[:-1], -1)
 

@@ -19,6 +19,7 @@ index operation: columns by picking inputs (gather), rows by spreading outputs (
     stock   the intermediate size alone, alike in all layers, so that plain transformers loads it
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,9 +171,9 @@ def make_plan(layers: list[Layer], live: list[dict[str, Live]], layout: Layout, 
             width = max(1, len(neurons))
             if layout == "auto":
                 width = rounded(width, layer.shapes["up"][0], multiple=costs.facts.multiple)
-                qk, vo = _liked(layer, qk, vo, costs)
             inner = neurons + [ZERO_ROW] * (width - len(neurons))
-        qk_rows, vo_rows = _padded(qk), _padded(vo)
+        qk_width, vo_width = _head_widths(layer, qk, vo, costs if layout == "auto" else None)
+        qk_rows, vo_rows = _padded(qk, qk_width), _padded(vo, vo_width)
         axes: dict[str, tuple[Axis | None, Axis | None]] = {
             "q": (qk_rows, None),
             "k": (qk_rows, None),
@@ -184,9 +185,7 @@ def make_plan(layers: list[Layer], live: list[dict[str, Live]], layout: Layout, 
         if layout == "paper":
             axes = dict.fromkeys(ROLES, (None, None))
         matrices = {role: _matrix(layer.shapes[role], parts[role], axes[role], layout, costs) for role in ROLES}
-        plans.append(
-            LayerPlan(heads, len(qk_rows) // len(heads), len(vo_rows) // len(heads), matrices, _time(matrices, costs))
-        )
+        plans.append(LayerPlan(heads, qk_width, vo_width, matrices, _time(matrices, costs)))
     return PrunePlan(layout, plans, sum(layer.weights for layer in layers), costs)
 
 
@@ -208,17 +207,14 @@ def _matrix(
         if axis is None and layout not in ("inner", "stock") and not alive.all():
             multiple = costs.facts.multiple if layout == "auto" else 1
             options[side].append((_some(alive, multiple), True))
-    if layout != "auto":
-        (rows, scattered), (columns, gathered) = options[0][-1], options[1][-1]
-    else:
-        price = {
-            (r, c): costs.matrix(shape, (len(rows), len(columns)), gathered=gathered, scattered=scattered)
-            + WORTH * (gathered + scattered)
-            for r, (rows, scattered) in enumerate(options[0])
-            for c, (columns, gathered) in enumerate(options[1])
-        }
-        best = min(price, key=lambda choice: price[choice])
-        (rows, scattered), (columns, gathered) = options[0][best[0]], options[1][best[1]]
+
+    def price(choice: tuple[tuple[Axis, bool], ...]) -> float:
+        (rows, scattered), (columns, gathered) = choice
+        time = costs.matrix(shape, (len(rows), len(columns)), gathered=gathered, scattered=scattered)
+        return time + WORTH * (gathered + scattered)
+
+    choices = list(itertools.product(*options))  # the last one leaves out all that it can
+    (rows, scattered), (columns, gathered) = min(choices, key=price) if layout == "auto" else choices[-1]
     counted = (int(live.rows.sum()), int(live.columns.sum()))
     return MatrixPlan(rows, columns, shape, live.biased, counted, gathered, scattered)
 
@@ -256,14 +252,14 @@ def _attention(layer: Layer, parts: dict[str, Live]) -> tuple[list[int], list[Ax
     )
 
 
-def _liked(layer: Layer, qk: list[Axis], vo: list[Axis], costs: Costs) -> tuple[list[Axis], list[Axis]]:
-    """Pad the first head so that all heads get widths that the kernels of the target like."""
-    widths = [max(1, *map(len, heads)) for heads in (qk, vo)]
-    if costs.facts.equal_widths:
-        widths = [max(widths)] * 2
-    widths = [rounded(w, layer.head_width, multiple=costs.facts.multiple, copies=len(qk)) for w in widths]
-    first = [heads[0] + [ZERO_ROW] * (width - len(heads[0])) for heads, width in zip((qk, vo), widths, strict=True)]
-    return [first[0], *qk[1:]], [first[1], *vo[1:]]
+def _head_widths(layer: Layer, qk: list[Axis], vo: list[Axis], costs: Costs | None) -> tuple[int, int]:
+    """Return the width that all heads get: that of the widest, with `costs` one that the target's kernels like."""
+    widest = [max(1, *map(len, heads)) for heads in (qk, vo)]
+    if costs is not None:
+        widest = [max(widest)] * 2 if costs.facts.equal_widths else widest
+        multiple = costs.facts.multiple
+        widest = [rounded(width, layer.head_width, multiple=multiple, copies=len(qk)) for width in widest]
+    return widest[0], widest[1]
 
 
 def _all_dimensions(layer: Layer) -> list[Axis]:
@@ -271,9 +267,8 @@ def _all_dimensions(layer: Layer) -> list[Axis]:
     return [list(range(head * width, (head + 1) * width)) for head in range(layer.heads)]
 
 
-def _padded(dimensions: list[Axis]) -> Axis:
-    """Concatenate heads, each padded with zero rows to the widest."""
-    width = max(1, *(len(head) for head in dimensions))
+def _padded(dimensions: list[Axis], width: int) -> Axis:
+    """Concatenate heads, each padded with zero rows to `width`."""
     return [row for head in dimensions for row in head + [ZERO_ROW] * (width - len(head))]
 
 

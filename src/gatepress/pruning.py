@@ -18,14 +18,14 @@ from gatepress.checkpoint import (
     read_tensors,
     versions,
 )
-from gatepress.collapse import DEFAULT_TARGET, collapse, live_parts, parameters_of, plan_model, ship_code
-from gatepress.config import Layout, Target
+from gatepress.collapse import cut, live_parts, parameters_of, ship_code
+from gatepress.config import DEFAULT_TARGET, Layout, Target
 from gatepress.costs import Costs, analytic
 from gatepress.errors import ArtifactError, ParityError
 from gatepress.files import check_output, json_text, new_directory, read_json, sha256_of
 from gatepress.gates import counted, gates_of
 from gatepress.latency import for_target
-from gatepress.plan import chooses
+from gatepress.plan import Live, chooses, make_plan
 from gatepress.progress import Progress
 from gatepress.resolve import resolve
 
@@ -59,7 +59,9 @@ def prune(  # noqa: PLR0913 - every option of the command is one
     if "input_ids" not in probe:
         raise ArtifactError(f"{run_dir / PROBE_FILE}: holds no rows; train again")
     total, closed = counted(gate for _, gate in gates_of(model))
-    costs = _costs(model, layout, target, latency_table, progress)
+    layers = resolve(model)
+    live = live_parts(model, layers)
+    plan = make_plan(layers, live, layout, _costs(live, layout, target, latency_table, progress))
     report: dict[str, Any] = {
         "task": manifest.task.name,
         "layout": layout,
@@ -69,26 +71,19 @@ def prune(  # noqa: PLR0913 - every option of the command is one
         "closed_gates": closed,
         "closed_fraction": closed / total,
         "dense_params": manifest.report.get("dense_params"),
-    }
-    if dry_run:
-        plan = plan_model(model, layout, costs)
-        parameters = (
-            manifest.report["dense_params"] - plan.removed_parameters if "dense_params" in manifest.report else None
-        )
-    else:
-        wanted = _logits(model, probe)
-        pruned, plan = collapse(model, layout, costs, consume=True)
-        parameters = parameters_of(pruned)
-        del model
-    report |= {
         "encoder_weights_removed": plan.removed_fraction,
         "encoder_macs_removed": plan.removed_fraction,
         "expected_time_left": plan.time_left,
-        "total_params": parameters,
+        "total_params": None,
         "plan": plan.to_json(),
     }
     if dry_run:
-        return report
+        dense = report["dense_params"]
+        return {**report, "total_params": None if dense is None else dense - plan.removed_parameters}
+    wanted = _logits(model, probe)
+    pruned = cut(model, plan, consume=True)
+    report["total_params"] = parameters_of(pruned)
+    del model
     with new_directory(output, force=force) as staged:
         _write(pruned, staged, layout)
         del pruned  # what counts is what is on disk, and that is loaded now
@@ -115,10 +110,10 @@ def prune(  # noqa: PLR0913 - every option of the command is one
 
 
 def _costs(
-    model: PreTrainedModel, layout: Layout, target: Target, table: str | Path | None, progress: Progress | None
+    live: list[dict[str, Live]], layout: Layout, target: Target, table: str | Path | None, progress: Progress | None
 ) -> Costs:
     """Return the costs to plan by; nothing is measured where no choice hangs on them."""
-    if table is None and (layout != "auto" or not chooses(live_parts(model, resolve(model)))):
+    if table is None and (layout != "auto" or not chooses(live)):
         return analytic(target)
     return for_target(target, table, progress)
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
-from gatepress.batches import make_loader, tokenize
+from gatepress.batches import make_loader, probe_batch, tokenize
 from gatepress.budget import Budget, gate_vectors
 from gatepress.checkpoint import RunManifest, RunWriter, model_files, open_base, open_tokenizer, versions
 from gatepress.collapse import parameters_of, plan_model
@@ -32,7 +32,6 @@ from gatepress.tasks.sources import load_rows
 
 logger = logging.getLogger(__name__)
 
-PROBE_ROWS = 32
 VALIDATION_BATCH = 64
 MIN_STEPS, MIN_EPOCHS, MAX_EPOCHS = 1_500, 3, 20  # what an absent --epochs aims at
 MAX_GRADIENT_NORM = 1.0
@@ -160,7 +159,7 @@ def _prepare(settings: TrainSettings) -> _Job:
             name: make_loader(split, tokenizer, VALIDATION_BATCH, shuffle=False, seed=0)
             for name, split in validation_rows.items()
         },
-        probe=_probe(next(iter(validation_rows.values())), tokenizer),
+        probe=probe_batch(next(iter(validation_rows.values())), tokenizer),
         budget=budget,
         epochs=epochs,
         steps_per_epoch=steps_per_epoch,
@@ -249,13 +248,6 @@ def _loss(model: Any, batch: dict[str, Tensor], spec: TaskSpec) -> Tensor:
     if spec.label_names is None:
         return functional.mse_loss(logits[:, 0], batch["labels"].float())
     return functional.cross_entropy(logits, batch["labels"])
-
-
-def _probe(rows: Any, tokenizer: Any) -> dict[str, Tensor]:
-    """Return the first validation rows as one padded batch: what every later form must agree on."""
-    few = rows.select(range(min(PROBE_ROWS, len(rows))))
-    batch: dict[str, Tensor] = next(iter(make_loader(few, tokenizer, PROBE_ROWS, shuffle=False, seed=0)))
-    return {name: value for name, value in batch.items() if name != "labels"}
 
 
 def _count(kinds: Kinds) -> dict[str, int]:

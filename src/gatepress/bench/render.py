@@ -16,14 +16,24 @@ from gatepress.files import json_text, read_json, replace_file
 PLOT_SUFFIXES = (".png", ".svg")
 
 
+def check_file(path: Path, suffixes: Sequence[str], option: str, *, force: bool) -> None:
+    """Refuse a name that does not end as expected, a directory, or a file that exists and not `force`."""
+    if path.suffix.lower() not in suffixes:
+        raise UsageError(f"{option} is {path}, expected a name that ends in {', '.join(suffixes)}")
+    if path.is_dir():
+        raise OutputError(f"{path}: is a directory, expected a file; choose another name with {option}")
+    if path.exists() and not force:
+        raise OutputError(f"{path}: exists already; choose another with {option} or replace it with --force")
+
+
 def check_report(path: Path, *, force: bool = False) -> None:
     """Refuse an unknown suffix or a file that exists; to be called before anything is timed."""
-    _check_file(path, tuple(WRITERS), "--output", force=force)
+    check_file(path, tuple(WRITERS), "--output", force=force)
 
 
 def check_plot(path: Path, *, force: bool = False) -> None:
     """Refuse what `plot` would refuse, matplotlib missing included, before anything is timed."""
-    _check_file(path, PLOT_SUFFIXES, "--plot", force=force)
+    check_file(path, PLOT_SUFFIXES, "--plot", force=force)
     _figures()
 
 
@@ -82,15 +92,6 @@ def _figures() -> ModuleType:
     return figures
 
 
-def _check_file(path: Path, suffixes: Sequence[str], option: str, *, force: bool) -> None:
-    if path.suffix.lower() not in suffixes:
-        raise UsageError(f"{option} is {path}, expected a name that ends in {', '.join(suffixes)}")
-    if path.is_dir():
-        raise OutputError(f"{path}: is a directory, expected a file; choose another name with {option}")
-    if path.exists() and not force:
-        raise OutputError(f"{path}: exists already; choose another with {option} or replace it with --force")
-
-
 def _json(records: Sequence[Record]) -> str:
     return json_text(json_object(records))
 
@@ -134,4 +135,15 @@ WRITERS: dict[str, Callable[[Sequence[Record]], str]] = {
 }
 
 
-__all__ = ["cell", "check_plot", "check_report", "json_object", "plot", "read", "tables", "too_slow", "write"]
+__all__ = [
+    "cell",
+    "check_file",
+    "check_plot",
+    "check_report",
+    "json_object",
+    "plot",
+    "read",
+    "tables",
+    "too_slow",
+    "write",
+]

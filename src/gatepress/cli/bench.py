@@ -9,7 +9,7 @@ import typer
 from gatepress.cli import _options as opt
 from gatepress.cli._console import Screen, grid, session
 from gatepress.config import Target
-from gatepress.errors import OutputError, UsageError
+from gatepress.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -286,14 +286,12 @@ def _latency_table(  # noqa: PLR0913 - each is an option of the command
     """Measure a latency table, write and show it."""
     if models:
         raise UsageError(f"--latency-table times single products; leave out {', '.join(models)}")
-    if output is not None and output.suffix.lower() != ".json":
-        raise UsageError(f"--output is {output}, expected a name that ends in .json")
-    if output is not None and output.exists() and not force:
-        raise OutputError(f"{output}: exists already; choose another with --output or replace it with --force")
 
     from gatepress import costs, latency
-    from gatepress.bench import timing
+    from gatepress.bench import render, timing
 
+    if output is not None:
+        render.check_file(output, (".json",), "--output", force=force)
     timing.refuse_below(1, threads=threads)
     with timing.undisturbed(threads):
         table = latency.measure(target, progress=screen.progress)

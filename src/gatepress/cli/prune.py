@@ -8,7 +8,7 @@ import typer
 from gatepress.cli import _options as opt
 from gatepress.cli._console import count, facts, grid, megabytes, percent, pick, session
 from gatepress.cli.train import metric_rows
-from gatepress.config import Layout, Target
+from gatepress.config import DEFAULT_TARGET, Layout
 from gatepress.files import check_output
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ EXAMPLES = opt.examples(
 )
 KEPT = ("heads", "query/key width", "value/output width", "neurons", "by index", "multiplications left", "time left")
 DEFAULT_LAYOUT: Layout = "auto"
-DEFAULT_TARGET: Target = "ort-cpu"
 
 
 def prune(  # noqa: PLR0913 - every option is a parameter
