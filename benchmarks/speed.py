@@ -95,7 +95,7 @@ def random_run(shape: str, work: Path, *, granularity: Granularity, sparsity: fl
     rows = work / "rows.csv"
     rows.write_text("text,label\n" + "".join(f"w{n} w{n + 1} w{n + 2},{n % 2}\n" for n in range(60)))
     data = DataSettings(train_file=str(rows), validation_file=str(rows), text_column="text", label_column="label")
-    settings = TrainSettings(data=data, model=str(base), granularity=granularity, sparsity=sparsity, lora_rank=0)
+    settings = TrainSettings(data=data, model=str(base), granularity=granularity, sparsity=sparsity, method="gates")
     loaded = load_rows(data)
     model = open_base(base, loaded.spec)
     attach_gates_(model, granularity=granularity, controller="importance")

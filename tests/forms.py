@@ -42,7 +42,7 @@ def save_run(
     rows = load_rows(settings.data)
     tokenizer = open_tokenizer(base)
     model = open_base(base, rows.spec)
-    attach_gates_(model, granularity=granularity, controller="importance", lora_rank=settings.lora_rank)
+    attach_gates_(model, granularity=granularity, controller="importance", lora_rank=settings.rank)
     draw_(model, closed)
     few = tokenize(rows.validation["validation"].select(range(PROBE_ROWS)), tokenizer, MAX_LENGTH)
     probe = next(iter(make_loader(few, tokenizer, PROBE_ROWS, shuffle=False, seed=0)))
@@ -73,3 +73,9 @@ def draw_(model: Any, closed: float) -> None:
     for _, gate in gates_of(model):
         gate.mu.uniform_(0.1, 0.7)
         gate.mask.copy_(torch.rand_like(gate.mask) >= closed)
+
+
+def settings_for(model: Path, files: Any, **changes: Any) -> TrainSettings:
+    """Return the settings of a short training on one of the `TaskFiles` fixtures."""
+    options: dict[str, Any] = {"epochs": 3, "batch_size": 16, "max_length": 32, "device": "cpu", "learning_rate": 2e-3}
+    return TrainSettings(data=data_settings(files), model=str(model), **{**options, **changes})

@@ -5,16 +5,24 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 import tiny
-from gatepress.budget import Budget, GateVector, choose_closed, gate_vectors, gates_to_close
-from gatepress.config import Controller, Granularity
+from gatepress.budget import Budget, GateVector, Masks, Ranking, gate_vectors, gates_to_close
+from gatepress.config import BudgetUnit, Controller, Granularity
 from gatepress.gates import Gate
 from gatepress.inject import attach_gates_, mark_trainable_, trainable
 
 GRANULARITIES: list[Granularity] = ["structured", "matrix", "heads"]
 CONTROLLERS: list[Controller] = ["importance", "penalty"]
+UNITS: dict[Controller, BudgetUnit] = {"importance": "gates", "penalty": "vectors"}
 STEPS = 30
+
+
+def choose_closed(
+    scores: list[Tensor], macs: list[float], heads: list[int], count: int, counts: list[int] | None = None
+) -> Masks:
+    return Ranking.of(scores, macs, heads, counts).closing(count)
 
 
 def run_budget(granularity: Granularity, controller: Controller, sparsity: float, steps: int = STEPS) -> Budget:
@@ -28,6 +36,7 @@ def run_budget(granularity: Granularity, controller: Controller, sparsity: float
         controller=controller,
         steps=steps,
         penalty_weight=10.0,
+        unit=UNITS[controller],
     )
     optimizer = torch.optim.AdamW(list(kinds["gates"].values()), lr=1e-2)
     model.train()
@@ -80,7 +89,7 @@ def test_closing_is_gradual_and_never_goes_back() -> None:
     targets = [budget.target(step) for step in range(STEPS + 1)]
     assert targets == sorted(targets)
     assert targets[0] == 0
-    assert targets[-1] == gates_to_close(budget.total_gates, 0.5)
+    assert targets[-1] == 0.5
 
 
 def test_the_least_important_go_first_per_multiply_accumulate_saved() -> None:
@@ -132,7 +141,7 @@ def test_whole_heads_meet_any_budget_exactly(controller: Controller) -> None:
         for _ in range(3):
             heads, neurons = Gate(12, repeat=4, counts=8), Gate(20)
             vectors += [GateVector(heads, 8.0, 1), GateVector(neurons, 1.0, 1)]
-        budget = Budget(vectors, sparsity=asked, controller=controller, steps=10, penalty_weight=1.0)
+        budget = Budget(vectors, sparsity=asked, controller=controller, steps=10, unit=UNITS[controller])
         for vector in vectors:
             vector.gate.mu.data.uniform_(-0.5, 0.5)
             vector.gate.mu.grad = torch.rand_like(vector.gate.mu)

@@ -28,7 +28,7 @@ from gatepress.cli.app import app
 from gatepress.config import DataSettings, TrainSettings
 from gatepress.progress import NoProgress
 
-VERBS = ("train", "prune", "export", "bench", "evaluate", "demo")
+VERBS = ("train", "prune", "export", "bench", "evaluate", "sweep", "demo")
 MODULES = {"train": "training", "prune": "pruning", "export": "export", "evaluate": "evaluation"}
 TRAINED = {
     "metric_name": "accuracy",
@@ -206,7 +206,8 @@ def test_every_setting_has_an_option_with_its_default():
     for settings in (TrainSettings, DataSettings):
         for field in fields(settings):
             if field.name != "data":
-                assert parameters[field.name].default == field.default, field.name
+                default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+                assert parameters[field.name].default == default, field.name
 
 
 def test_train_options_become_settings(library):
@@ -215,7 +216,13 @@ def test_train_options_become_settings(library):
         "sparsity": 0.25,
         "granularity": "matrix",
         "controller": "penalty",
-        "lora_rank": 0,
+        "method": "gates+lora",
+        "budget": "macs",
+        "gate_axes": "in",
+        "matrices": ("q", "down"),
+        "lora_rank": 4,
+        "open_epochs": 1,
+        "start": "runs/x",
         "penalty_weight": 7.0,
         "epochs": 2,
         "batch_size": 5,
@@ -238,8 +245,9 @@ def test_train_options_become_settings(library):
         "max_train_samples": 9,
         "max_validation_samples": 8,
     }
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in {**given, **data}.items()]
-    switches = ["--no-train-biases", "--no-train-layer-norms"]
+    texts = {**given, **data, "matrices": "q,down"}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in texts.items()]
+    switches = ["--no-train-biases", "--no-train-layer-norms", "--distill"]
     result = run("train", *options, *switches, "-o", "out", "--force")
     assert result.exit_code == 0, result.output
     _, (settings, output), kwargs = library.only_call()
@@ -247,6 +255,7 @@ def test_train_options_become_settings(library):
         data=DataSettings(**data),
         train_biases=False,
         train_layer_norms=False,
+        distill=True,
         **given,
     )
     assert output == Path("out")
@@ -420,7 +429,7 @@ def test_debug_shows_the_traceback_before_the_line(library):
     [
         (
             ["train", "--sparsty", "0.3"],
-            "no such option: --sparsty (Possible options: --sparsity); see 'root train",
+            "no such option: --sparsty (Possible options: --sparsity, --start); see 'root",
         ),
         (["trian"], "no such command 'trian'. Did you mean 'train'? See 'root --help'"),
         (["prune"], "missing argument 'RUN'; see 'root prune --help'"),

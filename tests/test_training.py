@@ -5,13 +5,13 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from conftest import TaskFiles
+from forms import settings_for
 from gatepress.checkpoint import PROBE_FILE, load_pruned, load_run, read_run
 from gatepress.config import DataSettings, Granularity, TrainSettings
 from gatepress.errors import ArtifactError
@@ -22,18 +22,6 @@ from gatepress.pruning import prune
 from gatepress.training import train
 
 ModelDir = Callable[[str], Path]
-
-
-def settings_for(model: Path, files: TaskFiles, **changes: Any) -> TrainSettings:
-    data = DataSettings(
-        train_file=str(files.train),
-        validation_file=str(files.validation),
-        text_column=files.text_column,
-        text_pair_column=files.text_pair_column,
-        label_column=files.label_column,
-    )
-    options: dict[str, Any] = {"epochs": 3, "batch_size": 16, "max_length": 32, "device": "cpu", "learning_rate": 2e-3}
-    return TrainSettings(data=data, model=str(model), **{**options, **changes})
 
 
 @pytest.mark.parametrize("granularity", ["structured", "matrix", "heads"])
@@ -90,7 +78,7 @@ def test_a_tiny_model_learns_while_gates_close(
 
 def test_the_paper_s_penalty_delivers_too(tiny_model_dir: ModelDir, tiny_task_files: TaskFiles, tmp_path: Path) -> None:
     settings = settings_for(
-        tiny_model_dir("bert"), tiny_task_files, controller="penalty", granularity="matrix", lora_rank=0
+        tiny_model_dir("bert"), tiny_task_files, controller="penalty", granularity="matrix", method="gates"
     )
     report = train(settings, tmp_path / "run")
     assert report["closed_fraction"] == pytest.approx(0.3, abs=0.005)

@@ -1,28 +1,40 @@
-"""From an asked sparsity to gates closed: what is asked is what is closed, counted.
+"""From an asked sparsity to gates closed: what is asked is what is gone, counted.
 
-Two controllers over the same gates.
+`sparsity` is a fraction of one of these, over the whole encoder unless said otherwise:
+
+    gates     gates that are closed
+    weights   weights and biases of the matrices that closure removes
+    macs      multiply-accumulates at the longest input, those of attention itself among them
+    latency   time of the matrices on the runtime of `costs`, as it is predicted there
+    vectors   gates that are closed, in each vector on its own (the paper)
+
+Two controllers over the same gates say which of them close.
 
 `importance` (the default): closing is gradual and by rank. Every gate keeps a moving average of its
 squared gradient (dL/dz)^2, the diagonal of the Fisher information of the gates; every few steps all
-gates of the encoder are ranked by average / multiply-accumulates saved, and the best stay open. The
-number that may stay open falls on a cubic schedule to the exact budget; closed gates still receive
-gradients, so a gate closed too early comes back. Layers share the loss where it hurts least.
+gates of the encoder are ranked by average / multiply-accumulates saved, and the best stay open. What
+may stay open falls on a cubic schedule to the exact budget; closed gates still receive gradients, so a
+gate closed too early comes back. Layers share the loss where it hurts least.
 
 `penalty` (the paper): the loss gets lambda * mean over gate vectors of |mean(P) - (1 - s)|, eq. (9).
 The penalty alone does not close gates (all settle near the target value, hardly any at 0), so at the
-end of the schedule each vector is projected onto its exact budget by rank of mu, and the rest of the
-training recovers.
+end of the schedule they are closed by rank of mu, and the rest of the training recovers.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from gatepress.config import Controller, Granularity
+from gatepress.config import DEFAULT_TARGET, BudgetUnit, Controller, Granularity, TrainSettings
+from gatepress.costs import Costs, analytic
+from gatepress.errors import UsageError
+from gatepress.families import ROLES
 from gatepress.gates import Gate, counted
-from gatepress.inject import SITES, gated_linear
+from gatepress.inject import gated_linear
+from gatepress.plan import Live, make_plan
 from gatepress.resolve import Layer
 
 CLOSING_STARTS = 0.08  # fractions of all steps
@@ -30,18 +42,22 @@ CLOSING_ENDS = 0.60
 RERANK_EVERY = 10  # steps
 ROUNDING = 1e-6  # of a gate: what a product of a fraction and a whole number may be off
 AVERAGE_KEEPS = 0.98  # of the moving average, per step
-
+TOLERANCE = 5e-4  # of a budget that is not counted in gates: how far the search goes on
 
 Unit = tuple[float, int, Tensor]  # importance, vector, the elements that close together
+Masks = list[Tensor]  # one a gate vector, 1 open, 0 closed
 
 
 @dataclass(frozen=True)
 class GateVector:
-    """One gate vector and what its elements cost."""
+    """One gate vector, where it stands, and what its elements cost."""
 
     gate: Gate
     macs: float  # linear multiply-accumulates per token that one closed element saves
     heads: int  # > 1: the elements belong to heads, whose kept widths should be equal
+    layer: int = 0
+    role: str = ""
+    axis: str = ""
 
 
 def gate_vectors(model: nn.Module, layers: list[Layer], granularity: Granularity) -> list[GateVector]:
@@ -50,29 +66,60 @@ def gate_vectors(model: nn.Module, layers: list[Layer], granularity: Granularity
     A structured gate removes a row and a column (two matrices), a matrix gate one row or column, a head
     as much as all of its dimensions.
     """
-    vectors = []
     alone = granularity == "matrix"
-    for layer in layers:
-        for role, axis in SITES[granularity]:
+    vectors = []
+    for number, layer in enumerate(layers):
+        for role in ROLES:
             linear = gated_linear(model, layer, role)
-            gate = _present(linear.gate_in if axis == "in" else linear.gate_out)
-            rows, columns = layer.shapes[role]
-            across = rows if axis == "in" else columns
-            of_heads = granularity == "structured" and role in ("q", "o")
-            vectors.append(
-                GateVector(
-                    gate=gate,
-                    macs=float(across * (1 if alone else 2) * gate.counts),
-                    heads=layer.heads if of_heads else 1,
+            for axis, gate in (("in", linear.gate_in), ("out", linear.gate_out)):
+                if gate is None:
+                    continue
+                rows, columns = layer.shapes[role]
+                across = rows if axis == "in" else columns
+                of_heads = granularity == "structured" and role in ("q", "o")
+                vectors.append(
+                    GateVector(
+                        gate=gate,
+                        macs=float(across * (1 if alone else 2) * gate.counts),
+                        heads=layer.heads if of_heads else 1,
+                        layer=number,
+                        role=role,
+                        axis=axis,
+                    )
                 )
-            )
     return vectors
 
 
-def _present(gate: Gate | None) -> Gate:
-    if gate is None:
-        raise TypeError("a site of the granularity has no gate")
-    return gate
+def removed_by(  # noqa: PLR0913 - each is a part of the measure
+    model: nn.Module, layers: list[Layer], vectors: list[GateVector], unit: BudgetUnit, *, tokens: int, costs: Costs
+) -> Callable[[Masks], float]:
+    """Return the measure of a budget: masks, one a vector -> fraction of `unit` that is gone.
+
+    `tokens` is the input length that `macs` counts attention at. Gates are counted on the masks, all else on
+    the plan that closure makes of them (layout `inner`).
+    """
+    biased = [{role: gated_linear(model, layer, role).base.bias is not None for role in ROLES} for layer in layers]
+
+    def gates(masks: Masks) -> float:
+        pairs = zip(masks, vectors, strict=True)
+        closed = sum(int((mask == 0).sum()) * vector.gate.counts for mask, vector in pairs)
+        return closed / counted(vector.gate for vector in vectors)[0]
+
+    def planned(masks: Masks) -> float:
+        open_sides = [
+            {role: tuple(torch.ones(size, dtype=torch.bool) for size in layer.shapes[role]) for role in ROLES}
+            for layer in layers
+        ]
+        for mask, vector in zip(masks, vectors, strict=True):
+            side = open_sides[vector.layer][vector.role][vector.axis == "in"]
+            side &= mask.cpu().bool().repeat_interleave(vector.gate.repeat)
+        live = [
+            {role: Live(rows, columns, biases[role]) for role, (rows, columns) in sides.items()}
+            for sides, biases in zip(open_sides, biased, strict=True)
+        ]
+        return make_plan(layers, live, "inner", costs).removed(unit, tokens)
+
+    return gates if unit in ("gates", "vectors") else planned
 
 
 def gates_to_close(total: int, sparsity: float) -> int:
@@ -80,40 +127,53 @@ def gates_to_close(total: int, sparsity: float) -> int:
     return min(total, math.ceil(sparsity * total - ROUNDING))
 
 
-def choose_closed(
-    scores: list[Tensor], macs: list[float], heads: list[int], count: int, counts: list[int] | None = None
-) -> list[Tensor]:
-    """Return masks (1 open, 0 closed) that close `count` dimensions, the least important first.
+@dataclass(frozen=True)
+class Ranking:
+    """All gates of an encoder in the order in which they close.
 
-    `scores` holds one vector per gate vector; each element stands for `counts` dimensions (None: one).
     Vectors that belong to heads are closed in slots: the r-th best element of every head together, so
-    that each head of a layer keeps the same width and nothing is lost to padding. Importance is the
-    score per multiply-accumulate saved. What is left too small for whole heads is taken from single
-    dimensions; where none is open any more, one head more goes and single dimensions open again.
+    that each head of a layer keeps the same width and nothing is lost to padding.
     """
-    counts = counts or [1] * len(scores)
-    units: list[Unit] = []
-    for index, (score, cost, n_heads) in enumerate(zip(scores, macs, heads, strict=True)):
-        ranked, order = score.detach().float().cpu().view(n_heads, -1).sort(dim=1, descending=True)
-        offsets = torch.arange(n_heads)[:, None] * order.shape[1]
-        members = (order + offsets).T  # [slots, heads]
-        for value, slot in zip((ranked.mean(0) / cost).tolist(), members, strict=True):
-            units.append((value, index, slot))
-    units.sort(key=lambda unit: unit[0])
-    masks = [torch.ones_like(score, dtype=torch.float32, device="cpu") for score in scores]
-    left = count
-    for _, index, slot in units:
-        if left == 0:
-            break
-        if len(slot) * counts[index] <= left:
-            masks[index][slot] = 0
-            left -= len(slot) * counts[index]
-    if left:  # slots of several heads leave a remainder, and so do whole heads
-        _close_single_(masks, units, counts, left)
-    return masks
+
+    units: list[Unit]  # the least important first
+    sizes: list[int]  # elements of each vector
+    counts: list[int]  # dimensions that each element of a vector stands for
+
+    @classmethod
+    def of(
+        cls, scores: list[Tensor], macs: list[float], heads: list[int], counts: list[int] | None = None
+    ) -> "Ranking":
+        """Rank by score for each multiply-accumulate saved; `scores` holds one vector a gate vector."""
+        units: list[Unit] = []
+        for index, (score, cost, n_heads) in enumerate(zip(scores, macs, heads, strict=True)):
+            ranked, order = score.detach().float().cpu().view(n_heads, -1).sort(dim=1, descending=True)
+            offsets = torch.arange(n_heads)[:, None] * order.shape[1]
+            members = (order + offsets).T  # [slots, heads]
+            for value, slot in zip((ranked.mean(0) / cost).tolist(), members, strict=True):
+                units.append((value, index, slot))
+        units.sort(key=lambda unit: unit[0])
+        return cls(units, [score.numel() for score in scores], counts or [1] * len(scores))
+
+    def closing(self, count: int) -> Masks:
+        """Return masks that close `count` dimensions, the least important first.
+
+        What is left too small for whole heads is taken from single dimensions; where none is open any more,
+        one head more goes and single dimensions open again.
+        """
+        masks = [torch.ones(size) for size in self.sizes]
+        left = count
+        for _, index, slot in self.units:
+            if left == 0:
+                break
+            if len(slot) * self.counts[index] <= left:
+                masks[index][slot] = 0
+                left -= len(slot) * self.counts[index]
+        if left:  # slots of several heads leave a remainder, and so do whole heads
+            _close_single_(masks, self.units, self.counts, left)
+        return masks
 
 
-def _close_single_(masks: list[Tensor], units: list[Unit], counts: list[int], left: int) -> None:
+def _close_single_(masks: Masks, units: list[Unit], counts: list[int], left: int) -> None:
     """Close elements for `left` dimensions more, in place, still the least important first.
 
     Where only larger elements are open, one of them goes, and smaller ones open again for the excess.
@@ -131,28 +191,39 @@ def _close_single_(masks: list[Tensor], units: list[Unit], counts: list[int], le
 
 
 class Budget:
-    """Closes `sparsity` of the gates over a training of `steps` steps.
+    """Closes gates over a training of `steps` steps until `sparsity` of `unit` is gone.
 
-    Call `penalty()` for the loss term, `after_backward(step)` between backward and optimizer step.
+    Call `penalty()` for the loss term, `after_backward(step)` between backward and optimizer step. Raises
+    `UsageError` where all gates together do not reach the budget.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each is a dial of the training
         self,
         vectors: list[GateVector],
         *,
         sparsity: float,
         controller: Controller,
         steps: int,
-        penalty_weight: float,
+        penalty_weight: float = 0.0,
+        unit: BudgetUnit = "gates",
+        removed: Callable[[Masks], float] | None = None,  # of `removed_by`, for units that are not counted in gates
     ) -> None:
         self.vectors = vectors
         self.sparsity = sparsity
         self.controller: Controller = controller
         self.penalty_weight = penalty_weight
+        self.unit: BudgetUnit = unit
         self.starts = int(CLOSING_STARTS * steps)
         self.ends = max(self.starts, int(CLOSING_ENDS * steps))
-        self.scores = [torch.zeros_like(vector.gate.mu) for vector in vectors]
         self.fixed = sparsity == 0
+        self._removed = removed
+        if removed is not None:
+            most = removed([torch.zeros_like(vector.gate.mask) for vector in vectors])
+            if most < sparsity:
+                raise UsageError(
+                    f"--sparsity is {sparsity:g} of the {unit}, but all gates together reach only {most:.3f}; "
+                    "ask for less, or let more matrices take part"
+                )
 
     @property
     def total_gates(self) -> int:
@@ -164,12 +235,19 @@ class Budget:
         """Those of them whose mask is 0, counted."""
         return counted(vector.gate for vector in self.vectors)[1]
 
-    def target(self, step: int) -> int:
-        """Return how many gates should be closed after `step` (cubic schedule)."""
+    @property
+    def removed(self) -> float:
+        """Fraction of the budget's unit that is gone, counted."""
+        if self._removed is None:
+            return self.closed_gates / self.total_gates
+        return self._removed([vector.gate.mask for vector in self.vectors])
+
+    def target(self, step: int) -> float:
+        """Return the fraction that should be gone after `step` (cubic schedule)."""
         if step >= self.ends:
-            return gates_to_close(self.total_gates, self.sparsity)
+            return self.sparsity
         left = 1 - max(0.0, (step - self.starts) / max(1, self.ends - self.starts))
-        return int(self.sparsity * self.total_gates * (1 - left**3))
+        return self.sparsity * (1 - left**3)
 
     def penalty(self, step: int) -> Tensor | None:
         """Return lambda * mean |mean(P) - (1 - s)|, eq. (9), or None where there is no penalty."""
@@ -182,52 +260,98 @@ class Budget:
     @torch.no_grad()
     def after_backward(self, step: int) -> None:
         """Update importances from the gradients and close what the schedule asks for at `step`."""
-        if self.fixed:
-            return
         if self.controller == "importance":
-            for score, vector in zip(self.scores, self.vectors, strict=True):
-                gradient = vector.gate.mu.grad
-                if gradient is not None:
-                    score.mul_(AVERAGE_KEEPS).addcmul_(gradient, gradient, value=1 - AVERAGE_KEEPS)
-            if step >= self.starts and (step % RERANK_EVERY == 0 or step >= self.ends):
-                self._close_by_importance(self.target(step))
+            self._rank()
+            if not self.fixed and step >= self.starts and (step % RERANK_EVERY == 0 or step >= self.ends):
+                self.close(self.target(step))
             # The straight-through gradient of a closed gate ranks it; it must not move its value.
             for vector in self.vectors:
                 if vector.gate.mu.grad is not None:
                     vector.gate.mu.grad.mul_(vector.gate.mask)
-        elif step >= self.ends:
-            self._project_each_vector()
+        elif not self.fixed and step >= self.ends:
+            for vector in self.vectors:
+                vector.gate.score.copy_(vector.gate.mu)
+            self.close(self.sparsity)
         if step >= self.ends:
             self.fixed = True
 
-    def _close_by_importance(self, count: int) -> None:
-        vectors = self.vectors
-        counts = [vector.gate.counts for vector in vectors]
-        masks = choose_closed(self.scores, [v.macs for v in vectors], [v.heads for v in vectors], count, counts)
-        for mask, vector in zip(masks, self.vectors, strict=True):
+    def _rank(self) -> None:
+        """Let the last gradient count in the moving averages; they go on when gates are fixed, for other budgets."""
+        for vector in self.vectors:
+            gradient = vector.gate.mu.grad
+            if gradient is not None:
+                vector.gate.score.mul_(AVERAGE_KEEPS).addcmul_(gradient, gradient, value=1 - AVERAGE_KEEPS)
+
+    @torch.no_grad()
+    def close(self, fraction: float) -> None:
+        """Close the gates with the lowest scores until `fraction` of the unit is gone, and open all others."""
+        if self.unit == "vectors":
+            self._close_in_each_vector(fraction)
+            return
+        cheap = self.controller == "penalty"  # mu is a value, not a loss that a saving could be weighed against
+        ranking = Ranking.of(
+            [vector.gate.score for vector in self.vectors],
+            [1.0 if cheap else vector.macs for vector in self.vectors],
+            [vector.heads for vector in self.vectors],
+            [vector.gate.counts for vector in self.vectors],
+        )
+        for mask, vector in zip(self._masks(ranking, fraction), self.vectors, strict=True):
             vector.gate.mask.copy_(mask)
 
-    def _project_each_vector(self) -> None:
+    def _masks(self, ranking: Ranking, fraction: float) -> Masks:
+        """Return masks that remove `fraction`, never less and as little more as whole gates allow."""
+        if self._removed is None:
+            return ranking.closing(gates_to_close(self.total_gates, fraction))
+        few, many = 0, self.total_gates
+        best = ranking.closing(many)
+        while many - few > 1:
+            count = (few + many) // 2
+            masks = ranking.closing(count)
+            excess = self._removed(masks) - fraction
+            if excess < 0:
+                few = count
+                continue
+            many, best = count, masks
+            if excess < TOLERANCE:
+                break
+        return best
+
+    def _close_in_each_vector(self, fraction: float) -> None:
         whole = [vector for vector in self.vectors if vector.gate.counts > 1]
         single = [vector for vector in self.vectors if vector.gate.counts == 1]
         carried = 0.0  # dimensions that rounding left to the vectors that follow; single ones come last
         for vector in whole:
-            exact = self.sparsity * vector.gate.size + carried / vector.gate.counts
+            exact = fraction * vector.gate.size + carried / vector.gate.counts
             count = math.floor(exact + ROUNDING)
             carried = (exact - count) * vector.gate.counts
             _close_lowest(vector, count)
         open_heads = [vector.gate for vector in whole if vector.gate.mask.any()]
-        if open_heads and carried > (1 - self.sparsity) * sum(vector.gate.size for vector in single) + ROUNDING:
-            last = min(open_heads, key=lambda gate: float(gate.mu[gate.mask == 1].min()))
-            last.mask[last.mu.masked_fill(last.mask == 0, math.inf).argmin()] = 0
+        if open_heads and carried > (1 - fraction) * sum(vector.gate.size for vector in single) + ROUNDING:
+            last = min(open_heads, key=lambda gate: float(gate.score[gate.mask == 1].min()))
+            last.mask[last.score.masked_fill(last.mask == 0, math.inf).argmin()] = 0
             carried -= last.counts
         for vector in single:
-            exact = self.sparsity * vector.gate.size + carried
+            exact = fraction * vector.gate.size + carried
             count = min(vector.gate.size, max(0, math.ceil(exact - ROUNDING)))
             carried = exact - count
             _close_lowest(vector, count)
 
 
+def budget_of(model: nn.Module, layers: list[Layer], settings: TrainSettings, *, steps: int, tokens: int) -> Budget:
+    """Return the budget of a prepared model as `settings` asks for it; `macs` count attention at `tokens` tokens."""
+    vectors = gate_vectors(model, layers, settings.granularity)
+    removed = removed_by(model, layers, vectors, settings.unit, tokens=tokens, costs=analytic(DEFAULT_TARGET))
+    return Budget(
+        vectors,
+        sparsity=settings.sparsity,
+        controller=settings.controller,
+        steps=steps,
+        penalty_weight=settings.penalty_weight,
+        unit=settings.unit,
+        removed=None if settings.unit in ("gates", "vectors") else removed,
+    )
+
+
 def _close_lowest(vector: GateVector, count: int) -> None:
-    """Close `count` gates of a vector, by rank of mu, and open its others."""
-    vector.gate.mask.copy_(choose_closed([vector.gate.mu], [1.0], [vector.heads], count)[0])
+    """Close `count` gates of a vector, by rank of their score, and open its others."""
+    vector.gate.mask.copy_(Ranking.of([vector.gate.score], [1.0], [vector.heads]).closing(count)[0])

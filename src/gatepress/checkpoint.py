@@ -29,12 +29,11 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from gatepress import __version__
 from gatepress.config import TrainSettings
-from gatepress.errors import ArtifactError, GatepressError, ModelError
+from gatepress.errors import ArtifactError, GatepressError, ModelError, UsageError
 from gatepress.families import FAMILIES
 from gatepress.files import explained, json_text, publish, read_json, replace_file, sha256_of
-from gatepress.gates import gates_of
 from gatepress.hub import locate_model
-from gatepress.inject import attach_gates_, trainable
+from gatepress.methods import kept, merge_, prepare_
 from gatepress.resolve import family_named, model_class
 from gatepress.tasks import TaskSpec
 
@@ -212,21 +211,14 @@ def open_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
 
 
-def trained_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return all that a run may train, and the masks, by name."""
-    state = {
-        name: parameter.detach().cpu().contiguous()
-        for parameters in trainable(model, biases=True, layer_norms=True).values()
-        for name, parameter in parameters.items()
-    }
-    return state | {f"{name}.mask": gate.mask.cpu().contiguous() for name, gate in gates_of(model)}
+def load_trained_(model: PreTrainedModel, settings: TrainSettings, state: dict[str, Tensor], where: Path) -> None:
+    """Set what a run trained, in place; `ArtifactError` where names or shapes do not fit.
 
-
-def load_trained_(model: PreTrainedModel, state: dict[str, Tensor], where: Path) -> None:
-    """Set what a run trained, in place; `ArtifactError` where names or shapes do not fit."""
-    own = trained_state(model)
-    if set(own) != set(state):
-        odd = sorted(set(own) ^ set(state))
+    Runs of the first releases keep no scores of gates.
+    """
+    own = kept(model, settings)
+    odd = sorted(name for name in set(own) ^ set(state) if not name.endswith(".score") or name in state)
+    if odd:
         raise ArtifactError(f"{where}: tensors do not fit the model ({', '.join(odd[:3])}, ...); train again")
     for name, value in state.items():
         if value.shape != own[name].shape or value.dtype != own[name].dtype:
@@ -236,8 +228,19 @@ def load_trained_(model: PreTrainedModel, state: dict[str, Tensor], where: Path)
     model.load_state_dict(state, strict=False)
 
 
+def load_start_(model: PreTrainedModel, settings: TrainSettings, directory: Path) -> None:
+    """Set what another run trained, in place, in a model prepared alike; `UsageError` where it was not."""
+    manifest = read_run(directory)
+    for name in ("model", "method", "granularity", "controller", "gate_axes", "matrices", "rank"):
+        there, here = getattr(manifest.settings, name), getattr(settings, name)
+        if there != here:
+            raise UsageError(f"{directory}: was trained with {name} {there}, this run asks for {here}; they must agree")
+    tensors = directory / manifest.tensors["file"]
+    load_trained_(model, settings, read_tensors(tensors), tensors)
+
+
 def load_run(directory: Path, device: str = "cpu") -> tuple[PreTrainedModel, RunManifest]:
-    """Rebuild the gated model of a run directory, in evaluation mode.
+    """Rebuild the model of a run directory, in evaluation mode: gated, or with its adapters merged.
 
     Raises `ArtifactError` where the directory is broken or the base model is not the one it was
     trained on, `HubError` or `ModelError` where the base cannot be had.
@@ -251,9 +254,10 @@ def load_run(directory: Path, device: str = "cpu") -> tuple[PreTrainedModel, Run
             "bring back the base model it was trained on, or train again"
         )
     model = open_base(base, manifest.task)
-    attach_gates_(model, granularity=settings.granularity, controller=settings.controller, lora_rank=settings.lora_rank)
+    prepare_(model, settings)
     tensors = directory / manifest.tensors["file"]
-    load_trained_(model, read_tensors(tensors), tensors)
+    load_trained_(model, settings, read_tensors(tensors), tensors)
+    merge_(model)
     torch.nn.Module.to(model.eval(), torch.device(device))
     return model, manifest
 
@@ -285,7 +289,7 @@ class RunWriter:
 
     def save(self, model: PreTrainedModel, manifest: RunManifest) -> RunManifest:
         """Write one checkpoint and return its manifest with the tensors named."""
-        data = save(trained_state(model))
+        data = save(kept(model, manifest.settings))
         path = self.directory / f"gates-{manifest.step:08d}.safetensors"
         replace_file(path, data)
         manifest = replace(manifest, tensors={"file": path.name, "sha256": sha256_of(path)})

@@ -9,14 +9,38 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from gatepress.errors import ArtifactError, UsageError
+from gatepress.families import ROLES
 
+Method = Literal["gates+lora", "gates", "full", "lora", "lora-fa", "vera", "lora-xs"]
 Granularity = Literal["structured", "matrix", "heads"]
+GateAxes = Literal["both", "in", "out"]
 Controller = Literal["importance", "penalty"]
+BudgetUnit = Literal["gates", "weights", "macs", "latency", "vectors"]
 Layout = Literal["auto", "inner", "index", "paper", "stock"]
 Target = Literal["ort-cpu", "ort-int8", "torch-cpu", "cuda"]
 Precision = Literal["fp32", "bf16"]
 
 DEFAULT_TARGET: Target = "ort-cpu"  # the runtime that most people deploy on
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """What a method trains beside the head, and at which rate and rank unless asked otherwise."""
+
+    gated: bool
+    learning_rate: float
+    rank: int = 0  # 0: it has no low-rank update
+
+
+METHODS: dict[str, MethodSpec] = {
+    "gates+lora": MethodSpec(gated=True, learning_rate=1e-3, rank=8),
+    "gates": MethodSpec(gated=True, learning_rate=1e-3),
+    "full": MethodSpec(gated=False, learning_rate=5e-5),
+    "lora": MethodSpec(gated=False, learning_rate=1e-3, rank=8),
+    "lora-fa": MethodSpec(gated=False, learning_rate=1e-3, rank=8),
+    "vera": MethodSpec(gated=False, learning_rate=4e-3, rank=256),
+    "lora-xs": MethodSpec(gated=False, learning_rate=1e-3, rank=25),
+}
 
 
 @dataclass(frozen=True)
@@ -54,16 +78,23 @@ class TrainSettings:
     data: DataSettings
     model: str = "FacebookAI/roberta-base"  # hub id, local directory, or "demo"
     revision: str | None = None  # branch, tag or commit on the hub
-    sparsity: float = 0.3  # fraction of the gates to close, in [0, 1)
+    method: Method = "gates+lora"
+    sparsity: float = 0.3  # fraction of `budget` to remove, in [0, 1)
+    budget: BudgetUnit | None = None  # None: gates; the penalty controller counts by vectors
     granularity: Granularity = "structured"
+    gate_axes: GateAxes = "both"  # of matrix gates
+    matrices: tuple[str, ...] = ROLES  # which of a layer's matrices take part
     controller: Controller = "importance"
-    lora_rank: int = 8  # 0: no low-rank update inside the gates
+    lora_rank: int | None = None  # None: the method's own
     train_biases: bool = True
     train_layer_norms: bool = True
+    open_epochs: int | None = None  # with all gates open, before any closes; None: none, or a third to teach
+    start: str | None = None  # run directory to go on from: its gates are closed at once, and all else recovers
+    distill: bool = False  # what the open model knew teaches the one that closes
     epochs: int | None = None  # None: enough for about 1,500 steps, 3 at least, 20 at most
     batch_size: int = 32
     max_length: int = 128  # tokens
-    learning_rate: float = 3e-4  # biases, layer norms, low rank, head
+    learning_rate: float | None = None  # of all that is trained but gates; None: the method's own
     gate_learning_rate: float = 3e-3
     penalty_weight: float = 50.0  # lambda of eq. (9), penalty controller only
     weight_decay: float = 0.01
@@ -74,28 +105,72 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         """Collect what is wrong and raise it once."""
+        _refuse([*self._unknown_words(), *self._wrong_numbers(), *self._wrong_pairs()])
+
+    def _unknown_words(self) -> list[str]:
+        kinds: tuple[tuple[str, Any], ...] = (
+            ("method", Method),
+            ("budget", BudgetUnit),
+            ("granularity", Granularity),
+            ("gate_axes", GateAxes),
+            ("controller", Controller),
+            ("precision", Precision),
+        )
+        problems = [
+            f"{_option(name)} is {getattr(self, name)!r}, expected one of {', '.join(get_args(kind))}"
+            for name, kind in kinds
+            if getattr(self, name) not in (*get_args(kind), *([None] if name == "budget" else []))
+        ]
+        if not self.matrices or any(role not in ROLES for role in self.matrices):
+            problems.append(f"--matrices is {','.join(self.matrices)!r}, expected some of {','.join(ROLES)}")
+        return problems
+
+    def _wrong_numbers(self) -> list[str]:
         problems = []
         if not 0 <= self.sparsity < 1:
             problems.append(f"--sparsity is {self.sparsity}, expected a fraction of at least 0 and below 1")
-        if self.lora_rank < 0:
-            problems.append(f"--lora-rank is {self.lora_rank}, expected 0 or more")
-        for name in ("epochs", "batch_size", "max_length"):
+        for name in ("epochs", "batch_size", "max_length", "lora_rank"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                problems.append(f"--{name.replace('_', '-')} is {value}, expected 1 or more")
+                problems.append(f"{_option(name)} is {value}, expected 1 or more")
+        if self.open_epochs is not None and self.open_epochs < 0:
+            problems.append(f"--open-epochs is {self.open_epochs}, expected 0 or more")
         for name in ("learning_rate", "gate_learning_rate"):
             value = getattr(self, name)
-            if not 0 < value < float("inf"):
-                problems.append(f"--{name.replace('_', '-')} is {value}, expected a positive number")
-        for name, kind in (
-            ("granularity", Granularity),
-            ("controller", Controller),
-            ("precision", Precision),
-        ):
-            value = getattr(self, name)
-            if value not in get_args(kind):
-                problems.append(f"--{name} is {value!r}, expected one of {', '.join(get_args(kind))}")
-        _refuse(problems)
+            if value is not None and not 0 < value < float("inf"):
+                problems.append(f"{_option(name)} is {value}, expected a positive number")
+        return problems
+
+    def _wrong_pairs(self) -> list[str]:
+        problems = []
+        if self.gate_axes != "both" and self.granularity != "matrix":
+            problems.append(f"--gate-axes {self.gate_axes} goes with --granularity matrix")
+        if self.distill and not self.gated:
+            problems.append(f"--distill teaches a model whose gates close, --method {self.method} has none")
+        if self.lora_rank is not None and self.method in METHODS and not METHODS[self.method].rank:
+            problems.append(f"--lora-rank means nothing to --method {self.method}, which has no low-rank update")
+        return problems
+
+    @property
+    def gated(self) -> bool:
+        """Whether the method trains gates."""
+        return self.method in METHODS and METHODS[self.method].gated
+
+    @property
+    def rank(self) -> int:
+        """Rank of the low-rank update; 0: the method has none."""
+        own = METHODS[self.method].rank
+        return (self.lora_rank or own) if own else 0
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of all that is trained but gates."""
+        return self.learning_rate or METHODS[self.method].learning_rate
+
+    @property
+    def unit(self) -> BudgetUnit:
+        """What `sparsity` is a fraction of."""
+        return self.budget or ("vectors" if self.controller == "penalty" else "gates")
 
     def absolute(self) -> "TrainSettings":
         """Return the settings with local paths made absolute: a run is used from anywhere."""
@@ -103,8 +178,9 @@ class TrainSettings:
         values = {name: getattr(self.data, name) for name in paths}
         moved: dict[str, Any] = {name: _absolute(value) for name, value in values.items() if value}
         data = replace(self.data, **moved)
+        start = _absolute(self.start) if self.start else None
         model = _absolute(self.model) if self.model != "demo" and Path(self.model).expanduser().is_dir() else self.model
-        return replace(self, data=data, model=model)
+        return replace(self, data=data, model=model, start=start)
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings as plain JSON values."""
@@ -113,16 +189,29 @@ class TrainSettings:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "TrainSettings":
         """Read settings back; `ArtifactError` on a field that is unknown or of a wrong type."""
+        method = {} if "method" in value else _method_of_old(value)
         try:
-            return cls(**{**value, "data": DataSettings(**value["data"])})
+            matrices = tuple(value.get("matrices", ROLES))
+            return cls(**{**value, **method, "matrices": matrices, "data": DataSettings(**value["data"])})
         except (TypeError, KeyError) as error:
             raise ArtifactError(f"settings in the manifest are not understood ({error})") from None
+
+
+def _method_of_old(value: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a manifest that was written before there were methods; rank 0 stood for gates alone."""
+    rank = value.get("lora_rank")
+    return {"method": "gates+lora", "lora_rank": rank} if rank else {"method": "gates", "lora_rank": None}
 
 
 def default_run_name(settings: TrainSettings) -> str:
     """Return the directory name a run gets when none is asked for, e.g. `sst2-roberta-base-s0.3`."""
     data = settings.data.task or Path(settings.data.train_file or "own").stem
-    return f"{data}-{Path(settings.model).name}-s{settings.sparsity:g}"
+    name = f"s{settings.sparsity:g}" if settings.gated else settings.method
+    return f"{data}-{Path(settings.model).name}-{name}"
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _absolute(path: str) -> str:
@@ -136,10 +225,14 @@ def _refuse(problems: list[str]) -> None:
 
 __all__ = [
     "DEFAULT_TARGET",
+    "METHODS",
+    "BudgetUnit",
     "Controller",
     "DataSettings",
+    "GateAxes",
     "Granularity",
     "Layout",
+    "Method",
     "Precision",
     "Target",
     "TrainSettings",

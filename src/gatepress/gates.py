@@ -38,6 +38,8 @@ class Gate(nn.Module):
         self.mu = nn.Parameter(torch.full((size,), 0.5))
         self.mask: Tensor
         self.register_buffer("mask", torch.ones(size))  # 1 open, 0 closed for good or for now
+        self.score: Tensor
+        self.register_buffer("score", torch.zeros(size))  # importance as a budget counts it (budget.py)
 
     @property
     def size(self) -> int:

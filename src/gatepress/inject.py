@@ -8,11 +8,14 @@ sparsity is spent where it pays.
 `heads`: the same with one gate for a whole head, at its columns of o; all of its q, k and v go with it.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
-from gatepress.config import Controller, Granularity
+from gatepress.config import Controller, GateAxes, Granularity
+from gatepress.errors import UsageError
 from gatepress.families import ROLES
 from gatepress.gates import Gate, GatedLinear
 from gatepress.resolve import Layer, resolve
@@ -31,19 +34,38 @@ WHOLE_HEADS: set[tuple[Granularity, Site]] = {("heads", ("o", "in"))}  # sites w
 NOISE: dict[Controller, float] = {"importance": 0.0, "penalty": 0.25}
 
 
-def attach_gates_(
-    model: nn.Module, *, granularity: Granularity, controller: Controller, lora_rank: int = 0
+def sites_of(granularity: Granularity, axes: GateAxes = "both", matrices: Sequence[str] = ROLES) -> tuple[Site, ...]:
+    """Return where gates stand; `UsageError` where that is nowhere."""
+    sites = tuple((role, axis) for role, axis in SITES[granularity] if role in matrices and axes in (axis, "both"))
+    if not sites:
+        possible = ", ".join(dict.fromkeys(role for role, _ in SITES[granularity]))
+        raise UsageError(
+            f"--matrices is {','.join(matrices)!r}, but {granularity} gates stand on {possible}; give one of these"
+        )
+    return sites
+
+
+def attach_gates_(  # noqa: PLR0913 - each is a dial of the gates
+    model: nn.Module,
+    *,
+    granularity: Granularity,
+    controller: Controller,
+    lora_rank: int = 0,
+    axes: GateAxes = "both",
+    matrices: Sequence[str] = ROLES,
 ) -> list[Layer]:
     """Replace each encoder matrix of `model` by a `GatedLinear`, in place; return the layers.
 
-    Everything is frozen afterwards; `mark_trainable_` then opens what a run trains.
+    `matrices` names the roles that get gates and low rank, `axes` the sides of matrix gates. Everything is
+    frozen afterwards; `mark_trainable_` then opens what a run trains.
     """
     layers = resolve(model)
     base: Any = model.base_model
     model.requires_grad_(False)
+    sites = sites_of(granularity, axes, matrices)
 
     def gate(layer: Layer, site: Site) -> Gate | None:
-        if site not in SITES[granularity]:
+        if site not in sites:
             return None
         role, axis = site
         size = layer.shapes[role][1 if axis == "in" else 0]
@@ -58,7 +80,7 @@ def attach_gates_(
                 base.get_submodule(layer.paths[role]),
                 gate_in=gate(layer, (role, "in")),
                 gate_out=gate(layer, (role, "out")),
-                lora_rank=lora_rank,
+                lora_rank=lora_rank if role in matrices else 0,
             )
             replace_module_(base, layer.paths[role], gated.to(base.device))
     return layers
@@ -79,32 +101,43 @@ def replace_module_(root: nn.Module, path: str, module: nn.Module) -> None:
     setattr(root.get_submodule(parent), name, module)
 
 
-def trainable(model: nn.Module, *, biases: bool, layer_norms: bool) -> dict[str, dict[str, nn.Parameter]]:
-    """Return what a run trains: kind -> name -> parameter (gates, biases, layer_norms, low_rank, head).
+def trainable(
+    model: PreTrainedModel, *, biases: bool, layer_norms: bool, matrices: Sequence[str] = ROLES
+) -> dict[str, dict[str, nn.Parameter]]:
+    """Return what a gated run trains: kind -> name -> parameter (gates, biases, layer_norms, low_rank, head).
 
-    Biases are those of gated matrices (a matrix without one gets none); layer norms are those of
-    the encoder; the head is everything outside the base model, with the pooler before it.
+    Biases are those of the `matrices` that take part (a matrix without one gets none); layer norms are
+    those of the encoder; the head is everything outside the base model, with the pooler before it.
     """
+    out = {
+        f"{model.base_model_prefix}.{layer.paths[role]}.base.bias"
+        for layer in resolve(model)
+        for role in ROLES
+        if role not in matrices
+    }
     kinds: dict[str, dict[str, nn.Parameter]] = {
         kind: {} for kind in ("gates", "biases", "layer_norms", "low_rank", "head")
     }
-    prefix = f"{model.base_model_prefix}."
     for path, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
             name = f"{path}.{leaf}"
-            kind = _kind(name, module, prefix)
-            if kind and (kind != "biases" or biases) and (kind != "layer_norms" or layer_norms):
+            kind = "head" if in_head(model, name) else _kind(name, module)
+            wanted = {"biases": biases and name not in out, "layer_norms": layer_norms}
+            if kind and wanted.get(kind, True):
                 kinds[kind][name] = parameter
     return kinds
 
 
-def _kind(name: str, module: nn.Module, prefix: str) -> str | None:
+def in_head(model: PreTrainedModel, name: str) -> bool:
+    """Say whether a parameter belongs to the head: outside the base model, or of its pooler."""
+    return not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name
+
+
+def _kind(name: str, module: nn.Module) -> str | None:
     if isinstance(module, Gate):
         return "gates"
     if isinstance(module, GatedLinear):
         return "low_rank"
-    if not name.startswith(prefix) or ".pooler." in name:
-        return "head"
     if name.endswith(".base.bias"):
         return "biases"
     if isinstance(module, nn.LayerNorm) and ".embeddings." not in name:

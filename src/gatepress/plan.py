@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gatepress.config import Layout
+from gatepress.config import BudgetUnit, Layout
 from gatepress.costs import WORTH, Costs, rounded
 from gatepress.families import ROLES
 from gatepress.resolve import Layer
@@ -132,6 +132,22 @@ class PrunePlan:
     def removed_parameters(self) -> int:
         """Weights and biases of the encoder's matrices that go."""
         return sum(matrix.removed_parameters for layer in self.layers for matrix in layer.matrices.values())
+
+    def removed(self, unit: BudgetUnit, tokens: int) -> float:
+        """Return the fraction of `weights`, of `macs` at `tokens` tokens, or of predicted `latency` that goes.
+
+        Weights are those of the encoder's matrices with their biases; multiply-accumulates are those of the
+        matrices and of the products of attention, scores and weighted values.
+        """
+        if unit == "latency":
+            return 1 - self.time_left
+        matrices = [matrix for layer in self.layers for matrix in layer.matrices.values()]
+        if unit == "weights":
+            dense = self.dense_weights + sum(matrix.dense_shape[0] for matrix in matrices if matrix.biased)
+            return self.removed_parameters / dense
+        inside = [layer.matrices[role] for layer in self.layers for role in ("q", "v")]
+        kept = self.kept_weights + tokens * sum(len(matrix.rows) for matrix in inside)
+        return 1 - kept / (self.dense_weights + tokens * sum(matrix.dense_shape[0] for matrix in inside))
 
     @property
     def time_left(self) -> float:

@@ -1,6 +1,7 @@
 """From a run directory to a pruned directory, with the proof that nothing changed."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gatepress.budget import budget_of
 from gatepress.checkpoint import (
     PROBE_FILE,
     PRUNED_FILE,
     PRUNED_FORMAT,
+    RunManifest,
     load_run,
     open_pruned,
     open_tokenizer,
@@ -21,13 +24,13 @@ from gatepress.checkpoint import (
 from gatepress.collapse import cut, live_parts, parameters_of, ship_code
 from gatepress.config import DEFAULT_TARGET, Layout, Target
 from gatepress.costs import Costs, analytic
-from gatepress.errors import ArtifactError, ParityError
+from gatepress.errors import ArtifactError, ParityError, UsageError
 from gatepress.files import check_output, json_text, new_directory, read_json, sha256_of
 from gatepress.gates import counted, gates_of
 from gatepress.latency import for_target
 from gatepress.plan import Live, chooses, make_plan
 from gatepress.progress import Progress
-from gatepress.resolve import resolve
+from gatepress.resolve import Layer, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +44,7 @@ def prune(  # noqa: PLR0913 - every option of the command is one
     layout: Layout = "auto",
     target: Target = DEFAULT_TARGET,
     latency_table: str | Path | None = None,
+    sparsity: float | None = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -48,18 +52,26 @@ def prune(  # noqa: PLR0913 - every option of the command is one
     """Collapse a run's closed gates into smaller dense matrices and write a pruned directory.
 
     The layout `auto` is chosen for `target` by the times in `latency_table` (see `latency.for_target`), which
-    are read or measured only where the choice hangs on them. The gated model and what is loaded back from
+    are read or measured only where the choice hangs on them. With `sparsity` the gates are closed anew, by the
+    scores that the run keeps, to another fraction of its budget. The gated model and what is loaded back from
     the new directory must agree on the run's probe rows within `MAX_LOGIT_DIFF`, else `ParityError` and
     nothing is written. `dry_run` plans only.
     """
     if not dry_run:
         check_output(output, force=force)
     model, manifest = load_run(run_dir)
+    if not manifest.settings.gated:
+        raise UsageError(
+            f"{run_dir}: was trained with --method {manifest.settings.method}, which closes no gates, so there is "
+            "nothing to prune; gatepress export takes it as it is"
+        )
     probe = read_tensors(run_dir / PROBE_FILE)
     if "input_ids" not in probe:
         raise ArtifactError(f"{run_dir / PROBE_FILE}: holds no rows; train again")
-    total, closed = counted(gate for _, gate in gates_of(model))
     layers = resolve(model)
+    if sparsity is not None:
+        manifest = _close_anew_(model, layers, manifest, sparsity, run_dir)
+    total, closed = counted(gate for _, gate in gates_of(model))
     live = live_parts(model, layers)
     plan = make_plan(layers, live, layout, _costs(live, layout, target, latency_table, progress))
     report: dict[str, Any] = {
@@ -107,6 +119,21 @@ def prune(  # noqa: PLR0913 - every option of the command is one
         }
         (staged / PRUNED_FILE).write_text(json_text(body), encoding="utf-8")
     return {**report, "size_bytes": (output / "model.safetensors").stat().st_size, "output_dir": str(output)}
+
+
+def _close_anew_(
+    model: PreTrainedModel, layers: list[Layer], manifest: RunManifest, sparsity: float, run_dir: Path
+) -> RunManifest:
+    """Close a run's gates to another sparsity, in place; return the manifest as if that had been asked."""
+    settings = replace(manifest.settings, sparsity=sparsity)
+    if not any(gate.score.any() for _, gate in gates_of(model)):
+        raise ArtifactError(
+            f"{run_dir}: keeps no scores that its gates could be ranked by (it was written by an older release, or "
+            "trained with --sparsity 0); train again, or leave out --sparsity"
+        )
+    tokens = int(manifest.report.get("tokens", settings.max_length))
+    budget_of(model, layers, settings, steps=1, tokens=tokens).close(sparsity)
+    return replace(manifest, settings=settings)
 
 
 def _costs(

@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,21 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, get_linear_schedule_with_warmup
+from transformers import PreTrainedModel
 
 from gatepress.batches import make_loader, probe_batch, tokenize
-from gatepress.budget import Budget, gate_vectors
-from gatepress.checkpoint import RunManifest, RunWriter, model_files, open_base, open_tokenizer, versions
+from gatepress.budget import Budget, budget_of
+from gatepress.checkpoint import RunManifest, RunWriter, load_start_, model_files, open_base, open_tokenizer, versions
 from gatepress.collapse import parameters_of, plan_model
 from gatepress.config import TrainSettings
-from gatepress.errors import ModelError
+from gatepress.distill import Teacher, distance
+from gatepress.errors import ModelError, UsageError
 from gatepress.evaluation import evaluate_model
 from gatepress.files import check_output
 from gatepress.hub import locate_model
-from gatepress.inject import attach_gates_, mark_trainable_, trainable
+from gatepress.inject import mark_trainable_
+from gatepress.machine import peak_memory
+from gatepress.methods import Kinds, prepare_, trained
 from gatepress.progress import NoProgress, Progress
 from gatepress.runtime import max_tokens, torch_device
 from gatepress.tasks import TaskSpec
@@ -34,11 +38,10 @@ logger = logging.getLogger(__name__)
 
 VALIDATION_BATCH = 64
 MIN_STEPS, MIN_EPOCHS, MAX_EPOCHS = 1_500, 3, 20  # what an absent --epochs aims at
+OPEN_SHARE = 3  # with a teacher, a third of the epochs makes one
 MAX_GRADIENT_NORM = 1.0
 LOSS_EVERY = 5  # steps: reading the loss waits for the device
 SHORT = 512  # tokens that any encoder takes, where its configuration names no limit
-
-Kinds = dict[str, dict[str, nn.Parameter]]
 
 
 def train(
@@ -86,11 +89,13 @@ class _Job:
     loader: Any
     validation: dict[str, DataLoader[Any]]
     probe: dict[str, Tensor]
-    budget: Budget
+    budget: Budget | None  # None: the method has no gates
     epochs: int
+    open_steps: int
     steps_per_epoch: int
     manifest: RunManifest
     step: int = 0
+    teacher: Teacher | None = None
     started: float = field(default_factory=time.perf_counter)
 
 
@@ -104,10 +109,10 @@ def _prepare(settings: TrainSettings) -> _Job:
     model: Any = open_base(base, rows.spec)
     tokenizer = open_tokenizer(base)
     dense_params = parameters_of(model)
-    layers = attach_gates_(
-        model, granularity=settings.granularity, controller=settings.controller, lora_rank=settings.lora_rank
-    )
-    kinds = trainable(model, biases=settings.train_biases, layer_norms=settings.train_layer_norms)
+    layers = prepare_(model, settings)
+    if settings.start:
+        load_start_(model, settings, Path(settings.start))
+    kinds = trained(model, settings)
     mark_trainable_(kinds)
 
     tokens = min(settings.max_length, max_tokens(model.config.to_dict()) or SHORT, int(tokenizer.model_max_length))
@@ -117,28 +122,30 @@ def _prepare(settings: TrainSettings) -> _Job:
     steps_per_epoch = math.ceil(len(loader) / accelerator.num_processes)
     epochs = settings.epochs or min(MAX_EPOCHS, max(MIN_EPOCHS, math.ceil(MIN_STEPS / steps_per_epoch)))
     steps = epochs * steps_per_epoch
+    open_steps = _open_epochs(settings, epochs) * steps_per_epoch
     optimizer: Any = torch.optim.AdamW(_groups(kinds, settings))
-    schedule: Any = get_linear_schedule_with_warmup(optimizer, int(settings.warmup_ratio * steps), steps)
+    stages = [open_steps, steps - open_steps]
+    schedule: Any = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, stages, settings.warmup_ratio))
     model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
     gated: PreTrainedModel = accelerator.unwrap_model(model)
-    budget = Budget(
-        gate_vectors(gated, layers, settings.granularity),
-        sparsity=settings.sparsity,
-        controller=settings.controller,
-        steps=steps,
-        penalty_weight=settings.penalty_weight,
-    )
+    budget = budget_of(gated, layers, settings, steps=steps - open_steps, tokens=tokens) if settings.gated else None
+    if budget and settings.start:
+        budget.close(settings.sparsity)
+        budget.fixed = True
     report = {
         "task": rows.spec.name,
         "model": settings.model,
         "metric_name": rows.spec.metric,
-        "asked_sparsity": settings.sparsity,
+        "method": settings.method,
+        "asked_sparsity": settings.sparsity if budget else 0.0,
+        "budget": settings.unit,
         "granularity": settings.granularity,
         "controller": settings.controller,
-        "total_gates": budget.total_gates,
+        "total_gates": budget.total_gates if budget else 0,
         "dense_params": dense_params,
         "trainable_params": _count(kinds),
         "train_examples": len(train_rows),
+        "tokens": tokens,
         "epochs": epochs,
         "steps": steps,
         "device": str(accelerator.device),
@@ -162,6 +169,7 @@ def _prepare(settings: TrainSettings) -> _Job:
         probe=probe_batch(next(iter(validation_rows.values())), tokenizer),
         budget=budget,
         epochs=epochs,
+        open_steps=open_steps,
         steps_per_epoch=steps_per_epoch,
         manifest=RunManifest(
             settings=settings,
@@ -177,19 +185,42 @@ def _prepare(settings: TrainSettings) -> _Job:
     )
 
 
+def _open_epochs(settings: TrainSettings, epochs: int) -> int:
+    """Return for how many epochs all gates stay open before the closing begins."""
+    if not settings.gated:
+        return 0
+    asked = settings.open_epochs
+    if asked is None:
+        asked = epochs // OPEN_SHARE if settings.distill else 0
+    if asked >= epochs:
+        raise UsageError(f"--open-epochs is {asked} of {epochs} epochs, expected fewer: gates close in the others")
+    return asked
+
+
+def _rate(stages: list[int], warmup_ratio: float, step: int) -> float:
+    """Return the factor of the learning rates: in each stage up over the warm-up, then down to 0."""
+    start, length = (0, stages[0]) if step < stages[0] else (stages[0], sum(stages[1:]))
+    done, warmup = step - start, int(warmup_ratio * length)
+    return done / warmup if done < warmup else max(0.0, (length - done) / max(1, length - warmup))
+
+
 def _one_epoch(job: _Job, epoch: int, progress: Progress) -> None:
     """Take every step of one pass over the training rows."""
     _set_epoch(job.loader, epoch)
     job.model.train()
     for batch in job.loader:
+        if job.step == job.open_steps and job.settings.distill and job.teacher is None:
+            job.teacher = Teacher(job.gated)
         # Not accelerate's autocast: it wraps the model itself, and measuring must be in float32.
         bf16 = job.settings.precision == "bf16"
         with torch.autocast(job.accelerator.device.type, torch.bfloat16, enabled=bf16):
-            loss = _loss(job.model, batch, job.spec)
-        penalty = job.budget.penalty(job.step)
+            loss = _loss(job, batch)
+        closing = job.budget if job.step >= job.open_steps else None
+        penalty = closing.penalty(job.step - job.open_steps) if closing else None
         job.accelerator.backward(loss if penalty is None else loss + penalty)
         job.step += 1
-        job.budget.after_backward(job.step)
+        if closing:
+            closing.after_backward(job.step - job.open_steps)
         job.accelerator.clip_grad_norm_(job.parameters, MAX_GRADIENT_NORM)
         job.optimizer.step()
         job.schedule.step()
@@ -197,26 +228,36 @@ def _one_epoch(job: _Job, epoch: int, progress: Progress) -> None:
         progress.advance(1, **(_figures(job, loss) if job.step % LOSS_EVERY == 0 else {}))
 
 
+def _loss(job: _Job, batch: dict[str, Tensor]) -> Tensor:
+    """Return the task loss (mean squared error of a number, cross entropy of classes), and the teacher's if any."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    outputs = job.model(**inputs, output_hidden_states=job.teacher is not None)
+    logits = outputs.logits.float()
+    if job.spec.label_names is None:
+        loss = functional.mse_loss(logits[:, 0], batch["labels"].float())
+    else:
+        loss = functional.cross_entropy(logits, batch["labels"])
+    if job.teacher is None:
+        return loss
+    return loss + distance(outputs, job.teacher(inputs), batch["attention_mask"], job.spec)
+
+
 def _figures(job: _Job, loss: Tensor) -> dict[str, float]:
     """Return what the bar shows; `ModelError` where the loss is no number any more."""
     value = loss.item()
     if not math.isfinite(value):
         raise ModelError(f"the loss is {value} at step {job.step}; try a smaller --learning-rate")
-    return {"loss": value, "closed": job.budget.closed_gates / job.budget.total_gates}
+    return {"loss": value, **({"closed": job.budget.removed} if job.budget else {})}
 
 
 def _checkpoint(job: _Job, writer: RunWriter, status: str) -> dict[str, Any]:
-    """Measure and count the gated model as it is, write a checkpoint, return the report."""
-    plan = plan_model(job.gated, "inner")
+    """Measure and count the model as it is, write a checkpoint, return the report."""
     report: dict[str, Any] = {
         **job.manifest.report,
         **evaluate_model(job.gated, job.validation, job.spec),
-        "closed_gates": job.budget.closed_gates,
-        "closed_fraction": job.budget.closed_gates / job.budget.total_gates,
-        "encoder_weights_removed": plan.removed_fraction,
-        "encoder_macs_removed": plan.removed_fraction,
-        "total_params": job.manifest.report["dense_params"] - plan.removed_parameters,
+        **_counts(job),
         "train_seconds": round(time.perf_counter() - job.started, 1),
+        "peak_memory_bytes": peak_memory(job.accelerator.device),
     }
     point = {key: report[key] for key in ("metric_value", "closed_fraction", "train_seconds")}
     report["curve"] = [*job.manifest.report["curve"], {"step": job.step, **point}]
@@ -226,28 +267,33 @@ def _checkpoint(job: _Job, writer: RunWriter, status: str) -> dict[str, Any]:
     return report
 
 
+def _counts(job: _Job) -> dict[str, Any]:
+    """Return what is closed, and what of the encoder closure removes with it."""
+    if job.budget is None:
+        nothing = ("closed_fraction", "removed_of_budget", "encoder_weights_removed", "encoder_macs_removed")
+        return {"closed_gates": 0, **dict.fromkeys(nothing, 0.0), "total_params": job.manifest.report["dense_params"]}
+    plan = plan_model(job.gated, "inner")
+    return {
+        "closed_gates": job.budget.closed_gates,
+        "closed_fraction": job.budget.closed_gates / job.budget.total_gates,
+        "removed_of_budget": job.budget.removed,
+        "encoder_weights_removed": plan.removed_fraction,
+        "encoder_macs_removed": plan.removed_fraction,
+        "total_params": job.manifest.report["dense_params"] - plan.removed_parameters,
+    }
+
+
 def _groups(kinds: Kinds, settings: TrainSettings) -> list[dict[str, Any]]:
-    """Return the optimizer's groups: gates with their own rate, weight decay on the head alone."""
-    small = [parameter for kind in ("biases", "layer_norms", "low_rank") for parameter in kinds[kind].values()]
+    """Return the optimizer's groups: gates with their own rate, weight decay on the head and on whole matrices."""
     groups = [
-        {"params": list(kinds["gates"].values()), "lr": settings.gate_learning_rate, "weight_decay": 0.0},
-        {"params": small, "lr": settings.learning_rate, "weight_decay": 0.0},
         {
-            "params": list(kinds["head"].values()),
-            "lr": settings.learning_rate,
-            "weight_decay": settings.weight_decay,
-        },
+            "params": list(group.values()),
+            "lr": settings.gate_learning_rate if kind == "gates" else settings.rate,
+            "weight_decay": settings.weight_decay if kind in ("head", "base") else 0.0,
+        }
+        for kind, group in kinds.items()
     ]
     return [group for group in groups if group["params"]]
-
-
-def _loss(model: Any, batch: dict[str, Tensor], spec: TaskSpec) -> Tensor:
-    """Return the task loss: mean squared error for regression, cross entropy else."""
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    logits = model(**inputs).logits.float()
-    if spec.label_names is None:
-        return functional.mse_loss(logits[:, 0], batch["labels"].float())
-    return functional.cross_entropy(logits, batch["labels"])
 
 
 def _count(kinds: Kinds) -> dict[str, int]:

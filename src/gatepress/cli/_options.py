@@ -4,7 +4,17 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from gatepress.config import Controller, DataSettings, Granularity, Layout, Precision, Target
+from gatepress.config import (
+    BudgetUnit,
+    Controller,
+    DataSettings,
+    GateAxes,
+    Granularity,
+    Layout,
+    Method,
+    Precision,
+    Target,
+)
 from gatepress.errors import UsageError
 from gatepress.tasks import task_named
 
@@ -118,8 +128,8 @@ Sparsity = Annotated[
         "--sparsity",
         "-s",
         metavar="FRACTION",
-        help="Fraction of the gates to close, from 0 up to but not including 1. With structured gates, 0.5 "
-        "halves the work of the encoder.",
+        help="Fraction to remove, of the gates or of what --budget names, from 0 up to but not including 1. With "
+        "structured gates, 0.5 halves the work of the encoder.",
         rich_help_panel=GATES,
     ),
 ]
@@ -141,11 +151,71 @@ ControllerOption = Annotated[
     ),
 ]
 LoraRank = Annotated[
-    int,
+    int | None,
     typer.Option(
         metavar="RANK",
-        help="Rank of the low-rank update trained inside the gates; 0 trains without one.",
+        help="Rank of the low-rank update. Unless given: 8, for vera 256, for lora-xs 25.",
         rich_help_panel=GATES,
+    ),
+]
+MethodOption = Annotated[
+    Method,
+    typer.Option(
+        help="What is trained. gates+lora: gates, with a low-rank update inside them. gates: without one. full, lora, "
+        "lora-fa, vera, lora-xs: what one would do instead, in the same loop; nothing is closed.",
+        rich_help_panel=GATES,
+    ),
+]
+BudgetOption = Annotated[
+    BudgetUnit | None,
+    typer.Option(
+        help="What --sparsity is a fraction of. gates: those closed. weights: those removed. macs: "
+        "multiply-accumulates at the longest input, attention among them. latency: predicted time on CPU. All of "
+        "these over the whole encoder, so that layers share the loss; vectors: gates, in each vector alike, as in the "
+        "paper. gates unless given, with --controller penalty vectors.",
+        rich_help_panel=GATES,
+        show_default=False,
+    ),
+]
+GateAxesOption = Annotated[
+    GateAxes,
+    typer.Option(
+        help="With --granularity matrix: gates on both sides of a matrix, on its inputs or on its outputs only.",
+        rich_help_panel=GATES,
+    ),
+]
+Matrices = Annotated[
+    str,
+    typer.Option(
+        metavar="ROLE,...",
+        help="Which matrices of a layer get gates, low rank and trained biases: some of q, k, v, o, up, down.",
+        rich_help_panel=GATES,
+    ),
+]
+Distill = Annotated[
+    bool,
+    typer.Option(
+        help="Train with open gates first, then let what the open model knew, logits and hidden states, teach the one "
+        "whose gates close. One more forward pass a step.",
+        rich_help_panel=TRAINING,
+    ),
+]
+Start = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RUN",
+        help="Go on from a run of the same model and method: its gates are closed to --sparsity at once, by the scores "
+        "that it keeps, and the epochs are recovery.",
+        rich_help_panel=TRAINING,
+    ),
+]
+OpenEpochs = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Of the epochs, how many pass with all gates open before closing begins. Unless given: none, with "
+        "--distill a third.",
+        rich_help_panel=TRAINING,
     ),
 ]
 TrainBiases = Annotated[
@@ -186,12 +256,12 @@ MaxLength = Annotated[
     int, typer.Option(metavar="TOKENS", help="Cut texts after this many tokens.", rich_help_panel=TRAINING)
 ]
 LearningRate = Annotated[
-    float,
+    float | None,
     typer.Option(
         "--learning-rate",
         "--lr",
         metavar="RATE",
-        help="Learning rate of biases, layer norms, low-rank update and head.",
+        help="Learning rate of all that is trained but gates. Unless given: the method's own.",
         rich_help_panel=TRAINING,
     ),
 ]
@@ -355,3 +425,8 @@ def whole_numbers(option: str, text: str) -> list[int]:
 def examples(*lines: str) -> str:
     """Return the end of a help page: commands to copy, one a line."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Return the words of a comma-separated list, e.g. of `--matrices q,k`."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())

@@ -9,12 +9,14 @@ from gatepress.cli import _options as opt
 from gatepress.cli._console import count, facts, grid, megabytes, percent, pick, session
 from gatepress.cli.train import metric_rows
 from gatepress.config import DEFAULT_TARGET, Layout
+from gatepress.errors import UsageError
 from gatepress.files import check_output
 
 if TYPE_CHECKING:
     from gatepress.cli._console import Titled
 
 EXAMPLES = opt.examples(
+    "gatepress prune runs/sst2 --sparsity 0.3,0.5,0.75 --recover-epochs 1",
     "gatepress prune runs/sst2 -o pruned/sst2",
     "gatepress prune runs/sst2 --for ort-int8 -o pruned/sst2-int8",
     "gatepress prune runs/sst2 --layout stock -o pruned/sst2-stock",
@@ -33,6 +35,25 @@ def prune(  # noqa: PLR0913 - every option is a parameter
     layout: opt.LayoutOption = DEFAULT_LAYOUT,
     target: opt.TargetOption = DEFAULT_TARGET,
     latency_table: opt.LatencyTable = None,
+    sparsity: Annotated[
+        str | None,
+        typer.Option(
+            "--sparsity",
+            "-s",
+            metavar="FRACTION,...",
+            help="Close the gates anew, by the scores that the run keeps, to another fraction of its budget. Several "
+            "fractions give one directory each, named after it.",
+            rich_help_panel=opt.GATES,
+        ),
+    ] = None,
+    recover_epochs: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="With --sparsity: train each on for N passes over the run's rows before it is pruned, gates fixed.",
+            rich_help_panel=opt.GATES,
+        ),
+    ] = 0,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -64,32 +85,49 @@ def prune(  # noqa: PLR0913 - every option is a parameter
     """
     with session(as_json=as_json, quiet=quiet, debug=debug) as screen:
         directory = output or Path("pruned") / run.resolve().name
+        asked = None if sparsity is None else opt.numbers("--sparsity", sparsity)
+        outputs = _outputs(directory, asked)
         if not dry_run:
-            check_output(directory, force=force)  # at once: what follows takes seconds to import
+            for path in outputs.values():
+                check_output(path, force=force)  # at once: what follows takes seconds to import
+        elif recover_epochs or len(outputs) > 1:
+            raise UsageError(
+                "--dry-run plans one size of what is trained; leave out --recover-epochs, give one --sparsity"
+            )
+        if recover_epochs and asked is None:
+            raise UsageError("--recover-epochs trains on at another sparsity; give --sparsity FRACTION with it")
+        options: dict[str, Any] = {"layout": layout, "target": target, "latency_table": latency_table, "force": force}
 
-        from gatepress import pruning
+        from gatepress import pruning, recovery
 
-        result = pruning.prune(
-            run,
-            directory,
-            layout=layout,
-            target=target,
-            latency_table=latency_table,
-            force=force,
-            dry_run=dry_run,
-            progress=screen.progress,
-        )
-        screen.result(result if dry_run else {"output_dir": str(directory), **result}, tables)
+        if dry_run or asked is None:
+            one = None if asked is None else asked[0]
+            result = pruning.prune(run, directory, sparsity=one, dry_run=dry_run, progress=screen.progress, **options)
+            screen.result(result if dry_run else {"output_dir": str(directory), **result}, tables)
+        else:
+            reports = recovery.prune_each(
+                run, outputs, recover_epochs=recover_epochs, progress=screen.progress, **options
+            )
+            result = reports[0] if len(reports) == 1 else {"results": reports}
+            screen.result(result, lambda _: [table for report in reports for table in tables(report)])
         if not dry_run:
-            screen.note(f"next: gatepress export {directory}")
+            screen.note(f"next: gatepress export {next(iter(outputs.values()))}")
+
+
+def _outputs(directory: Path, asked: list[float] | None) -> dict[float, Path]:
+    """Return where each sparsity goes: one to `directory` itself, several beside each other."""
+    if asked is None or len(asked) == 1:
+        return {(asked or [0.0])[0]: directory}
+    return {sparsity: directory.with_name(f"{directory.name}-s{sparsity:g}") for sparsity in asked}
 
 
 def tables(result: dict[str, Any]) -> "list[Titled]":
     """Return what went and how exactly the rest agrees with the gated model."""
-    rows = metric_rows(result)
+    rows = metric_rows(result.get("recovery", result))
     rows += pick(
         result,
         [
+            ("asked_sparsity", "sparsity asked", percent),
             ("layout", "layout", str),
             ("target", "fastest on", str),
             ("encoder_weights_removed", "encoder weights removed", percent),

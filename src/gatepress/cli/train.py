@@ -20,7 +20,8 @@ EXAMPLES = opt.examples(
     "gatepress train --train-file train.csv --validation-file dev.csv --label-column topic",
 )
 
-KINDS = ("gates", "biases", "layer_norms", "low_rank", "head", "total")
+ALL_MATRICES = ",".join(TrainSettings.matrices)
+KINDS = ("gates", "biases", "layer_norms", "low_rank", "base", "head", "total")
 
 
 def train(  # noqa: PLR0913 - every option is a parameter
@@ -36,13 +37,20 @@ def train(  # noqa: PLR0913 - every option is a parameter
     max_validation_samples: opt.MaxValidationSamples = None,
     model: opt.Model = TrainSettings.model,
     revision: opt.Revision = TrainSettings.revision,
+    method: opt.MethodOption = TrainSettings.method,
     sparsity: opt.Sparsity = TrainSettings.sparsity,
+    budget: opt.BudgetOption = TrainSettings.budget,
     granularity: opt.GranularityOption = TrainSettings.granularity,
+    gate_axes: opt.GateAxesOption = TrainSettings.gate_axes,
+    matrices: opt.Matrices = ALL_MATRICES,
     controller: opt.ControllerOption = TrainSettings.controller,
     lora_rank: opt.LoraRank = TrainSettings.lora_rank,
     train_biases: opt.TrainBiases = TrainSettings.train_biases,
     train_layer_norms: opt.TrainLayerNorms = TrainSettings.train_layer_norms,
     penalty_weight: opt.PenaltyWeight = TrainSettings.penalty_weight,
+    start: opt.Start = TrainSettings.start,
+    distill: opt.Distill = TrainSettings.distill,
+    open_epochs: opt.OpenEpochs = TrainSettings.open_epochs,
     epochs: opt.Epochs = TrainSettings.epochs,
     batch_size: opt.BatchSize = TrainSettings.batch_size,
     max_length: opt.MaxLength = TrainSettings.max_length,
@@ -90,12 +98,19 @@ def train(  # noqa: PLR0913 - every option is a parameter
             ),
             model=model,
             revision=revision,
+            method=method,
             sparsity=sparsity,
+            budget=budget,
             granularity=granularity,
+            gate_axes=gate_axes,
+            matrices=opt.words(matrices),
             controller=controller,
             lora_rank=lora_rank,
             train_biases=train_biases,
             train_layer_norms=train_layer_norms,
+            start=start,
+            distill=distill,
+            open_epochs=open_epochs,
             epochs=epochs,
             batch_size=batch_size,
             max_length=max_length,
@@ -126,8 +141,8 @@ def train(  # noqa: PLR0913 - every option is a parameter
 def tables(result: dict[str, Any]) -> "list[Titled]":
     """Return what was asked beside what was counted, and what was trained."""
     rows = metric_rows(result)
-    rows += pick(result, [("asked_sparsity", "sparsity asked", percent)])
-    if "closed_gates" in result and "total_gates" in result:
+    if result.get("total_gates"):
+        rows += pick(result, [("asked_sparsity", "sparsity asked", percent)])
         closed, total = result["closed_gates"], result["total_gates"]
         rows.append(("gates closed", f"{count(closed)} of {count(total)} ({percent(closed / max(total, 1))})"))
     rows += pick(

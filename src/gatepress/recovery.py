@@ -1,0 +1,68 @@
+"""One training, several sizes: the gates of a run closed to other fractions, each with a short training behind it.
+
+A run keeps the scores of its gates, so any sparsity can be cut from it at once. What is cut far from the sparsity
+that was trained loses accuracy; a few epochs with the gates as they are bring most of it back.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from gatepress.checkpoint import read_run
+from gatepress.errors import UsageError
+from gatepress.files import check_output
+from gatepress.progress import Progress
+from gatepress.pruning import prune
+from gatepress.training import train
+
+
+def prune_each(
+    run_dir: Path,
+    outputs: dict[float, Path],
+    *,
+    recover_epochs: int = 0,
+    force: bool = False,
+    progress: Progress | None = None,
+    **pruning: Any,
+) -> list[dict[str, Any]]:
+    """Prune a run to every sparsity that `outputs` maps to a directory; return the reports in its order.
+
+    With `recover_epochs` each is trained on for so many passes over the run's rows, gates fixed, before it is
+    pruned, at the rates of the run with a schedule of its own; its report then has the `recovery` (metric, steps,
+    seconds). All else goes to `pruning.prune`, whose errors are raised.
+    """
+    _check(outputs, recover_epochs)
+    for output in outputs.values():
+        check_output(output, force=force)
+    settings = read_run(run_dir).settings
+    reports = []
+    for sparsity, output in outputs.items():
+        options: dict[str, Any] = {"force": force, "progress": progress, **pruning}
+        if not recover_epochs:
+            reports.append(prune(run_dir, output, sparsity=sparsity, **options))
+            continue
+        asked = replace(
+            settings, sparsity=sparsity, start=str(run_dir), epochs=recover_epochs, open_epochs=0, distill=False
+        )
+        output.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent) as staged:
+            recovered = Path(staged) / "run"
+            trained = train(asked, recovered, progress=progress)
+            report = prune(recovered, output, **options)
+        kept = ("metric_name", "metric_value", "examples", "epochs", "steps", "train_seconds")
+        reports.append({**report, "recovery": {key: trained[key] for key in kept}})
+    return reports
+
+
+def _check(sparsities: Sequence[float] | dict[float, Path], recover_epochs: int) -> None:
+    problems = [
+        f"--sparsity is {sparsity:g}, expected a fraction of at least 0 and below 1"
+        for sparsity in sparsities
+        if not 0 <= sparsity < 1
+    ]
+    if recover_epochs < 0:
+        problems.append(f"--recover-epochs is {recover_epochs}, expected 0 or more")
+    if problems:
+        raise UsageError("; ".join(problems))

@@ -1,0 +1,214 @@
+"""Other ways to learn a task in the same loop: each trains what it says, reloads as what it was, and exports."""
+
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForSequenceClassification, RobertaConfig
+
+import tiny
+from forms import settings_for
+from gatepress.checkpoint import load_run, read_run
+from gatepress.config import METHODS, DataSettings, GateAxes, Method, TrainSettings
+from gatepress.errors import UsageError
+from gatepress.evaluation import evaluate
+from gatepress.export import export
+from gatepress.inject import attach_gates_
+from gatepress.methods import kept, merge_, prepare_, trained
+from gatepress.pruning import prune
+from gatepress.training import train
+
+OTHERS: list[Method] = ["full", "lora", "lora-fa", "vera", "lora-xs"]
+ROBERTA_LARGE = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+}
+ATTENTION = ("q", "k", "v", "o")
+SETTINGS = TrainSettings(data=DataSettings(task="demo"), train_biases=False, train_layer_norms=False)
+
+
+def test_every_method_has_a_row() -> None:
+    assert set(METHODS) == set(inspect.get_annotations(TrainSettings)["method"].__args__)
+
+
+@pytest.mark.parametrize("method", OTHERS)
+def test_what_another_method_trained_reloads_as_a_dense_model(
+    family: str, method: Method, tiny_model_dir: Any, tiny_task_files: Any, tmp_path: Any
+) -> None:
+    settings = settings_for(tiny_model_dir(family), tiny_task_files, method=method, epochs=1)
+    if METHODS[method].rank:
+        settings = replace(settings, lora_rank=4)
+    report = train(settings, tmp_path / "run")
+    assert report["encoder_macs_removed"] == report["closed_gates"] == report["total_gates"] == 0
+    assert evaluate(tmp_path / "run")["metric_value"] == report["metric_value"]
+    model, _ = load_run(tmp_path / "run")
+    dense = tiny.build_classifier(family)
+    assert {name: value.shape for name, value in model.state_dict().items() if "classifier" not in name} == {
+        name: value.shape for name, value in dense.state_dict().items() if "classifier" not in name
+    }
+    with pytest.raises(UsageError, match="closes no gates"):
+        prune(tmp_path / "run", tmp_path / "pruned")
+    assert not (tmp_path / "pruned").exists()
+
+
+@pytest.mark.parametrize("method", OTHERS)
+def test_merging_changes_no_logit(method: Method) -> None:
+    torch.manual_seed(0)
+    settings = replace(SETTINGS, method=method, lora_rank=4 if METHODS[method].rank else None)
+    model = tiny.build_classifier("bert")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    batch = tiny.random_batch("bert")
+    prepare_(model, settings)
+    with torch.no_grad():
+        for kind, group in trained(model, settings).items():
+            for parameter in group.values() if kind == "low_rank" else []:
+                parameter.normal_(std=0.3)
+        wanted = model.eval()(**batch).logits
+        merge_(model)
+        torch.testing.assert_close(model(**batch).logits, wanted, atol=1e-4, rtol=1e-4)
+    after = model.state_dict()
+    assert set(after) == set(before)
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert len(changed) == (0 if method == "full" else 6 * tiny.LAYERS)  # the six matrices, and no bias
+
+
+def test_lora_xs_starts_as_the_pretrained_model_and_trains_r_by_r_numbers() -> None:
+    model = tiny.build_classifier("bert").eval()
+    batch = tiny.random_batch("bert")
+    with torch.no_grad():
+        before = model(**batch).logits
+        settings = replace(SETTINGS, method="lora-xs", lora_rank=3)
+        prepare_(model, settings)
+        torch.testing.assert_close(model(**batch).logits, before, atol=1e-3, rtol=1e-3)
+    group = trained(model, settings)["low_rank"]
+    assert {tuple(parameter.shape) for parameter in group.values()} == {(3, 3)}
+    assert len(group) == 6 * tiny.LAYERS
+
+
+def test_a_run_of_adapters_holds_no_base_weight_and_shared_projections_once(
+    tiny_model_dir: Any, tiny_task_files: Any, tmp_path: Any
+) -> None:
+    train(
+        settings_for(tiny_model_dir("bert"), tiny_task_files, method="vera", lora_rank=4, epochs=1),
+        tmp_path / "run",
+    )
+    tensors = load_file(tmp_path / "run" / read_run(tmp_path / "run").tensors["file"])
+    assert not [name for name in tensors if "base_layer" in name or "embeddings" in name]
+    assert len([name for name in tensors if "vera_A" in name]) == 1
+
+
+def test_the_a_of_lora_fa_stays_as_it_was_drawn() -> None:
+    model = tiny.build_classifier("bert")
+    settings = replace(SETTINGS, method="lora-fa")
+    prepare_(model, settings)
+    group = trained(model, settings)["low_rank"]
+    assert group
+    assert all("lora_B" in name for name in group)
+    assert any("lora_A" in name for name in kept(model, settings))  # drawn at random, so it is kept
+
+
+def test_a_full_run_exports(tiny_model_dir: Any, tiny_task_files: Any, tmp_path: Any) -> None:
+    report = train(settings_for(tiny_model_dir("bert"), tiny_task_files, method="full", epochs=1), tmp_path / "run")
+    assert report["trainable_params"]["total"] == report["total_params"]
+    assert export(tmp_path / "run", tmp_path / "onnx")["max_abs_logit_diff"] <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("sizes", "changes", "counted"),
+    [
+        ({}, {"method": "gates"}, {"gates": 165_888}),
+        (ROBERTA_LARGE, {"method": "gates"}, {"gates": 442_368}),
+        ({}, {"method": "gates", "gate_axes": "out", "matrices": ATTENTION}, {"gates": 36_864}),
+        (ROBERTA_LARGE, {"method": "gates", "gate_axes": "out", "matrices": ATTENTION}, {"gates": 98_304}),
+        ({}, {"gate_axes": "out"}, {"gates": 82_944, "low_rank": 1_327_104}),
+        (ROBERTA_LARGE, {"gate_axes": "out"}, {"gates": 221_184, "low_rank": 3_538_944}),
+        ({}, {"gate_axes": "out", "matrices": ATTENTION}, {"gates": 36_864, "low_rank": 589_824}),
+        ({}, {"method": "gates", "train_biases": True}, {"gates": 165_888, "biases": 82_944}),
+        ({}, {"method": "gates", "train_biases": True, "matrices": ATTENTION}, {"gates": 73_728, "biases": 36_864}),
+        ({}, {"lora_rank": 64}, {"gates": 165_888, "low_rank": 10_616_832}),
+        ({}, {"method": "lora"}, {"low_rank": 1_327_104}),
+        (ROBERTA_LARGE, {"method": "lora"}, {"low_rank": 3_538_944}),
+        ({}, {"method": "lora-fa"}, {"low_rank": 663_552}),
+        ({}, {"method": "lora-xs", "lora_rank": 25}, {"low_rank": 45_000}),
+    ],
+)
+def test_trained_numbers_of_the_variants(
+    sizes: dict[str, int], changes: dict[str, Any], counted: dict[str, int]
+) -> None:
+    settings = replace(SETTINGS, granularity="matrix", controller="penalty", **changes)
+    with init_empty_weights():
+        model = AutoModelForSequenceClassification.from_config(RobertaConfig(**sizes))
+        with pytest.MonkeyPatch.context() as patch:  # no numbers, so no singular values of them
+            patch.setattr(torch.linalg, "svd", _shapes_of_svd)
+            prepare_(model, settings)
+    found = {kind: sum(p.numel() for p in group.values()) for kind, group in trained(model, settings).items()}
+    head = found.pop("head")
+    assert {kind: number for kind, number in found.items() if number} == counted
+    assert sizes or head == 592_130
+
+
+def _shapes_of_svd(matrix: torch.Tensor, **_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rank = min(matrix.shape)
+    return tuple(
+        torch.empty(*shape, device="meta") for shape in ((len(matrix), rank), (rank,), (rank, matrix.shape[1]))
+    )
+
+
+@pytest.mark.parametrize("axes", ["in", "out"])
+def test_gates_on_one_side_only(axes: GateAxes) -> None:
+    model = tiny.build_classifier("bert")
+    attach_gates_(model, granularity="matrix", controller="penalty", axes=axes)
+    gated = [name for name, _ in model.named_modules() if name.endswith(("gate_in", "gate_out"))]
+    assert len(gated) == 6 * tiny.LAYERS
+    assert all(name.endswith(f"gate_{axes}") for name in gated)
+
+
+def test_matrices_that_take_no_part_are_as_they_were() -> None:
+    model = tiny.build_classifier("bert")
+    settings = replace(SETTINGS, matrices=ATTENTION, train_biases=True, lora_rank=2)
+    prepare_(model, settings)
+    names = [name for group in trained(model, settings).values() for name in group]
+    assert not [
+        name for name in names if "intermediate" in name or (".output.dense" in name and "attention" not in name)
+    ]
+    assert [name for name in names if "attention.output.dense.base.bias" in name]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"matrices": ()}, "--matrices is ''"),
+        ({"matrices": ("q", "x")}, "--matrices is 'q,x', expected some of q,k,v,o,up,down"),
+        ({"gate_axes": "in"}, "--gate-axes in goes with --granularity matrix"),
+        ({"method": "lora", "distill": True}, "--distill teaches a model whose gates close"),
+        ({"method": "gates", "lora_rank": 8}, "--lora-rank means nothing to --method gates"),
+        ({"method": "prune"}, "--method is 'prune', expected one of gates"),
+        ({"budget": "flops"}, "--budget is 'flops', expected one of gates"),
+        ({"open_epochs": -1}, "--open-epochs is -1"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        replace(SETTINGS, **changes)
+
+
+def test_gates_that_would_stand_nowhere_are_refused() -> None:
+    model: nn.Module = tiny.build_classifier("bert")
+    with pytest.raises(UsageError, match="structured gates stand on q, o, down"):
+        attach_gates_(model, granularity="structured", controller="importance", matrices=("k", "up"))
+
+
+def test_manifests_from_before_there_were_methods_are_read() -> None:
+    old = SETTINGS.to_json()
+    for name in ("method", "budget", "gate_axes", "matrices", "distill", "open_epochs", "start"):
+        del old[name]
+    assert TrainSettings.from_json({**old, "lora_rank": 0}).method == "gates"
+    read = TrainSettings.from_json({**old, "lora_rank": 4, "controller": "penalty"})
+    assert (read.method, read.rank, read.unit) == ("gates+lora", 4, "vectors")

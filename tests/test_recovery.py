@@ -1,0 +1,156 @@
+"""One training, several sizes: other sparsities from the scores that a run keeps, and what brings accuracy back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from forms import settings_for
+from gatepress.checkpoint import load_pruned, read_run
+from gatepress.cli.app import app
+from gatepress.config import BudgetUnit, Granularity
+from gatepress.errors import ArtifactError, UsageError
+from gatepress.evaluation import evaluate
+from gatepress.files import sha256_of
+from gatepress.pruning import prune
+from gatepress.recovery import prune_each
+from gatepress.training import train
+
+UNITS: list[BudgetUnit] = ["gates", "weights", "macs", "latency", "vectors"]
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model_dir: Any, tiny_task_files: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("recovery") / "run"
+    train(settings_for(tiny_model_dir("bert"), tiny_task_files, sparsity=0.4, epochs=2), directory)
+    return directory
+
+
+@pytest.mark.parametrize("granularity", ["structured", "matrix", "heads"])
+@pytest.mark.parametrize("unit", UNITS)
+def test_the_asked_budget_is_met_in_its_own_unit(
+    unit: BudgetUnit, granularity: Granularity, tiny_model_dir: Any, tiny_task_files: Any, tmp_path: Path
+) -> None:
+    settings = settings_for(
+        tiny_model_dir("bert"), tiny_task_files, budget=unit, granularity=granularity, sparsity=0.5, epochs=1
+    )
+    report = train(settings, tmp_path / "run")
+    coarse = 1 / 4 / tiny_heads(granularity)  # one head of a tiny model is a large part of it
+    assert -1e-9 <= report["removed_of_budget"] - 0.5 <= max(0.005, coarse)
+    cut = prune(tmp_path / "run", tmp_path / "pruned", layout="inner")
+    assert cut["total_params"] == report["total_params"]
+    if unit == "weights":
+        assert 1 - cut["encoder_weights_removed"] == pytest.approx(1 - report["encoder_weights_removed"])
+
+
+def tiny_heads(granularity: Granularity) -> int:
+    return 8 if granularity == "heads" else 16
+
+
+def test_a_run_is_pruned_to_any_sparsity(run: Path, tmp_path: Path) -> None:
+    outputs = {sparsity: tmp_path / f"s{sparsity}" for sparsity in (0.2, 0.4, 0.7)}
+    reports = prune_each(run, outputs)
+    assert [report["closed_fraction"] for report in reports] == [pytest.approx(s, abs=0.005) for s in outputs]
+    assert all(report["max_abs_logit_diff"] <= 1e-4 for report in reports)
+    parameters = [report["total_params"] for report in reports]
+    assert parameters == sorted(parameters, reverse=True)
+    load_pruned(tmp_path / "s0.7")
+    as_trained = prune(run, tmp_path / "same", layout="inner")
+    again = prune(run, tmp_path / "again", layout="inner", sparsity=0.4)
+    assert again["closed_gates"] == as_trained["closed_gates"]
+
+
+def test_recovery_trains_what_was_cut_and_leaves_only_the_pruned_directory(run: Path, tmp_path: Path) -> None:
+    (report,) = prune_each(run, {0.6: tmp_path / "small"}, recover_epochs=2)
+    assert report["closed_fraction"] == pytest.approx(0.6, abs=0.005)
+    assert report["recovery"]["epochs"] == 2
+    assert evaluate(tmp_path / "small")["metric_value"] == report["recovery"]["metric_value"]
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+    plain = prune(run, tmp_path / "plain", sparsity=0.6)
+    assert plain["closed_gates"] == report["closed_gates"]
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "small"))
+    assert not all(before[name].equal(after[name]) for name in before if before[name].shape == after[name].shape)
+
+
+def test_a_start_that_was_trained_otherwise_is_refused(
+    run: Path, tiny_model_dir: Any, tiny_task_files: Any, tmp_path: Path
+) -> None:
+    settings = settings_for(tiny_model_dir("bert"), tiny_task_files, start=str(run), granularity="heads")
+    with pytest.raises(UsageError, match="was trained with granularity structured, this run asks for heads"):
+        train(settings, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_older_run_without_scores_still_prunes_but_not_to_another_sparsity(run: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    old.mkdir()
+    for path in run.iterdir():
+        (old / path.name).write_bytes(path.read_bytes())
+    manifest = json.loads((old / "gatepress_run.json").read_text())
+    tensors = old / manifest["tensors"]["file"]
+    state = {name: value for name, value in load_file(tensors).items() if not name.endswith(".score")}
+    save_file(state, tensors)
+    manifest["tensors"]["sha256"] = sha256_of(tensors)
+    (old / "gatepress_run.json").write_text(json.dumps(manifest))
+    assert prune(old, tmp_path / "pruned")["closed_gates"] == read_run(run).report["closed_gates"]
+    with pytest.raises(ArtifactError, match="keeps no scores"):
+        prune(old, tmp_path / "other", sparsity=0.2)
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_open_training_can_be_pruned_afterwards(tiny_model_dir: Any, tiny_task_files: Any, tmp_path: Path) -> None:
+    train(settings_for(tiny_model_dir("bert"), tiny_task_files, sparsity=0.0, epochs=1), tmp_path / "run")
+    assert prune(tmp_path / "run", tmp_path / "pruned", sparsity=0.3)["closed_fraction"] == pytest.approx(0.3, abs=5e-3)
+
+
+def test_a_budget_that_cannot_be_reached_is_refused_at_once(
+    tiny_model_dir: Any, tiny_task_files: Any, tmp_path: Path
+) -> None:
+    settings = settings_for(
+        tiny_model_dir("bert"), tiny_task_files, budget="weights", sparsity=0.9, matrices=("q", "k", "v", "o")
+    )
+    with pytest.raises(UsageError, match="all gates together reach only"):
+        train(settings, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_open_model_teaches_the_one_that_closes(tiny_model_dir: Any, tiny_task_files: Any, tmp_path: Path) -> None:
+    settings = settings_for(tiny_model_dir("bert"), tiny_task_files, distill=True, sparsity=0.5, epochs=3)
+    report = train(settings, tmp_path / "run")
+    assert [point["closed_fraction"] for point in report["curve"]] == [
+        0,
+        pytest.approx(0.45, abs=0.06),
+        pytest.approx(0.5, abs=0.005),
+    ]
+    with pytest.raises(UsageError, match="--open-epochs is 3 of 3 epochs"):
+        train(settings_for(tiny_model_dir("bert"), tiny_task_files, open_epochs=3), tmp_path / "none")
+
+
+def test_several_sparsities_on_the_command_line(run: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(
+        app, ["prune", str(run), "-s", "0.2,0.5", "--layout", "inner", "-o", str(tmp_path / "x"), "--json"]
+    )
+    assert result.exit_code == 0, result.output
+    reports = json.loads(result.stdout)["results"]
+    assert [report["asked_sparsity"] for report in reports] == [0.2, 0.5]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x-s0.2", "x-s0.5"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-s", "1.2"], "--sparsity is 1.2, expected a fraction"),
+        (["-s", "a"], "--sparsity is 'a', expected numbers"),
+        (["--recover-epochs", "1"], "--recover-epochs trains on at another sparsity"),
+        (["-s", "0.2", "--recover-epochs", "-1"], "--recover-epochs is -1"),
+        (["-s", "0.2,0.3", "--dry-run"], "--dry-run plans one size"),
+    ],
+)
+def test_wrong_sizes_are_one_line(options: list[str], message: str, run: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["prune", str(run), *options, "-o", str(tmp_path / "x")])
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not any(tmp_path.iterdir())
