@@ -1,0 +1,200 @@
+"""`gatepress sweep`: metric against latency for several sparsities, methods and seeds, as one picture."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gatepress.cli import _options as opt
+from gatepress.cli._console import Screen, grid, session
+from gatepress.config import DEFAULT_TARGET, TrainSettings, default_run_name
+
+if TYPE_CHECKING:
+    from gatepress.cli._console import Titled
+
+EXAMPLES = opt.examples(
+    "gatepress sweep --task sst2 --sparsity 0,0.3,0.5,0.75 --method gates+lora,lora,full --seeds 5",
+    "gatepress sweep --task demo --model demo --sparsity 0,0.5,0.8 --epochs 2 -o sweeps/demo",
+)
+
+
+def sweep(  # noqa: PLR0913 - every option is a parameter
+    *,
+    task: opt.Task = None,
+    data_dir: opt.DataDir = None,
+    train_file: opt.TrainFile = None,
+    validation_file: opt.ValidationFile = None,
+    text_column: opt.TextColumn = None,
+    text_pair_column: opt.TextPairColumn = None,
+    label_column: opt.LabelColumn = None,
+    max_train_samples: opt.MaxTrainSamples = None,
+    max_validation_samples: opt.MaxValidationSamples = None,
+    model: opt.Model = TrainSettings.model,
+    revision: opt.Revision = TrainSettings.revision,
+    sparsity: Annotated[
+        str,
+        typer.Option(
+            "--sparsity",
+            "-s",
+            metavar="FRACTION,...",
+            help="Sparsities of each method that trains gates: the points of its curve. With 0 the curve starts "
+            "at the whole model; three points or more have a knee.",
+            rich_help_panel=opt.GATES,
+        ),
+    ] = "0,0.3,0.5,0.7",
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,...",
+            help="What is trained, as in gatepress train --method. Those without gates (full, lora, ...) are one "
+            "point each, what would be deployed instead.",
+            rich_help_panel=opt.GATES,
+        ),
+    ] = TrainSettings.method,
+    budget: opt.BudgetOption = TrainSettings.budget,
+    granularity: opt.GranularityOption = TrainSettings.granularity,
+    controller: opt.ControllerOption = TrainSettings.controller,
+    lora_rank: opt.LoraRank = TrainSettings.lora_rank,
+    seeds: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Trainings of each point, with seeds counted up from --seed. The picture shows the median and, as "
+            "whiskers, the least and the most: with one seed, luck looks like a result.",
+            rich_help_panel=opt.TRAINING,
+        ),
+    ] = 1,
+    distill: opt.Distill = TrainSettings.distill,
+    open_epochs: opt.OpenEpochs = TrainSettings.open_epochs,
+    epochs: opt.Epochs = TrainSettings.epochs,
+    batch_size: opt.BatchSize = TrainSettings.batch_size,
+    max_length: opt.MaxLength = TrainSettings.max_length,
+    seed: opt.Seed = TrainSettings.seed,
+    device: opt.DeviceOption = "auto",
+    precision: opt.PrecisionOption = TrainSettings.precision,
+    target: opt.TargetOption = DEFAULT_TARGET,
+    bench_batch_size: Annotated[
+        str,
+        typer.Option(
+            metavar="N,...", help="Batch sizes to time; the picture shows the largest.", rich_help_panel=opt.MEASURING
+        ),
+    ] = "1,8",
+    bench_seq_len: Annotated[
+        str,
+        typer.Option(
+            metavar="TOKENS,...", help="Lengths to time; the picture shows the largest.", rich_help_panel=opt.MEASURING
+        ),
+    ] = "32,128",
+    threads: opt.Threads = None,
+    plot: Annotated[
+        bool | None,
+        typer.Option(
+            help="Draw sweep.png and sweep.svg; unless given, where gatepress[plot] is installed.",
+            show_default=False,
+            rich_help_panel=opt.OUTPUT,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Directory of the sweep; sweeps/TASK-MODEL unless given. One that exists is gone on with.",
+            rich_help_panel=opt.OUTPUT,
+        ),
+    ] = None,
+    force: Annotated[
+        bool,
+        typer.Option(
+            help="Start over: a sweep that lies in the directory goes at once.",
+            show_default=False,
+            rich_help_panel=opt.OUTPUT,
+        ),
+    ] = False,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Find the sparsity that pays.
+
+    Trains every sparsity with every seed, and what one would use instead of gates. Then prunes, exports
+    and times one model of each point, all by turns, and shows metric against latency. The knee is
+    where the metric is still high for how fast the model has become: a first guess, not a verdict.
+    Interrupt it at any time: the same command goes on with what is missing, and sparsities, methods and
+    seeds may be added. All runs stay in DIR/runs, each as gatepress train leaves it.
+    """
+    with session(as_json=as_json, quiet=quiet, debug=debug) as screen:
+        settings = TrainSettings(
+            data=opt.data_settings(
+                task=task,
+                data_dir=data_dir,
+                train_file=train_file,
+                validation_file=validation_file,
+                text_column=text_column,
+                text_pair_column=text_pair_column,
+                label_column=label_column,
+                max_train_samples=max_train_samples,
+                max_validation_samples=max_validation_samples,
+            ),
+            model=model,
+            revision=revision,
+            budget=budget,
+            granularity=granularity,
+            controller=controller,
+            lora_rank=lora_rank,
+            distill=distill,
+            open_epochs=open_epochs,
+            epochs=epochs,
+            batch_size=batch_size,
+            max_length=max_length,
+            seed=seed,
+            device=device,
+            precision=precision,
+        )
+        asked: dict[str, Any] = {
+            "methods": list(opt.words(method)),
+            "sparsities": opt.numbers("--sparsity", sparsity),
+            "batch_sizes": opt.whole_numbers("--bench-batch-size", bench_batch_size),
+            "seq_lens": opt.whole_numbers("--bench-seq-len", bench_seq_len),
+        }
+        directory = output or Path("sweeps") / default_run_name(settings).rpartition("-")[0]  # no one sparsity
+
+        from gatepress import sweep as sweeping
+
+        try:
+            result = sweeping.run(
+                settings,
+                directory,
+                **asked,
+                seeds=seeds,
+                target=target,
+                threads=threads,
+                plot=plot,
+                force=force,
+                progress=screen.progress,
+            )
+        except KeyboardInterrupt:
+            if (directory / sweeping.SWEEP_FILE).is_file():
+                screen.interrupt_note = f"what is finished is in {directory}; the same command goes on from there"
+            raise
+        screen.result(result, tables)
+        screen.note(f"next: look at {directory / 'sweep.md'}, then gatepress prune {directory}/runs/NAME")
+        _say_failed(screen, result)
+
+
+def tables(result: dict[str, Any]) -> "list[Titled]":
+    """Return the summary, one row for each point of the picture."""
+    from gatepress import sweep as sweeping
+
+    shown = sweeping.table(result)
+    return [grid(shown.title, shown.columns, shown.rows, left=shown.left)]
+
+
+def _say_failed(screen: Screen, result: dict[str, Any]) -> None:
+    """Exit with 1 where a training failed, and say which."""
+    failed = [cell for cell in result["cells"] if cell["status"] == "failed"]
+    if failed:
+        names = ", ".join(f"{cell['method']} {cell['sparsity']:g} seed {cell['seed']}" for cell in failed)
+        screen.say(f"error: {len(failed)} of {len(result['cells'])} trainings failed ({names}); run it again to retry")
+        raise typer.Exit(1)

@@ -1,0 +1,526 @@
+"""Metric against latency, over sparsities, methods and seeds: the picture that a sparsity is chosen by.
+
+Every training is a process of its own, so that its peak memory is its own and its crash ends it alone.
+`sweep.json` is written after each, and names all that is finished: started again, a sweep goes on.
+Then the first seed of every point is pruned, exported and timed, all of them by turns.
+"""
+
+import contextlib
+import json
+import logging
+import multiprocessing
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gatepress import training
+from gatepress.bench import endtoend, timing
+from gatepress.bench.record import Record
+from gatepress.bench.tables import Table, conditions, ms
+from gatepress.checkpoint import read_manifest, read_run
+from gatepress.config import DEFAULT_TARGET, METHODS, Method, Target, TrainSettings
+from gatepress.errors import ArtifactError, MissingExtraError, ModelError, OutputError, UsageError
+from gatepress.export import export
+from gatepress.files import check_output, json_text, read_json, replace_file
+from gatepress.hub import locate_model
+from gatepress.progress import NoProgress, Progress
+from gatepress.pruning import prune
+from gatepress.runtime import max_tokens
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+logger = logging.getLogger(__name__)
+
+SWEEP_FILE = "sweep.json"
+FORMAT = {"format": "gatepress-sweep", "version": 1}
+KNEE_POINTS = 3  # a chord and something above it
+LEVEL = 1e-9  # of the unit square: a straight line has no knee, whatever rounding makes of it
+PATIENCE_S = 10.0  # for a training that is told to end
+IN_TORCH = ("torch-cpu", "cuda")  # targets that are timed without ONNX
+GRID = ("methods", "sparsities", "seeds")  # may grow; all else must stay for figures to be comparable
+OPTIONS = {"target": "for", "batch_sizes": "bench-batch-size", "seq_lens": "bench-seq-len"}
+KEPT = (
+    *("task", "metric_name", "metric_value", "examples", "closed_fraction", "encoder_macs_removed"),
+    *("total_params", "trainable_params", "train_seconds", "peak_memory_bytes"),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training of a sweep."""
+
+    method: Method
+    sparsity: float
+    seed: int
+
+    @property
+    def gated(self) -> bool:
+        """Whether there is something to prune."""
+        return METHODS[self.method].gated
+
+    @property
+    def point(self) -> str:
+        """What all seeds share: a method, and its sparsity where it has one."""
+        return f"{self.method} {self.sparsity:g}" if self.gated else self.method
+
+    @property
+    def name(self) -> str:
+        """The name of its run directory."""
+        return f"{self.method}-s{self.sparsity:g}-seed{self.seed}"
+
+
+def run(  # noqa: PLR0913 - every option of the command is one
+    settings: TrainSettings,
+    output: Path,
+    *,
+    methods: Sequence[Method],
+    sparsities: Sequence[float],
+    seeds: int = 1,
+    target: Target = DEFAULT_TARGET,
+    batch_sizes: Sequence[int] = (1, 8),
+    seq_lens: Sequence[int] = (32, 128),
+    repetitions: int = endtoend.REPETITIONS,
+    threads: int | None = None,
+    plot: bool | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Train methods x sparsities x seeds, time what can be deployed of them, write it all to `output`.
+
+    A method without gates is trained once a seed; seeds count up from `settings.seed`, whose method and
+    sparsity do not matter. What `output` holds of the same sweep is not done again, and methods, sparsities
+    and seeds may be added; `force` starts over. A training that fails is told of in its cell, but for the
+    first, whose error is raised. `plot` None: where matplotlib is installed. Returns what `sweep.json`
+    holds; docs/json-contract.md lists it. Raises `UsageError` on wrong arguments and on a sweep of other
+    settings, `OutputError` on a directory that is none, and what the steps raise.
+    """
+    progress = progress or NoProgress()
+    wanted = _cells(settings, methods, sparsities, seeds)
+    timing.refuse([f"--bench-batch-size is {size}, expected 1 or more" for size in batch_sizes if size < 1])
+    measuring: dict[str, Any] = {
+        "batch_sizes": list(batch_sizes),
+        "seq_lens": list(seq_lens),
+        "repetitions": repetitions,
+        "threads": threads,
+    }
+    endtoend.check(device=_device(target), **measuring)
+    if plot and not _can_plot():
+        raise MissingExtraError("--plot needs matplotlib; install it with: pip install 'gatepress[plot]'")
+    train = {key: value for key, value in settings.absolute().to_json().items() if key not in ("method", "sparsity")}
+    asked = {"train": train, "methods": list(methods), "sparsities": list(sparsities), "seeds": seeds}
+    fresh = not output.exists()
+    sweep = _Sweep(output, wanted, _as_json({**asked, "target": target, **measuring}))
+    sweep.records = _timed_before(output, sweep.settings, force=force)
+    if not force:
+        sweep.reports = {cell: report for cell in wanted if (report := _finished(sweep.run_dir(cell), wanted[cell]))}
+    base = locate_model(settings.model, settings.revision)
+    endtoend.refuse_longer(settings.model, max_tokens(read_json(base / "config.json")), max(seq_lens))
+    try:
+        sweep.save()
+        if force:
+            shutil.rmtree(output / "runs", ignore_errors=True)
+        sweep.train(progress)
+    except BaseException:
+        if fresh and not sweep.reports:
+            shutil.rmtree(output, ignore_errors=True)  # nothing that could be gone on with
+        raise
+    sweep.time(target, measuring, progress)
+    result = sweep.to_json()
+    replace_file(output / "sweep.md", _markdown(table(result)).encode())
+    if plot is not False and _can_plot():
+        from gatepress.bench import tradeoff  # noqa: PLC0415 - matplotlib is an extra, not always there
+
+        for suffix in ("png", "svg"):
+            replace_file(output / f"sweep.{suffix}", tradeoff.draw(result, suffix))
+    return {**result, "output_dir": str(output)}
+
+
+@dataclass
+class _Sweep:
+    """What is asked, and what is known of it so far."""
+
+    output: Path
+    wanted: dict[Cell, TrainSettings]
+    settings: dict[str, Any]
+    reports: dict[Cell, dict[str, Any]] = field(default_factory=dict)
+    failures: dict[Cell, str] = field(default_factory=dict)
+    records: list[Record] = field(default_factory=list)
+
+    def run_dir(self, cell: Cell) -> Path:
+        """Return where a cell is trained."""
+        return self.output / "runs" / cell.name
+
+    def train(self, progress: Progress) -> None:
+        """Train what is not finished yet."""
+        missing = [cell for cell in self.wanted if cell not in self.reports]
+        if not missing:
+            return
+        progress.start(len(missing), "trainings")
+        try:
+            for cell in missing:
+                progress.advance(0, now=cell.name)
+                try:
+                    self.reports[cell] = train_apart(self.wanted[cell], self.run_dir(cell))
+                except Exception as error:  # whatever ends one training, the others are not to blame
+                    if not self.reports:  # or are they all: wrong columns, no such model
+                        raise
+                    self.failures[cell] = " ".join(str(error).split()) or type(error).__name__
+                    logger.warning("%s failed: %s", cell.name, self.failures[cell])
+                self.save()
+                progress.advance(1)
+        finally:
+            progress.finish()
+
+    def time(self, target: Target, measuring: dict[str, Any], progress: Progress) -> None:
+        """Time one model for each point against the densest, unless just these are timed already."""
+        points: dict[str, Cell] = {}
+        for cell in sorted(filter(self.reports.__contains__, self.wanted), key=_density):
+            points.setdefault(cell.point, cell)
+        if {record.name for record in self.records} == set(points):
+            return
+        with tempfile.TemporaryDirectory(prefix="gatepress-") as root:
+            progress.start(len(points), "building what is timed")
+            try:
+                built = {}
+                for name, cell in points.items():
+                    built[name] = _build(self.run_dir(cell), cell, Path(root), target, progress)
+                    progress.advance(1, built=name)
+            finally:
+                progress.finish()
+            self.records = endtoend.run(built, device=_device(target), progress=progress, **measuring)
+        self.save()
+
+    def save(self) -> None:
+        """Write `sweep.json` as things stand."""
+        replace_file(self.output / SWEEP_FILE, json_text(self.to_json()).encode())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all that is known as plain JSON values."""
+        return {
+            **FORMAT,
+            "settings": self.settings,
+            "cells": [self._cell(cell) for cell in self.wanted],
+            "latency": [record.to_json(samples=False) for record in self.records],
+            "summary": summarize(self.reports, self.records),
+        }
+
+    def _cell(self, cell: Cell) -> dict[str, Any]:
+        report = self.reports.get(cell)
+        status = "finished" if report is not None else "failed" if cell in self.failures else "missing"
+        facts = {"method": cell.method, "sparsity": cell.sparsity, "seed": cell.seed, "status": status}
+        if report is None:
+            return {**facts, "error": self.failures.get(cell)}
+        return {**facts, "run_dir": f"runs/{cell.name}", **{key: report.get(key) for key in KEPT}}
+
+
+# --- trainings ------------------------------------------------------------------------------------
+
+
+def train_apart(settings: TrainSettings, output: Path) -> dict[str, Any]:
+    """Train in a fresh process and return the report; raise what `training.train` raises there.
+
+    Raises `ModelError` where the process dies. Where this one is interrupted, the other ends at once
+    and what it has half written goes.
+    """
+    context = multiprocessing.get_context("spawn")
+    reports, end = context.Pipe(duplex=False)
+    process = context.Process(target=_train, args=(settings, output, end))
+    with _deaf_to_interrupts():
+        process.start()
+    end.close()
+    try:
+        answer = reports.recv()
+    except EOFError:
+        process.join()
+        raise ModelError(
+            f"{output}: its training ended without a word (exit code {process.exitcode}; -9 is what a machine "
+            "out of memory does); lower --batch-size or --max-length, and run the same command again"
+        ) from None
+    except BaseException:
+        process.terminate()
+        process.join(PATIENCE_S)
+        process.kill()
+        raise
+    finally:
+        process.join()
+        reports.close()
+    if isinstance(answer, Exception):
+        raise answer
+    report: dict[str, Any] = answer
+    return report
+
+
+def _train(settings: TrainSettings, output: Path, end: "Connection[Any, Any]") -> None:
+    """Train and send the report, or the error; runs in the other process."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what is staged is cleared away
+    warnings.simplefilter("ignore")  # libraries talk to a terminal that is not theirs
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            answer: object = training.train(settings, output, force=True)
+        except Exception as error:  # noqa: BLE001 - raised again in the process that asked
+            error.add_note(traceback.format_exc())
+            answer = error
+    end.send(answer)
+
+
+@contextlib.contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Have a process started in here not hear Ctrl-C, from its first line on: its parent ends it.
+
+    Blocked signals are inherited; what comes meanwhile reaches this process when the block ends.
+    """
+    resource_tracker.ensure_running()  # else started by the first process, and it unblocks the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _cells(
+    settings: TrainSettings, methods: Sequence[Method], sparsities: Sequence[float], seeds: int
+) -> dict[Cell, TrainSettings]:
+    """Return what each cell is trained with, seed by seed: a whole picture is there after the first."""
+    timing.refuse_below(1, seeds=seeds)
+    timing.refuse(
+        [f"--{name} is empty" for name, given in (("method", methods), ("sparsity", sparsities)) if not given]
+    )
+    wanted = {}
+    for seed in range(settings.seed, settings.seed + seeds):
+        for method in methods:
+            dense = replace(settings, **_meaningless(method), method=method, sparsity=0.0, seed=seed)
+            for sparsity in sparsities if dense.gated else (0.0,):
+                wanted[Cell(method, sparsity, seed)] = replace(dense, sparsity=sparsity).absolute()
+    return wanted
+
+
+def _meaningless(method: Method) -> dict[str, Any]:
+    """Return what a method has no use for, unset: the methods of a sweep share one set of options."""
+    spec = METHODS.get(method)
+    unset: dict[str, Any] = {}
+    if spec and not spec.gated:
+        unset |= {"distill": False, "open_epochs": None, "start": None}
+    if spec and not spec.rank:
+        unset |= {"lora_rank": None}
+    return unset
+
+
+def _finished(directory: Path, wanted: TrainSettings) -> dict[str, Any] | None:
+    """Return the report of a finished run; `UsageError` where it was trained with other settings."""
+    try:
+        manifest = read_run(directory)
+    except ArtifactError:
+        return None  # not there, or broken: it is trained again
+    _refuse_other(directory, _as_json(manifest.settings.to_json()), _as_json(wanted.to_json()))
+    return manifest.report if manifest.status == "finished" else None
+
+
+def _timed_before(output: Path, settings: dict[str, Any], *, force: bool) -> list[Record]:
+    """Return the measurements of the sweep in `output`; refuse what is none, or one of other settings."""
+    if not output.exists():
+        check_output(output, force=False)
+        return []
+    try:
+        found = read_manifest(output / SWEEP_FILE, FORMAT)
+    except ArtifactError as error:
+        raise OutputError(f"{output}: exists and holds no sweep ({error}); choose another with -o") from None
+    if force:
+        return []
+    _refuse_other(output, found.get("settings", {}), settings)
+    return [Record.from_json(value) for value in found.get("latency", [])]
+
+
+def _refuse_other(where: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    """Raise `UsageError` naming the first setting that differs."""
+    found, asked = dict(_flat(there)), dict(_flat(here))
+    for key in [*asked, *found]:
+        if key not in GRID and found.get(key) != asked.get(key):
+            option = OPTIONS.get(key, key).replace("_", "-")
+            raise UsageError(
+                f"{where}: was made with --{option} {found.get(key)}, asked is {asked.get(key)}; "
+                "ask for the same, choose another -o, or start over with --force"
+            )
+
+
+def _flat(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value)
+        else:
+            yield key, value
+
+
+def _as_json(value: dict[str, Any]) -> dict[str, Any]:
+    """Return `value` as it will be read back."""
+    read: dict[str, Any] = json.loads(json_text(value))
+    return read
+
+
+# --- latency --------------------------------------------------------------------------------------
+
+
+def _density(cell: Cell) -> tuple[bool, bool, str, float]:
+    """Order as people compare: what is deployed without gates, the best known first, then each curve."""
+    return cell.method != "full", cell.gated, cell.method, cell.sparsity
+
+
+def _device(target: Target) -> str:
+    return "cuda" if target == "cuda" else "cpu"
+
+
+def _build(run_dir: Path, cell: Cell, root: Path, target: Target, progress: Progress) -> Path:
+    """Write what would be deployed of a run on `target`, and return where it is."""
+    source = run_dir
+    if cell.gated:
+        source = root / f"{cell.name}-pruned"
+        prune(run_dir, source, target=target, progress=progress)
+    if target in IN_TORCH:
+        return source
+    directory = root / f"{cell.name}-onnx"
+    export(source, directory, quantize="int8" if target == "ort-int8" else None, measure=False)
+    return directory
+
+
+# --- summary --------------------------------------------------------------------------------------
+
+
+def summarize(reports: dict[Cell, dict[str, Any]], records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Return one row for each method and sparsity, medians over its seeds; the knee of each curve is marked.
+
+    Latency is that of the largest batch and length that was timed.
+    """
+    largest = max(((record.batch_size, record.seq_len or 0) for record in records), default=None)
+    timed = {record.name: record for record in records if (record.batch_size, record.seq_len) == largest}
+    points: dict[str, list[Cell]] = {}
+    for cell in reports:
+        points.setdefault(cell.point, []).append(cell)
+    rows = [
+        _point(cells[0], [reports[cell] for cell in cells], timed.get(name))
+        for name, cells in sorted(points.items(), key=lambda item: _density(item[1][0]))
+    ]
+    for method in {row["method"] for row in rows if METHODS[row["method"]].gated}:
+        curve = [row for row in rows if row["method"] == method]
+        axis = "latency_ms_median" if all(row["latency_ms_median"] for row in curve) else "encoder_macs_removed"
+        place = knee([row[axis] for row in curve], [row["metric_median"] for row in curve])
+        if place is not None:
+            curve[place]["knee"] = True
+    return rows
+
+
+def knee(x: Sequence[float], y: Sequence[float]) -> int | None:
+    """Return the index of the point farthest above the chord between the ends of a curve.
+
+    The idea of Satopaa et al. 2011, "Finding a 'Kneedle' in a Haystack": with both axes scaled to 0..1,
+    the knee is where the curve leaves the straight line most. The points come in any order; `y` may
+    rise or fall with `x`. None with fewer than three points, on a flat curve, and where none is above.
+    """
+    if len(x) < KNEE_POINTS or min(x) == max(x) or min(y) == max(y):
+        return None
+    across, up = _scaled(x), _scaled(y)
+    first, *_, last = sorted(range(len(x)), key=across.__getitem__)
+    slope = up[last] - up[first]
+    above = [up[index] - up[first] - slope * across[index] for index in range(len(x))]
+    best = max(range(len(x)), key=above.__getitem__)
+    return best if above[best] > LEVEL else None
+
+
+def _scaled(values: Sequence[float]) -> list[float]:
+    least, most = min(values), max(values)
+    return [(value - least) / (most - least) for value in values]
+
+
+def _point(cell: Cell, reports: Sequence[dict[str, Any]], record: Record | None) -> dict[str, Any]:
+    """Return the row of one point."""
+    metrics = [report["metric_value"] for report in reports]
+
+    def median(key: str) -> float | None:
+        return _median(report.get(key) for report in reports)
+
+    return {
+        "method": cell.method,
+        "sparsity": cell.sparsity,
+        "seeds": len(reports),
+        "task": reports[0].get("task"),
+        "metric_name": reports[0].get("metric_name"),
+        "metric_median": statistics.median(metrics),
+        "metric_min": min(metrics),
+        "metric_max": max(metrics),
+        "encoder_macs_removed": median("encoder_macs_removed") or 0.0,
+        "total_params": median("total_params"),
+        "trainable_total": _median((report.get("trainable_params") or {}).get("total") for report in reports),
+        "train_seconds": median("train_seconds"),
+        "peak_memory_bytes": median("peak_memory_bytes"),
+        "latency_ms_median": record and record.latency_ms_median,
+        "latency_batch_size": record and record.batch_size,
+        "latency_seq_len": record and record.seq_len,
+        "relative_time_factor": record and record.relative_time_factor,
+        "baseline": record and record.baseline,
+        "knee": False,
+    }
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+# --- what people read -----------------------------------------------------------------------------
+
+
+def table(result: dict[str, Any]) -> Table:
+    """Return the summary of a sweep as text, for Markdown and for the terminal."""
+    rows = result["summary"]
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "method": lambda row: Cell(row["method"], row["sparsity"], 0).point,
+        rows[0]["metric_name"]: lambda row: f"{row['metric_median']:.4f}",
+        "min to max": lambda row: f"{row['metric_min']:.3f} to {row['metric_max']:.3f}",
+        "removed": lambda row: f"{row['encoder_macs_removed']:.1%}",
+        "params": lambda row: _shown(row["total_params"], 1e6, "M"),
+        "trained": lambda row: _shown(row["trainable_total"], 1e6, "M"),
+        "time": lambda row: _shown(row["train_seconds"], 1, "s"),
+        "memory": lambda row: _shown(row["peak_memory_bytes"], 1e9, "GB"),
+        "latency": lambda row: "" if row["latency_ms_median"] is None else f"{ms(row['latency_ms_median'])} ms",
+        "factor": lambda row: "" if row["latency_ms_median"] is None else f"{row['relative_time_factor']:.2f}x",
+        "": lambda row: "knee" if row["knee"] else "",
+    }
+    if all(row["seeds"] == 1 for row in rows):
+        del columns["min to max"]
+    return Table(caption(result), list(columns), [[show(row) for show in columns.values()] for row in rows], 1)
+
+
+def caption(result: dict[str, Any]) -> str:
+    """Return what the figures of a sweep are and under what they were measured, as one line of text."""
+    row = result["summary"][0]
+    seeds = sorted({row["seeds"] for row in result["summary"]})
+    runs = " to ".join(map(str, dict.fromkeys([seeds[0], seeds[-1]])))
+    text = f"{row['task']}: median of {runs} seed{'' if seeds == [1] else 's'}; removed of the encoder's MACs"
+    if not result["latency"]:
+        return text
+    records = [Record.from_json(value) for value in result["latency"]]
+    size = f"{row['latency_batch_size']} x {row['latency_seq_len']} tokens"
+    return f"{text}; latency of one batch of {size} against {row['baseline']} on {conditions(records)}"
+
+
+def _shown(value: float | None, unit: float, name: str) -> str:
+    return "" if value is None else f"{value / unit:,.3g} {name}"
+
+
+def _markdown(shown: Table) -> str:
+    marks = ["---"] * shown.left + ["--:"] * (len(shown.columns) - shown.left)
+    lines = ["| " + " | ".join(row) + " |" for row in (shown.columns, marks, *shown.rows)]
+    return "\n".join([f"{shown.title}.", "", *lines, ""])
+
+
+def _can_plot() -> bool:
+    return find_spec("matplotlib") is not None

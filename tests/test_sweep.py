@@ -1,0 +1,387 @@
+"""Many trainings as one picture: what is finished stays, what is measured is summed up rightly."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import forms
+from gatepress import sweep, training
+from gatepress.bench import tradeoff
+from gatepress.bench.record import Record, latencies
+from gatepress.checkpoint import read_run
+from gatepress.config import TrainSettings
+from gatepress.errors import MissingExtraError, ModelError, OutputError, UsageError
+from gatepress.sweep import Cell, knee, summarize
+
+DOCUMENT = Path(__file__).parents[1] / "docs/json-contract.md"
+GRID = {"methods": ["gates+lora", "lora"], "sparsities": [0.0, 0.5], "seeds": 1}
+# In torch: nothing is exported, which takes most of the time.
+TIMES = {"target": "torch-cpu", "batch_sizes": [1, 2], "seq_lens": [8], "repetitions": 2, "threads": 1}
+RUNS = ["gates+lora-s0-seed0", "gates+lora-s0.5-seed0", "lora-s0-seed0"]
+
+
+@pytest.fixture
+def settings(tiny_model_dir, tiny_task_files):
+    data = replace(forms.data_settings(tiny_task_files), max_train_samples=32, max_validation_samples=24)
+    return TrainSettings(
+        data=data, model=str(tiny_model_dir("bert")), lora_rank=2, epochs=1, max_length=24, device="cpu"
+    )
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The names of what is trained, here and not in processes of their own: those take seconds to start."""
+    names = []
+
+    def train(settings, output):
+        names.append(output.name)
+        return training.train(settings, output, force=True)
+
+    monkeypatch.setattr(sweep, "train_apart", train)
+    return names
+
+
+@pytest.fixture
+def never(monkeypatch):
+    monkeypatch.setattr(sweep, "train_apart", lambda *_: pytest.fail("it went on"))
+
+
+def run(settings, output, **changes):
+    return sweep.run(settings, output, **{**GRID, **TIMES, **changes})
+
+
+def test_a_sweep_trains_times_and_sums_up(settings, trained, tmp_path):
+    result = run(settings, tmp_path / "sweep", target="ort-cpu", sparsities=[0.5])
+    assert trained == RUNS[1:]
+    assert {path.name for path in (tmp_path / "sweep").iterdir()} == {
+        *("runs", "sweep.json", "sweep.md", "sweep.png", "sweep.svg")
+    }
+    written = json.loads((tmp_path / "sweep/sweep.json").read_text())
+    assert {**written, "output_dir": str(tmp_path / "sweep")} == result
+    assert [cell["status"] for cell in result["cells"]] == ["finished"] * 2
+    assert [(row["method"], row["sparsity"]) for row in result["summary"]] == [
+        ("lora", 0.0),
+        ("gates+lora", 0.5),
+    ]
+    lora, half = result["summary"]
+    assert lora["encoder_macs_removed"] == 0 < half["encoder_macs_removed"]
+    assert {row["baseline"] for row in result["summary"]} == {"lora"}
+    assert (lora["latency_batch_size"], lora["latency_seq_len"], lora["relative_time_factor"]) == (2, 8, 1.0)
+    assert {record["name"] for record in result["latency"]} == {"lora", "gates+lora 0.5"}
+    assert {record["runtime"] for record in result["latency"]} == {"onnxruntime"}
+    assert len({record["macs"] for record in result["latency"] if record["batch_size"] == 1}) == 2
+    assert re.findall(r"^\| (\S+ ?\S*) \|", (tmp_path / "sweep/sweep.md").read_text(), re.MULTILINE) == [
+        *("method", "---", "lora", "gates+lora 0.5")
+    ]
+
+
+def test_a_sweep_may_grow_and_start_over_and_does_nothing_twice(settings, trained, tmp_path):
+    result = run(settings, tmp_path / "sweep", plot=False)
+    again = run(settings, tmp_path / "sweep", plot=False)
+    assert trained == RUNS
+    assert again == result  # the times of measuring too
+    more = run(settings, tmp_path / "sweep", seeds=2, sparsities=[0.0, 0.3, 0.5], plot=False)
+    assert len(trained) == 3 + 1 + 4
+    assert len(more["latency"]) == 2 * 4
+    assert [row["seeds"] for row in more["summary"]] == [2] * 4
+    over = run(settings, tmp_path / "sweep", methods=["lora"], force=True, plot=False)
+    assert trained[-1] == "lora-s0-seed0"
+    assert [path.name for path in (tmp_path / "sweep/runs").iterdir()] == ["lora-s0-seed0"]
+    assert len(over["cells"]) == 1
+
+
+def test_what_is_interrupted_goes_on_where_it_was(settings, trained, tmp_path, monkeypatch):
+    whole = sweep.train_apart
+
+    def once(cell_settings, output):
+        if trained:
+            output.mkdir()  # what a kill leaves
+            raise KeyboardInterrupt
+        return whole(cell_settings, output)
+
+    monkeypatch.setattr(sweep, "train_apart", once)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, tmp_path / "sweep")
+    assert [cell["status"] for cell in json.loads((tmp_path / "sweep/sweep.json").read_text())["cells"]] == [
+        *("finished", "missing", "missing")
+    ]
+    monkeypatch.setattr(sweep, "train_apart", whole)
+    result = run(settings, tmp_path / "sweep")
+    assert trained == RUNS
+    assert [cell["status"] for cell in result["cells"]] == ["finished"] * 3
+
+
+def test_an_error_of_all_is_raised_and_leaves_nothing(settings, tmp_path, monkeypatch):
+    def fail(*_):
+        raise ModelError("no such thing")
+
+    monkeypatch.setattr(sweep, "train_apart", fail)
+    with pytest.raises(ModelError, match="no such thing"):
+        run(settings, tmp_path / "sweep")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_one_is_told_and_the_others_go_on(settings, trained, tmp_path, monkeypatch, caplog):
+    whole = sweep.train_apart
+
+    def fail(cell_settings, output):
+        if cell_settings.sparsity:
+            raise ModelError("the loss is nan")
+        return whole(cell_settings, output)
+
+    monkeypatch.setattr(sweep, "train_apart", fail)
+    result = run(settings, tmp_path / "sweep", plot=False)
+    assert [cell["status"] for cell in result["cells"]] == ["finished", "failed", "finished"]
+    assert result["cells"][1]["error"] == "the loss is nan"
+    assert "gates+lora-s0.5-seed0 failed: the loss is nan" in caplog.text
+    assert len(result["summary"]) == 2
+    monkeypatch.setattr(sweep, "train_apart", whole)
+    assert len(run(settings, tmp_path / "sweep")["summary"]) == 3
+    assert trained[-1] == RUNS[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_length": 16}, r"--max-length 24, asked is 16"),
+        ({"seed": 3}, r"--seed 0, asked is 3"),
+        ({"target": "ort-int8"}, r"--for torch-cpu, asked is ort-int8"),
+        ({"seq_lens": [16]}, r"--bench-seq-len \[8\], asked is \[16\]"),
+    ],
+)
+def test_other_settings_are_refused(settings, trained, tmp_path, changes, message):
+    grid = {"methods": ["lora"], "plot": False}
+    run(settings, tmp_path / "sweep", **grid)
+    before = (tmp_path / "sweep/sweep.json").read_bytes()
+    train = {key: value for key, value in changes.items() if hasattr(settings, key)}
+    others = {key: value for key, value in changes.items() if key not in train}
+    with pytest.raises(UsageError, match=message):
+        run(replace(settings, **train), tmp_path / "sweep", **grid, **others)
+    assert trained == ["lora-s0-seed0"]
+    assert (tmp_path / "sweep/sweep.json").read_bytes() == before
+
+
+@pytest.mark.usefixtures("never")
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("text", [None, "{}", '{"format": "gatepress-run", "version": 1}'])
+def test_a_foreign_directory_is_not_touched(settings, tmp_path, text, force):
+    (tmp_path / "mine").write_text("precious")
+    if text:
+        (tmp_path / "sweep.json").write_text(text)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(OutputError, match="exists and holds no sweep"):
+        run(settings, tmp_path, force=force)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.usefixtures("never")
+@pytest.mark.parametrize(
+    ("changes", "raised"),
+    [
+        ({"methods": ["magic"]}, UsageError("--method is 'magic'")),
+        ({"methods": []}, UsageError("--method is empty")),
+        ({"sparsities": [0.5, 1.0]}, UsageError("--sparsity is 1.0")),
+        ({"seeds": 0}, UsageError("--seeds is 0")),
+        ({"batch_sizes": [0]}, UsageError("--bench-batch-size is 0")),
+        ({"repetitions": 0}, UsageError("--repetitions is 0")),
+        ({"seq_lens": [5000]}, ModelError("takes at most 160 tokens")),
+    ],
+)
+def test_wrong_requests_are_refused_before_anything_is_trained(settings, tmp_path, changes, raised):
+    with pytest.raises(type(raised), match=str(raised)):
+        run(settings, tmp_path / "sweep", **changes)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("never")
+def test_a_figure_that_is_asked_for_needs_matplotlib(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "_can_plot", lambda: False)
+    with pytest.raises(MissingExtraError, match=r"pip install 'gatepress\[plot\]'"):
+        run(settings, tmp_path / "sweep", plot=True)
+
+
+def test_options_reach_the_methods_that_have_a_use_for_them(settings):
+    settings = replace(settings, distill=True, open_epochs=1)
+    wanted = sweep._cells(settings, ["gates+lora", "lora", "full", "gates"], [0.5], 1)
+    assert [(one.distill, one.open_epochs, one.lora_rank) for one in wanted.values()] == [
+        (True, 1, 2),
+        (False, None, 2),
+        (False, None, None),
+        (True, 1, None),
+    ]
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+def test_a_training_apart_is_the_training_here_and_its_errors_come_over(settings, tmp_path):
+    report = sweep.train_apart(settings, tmp_path / "there")
+    here = training.train(settings, tmp_path / "here")
+    assert report["metric_value"] == here["metric_value"]
+    assert read_run(tmp_path / "there").tensors == read_run(tmp_path / "here").tensors
+
+
+def test_a_process_that_dies_is_an_error_with_a_remedy(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "_train", print)
+    with pytest.raises(ModelError, match=r"ended without a word \(exit code 0; .* lower --batch-size"):
+        sweep.train_apart(settings, tmp_path / "run")
+
+
+def test_ctrl_c_ends_both_processes_and_clears_away(settings, tmp_path):
+    line = [sys.executable, "-m", "gatepress", "sweep", "--model", settings.model, "--epochs", "5000", "-o", "sweep"]
+    line += ["--train-file", settings.data.train_file, "--validation-file", settings.data.validation_file, "--json"]
+    process = subprocess.Popen(
+        line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        until = time.monotonic() + 60
+        while not list(tmp_path.glob("sweep/runs/*")) and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=30)  # the end of what all processes write to: none is left
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert json.loads(out)["error"]["type"] == "Interrupted"
+    assert b"Traceback" not in err
+    assert b"nothing was written" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- figures of the summary -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "place"),
+    [
+        ([1, 2, 3, 4], [0.5, 0.88, 0.9, 0.91], 1),
+        ([4, 3, 2, 1], [0.91, 0.9, 0.88, 0.5], 2),  # any order
+        ([0, 0.3, 0.5, 0.7], [0.9, 0.89, 0.87, 0.6], 2),  # falling, over what is removed
+        ([1, 2, 3], [1, 2, 3], None),
+        ([0.1, 0.2, 0.3], [0.1, 0.2, 0.3], None),
+        ([1, 2, 3], [1, 0, 3], None),  # all below the chord
+        ([1, 2], [1, 2], None),
+        ([1, 1, 1], [1, 2, 3], None),
+        ([1, 2, 3], [2, 2, 2], None),
+    ],
+)
+def test_the_knee_is_farthest_above_the_chord(x, y, place):
+    assert knee(x, y) == place
+
+
+def test_the_summary_is_of_medians_over_seeds():
+    reports = {
+        Cell("gates", sparsity, seed): {
+            "task": "t",
+            "metric_name": "accuracy",
+            "metric_value": metric,
+            "encoder_macs_removed": sparsity,
+            "train_seconds": 10.0 * seed,
+            "trainable_params": {"total": 7},
+        }
+        for sparsity, metrics in {0.0: (0.9, 0.8, 0.85), 0.5: (0.7, 0.84, 0.83), 0.8: (0.1, 0.2, 0.3)}.items()
+        for seed, metric in enumerate(metrics)
+    }
+    rows = summarize(reports, [])
+    assert [row["metric_median"] for row in rows] == [0.85, 0.83, 0.2]
+    assert [(row["metric_min"], row["metric_max"]) for row in rows] == [(0.8, 0.9), (0.7, 0.84), (0.1, 0.3)]
+    assert [row["seeds"] for row in rows] == [3, 3, 3]
+    assert [row["train_seconds"] for row in rows] == [10.0] * 3
+    assert [row["trainable_total"] for row in rows] == [7] * 3
+    assert [row["knee"] for row in rows] == [False, True, False]  # over what is removed: nothing is timed
+    assert rows[0]["latency_ms_median"] is rows[0]["peak_memory_bytes"] is None
+
+
+def made_up(times):
+    names = [("full", 0.0), ("lora", 0.0), ("gates", 0.0), ("gates", 0.5), ("gates", 0.8)]
+    row = {"task": "t", "metric_name": "accuracy", "seeds": 3, "latency_batch_size": 8, "latency_seq_len": 128}
+    rows = [
+        {**row, "method": method, "sparsity": sparsity, "latency_ms_median": ms, "knee": sparsity == 0.5}
+        | {"metric_median": 0.9 - sparsity / 5, "metric_min": 0.6, "metric_max": 0.95}
+        for (method, sparsity), ms in zip(names, times, strict=True)
+    ]
+    record = Record(
+        what="endtoend",
+        name="full",
+        kind="onnx",
+        runtime="onnxruntime",
+        device="cpu",
+        device_name="a processor",
+        threads=2,
+        dtype="float32",
+        batch_size=8,
+        seq_len=128,
+        warmup=3,
+        **latencies([1.0] * 20),
+    )
+    return {"summary": rows, "latency": [record.to_json()]}
+
+
+@pytest.mark.parametrize("times", [(10, 10, 10, 8, 6), (40, 40, 40, 9, 6)])
+def test_the_figure_names_methods_sparsities_and_conditions(times):
+    drawn = tradeoff.draw(made_up(times), "svg").decode()
+    for text in (
+        "gates",
+        "lora",
+        "full",
+        "0.5",
+        "0.8",
+        "accuracy on t",
+        "8 x 128 tokens (ms)",
+        "a processor, 2 threads",
+    ):
+        assert text in drawn
+    assert "median of 3 seeds" in drawn
+    assert tradeoff.draw(made_up(times), "svg").decode() == drawn
+    assert tradeoff.draw(made_up(times), "png").startswith(b"\x89PNG")
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
+def test_the_command_prints_the_documented_object(settings, trained, tmp_path, capsys, monkeypatch):
+    from gatepress.cli.app import app
+
+    monkeypatch.chdir(tmp_path)
+    data = settings.data
+    line = ["sweep", "--train-file", data.train_file, "--validation-file", data.validation_file, "--json"]
+    line += ["--model", settings.model, "--epochs", "1", "--max-train-samples", "32", "--device", "cpu"]
+    line += [
+        "--method",
+        "lora,gates",
+        "--sparsity",
+        "0,0.4,0.6",
+        "--bench-seq-len",
+        "8",
+        "--for",
+        "torch-cpu",
+        "-o",
+        "sweep",
+    ]
+    with pytest.raises(SystemExit) as ended:
+        app(line)
+    out, err = capsys.readouterr()
+    assert ended.value.code == 0, err
+    result = json.loads(out)
+    section = DOCUMENT.read_text(encoding="utf-8").split("## `gatepress sweep`")[1].split("\n## ")[0]
+    keys = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
+    assert set(keys) == set(result)
+    for key in ("summary", "cells"):
+        paragraph = section[section.index(f"In each object of `{key}`") :].split("\n\n")[0]
+        fields = set(re.findall(r"`(\w+)`", paragraph)) - {key}
+        assert fields == set(result[key][0]) | ({"error"} if key == "cells" else set())
+    assert trained == ["lora-s0-seed0", "gates-s0-seed0", "gates-s0.4-seed0", "gates-s0.6-seed0"]
+    with pytest.raises(SystemExit) as ended:
+        app([one for one in line if one != "--json"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert "gates" in shown
+    assert ("knee" in shown) == any(row["knee"] for row in result["summary"])
