@@ -21,14 +21,13 @@ beside the JSON is rendered from it:
 
 import argparse
 import json
-import os
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from main_job import cpu_name, gatepress
+from cells import RESULTS, models_of, parser, sweep, train
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModel
@@ -40,7 +39,8 @@ from gatepress.files import new_directory
 from gatepress.resolve import Layer, resolve
 from gatepress.tasks.sources import load_rows
 
-RESULTS = Path(__file__).parent / "results" / "rotation.json"
+PATH = RESULTS / "rotation.json"
+KEY = ("encoder", "task", "arm", "seed")
 ARMS = ("plain", "rotated", "rotated-data")
 TASKS = ("sst2", "stsb")
 MOMENT_ROWS = 256  # training rows that second moments and differences of hidden states are measured on
@@ -204,9 +204,10 @@ def losses_at_half(directory: Path, batches: list[dict[str, Tensor]]) -> dict[st
     return {kind: statistics.mean(values) for kind, values in found.items()}
 
 
-def cell(name: str, task: str, arm: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+def cell(key: tuple[Any, ...], options: argparse.Namespace) -> dict[str, Any]:
     """Train one arm and return what was asked, counted and measured."""
-    source = Path(options.models[name])
+    name, task, arm, seed = key
+    source = Path(models_of(options)[name])
     batches = read_batches(source, task, options.data_dir)
     model = source
     proof = options.work / f"{name}-{task}-{arm}.json"
@@ -216,34 +217,15 @@ def cell(name: str, task: str, arm: str, seed: int, options: argparse.Namespace)
             found = write_rotated(source, model, batches, by_data=arm == "rotated-data")
             proof.write_text(json.dumps(found) + "\n")
     run = options.work / "run" / f"{name}-{task}-{arm}-{seed}"
-    if not run.exists():
-        words = ["--model", model, "--task", task, "--data-dir", options.data_dir, "--sparsity", options.sparsity]
-        words += ["--max-train-samples", 10_000, "--precision", options.precision, "--device", "cpu", "--seed", seed]
-        gatepress("train", *words, "-o", run)
-    manifest = json.loads((run / "gatepress_run.json").read_text())
-    if manifest["status"] != "finished":
-        raise SystemExit(f"{run}: the training was stopped; remove the directory and start again")
-    report, settings = manifest["report"], manifest["settings"]
-    counted = ("metric_name", "metric_value", "examples", "asked_sparsity", "total_gates", "closed_gates")
+    words = ["--task", task, "--sparsity", options.sparsity, "--max-train-samples", 10_000]
+    words += ["--precision", options.precision, "--device", options.device, "--seed", seed]
+    trained = train(run, name, str(model), words, options)
+    tensors = json.loads((run / "gatepress_run.json").read_text())["tensors"]["file"]
     return {
-        "encoder": name,
-        "task": task,
-        "arm": arm,
-        "seed": seed,
-        **{key: report[key] for key in counted},
-        "encoder_macs_removed": report["encoder_macs_removed"],
-        "closed_by_site": closed_by_site(run / manifest["tensors"]["file"]),
+        **trained,
+        "closed_by_site": closed_by_site(run / tensors),
         "lost_at_half": losses_at_half(model, batches),
         **(json.loads(proof.read_text()) if arm != "plain" else {}),
-        "epochs": report["epochs"],
-        "steps": report["steps"],
-        "train_examples": report["train_examples"],
-        "train_seconds": report["train_seconds"],
-        "precision": settings["precision"],
-        "curve": report["curve"],
-        "versions": manifest["versions"],
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
     }
 
 
@@ -258,6 +240,7 @@ def closed_by_site(path: Path) -> dict[str, float]:
 
 def render(cells: list[dict[str, Any]]) -> str:
     """Return the tables in Markdown: means over seeds, then every cell."""
+    cells = sorted(cells, key=lambda c: (c["encoder"], TASKS.index(c["task"]), c["seed"], ARMS.index(c["arm"])))
     columns = sorted({(c["encoder"], c["task"]) for c in cells})
     arms = [arm for arm in ARMS if any(c["arm"] == arm for c in cells)]
     text = "# Head bases turned before gating\n\n"
@@ -293,34 +276,18 @@ def render(cells: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Run the asked cells, or only render what is there."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--model", action="append", default=[], metavar="NAME=DIRECTORY")
-    parser.add_argument("--task", action="append", choices=TASKS)
-    parser.add_argument("--arm", action="append", choices=ARMS)
-    parser.add_argument("--seed", action="append", type=int)
-    parser.add_argument("--work", type=Path)
-    parser.add_argument("--sparsity", type=float, default=0.5)
-    parser.add_argument("--precision", default="bf16")
-    parser.add_argument("--render", action="store_true", help="only render the results that are there")
-    options = parser.parse_args()
-    options.models = dict(pair.split("=", 1) for pair in ([] if options.render else options.model))
-    cells = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    asked = [
+    made = parser(__doc__)
+    made.add_argument("--arm", action="append", choices=ARMS)
+    made.add_argument("--sparsity", type=float, default=0.5)
+    options = made.parse_args()
+    keys = [
         (name, task, arm, seed)
         for seed in options.seed or (0, 1)
-        for name in options.models
+        for name in models_of(options)
         for task in options.task or TASKS
         for arm in options.arm or ARMS
     ]
-    for key in asked:
-        done = cell(*key, options)
-        cells = [c for c in cells if (c["encoder"], c["task"], c["arm"], c["seed"]) != key] + [done]
-        cells.sort(key=lambda c: (c["encoder"], TASKS.index(c["task"]), c["seed"], ARMS.index(c["arm"])))
-        RESULTS.write_text(json.dumps(cells, indent=1) + "\n")
-        RESULTS.with_suffix(".md").write_text(render(cells))
-    if options.render:
-        RESULTS.with_suffix(".md").write_text(render(cells))
+    sweep(PATH, keys, KEY, lambda key: cell(key, options), render)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,100 @@
+"""What benchmarks of trainings share: the command line run as a user would, cell by cell, and what a cell says.
+
+A cell that stands in the results is not run again, and a run directory that is finished is not trained again, so a
+stopped sweep goes on where it was. Results are written after every cell.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gatepress.files import replace_file
+from gatepress.machine import cpu_name
+
+RESULTS = Path(__file__).parent / "results"
+TASKS = ("sst2", "cola", "stsb", "rte")  # those that small encoders can be tried on in minutes
+COUNTED = (
+    *("metric_name", "metric_value", "examples", "asked_sparsity", "budget", "total_gates", "closed_gates"),
+    *("removed_of_budget", "encoder_macs_removed", "dense_params", "total_params", "trainable_params"),
+    *("train_examples", "epochs", "steps", "train_seconds", "peak_memory_bytes", "curve"),
+)
+
+
+def gatepress(*words: object) -> dict[str, Any]:
+    """Run one command and return its JSON object; its progress goes to stderr as it comes."""
+    command = [sys.executable, "-m", "gatepress", *map(str, words), "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+    value: dict[str, Any] = json.loads(done.stdout)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}: {value}")
+    return value
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options that all trainings have."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--data-dir", type=Path, metavar="GLUE", help="GLUE files; from the hub unless given")
+    made.add_argument("--model", action="append", default=[], metavar="NAME=DIRECTORY|HUB-ID")
+    made.add_argument("--task", action="append")
+    made.add_argument("--seed", action="append", type=int)
+    made.add_argument("--work", type=Path, help="where runs are kept between starts")
+    made.add_argument("--precision", default="bf16")
+    made.add_argument("--device", default="cpu")
+    made.add_argument("--render", action="store_true", help="only render the results that are there")
+    return made
+
+
+def models_of(options: argparse.Namespace) -> dict[str, str]:
+    """Return name -> directory or hub id; none where results are only rendered."""
+    return {} if options.render else dict(pair.split("=", 1) for pair in options.model)
+
+
+def train(run: Path, name: str, model: str, words: Sequence[object], options: argparse.Namespace) -> dict[str, Any]:
+    """Train one run unless it is there and finished, and return what it says of itself, with the command."""
+    if not _finished(run):
+        shutil.rmtree(run, ignore_errors=True)
+        where = [] if options.data_dir is None else ["--data-dir", options.data_dir]
+        gatepress("train", "--model", model, *where, *words, "-o", run)
+    manifest = json.loads((run / "gatepress_run.json").read_text())
+    report, settings = manifest["report"], manifest["settings"]
+    return {
+        **{key: report[key] for key in COUNTED if key in report},
+        **{key: settings[key] for key in ("granularity", "controller", "method", "lora_rank", "distill", "precision")},
+        "versions": manifest["versions"],
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "command": f"gatepress train --model {name.upper()} --data-dir GLUE " + " ".join(map(str, words)),
+    }
+
+
+def sweep(
+    path: Path,
+    keys: Iterable[tuple[Any, ...]],
+    names: Sequence[str],
+    cell: Callable[[tuple[Any, ...]], dict[str, Any]],
+    render: Callable[[list[dict[str, Any]]], str],
+) -> list[dict[str, Any]]:
+    """Run the cells whose key is not in the JSON at `path` yet; keep it and the table beside it up to date."""
+    cells: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    there = {tuple(one[name] for name in names) for one in cells}
+    for key in keys:
+        if key in there:
+            continue
+        cells.append({**dict(zip(names, key, strict=True)), **cell(key)})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, (json.dumps(cells, indent=1) + "\n").encode())
+        replace_file(path.with_suffix(".md"), render(cells).encode())
+    if cells:
+        replace_file(path.with_suffix(".md"), render(cells).encode())
+    return cells
+
+
+def _finished(run: Path) -> bool:
+    manifest = run / "gatepress_run.json"
+    return manifest.is_file() and json.loads(manifest.read_text())["status"] == "finished"

@@ -1,0 +1,255 @@
+"""The tables and figures of the paper that are made of trainings, and ours beside them: one command each.
+
+    python benchmarks/paper.py table4 --size laptop --data-dir GLUE --model minilm=DIRECTORY --work DIR
+    python benchmarks/paper.py table2 --size paper --device cuda --work DIR
+
+`--size paper` takes the paper's encoders, tasks and five seeds: it needs a GPU and the hub. `--size laptop` takes the
+encoders that `--model` names and the four tasks whose rows are few; `--task`, `--seed` and `--arm` choose among them. A
+stopped run goes on where it was. Every cell is one `gatepress train`, whose command stands in the JSON. Tables show the
+median over seeds; they and the figures are rendered from the JSON:
+
+    python benchmarks/paper.py table4 --render
+"""
+
+import argparse
+import io
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cells import RESULTS, TASKS, gatepress, models_of, parser, sweep, train
+
+from gatepress.files import replace_file
+
+PAPER_TASKS = ("cola", "stsb", "mrpc", "rte", "sst2", "mnli", "qnli", "qqp")
+PAPER_MODELS = {"roberta-base": "FacebookAI/roberta-base", "roberta-large": "FacebookAI/roberta-large"}
+PAPER_GATES = ("--granularity", "matrix", "--controller", "penalty")
+WITHOUT_FFN = ("--matrices", "q,k,v,o", "--gate-axes", "out")
+FULL = ("--method", "full")
+FACTORS = {"2x": 0.5, "4x": 0.75, "8x": 0.875}  # fewer multiply-accumulates of the encoder -> fraction removed
+SEEDS = 5
+KEY = ("encoder", "task", "arm", "seed")
+DEFAULT_WORDS = ("--max-train-samples", 10_000)
+
+Words = tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is compared: arms, each with the words that it adds to `gatepress train`."""
+
+    title: str
+    arms: dict[str, Words]
+    tasks: tuple[str, ...] = PAPER_TASKS  # of the paper's size
+    words: Words = DEFAULT_WORDS
+    line: str | None = None  # what the arms are points of, for a figure
+    models: dict[str, str] = field(default_factory=lambda: PAPER_MODELS)
+
+
+def _at(fractions: dict[str, float], *words: object) -> dict[str, Words]:
+    return {name: (*words, "--sparsity", fraction) for name, fraction in fractions.items()}
+
+
+EXPERIMENTS = {
+    "table2": Experiment(
+        "Table 2: accuracy and trained numbers",
+        {
+            "full finetuning": FULL,
+            "LoRA": ("--method", "lora"),
+            "LoRA-FA": ("--method", "lora-fa"),
+            "VeRA": ("--method", "vera"),
+            "LoRA-XS": ("--method", "lora-xs"),
+            "FineGates": ("--method", "gates", *PAPER_GATES, "--sparsity", 0),
+            "FineGates, sparse": ("--method", "gates", *PAPER_GATES, "--sparsity", 0.1),
+            "FineGates, sparser": ("--method", "gates", *PAPER_GATES, "--sparsity", 0.2),
+        },
+    ),
+    "table3": Experiment(
+        "Table 3: all rows of SST-2 and MNLI",
+        {
+            "full finetuning": FULL,
+            "LoRA": ("--method", "lora"),
+            "LoRA-FA": ("--method", "lora-fa"),
+            "VeRA": ("--method", "vera"),
+            "LoRA-XS": ("--method", "lora-xs"),
+            "FineGates": ("--method", "gates", *PAPER_GATES, "--sparsity", 0),
+        },
+        tasks=("sst2", "mnli"),
+        words=(),
+    ),
+    "table4": Experiment(
+        "Table 4: variants",
+        {
+            "FineGates": ("--method", "gates", *PAPER_GATES, "--sparsity", 0),
+            "FineGates w/o intermediate, output": ("--method", "gates", *PAPER_GATES, *WITHOUT_FFN, "--sparsity", 0),
+            "FineGates+LoRA": (*PAPER_GATES, "--gate-axes", "out", "--sparsity", 0),
+            "FineGates+LoRA w/o intermediate, output": (*PAPER_GATES, *WITHOUT_FFN, "--sparsity", 0),
+        },
+    ),
+    "table5": Experiment(
+        "Table 5: rank of the low-rank update at 40 % sparsity",
+        {f"FineGates+LoRA, rank {r}": (*PAPER_GATES, "--lora-rank", r, "--sparsity", 0.4) for r in (16, 32, 64)},
+        tasks=("mrpc",),
+    ),
+    "figure2": Experiment(
+        "Figure 2: metric against sparsity",
+        _at({f"{s:.0%}": s for s in (0, 0.1, 0.2, 0.3, 0.4, 0.5)}, "--method", "gates", *PAPER_GATES),
+        tasks=("cola", "sst2", "stsb"),
+        line="sparsity asked of each gate vector",
+    ),
+    "accuracy": Experiment(
+        "What is kept of full finetuning at fewer multiply-accumulates",
+        {
+            "full": FULL,
+            **_at(FACTORS),
+            **{f"{name}, distilled": (*words, "--distill") for name, words in _at(FACTORS).items()},
+            **{f"{name}, gates alone": (*words, "--method", "gates") for name, words in _at(FACTORS).items()},
+            **{f"{name}, penalty": (*words, "--controller", "penalty") for name, words in _at(FACTORS).items()},
+        },
+        tasks=TASKS,
+        models={},
+    ),
+    "heads": Experiment(
+        "Whole heads against single dimensions",
+        {kind: ("--granularity", kind, "--sparsity", 0.5) for kind in ("structured", "heads")},
+        tasks=TASKS,
+        models={},
+    ),
+}
+
+
+def render(experiment: Experiment, cells: list[dict[str, Any]]) -> str:
+    """Return the table in Markdown: a row for each encoder and arm, medians over seeds by task."""
+    tasks = sorted({c["task"] for c in cells}, key=[*PAPER_TASKS].index)
+    text = f"# {experiment.title}\n\n| encoder | arm | trained, without head | MACs removed | "
+    text += " | ".join(tasks) + " | steps | seconds | peak memory |\n" + "|---" * (len(tasks) + 7) + "|\n"
+    for encoder in sorted({c["encoder"] for c in cells}):
+        full = {task: _median(cells, encoder, task, "full") for task in tasks}
+        for arm in experiment.arms:
+            rows = [c for c in cells if (c["encoder"], c["arm"]) == (encoder, arm)]
+            if not rows:
+                continue
+            counted = rows[0]["trainable_params"]
+            columns = [
+                encoder,
+                arm,
+                f"{counted['total'] - counted['head']:,}",
+                _range(rows, "encoder_macs_removed", "{:.1%}"),
+                *(_shown([c for c in rows if c["task"] == task], full[task]) for task in tasks),
+                _range(rows, "steps"),
+                _range(rows, "train_seconds"),
+                f"{max(c['peak_memory_bytes'] for c in rows) / 1e9:.1f} GB",
+            ]
+            text += f"| {' | '.join(columns)} |\n"
+    one = cells[0]
+    return text + (
+        f"\nMedian over seeds, their number in square brackets where it is not {SEEDS}; in round brackets the part of "
+        f"full finetuning's metric, where that is in the table. Trained in {one['precision']}, measured in float32 on all "
+        f"validation rows; {one['cores']} cores of {one['cpu']}, seconds with measuring and whatever else ran. "
+        "Commands, curves and versions stand in the JSON.\n"
+    )
+
+
+def _median(cells: list[dict[str, Any]], encoder: str, task: str, arm: str) -> float | None:
+    values = [c["metric_value"] for c in cells if (c["encoder"], c["task"], c["arm"]) == (encoder, task, arm)]
+    return statistics.median(values) if values else None
+
+
+def _shown(rows: list[dict[str, Any]], full: float | None) -> str:
+    if not rows:
+        return ""
+    value = statistics.median(c["metric_value"] for c in rows)
+    part = "" if full is None or rows[0]["arm"] == "full" else f" ({value / full:.1%})"
+    return f"{value:.4f}{part}" + (f" [{len(rows)}]" if len(rows) != SEEDS else "")
+
+
+def _range(rows: list[dict[str, Any]], key: str, form: str = "{:,.0f}") -> str:
+    ends = [form.format(end(c[key] for c in rows)) for end in (min, max)]
+    return " to ".join(dict.fromkeys(ends))
+
+
+def draw(experiment: Experiment, cells: list[dict[str, Any]], path: Path) -> None:
+    """Draw the metric over the arms, a panel for each task and a line for each encoder, as PNG and SVG."""
+    from matplotlib.figure import Figure  # noqa: PLC0415 - tables need none
+
+    tasks = sorted({c["task"] for c in cells}, key=[*PAPER_TASKS].index)
+    figure = Figure(figsize=(4 * len(tasks), 3.2), layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        for encoder in sorted({c["encoder"] for c in cells}):
+            arms = [arm for arm in experiment.arms if _median(cells, encoder, task, arm) is not None]
+            values = [_median(cells, encoder, task, arm) for arm in arms]
+            axes.plot(arms, values, marker="o", label=encoder)
+        axes.set(title=task, xlabel=experiment.line, ylabel=cells[0]["metric_name"] if len(tasks) == 1 else "metric")
+        axes.legend()
+        axes.grid(alpha=0.3)
+    for suffix in ("png", "svg"):
+        file = io.BytesIO()
+        figure.savefig(file, format=suffix, dpi=150)
+        replace_file(path.with_suffix(f".{suffix}"), file.getvalue())
+
+
+def figure_3(name: str, options: argparse.Namespace) -> None:
+    """Time one weight (3a), or passes over CoLA's validation rows with what Figure 2 trained (3b)."""
+    path = RESULTS / f"paper_{name}"
+    files = ["-o", path.with_suffix(".json"), "--plot", path.with_suffix(".png"), "--force"]
+    if name == "figure3a":
+        repetitions = 100_000 if options.size == "paper" else 2_000
+        gatepress("bench", "--shape", "768x768,3072x768", "--repetitions", repetitions, *files)
+        return
+    experiment = EXPERIMENTS["figure2"]
+    encoder = next(iter(models_of(options) or PAPER_MODELS))
+    target = "cuda" if options.device == "cuda" else "torch-cpu"
+    pruned = []
+    for arm in experiment.arms:
+        run = options.work / "figure2" / _directory((encoder, "cola", arm, 0))
+        pruned.append(options.work / "figure3b" / arm.strip("%"))
+        gatepress("prune", run, "-o", pruned[-1], "--for", target, "--force")
+    where = [] if options.data_dir is None else ["--data-dir", options.data_dir]
+    gatepress("bench", *pruned, "--task", "cola", *where, "--device", options.device, "--repetitions", 10, *files)
+
+
+def _directory(key: tuple[Any, ...]) -> str:
+    return "-".join(str(part) for part in key).replace(" ", "_").replace(",", "").replace("/", "_").replace("%", "")
+
+
+def main() -> None:
+    """Run the asked experiment, or only render what is there."""
+    made = parser(__doc__)
+    made.add_argument("experiment", choices=(*EXPERIMENTS, "figure3a", "figure3b"))
+    made.add_argument("--size", choices=("laptop", "paper"), default="laptop")
+    made.add_argument("--arm", action="append")
+    made.add_argument("--epochs", type=int)
+    options = made.parse_args()
+    if options.experiment not in EXPERIMENTS:
+        figure_3(options.experiment, options)
+        return
+    experiment = EXPERIMENTS[options.experiment]
+    paper = options.size == "paper" and not options.render
+    models = models_of(options) or (experiment.models if paper else {})
+    tasks = options.task or (
+        experiment.tasks if paper else [t for t in TASKS if t in experiment.tasks or paper] or TASKS
+    )
+    keys = [
+        (encoder, task, arm, seed)
+        for seed in options.seed or (range(SEEDS) if paper else (0,))
+        for encoder in models
+        for task in tasks
+        for arm in options.arm or experiment.arms
+    ]
+
+    def cell(key: tuple[Any, ...]) -> dict[str, Any]:
+        encoder, task, arm, seed = key
+        words = ["--task", task, *experiment.words, *experiment.arms[arm], "--seed", seed]
+        words += ["--precision", options.precision, "--device", options.device]
+        words += ["--epochs", options.epochs] if options.epochs else []
+        return train(options.work / options.experiment / _directory(key), encoder, models[encoder], words, options)
+
+    path = RESULTS / f"paper_{options.experiment}.json"
+    cells = sweep(path, keys, KEY, cell, lambda done: render(experiment, done))
+    if experiment.line and cells:
+        draw(experiment, cells, path)
+
+
+if __name__ == "__main__":
+    main()
