@@ -144,8 +144,8 @@ def render(experiment: Experiment, cells: list[dict[str, Any]]) -> str:
             text += f"| {' | '.join(columns)} |\n"
     one = cells[0]
     return text + (
-        f"\nMedian over seeds, their number in square brackets where it is not {SEEDS}; in round brackets the part of "
-        f"full finetuning's metric, where that is in the table. Trained in {one['precision']}, measured in float32 on all "
+        f"\nMedian over seeds, their number in square brackets where it is not {SEEDS}; in round ones the part of "
+        f"full finetuning's metric, where the table has it. Trained in {one['precision']}, measured in float32 on all "
         f"validation rows; {one['cores']} cores of {one['cpu']}, seconds with measuring and whatever else ran. "
         "Commands, curves and versions stand in the JSON.\n"
     )
