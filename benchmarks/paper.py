@@ -29,6 +29,8 @@ WITHOUT_FFN = ("--matrices", "q,k,v,o", "--gate-axes", "out")
 FULL = ("--method", "full")
 FACTORS = {"2x": 0.5, "4x": 0.75, "8x": 0.875}  # fewer multiply-accumulates of the encoder -> fraction removed
 SEEDS = 5
+FINETUNED = "full"  # the arm that others are measured by
+FROM_FINETUNED = "<full>"  # among the words of an arm: it starts from what that arm trained
 KEY = ("encoder", "task", "arm", "seed")
 DEFAULT_WORDS = ("--max-train-samples", 10_000)
 
@@ -101,9 +103,9 @@ EXPERIMENTS = {
     "accuracy": Experiment(
         "What is kept of full finetuning at fewer multiply-accumulates",
         {
-            "full": FULL,
-            **_at(FACTORS),
-            **{f"{name}, distilled": (*words, "--distill") for name, words in _at(FACTORS).items()},
+            FINETUNED: FULL,
+            **{name: (FROM_FINETUNED, *words, "--distill") for name, words in _at(FACTORS).items()},
+            **{f"{name}, from the pretrained model": words for name, words in _at(FACTORS).items()},
             **{f"{name}, gates alone": (*words, "--method", "gates") for name, words in _at(FACTORS).items()},
             **{f"{name}, penalty": (*words, "--controller", "penalty") for name, words in _at(FACTORS).items()},
         },
@@ -125,7 +127,7 @@ def render(experiment: Experiment, cells: list[dict[str, Any]]) -> str:
     text = f"# {experiment.title}\n\n| encoder | arm | trained, without head | MACs removed | "
     text += " | ".join(tasks) + " | steps | seconds | peak memory |\n" + "|---" * (len(tasks) + 7) + "|\n"
     for encoder in sorted({c["encoder"] for c in cells}):
-        full = {task: _median(cells, encoder, task, "full") for task in tasks}
+        full = {task: _median(cells, encoder, task, FINETUNED) for task in tasks}
         for arm in experiment.arms:
             rows = [c for c in cells if (c["encoder"], c["arm"]) == (encoder, arm)]
             if not rows:
@@ -160,7 +162,7 @@ def _shown(rows: list[dict[str, Any]], full: float | None) -> str:
     if not rows:
         return ""
     value = statistics.median(c["metric_value"] for c in rows)
-    part = "" if full is None or rows[0]["arm"] == "full" else f" ({value / full:.1%})"
+    part = "" if full is None or rows[0]["arm"] == FINETUNED else f" ({value / full:.1%})"
     return f"{value:.4f}{part}" + (f" [{len(rows)}]" if len(rows) != SEEDS else "")
 
 
@@ -243,7 +245,12 @@ def main() -> None:
         words = ["--task", task, *experiment.words, *experiment.arms[arm], "--seed", seed]
         words += ["--precision", options.precision, "--device", options.device]
         words += ["--epochs", options.epochs] if options.epochs else []
-        return train(options.work / options.experiment / _directory(key), encoder, models[encoder], words, options)
+        runs = options.work / options.experiment
+        model = models[encoder]
+        if FROM_FINETUNED in words:
+            words.remove(FROM_FINETUNED)
+            model = runs / _directory((encoder, task, FINETUNED, seed))
+        return train(runs / _directory(key), encoder, str(model), words, options)
 
     path = RESULTS / f"paper_{options.experiment}.json"
     cells = sweep(path, keys, KEY, cell, lambda done: render(experiment, done))

@@ -1,6 +1,7 @@
 """Other ways to learn a task in the same loop: each trains what it says, reloads as what it was, and exports."""
 
 import inspect
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +14,9 @@ from transformers import AutoModelForSequenceClassification, RobertaConfig
 
 import tiny
 from forms import settings_for
-from gatepress.checkpoint import load_run, read_run
+from gatepress.checkpoint import is_finetuned, load_run, open_base, read_run
 from gatepress.config import METHODS, DataSettings, GateAxes, Method, TrainSettings
-from gatepress.errors import UsageError
+from gatepress.errors import ModelError, UsageError
 from gatepress.evaluation import evaluate
 from gatepress.export import export
 from gatepress.inject import attach_gates_
@@ -212,3 +213,38 @@ def test_manifests_from_before_there_were_methods_are_read() -> None:
     assert TrainSettings.from_json({**old, "lora_rank": 0}).method == "gates"
     read = TrainSettings.from_json({**old, "lora_rank": 4, "controller": "penalty"})
     assert (read.method, read.rank, read.unit) == ("gates+lora", 4, "vectors")
+
+
+def test_gates_close_in_a_model_that_was_finetuned_and_it_teaches_itself(
+    tiny_model_dir: Any, tiny_task_files: Any, tmp_path: Any
+) -> None:
+    full = settings_for(tiny_model_dir("bert"), tiny_task_files, method="full", epochs=4)
+    before = train(full, tmp_path / "full")
+    settings = settings_for(
+        tmp_path / "full", tiny_task_files, distill=True, sparsity=0.5, epochs=3, learning_rate=1e-5
+    )
+    report = train(settings, tmp_path / "run")
+    assert report["curve"][0]["closed_fraction"] > 0  # no epoch is needed to learn the task first
+    assert report["dense_params"] == before["total_params"]
+    assert evaluate(tmp_path / "run")["metric_value"] == report["metric_value"]
+    assert prune(tmp_path / "run", tmp_path / "pruned")["max_abs_logit_diff"] <= 1e-4
+    with pytest.raises(ModelError, match="was trained with gates"):
+        train(replace(settings, model=str(tmp_path / "run")), tmp_path / "again")
+
+
+def test_a_finetuned_head_is_kept_and_one_in_another_order_refused(
+    tiny_model_dir: Any, tiny_task_files: Any, tmp_path: Any
+) -> None:
+    settings = settings_for(tiny_model_dir("bert"), tiny_task_files, method="full", epochs=4)
+    train(settings, tmp_path / "full")
+    model, manifest = load_run(tmp_path / "full")
+    model.save_pretrained(tmp_path / "finetuned")
+    opened = open_base(tmp_path / "finetuned", manifest.task)
+    assert is_finetuned(tmp_path / "finetuned", manifest.task)
+    assert not is_finetuned(tiny_model_dir("bert"), manifest.task)
+    assert torch.equal(opened.state_dict()["classifier.weight"], model.state_dict()["classifier.weight"])
+    config = json.loads((tmp_path / "finetuned" / "config.json").read_text())
+    config["id2label"] = dict(enumerate(reversed(manifest.task.label_names)))
+    (tmp_path / "finetuned" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="stand in another order"):
+        open_base(tmp_path / "finetuned", manifest.task)

@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from gatepress import __version__
-from gatepress.config import TrainSettings
+from gatepress.config import RUN_FILE, TrainSettings
 from gatepress.errors import ArtifactError, GatepressError, ModelError, UsageError
 from gatepress.families import FAMILIES
 from gatepress.files import explained, json_text, publish, read_json, replace_file, sha256_of
@@ -37,7 +37,6 @@ from gatepress.methods import kept, merge_, prepare_
 from gatepress.resolve import family_named, model_class
 from gatepress.tasks import TaskSpec
 
-RUN_FILE = "gatepress_run.json"
 PRUNED_FILE = "gatepress_pruned.json"
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
@@ -148,15 +147,24 @@ def model_files(directory: Path) -> dict[str, str]:
 
 
 def open_base(directory: Path, spec: TaskSpec) -> PreTrainedModel:
-    """Load a dense float32 model with a head for the task.
+    """Load a dense float32 model with a head for the task: its own one, where it was finetuned for it.
 
-    Raises `ModelError` for a family that gatepress does not know, and where the checkpoint lacks
-    weights of the encoder itself: a randomly initialised layer must never be trained on silently.
+    `directory` may be a run without gates (`--method full` and the like). Raises `ModelError` for a family that
+    gatepress does not know, for a run with gates, for a head whose classes stand in another order, and where the
+    checkpoint lacks weights of the encoder itself: a randomly initialised layer must never be trained on silently.
     """
+    if (directory / RUN_FILE).is_file():
+        return _open_run_as_base(directory, spec)
     family_named(str(read_json(directory / "config.json").get("model_type")))
     with model_errors(directory):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         names = spec.label_names or ("score",)
+        own = [str(name).lower() for name in config.id2label.values()]
+        if own != [name.lower() for name in names] and sorted(own) == sorted(name.lower() for name in names):
+            raise ModelError(
+                f"{directory}: its classes are {', '.join(own)}, those of the task {', '.join(names)}; a head whose "
+                "classes stand in another order cannot be trained on: order id2label and the head's rows alike"
+            )
         config.num_labels = spec.num_labels
         config.id2label = dict(enumerate(names))
         config.label2id = {name: index for index, name in enumerate(names)}
@@ -173,6 +181,25 @@ def open_base(directory: Path, spec: TaskSpec) -> PreTrainedModel:
     refuse_missing(directory, model, info["missing_keys"])
     opened: PreTrainedModel = model
     return opened
+
+
+def _open_run_as_base(directory: Path, spec: TaskSpec) -> PreTrainedModel:
+    model, manifest = load_run(directory)
+    if manifest.settings.gated:
+        raise ModelError(f"{directory}: was trained with gates, expected a dense model; --start goes on from a run")
+    if manifest.task.label_names != spec.label_names:
+        raise ModelError(f"{directory}: was trained for {manifest.task.name}, expected a run of {spec.name}")
+    model.train()
+    return model
+
+
+def is_finetuned(directory: Path, spec: TaskSpec) -> bool:
+    """Say whether a model comes with a head that fits the task, so that it need not learn the task first."""
+    if (directory / RUN_FILE).is_file():
+        return True
+    config = read_json(directory / "config.json")
+    headed = any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or ())
+    return headed and len(config.get("id2label") or (0, 1)) == spec.num_labels  # absent: the two of transformers
 
 
 def refuse_missing(shown: Path | str, model: PreTrainedModel, missing: Iterable[str]) -> None:

@@ -20,6 +20,7 @@ Layout = Literal["auto", "inner", "index", "paper", "stock"]
 Target = Literal["ort-cpu", "ort-int8", "torch-cpu", "cuda"]
 Precision = Literal["fp32", "bf16"]
 
+RUN_FILE = "gatepress_run.json"  # the manifest that makes a directory a run
 DEFAULT_TARGET: Target = "ort-cpu"  # the runtime that most people deploy on
 
 
@@ -76,7 +77,7 @@ class TrainSettings:
     """One training run, from an open model to fixed gates."""
 
     data: DataSettings
-    model: str = "FacebookAI/roberta-base"  # hub id, local directory, or "demo"
+    model: str = "FacebookAI/roberta-base"  # hub id, local directory, run of another method, or "demo"
     revision: str | None = None  # branch, tag or commit on the hub
     method: Method = "gates+lora"
     sparsity: float = 0.3  # fraction of `budget` to remove, in [0, 1)
@@ -226,6 +227,7 @@ def _refuse(problems: list[str]) -> None:
 __all__ = [
     "DEFAULT_TARGET",
     "METHODS",
+    "RUN_FILE",
     "BudgetUnit",
     "Controller",
     "DataSettings",

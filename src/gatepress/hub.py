@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from gatepress.config import RUN_FILE
 from gatepress.errors import GatepressError, HubError, MissingExtraError, ModelError, OutputError, UsageError
 from gatepress.files import sha256_of
 
@@ -45,11 +46,13 @@ def locate_model(name: str, revision: str | None = None) -> Path:
 
 
 def check_model_directory(directory: Path, shown: str | None = None) -> Path:
-    """Return `directory` if it holds a configuration and safetensors, else raise `ModelError`."""
+    """Return `directory` if it is a run or holds a configuration and safetensors, else raise `ModelError`."""
     shown = shown or str(directory)
     if not directory.is_dir():
         got = "a file" if directory.exists() else "not there"
         raise ModelError(f"{shown}: is {got}, expected a model directory, a hub id, or demo")
+    if (directory / RUN_FILE).is_file():
+        return directory
     config = directory / "config.json"
     try:
         value = json.loads(config.read_text(encoding="utf-8"))

@@ -23,7 +23,6 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from gatepress.checkpoint import (
     PRUNED_FILE,
-    RUN_FILE,
     check_files,
     has_tokenizer,
     load_pruned,
@@ -32,6 +31,7 @@ from gatepress.checkpoint import (
     read_manifest,
     refuse_missing,
 )
+from gatepress.config import RUN_FILE
 from gatepress.errors import ArtifactError, DeviceError, ModelError, UsageError
 from gatepress.families import FAMILIES
 from gatepress.files import read_json

@@ -18,7 +18,16 @@ from transformers import PreTrainedModel
 
 from gatepress.batches import make_loader, probe_batch, tokenize
 from gatepress.budget import Budget, budget_of
-from gatepress.checkpoint import RunManifest, RunWriter, load_start_, model_files, open_base, open_tokenizer, versions
+from gatepress.checkpoint import (
+    RunManifest,
+    RunWriter,
+    is_finetuned,
+    load_start_,
+    model_files,
+    open_base,
+    open_tokenizer,
+    versions,
+)
 from gatepress.collapse import parameters_of, plan_model
 from gatepress.config import TrainSettings
 from gatepress.distill import Teacher, distance
@@ -38,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 VALIDATION_BATCH = 64
 MIN_STEPS, MIN_EPOCHS, MAX_EPOCHS = 1_500, 3, 20  # what an absent --epochs aims at
-OPEN_SHARE = 3  # with a teacher, a third of the epochs makes one
+OPEN_SHARE = 3  # a third of the epochs makes a teacher of a model that does not know the task yet
 MAX_GRADIENT_NORM = 1.0
 LOSS_EVERY = 5  # steps: reading the loss waits for the device
 SHORT = 512  # tokens that any encoder takes, where its configuration names no limit
@@ -122,7 +131,7 @@ def _prepare(settings: TrainSettings) -> _Job:
     steps_per_epoch = math.ceil(len(loader) / accelerator.num_processes)
     epochs = settings.epochs or min(MAX_EPOCHS, max(MIN_EPOCHS, math.ceil(MIN_STEPS / steps_per_epoch)))
     steps = epochs * steps_per_epoch
-    open_steps = _open_epochs(settings, epochs) * steps_per_epoch
+    open_steps = _open_epochs(settings, epochs, finetuned=is_finetuned(base, rows.spec)) * steps_per_epoch
     optimizer: Any = torch.optim.AdamW(_groups(kinds, settings))
     stages = [open_steps, steps - open_steps]
     schedule: Any = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, stages, settings.warmup_ratio))
@@ -185,13 +194,13 @@ def _prepare(settings: TrainSettings) -> _Job:
     )
 
 
-def _open_epochs(settings: TrainSettings, epochs: int) -> int:
+def _open_epochs(settings: TrainSettings, epochs: int, *, finetuned: bool) -> int:
     """Return for how many epochs all gates stay open before the closing begins."""
     if not settings.gated:
         return 0
     asked = settings.open_epochs
     if asked is None:
-        asked = epochs // OPEN_SHARE if settings.distill else 0
+        asked = epochs // OPEN_SHARE if settings.distill and not finetuned else 0
     if asked >= epochs:
         raise UsageError(f"--open-epochs is {asked} of {epochs} epochs, expected fewer: gates close in the others")
     return asked

@@ -102,8 +102,8 @@ Model = Annotated[
     str,
     typer.Option(
         metavar="NAME|DIR",
-        help="The pretrained encoder: a hub id, a local directory, or demo (MiniLM, 6 layers of 384, from "
-        "gatepress[demo]).",
+        help="The encoder, pretrained or finetuned: a hub id, a local directory, a run of another --method, or demo "
+        "(MiniLM, 6 layers of 384, from gatepress[demo]).",
         rich_help_panel=MODEL,
     ),
 ]
@@ -195,8 +195,8 @@ Matrices = Annotated[
 Distill = Annotated[
     bool,
     typer.Option(
-        help="Train with open gates first, then let what the open model knew, logits and hidden states, teach the one "
-        "whose gates close. One more forward pass a step.",
+        help="Let what the model knows with open gates, logits and hidden states, teach the one whose gates close. A "
+        "model that is not finetuned for the task learns it first. One more forward pass a step.",
         rich_help_panel=TRAINING,
     ),
 ]
@@ -213,8 +213,8 @@ OpenEpochs = Annotated[
     int | None,
     typer.Option(
         metavar="N",
-        help="Of the epochs, how many pass with all gates open before closing begins. Unless given: none, with "
-        "--distill a third.",
+        help="Of the epochs, how many pass with all gates open before closing begins. Unless given: none; with "
+        "--distill a third, but none where the model was finetuned for the task already.",
         rich_help_panel=TRAINING,
     ),
 ]
