@@ -16,10 +16,10 @@ import forms
 from gatepress import sweep, training
 from gatepress.bench import tradeoff
 from gatepress.bench.record import Record, latencies
+from gatepress.bench.summary import Cell, knee, summarize
 from gatepress.checkpoint import read_run
 from gatepress.config import TrainSettings
 from gatepress.errors import MissingExtraError, ModelError, OutputError, UsageError
-from gatepress.sweep import Cell, knee, summarize
 
 DOCUMENT = Path(__file__).parents[1] / "docs/json-contract.md"
 GRID = {"methods": ["gates+lora", "lora"], "sparsities": [0.0, 0.5], "seeds": 1}

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from gatepress.bench.record import FORMAT_VERSION, Record
-from gatepress.bench.tables import cell, tables, too_slow
+from gatepress.bench.tables import Table, cell, tables, too_slow
 from gatepress.errors import ArtifactError, MissingExtraError, OutputError, UsageError
 from gatepress.files import json_text, read_json, replace_file
 
@@ -115,12 +115,14 @@ def _csv(records: Sequence[Record]) -> str:
 
 
 def _markdown(records: Sequence[Record]) -> str:
-    parts = []
-    for table in tables(records):
-        marks = ["---"] * table.left + ["--:"] * (len(table.columns) - table.left)
-        lines = [f"{table.title}.", "", *(_markdown_row(row) for row in [table.columns, marks, *table.rows])]
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts) + "\n"
+    return "\n".join(markdown(table) for table in tables(records))
+
+
+def markdown(table: Table) -> str:
+    """Return a table in Markdown, its title above it."""
+    marks = ["---"] * table.left + ["--:"] * (len(table.columns) - table.left)
+    rows = [_markdown_row(row) for row in (table.columns, marks, *table.rows)]
+    return "\n".join([f"{table.title}.", "", *rows, ""])
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
@@ -141,6 +143,7 @@ __all__ = [
     "check_plot",
     "check_report",
     "json_object",
+    "markdown",
     "plot",
     "read",
     "tables",

@@ -185,9 +185,9 @@ def sweep(  # noqa: PLR0913 - every option is a parameter
 
 def tables(result: dict[str, Any]) -> "list[Titled]":
     """Return the summary, one row for each point of the picture."""
-    from gatepress import sweep as sweeping
+    from gatepress.bench.summary import table
 
-    shown = sweeping.table(result)
+    shown = table(result)
     return [grid(shown.title, shown.columns, shown.rows, left=shown.left)]
 
 
