@@ -81,18 +81,22 @@ def sweep(
     render: Callable[[list[dict[str, Any]]], str],
 ) -> list[dict[str, Any]]:
     """Run the cells whose key is not in the JSON at `path` yet; keep it and the table beside it up to date."""
-    cells: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
-    there = {tuple(one[name] for name in names) for one in cells}
     for key in keys:
-        if key in there:
+        if key in {tuple(one[name] for name in names) for one in _read(path)}:
             continue
-        cells.append({**dict(zip(names, key, strict=True)), **cell(key)})
+        done = {**dict(zip(names, key, strict=True)), **cell(key)}
+        cells = [*_read(path), done]  # read anew: another process may have added cells meanwhile
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, (json.dumps(cells, indent=1) + "\n").encode())
         replace_file(path.with_suffix(".md"), render(cells).encode())
+    cells = _read(path)
     if cells:
         replace_file(path.with_suffix(".md"), render(cells).encode())
     return cells
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text()) if path.exists() else []
 
 
 def _finished(run: Path) -> bool:
