@@ -25,6 +25,7 @@ from gatepress.files import replace_file
 PAPER_TASKS = ("cola", "stsb", "mrpc", "rte", "sst2", "mnli", "qnli", "qqp")
 PAPER_MODELS = {"roberta-base": "FacebookAI/roberta-base", "roberta-large": "FacebookAI/roberta-large"}
 PAPER_GATES = ("--granularity", "matrix", "--controller", "penalty")
+PAPER_RANK = ("--lora-rank", 8)
 WITHOUT_FFN = ("--matrices", "q,k,v,o", "--gate-axes", "out")
 FULL = ("--method", "full")
 FACTORS = {"2x": 0.5, "4x": 0.75, "8x": 0.875}  # fewer multiply-accumulates of the encoder -> fraction removed
@@ -85,8 +86,8 @@ EXPERIMENTS = {
         {
             "FineGates": ("--method", "gates", *PAPER_GATES, "--sparsity", 0),
             "FineGates w/o intermediate, output": ("--method", "gates", *PAPER_GATES, *WITHOUT_FFN, "--sparsity", 0),
-            "FineGates+LoRA": (*PAPER_GATES, "--gate-axes", "out", "--sparsity", 0),
-            "FineGates+LoRA w/o intermediate, output": (*PAPER_GATES, *WITHOUT_FFN, "--sparsity", 0),
+            "FineGates+LoRA": (*PAPER_GATES, "--gate-axes", "out", *PAPER_RANK, "--sparsity", 0),
+            "FineGates+LoRA w/o intermediate, output": (*PAPER_GATES, *WITHOUT_FFN, *PAPER_RANK, "--sparsity", 0),
         },
     ),
     "table5": Experiment(

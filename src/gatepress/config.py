@@ -34,7 +34,7 @@ class MethodSpec:
 
 
 METHODS: dict[str, MethodSpec] = {
-    "gates+lora": MethodSpec(gated=True, learning_rate=1e-3, rank=8),
+    "gates+lora": MethodSpec(gated=True, learning_rate=5e-4, rank=32),
     "gates": MethodSpec(gated=True, learning_rate=1e-3),
     "full": MethodSpec(gated=False, learning_rate=5e-5),
     "lora": MethodSpec(gated=False, learning_rate=1e-3, rank=8),

@@ -154,7 +154,7 @@ LoraRank = Annotated[
     int | None,
     typer.Option(
         metavar="RANK",
-        help="Rank of the low-rank update. Unless given: 8, for vera 256, for lora-xs 25.",
+        help="Rank of the low-rank update. Unless given: 32, for lora and lora-fa 8, for vera 256, for lora-xs 25.",
         rich_help_panel=GATES,
     ),
 ]
