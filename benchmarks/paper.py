@@ -54,30 +54,26 @@ def _at(fractions: dict[str, float], *words: object) -> dict[str, Words]:
     return {name: (*words, "--sparsity", fraction) for name, fraction in fractions.items()}
 
 
+BASELINES: dict[str, Words] = {
+    FINETUNED: FULL,
+    "LoRA": ("--method", "lora"),
+    "LoRA-FA": ("--method", "lora-fa"),
+    "VeRA": ("--method", "vera"),
+    "LoRA-XS": ("--method", "lora-xs"),
+    "FineGates": ("--method", "gates", *PAPER_GATES, "--sparsity", 0),
+}
 EXPERIMENTS = {
     "table2": Experiment(
         "Table 2: accuracy and trained numbers",
         {
-            "full finetuning": FULL,
-            "LoRA": ("--method", "lora"),
-            "LoRA-FA": ("--method", "lora-fa"),
-            "VeRA": ("--method", "vera"),
-            "LoRA-XS": ("--method", "lora-xs"),
-            "FineGates": ("--method", "gates", *PAPER_GATES, "--sparsity", 0),
+            **BASELINES,
             "FineGates, sparse": ("--method", "gates", *PAPER_GATES, "--sparsity", 0.1),
             "FineGates, sparser": ("--method", "gates", *PAPER_GATES, "--sparsity", 0.2),
         },
     ),
     "table3": Experiment(
         "Table 3: all rows of SST-2 and MNLI",
-        {
-            "full finetuning": FULL,
-            "LoRA": ("--method", "lora"),
-            "LoRA-FA": ("--method", "lora-fa"),
-            "VeRA": ("--method", "vera"),
-            "LoRA-XS": ("--method", "lora-xs"),
-            "FineGates": ("--method", "gates", *PAPER_GATES, "--sparsity", 0),
-        },
+        BASELINES,
         tasks=("sst2", "mnli"),
         words=(),
     ),
