@@ -159,7 +159,7 @@ def _shown(rows: list[dict[str, Any]], full: float | None) -> str:
     if not rows:
         return ""
     value = statistics.median(c["metric_value"] for c in rows)
-    part = "" if full is None or rows[0]["arm"] == FINETUNED else f" ({value / full:.1%})"
+    part = "" if not full or rows[0]["arm"] == FINETUNED else f" ({value / full:.1%})"
     return f"{value:.4f}{part}" + (f" [{len(rows)}]" if len(rows) != SEEDS else "")
 
 
