@@ -101,10 +101,7 @@ EXPERIMENTS = {
         "What is kept of full finetuning at fewer multiply-accumulates",
         {
             FINETUNED: FULL,
-            **{
-                name: (FROM_FINETUNED, *words, "--distill", "--learning-rate", 1e-3)
-                for name, words in _at(FACTORS).items()
-            },
+            **{name: (FROM_FINETUNED, *words, "--distill") for name, words in _at(FACTORS).items()},
             **{f"{name}, from the pretrained model": words for name, words in _at(FACTORS).items()},
             **{f"{name}, gates alone": (*words, "--method", "gates") for name, words in _at(FACTORS).items()},
             **{f"{name}, penalty": (*words, "--controller", "penalty") for name, words in _at(FACTORS).items()},

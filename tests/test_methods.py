@@ -226,6 +226,9 @@ def test_gates_close_in_a_model_that_was_finetuned_and_it_teaches_itself(
     report = train(settings, tmp_path / "run")
     assert report["curve"][0]["closed_fraction"] > 0  # no epoch is needed to learn the task first
     assert report["dense_params"] == before["total_params"]
+    resolved = read_run(tmp_path / "run").settings
+    assert (resolved.lora_rank, resolved.learning_rate) == (32, 1e-5)  # more rank in a finetuned model
+    assert read_run(tmp_path / "full").settings.lora_rank is None
     assert evaluate(tmp_path / "run")["metric_value"] == report["metric_value"]
     assert prune(tmp_path / "run", tmp_path / "pruned")["max_abs_logit_diff"] <= 1e-4
     with pytest.raises(ModelError, match="was trained with gates"):

@@ -34,7 +34,7 @@ class MethodSpec:
 
 
 METHODS: dict[str, MethodSpec] = {
-    "gates+lora": MethodSpec(gated=True, learning_rate=5e-4, rank=32),
+    "gates+lora": MethodSpec(gated=True, learning_rate=3e-4, rank=8),
     "gates": MethodSpec(gated=True, learning_rate=1e-3),
     "full": MethodSpec(gated=False, learning_rate=5e-5),
     "lora": MethodSpec(gated=False, learning_rate=1e-3, rank=8),
@@ -42,6 +42,9 @@ METHODS: dict[str, MethodSpec] = {
     "vera": MethodSpec(gated=False, learning_rate=4e-3, rank=256),
     "lora-xs": MethodSpec(gated=False, learning_rate=1e-3, rank=25),
 }
+
+# Of gates with low rank in a model that knows the task: at a high sparsity most of it is learnt anew.
+FINETUNED = MethodSpec(gated=True, learning_rate=1e-3, rank=32)
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class TrainSettings:
     gate_axes: GateAxes = "both"  # of matrix gates
     matrices: tuple[str, ...] = ROLES  # which of a layer's matrices take part
     controller: Controller = "importance"
-    lora_rank: int | None = None  # None: the method's own
+    lora_rank: int | None = None  # None: the method's own, more in a finetuned model
     train_biases: bool = True
     train_layer_norms: bool = True
     open_epochs: int | None = None  # with all gates open, before any closes; None: none, or a third to teach
@@ -95,7 +98,7 @@ class TrainSettings:
     epochs: int | None = None  # None: enough for about 1,500 steps, 3 at least, 20 at most
     batch_size: int = 32
     max_length: int = 128  # tokens
-    learning_rate: float | None = None  # of all that is trained but gates; None: the method's own
+    learning_rate: float | None = None  # of all that is trained but gates; None: as for the rank
     gate_learning_rate: float = 3e-3
     penalty_weight: float = 50.0  # lambda of eq. (9), penalty controller only
     weight_decay: float = 0.01
@@ -172,6 +175,13 @@ class TrainSettings:
     def unit(self) -> BudgetUnit:
         """What `sparsity` is a fraction of."""
         return self.budget or ("vectors" if self.controller == "penalty" else "gates")
+
+    def resolved(self, *, finetuned: bool) -> "TrainSettings":
+        """Return the settings with rank and rate as they will be: a manifest must not hang on later defaults."""
+        own = METHODS[self.method]
+        own = FINETUNED if finetuned and own.gated and own.rank else own
+        rank = (self.lora_rank or own.rank) if own.rank else None
+        return replace(self, lora_rank=rank, learning_rate=self.learning_rate or own.learning_rate)
 
     def absolute(self) -> "TrainSettings":
         """Return the settings with local paths made absolute: a run is used from anywhere."""

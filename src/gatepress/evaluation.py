@@ -34,10 +34,13 @@ def evaluate(  # noqa: PLR0913 - every option of the command is one
     batch_size: int = 32,
     max_length: int | None = None,
     device: str = "cpu",
+    against: str | Path | None = None,
     progress: Progress | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Measure what `runtime.open_runner` opens on the validation rows.
+
+    `against` is measured on the same rows, with its own tokenizer, and the difference is told.
 
     `data` None: the rows that the directory's manifest names; `max_length` None: its own, else 128
     tokens. Raises `UsageError` where neither names rows, `ModelError` where the model has no head
@@ -49,16 +52,21 @@ def evaluate(  # noqa: PLR0913 - every option of the command is one
         raise UsageError("; ".join(wrong))
     runner = open_runner(target, device=device, trust_remote_code=trust_remote_code)
     basis = basis_of(runner, target, data=data, max_length=max_length, trust_remote_code=trust_remote_code)
+    options: dict[str, Any] = {"batch_size": batch_size, "max_length": basis.max_length, "progress": progress}
+    measured = evaluate_runner(runner, basis.rows, basis.tokenizer, **options)
+    compared: dict[str, Any] = {}
+    if against is not None:
+        other = open_runner(against, device=device, trust_remote_code=trust_remote_code)
+        same = basis_of(
+            other, against, data=basis.data, max_length=basis.max_length, trust_remote_code=trust_remote_code
+        )
+        value = evaluate_runner(other, basis.rows, same.tokenizer, **options)["metric_value"]
+        drop = value - measured["metric_value"]
+        compared = {"against": str(against), "metric_value_against": value, "metric_drop": drop}
     return {
         "task": basis.rows.spec.name,
-        **evaluate_runner(
-            runner,
-            basis.rows,
-            basis.tokenizer,
-            batch_size=batch_size,
-            max_length=basis.max_length,
-            progress=progress or NoProgress(),
-        ),
+        **measured,
+        **compared,
         "kind": runner.kind,
         "runtime": runner.runtime,
         "dtype": runner.dtype,
@@ -75,6 +83,7 @@ class Basis:
     rows: Rows
     tokenizer: PreTrainedTokenizerBase
     max_length: int  # tokens
+    data: DataSettings  # what named the rows
 
 
 def basis_of(
@@ -97,7 +106,7 @@ def basis_of(
     if runner.tokenizer_dir is None:
         raise ModelError(f"{target}: no tokenizer beside it; give the directory that `gatepress export` wrote")
     tokenizer = open_tokenizer(runner.tokenizer_dir, trust_remote_code=trust_remote_code)
-    return Basis(load_rows(settings, splits="validation", spec=spec), tokenizer, asked)
+    return Basis(load_rows(settings, splits="validation", spec=spec), tokenizer, asked, settings)
 
 
 def probe_rows(basis: Basis, runner: Runner) -> dict[str, npt.NDArray[np.int64]]:

@@ -115,6 +115,8 @@ def _prepare(settings: TrainSettings) -> _Job:
     set_seed(settings.seed)
     rows = load_rows(settings.data)  # first: what is wrong here is found without a download
     base = locate_model(settings.model, settings.revision)
+    finetuned = is_finetuned(base, rows.spec)
+    settings = settings.resolved(finetuned=finetuned)
     model: Any = open_base(base, rows.spec)
     tokenizer = open_tokenizer(base)
     dense_params = parameters_of(model)
@@ -131,7 +133,7 @@ def _prepare(settings: TrainSettings) -> _Job:
     steps_per_epoch = math.ceil(len(loader) / accelerator.num_processes)
     epochs = settings.epochs or min(MAX_EPOCHS, max(MIN_EPOCHS, math.ceil(MIN_STEPS / steps_per_epoch)))
     steps = epochs * steps_per_epoch
-    open_steps = _open_epochs(settings, epochs, finetuned=is_finetuned(base, rows.spec)) * steps_per_epoch
+    open_steps = _open_epochs(settings, epochs, finetuned=finetuned) * steps_per_epoch
     optimizer: Any = torch.optim.AdamW(_groups(kinds, settings))
     stages = [open_steps, steps - open_steps]
     schedule: Any = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, stages, settings.warmup_ratio))

@@ -1,5 +1,6 @@
 """`gatepress evaluate`: the same metric on the same rows, whatever form the model has."""
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -7,6 +8,7 @@ import typer
 from gatepress.cli import _options as opt
 from gatepress.cli._console import count, facts, pick, session
 from gatepress.cli.train import metric_rows
+from gatepress.errors import UsageError
 
 if TYPE_CHECKING:
     from gatepress.cli._console import Titled
@@ -15,6 +17,7 @@ EXAMPLES = opt.examples(
     "gatepress evaluate runs/sst2",
     "gatepress evaluate onnx/sst2 --json",
     "gatepress evaluate pruned/sst2 --task sst2 --data-dir glue",
+    "gatepress evaluate onnx/sst2 --against runs/full --max-metric-drop 0.01",
     "gatepress evaluate pruned/topics --validation-file fresh.csv --label-column topic",
 )
 
@@ -48,6 +51,23 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
             rich_help_panel=opt.MEASURING,
         ),
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Measure this model too, on the same rows, and tell how far the metric dropped from it: what was "
+            "finetuned before it was pressed, or the release before.",
+            rich_help_panel=opt.MEASURING,
+        ),
+    ] = None,
+    max_metric_drop: Annotated[
+        float | None,
+        typer.Option(
+            metavar="LIMIT",
+            help="With --against: exit with 1 where the metric dropped by more. The result is shown all the same.",
+            rich_help_panel=opt.MEASURING,
+        ),
+    ] = None,
     device: opt.MeasuringDevice = "auto",
     trust_remote_code: opt.TrustRemoteCode = False,
     as_json: opt.Json = False,
@@ -70,10 +90,16 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
             max_validation_samples=max_validation_samples,
         )
 
+        if max_metric_drop is not None and not 0 <= max_metric_drop < math.inf:
+            raise UsageError(f"--max-metric-drop is {max_metric_drop}, expected 0 or a positive number")
+        if max_metric_drop is not None and against is None:
+            raise UsageError("--max-metric-drop limits the drop from another model; name it with --against")
+
         from gatepress import evaluation
 
         result = evaluation.evaluate(
             target,
+            against=against,
             data=data,
             batch_size=batch_size,
             max_length=max_length,
@@ -81,7 +107,16 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
             progress=screen.progress,
             trust_remote_code=trust_remote_code,
         )
-        screen.result(result, tables)
+        limit = {} if max_metric_drop is None else {"max_metric_drop": max_metric_drop}
+        screen.result({**result, **limit}, tables)
+        # not "drop > limit": a metric that is no number has dropped
+        if max_metric_drop is not None and not (result["metric_drop"] <= max_metric_drop):
+            name, value, drop = (result[key] for key in ("metric_name", "metric_value", "metric_drop"))
+            screen.say(
+                f"error: {name} is {value:.4f}, {drop:.4f} less than that of {against}, "
+                f"expected at most --max-metric-drop {max_metric_drop:g}"
+            )
+            raise typer.Exit(1)
 
 
 def tables(result: dict[str, Any]) -> "list[Titled]":
@@ -90,6 +125,8 @@ def tables(result: dict[str, Any]) -> "list[Titled]":
     rows += pick(
         result,
         [
+            ("metric_value_against", "of what it is compared with", "{:.4f}".format),
+            ("metric_drop", "drop", "{:.4f}".format),
             ("kind", "kind", str),
             ("runtime", "runtime", str),
             ("dtype", "arithmetic", str),
