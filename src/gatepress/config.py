@@ -44,7 +44,7 @@ METHODS: dict[str, MethodSpec] = {
 }
 
 # Of gates with low rank in a model that knows the task: at a high sparsity most of it is learnt anew.
-FINETUNED = MethodSpec(gated=True, learning_rate=1e-3, rank=32)
+FINETUNED = MethodSpec(gated=True, learning_rate=5e-4, rank=32)
 
 
 @dataclass(frozen=True)
