@@ -515,7 +515,8 @@ def test_an_interrupted_training(here, train_on, sign, exit_code):
     assert process.returncode == exit_code, (seen, stderr)
     assert "Traceback" not in stderr
     assert json.loads(stdout)["error"]["type"] == "Interrupted"
-    assert stderr.splitlines()[-1] == "error: interrupted; the last complete checkpoint is in run"
+    note = "the last complete checkpoint is in run; go on with: gatepress train --resume run"
+    assert stderr.splitlines()[-1] == f"error: interrupted; {note}"
     assert names(here) == ["good.csv", "run"]
     for verb in ("evaluate", "prune"):
         result = run(verb, "run", *(["-o", "pruned"] if verb == "prune" else []))

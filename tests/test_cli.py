@@ -28,7 +28,7 @@ from gatepress.cli.app import app
 from gatepress.config import DataSettings, TrainSettings
 from gatepress.progress import NoProgress
 
-VERBS = ("train", "prune", "export", "bench", "evaluate", "sweep", "demo")
+VERBS = ("train", "prune", "export", "bench", "evaluate", "sweep", "inspect", "verify", "report", "demo")
 MODULES = {"train": "training", "prune": "pruning", "export": "export", "evaluate": "evaluation"}
 TRAINED = {
     "metric_name": "accuracy",

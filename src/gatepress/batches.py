@@ -181,6 +181,22 @@ def make_loader(  # noqa: PLR0913 - each is a dial of the batches
     return DataLoader(rows, batch_sampler=batches, collate_fn=collate)
 
 
+def left_of_epoch(loader: Any, epoch: int, done: int) -> Iterator[Batch]:
+    """Yield the batches of an epoch behind the first `done`; `loader` is as accelerate wraps that of `make_loader`.
+
+    torch's random numbers are left as if all batches had been served.
+    """
+    named = loader if hasattr(loader, "set_epoch") else loader.batch_sampler
+    named.set_epoch(epoch)
+    if done:
+        loader.batch_sampler.skip_to(epoch, done)
+    random = torch.get_rng_state()
+    for number, batch in enumerate(loader):
+        if done and number == 0:  # opening a loader draws a number, and this one has been opened before
+            torch.set_rng_state(random)
+        yield batch
+
+
 def probe_batch(dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> Batch:
     """Return the first tokenised rows as one padded batch: what every form of a model must agree on."""
     few = dataset.select(range(min(PROBE_ROWS, len(dataset))))

@@ -4,6 +4,7 @@ A run directory holds what was trained and never the base model:
 
     gatepress_run.json      settings, task, base (name, revision, sha256), report; names the tensors
     gates-<step>.safetensors  gates with masks, biases, layer norms, low rank, head
+    state-<step>.safetensors  until the run is finished: what it goes on from (resume.py)
     probe.safetensors       up to 32 tokenised validation rows: the proof of every later step
     tokenizer files
 
@@ -16,7 +17,7 @@ import importlib.metadata
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -33,18 +34,16 @@ from gatepress.errors import ArtifactError, GatepressError, ModelError, UsageErr
 from gatepress.families import FAMILIES
 from gatepress.files import explained, json_text, publish, read_json, replace_file, sha256_of
 from gatepress.hub import locate_model
+from gatepress.manifests import PRUNED_FILE, PRUNED_FORMAT, RUN_FORMAT, check_files, hashes_of, read_manifest
 from gatepress.methods import kept, merge_, prepare_
 from gatepress.resolve import family_named, model_class
 from gatepress.tasks import TaskSpec
 
-PRUNED_FILE = "gatepress_pruned.json"
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
     *("vocab.txt", "vocab.json"),
 )
 PROBE_FILE = "probe.safetensors"
-RUN_FORMAT = {"format": "gatepress-run", "version": 1}
-PRUNED_FORMAT = {"format": "gatepress-pruned", "version": 1}
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,7 @@ class RunManifest:
     tensors: dict[str, str]  # {"file": name, "sha256": hex}
     report: dict[str, Any]
     versions: dict[str, str]
+    resume: dict[str, Any] = field(default_factory=dict)  # {"file", "sha256", ...} to go on from; {}: finished
 
     def to_json(self) -> dict[str, Any]:
         """Return the manifest as plain JSON values."""
@@ -76,6 +76,7 @@ class RunManifest:
             "tensors": self.tensors,
             "report": self.report,
             "versions": self.versions,
+            **({"resume": self.resume} if self.resume else {}),
         }
 
 
@@ -83,29 +84,6 @@ def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
     names = ("torch", "transformers", "datasets", "safetensors", "numpy")
     return {"gatepress": __version__, **{name: importlib.metadata.version(name) for name in names}}
-
-
-def read_manifest(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
-    """Read a manifest of the `expected` format and version; `ArtifactError` on any other."""
-    value = read_json(path)
-    if value.get("format") != expected["format"]:
-        raise ArtifactError(f"{path}: format is {value.get('format')!r}, expected {expected['format']!r}")
-    if value.get("version") != expected["version"]:
-        raise ArtifactError(
-            f"{path}: version {value.get('version')!r}, this gatepress reads {expected['version']}; upgrade gatepress"
-        )
-    return value
-
-
-def check_files(directory: Path, named: Iterable[tuple[Any, Any]], remedy: str) -> None:
-    """Compare files with the (name, sha256) of a manifest; `ArtifactError` where one is missing or changed."""
-    for name, digest in named:
-        if not isinstance(name, str) or Path(name).name != name or not (directory / name).is_file():
-            raise ArtifactError(f"{directory}: {name!r} is missing, the directory is incomplete; {remedy}")
-        if sha256_of(directory / name) != digest:
-            raise ArtifactError(
-                f"{directory / name}: content does not match its sha256, the file is corrupted; {remedy}"
-            )
 
 
 def read_run(directory: Path) -> RunManifest:
@@ -125,6 +103,7 @@ def read_run(directory: Path) -> RunManifest:
             tensors=dict(value["tensors"]),
             report=dict(value["report"]),
             versions=dict(value["versions"]),
+            resume=dict(value.get("resume", {})),
         )
         name, digest = manifest.tensors["file"], manifest.tensors["sha256"]
     except (KeyError, TypeError, ValueError) as error:
@@ -289,15 +268,28 @@ def load_run(directory: Path, device: str = "cpu") -> tuple[PreTrainedModel, Run
     return model, manifest
 
 
+def clear_(directory: Path, manifest: RunManifest) -> None:
+    """Remove what earlier checkpoints, and writes that were killed, left in a run directory."""
+    named = (manifest.tensors["file"], manifest.resume.get("file"))
+    for kind in ("gates-*.safetensors", "state-*.safetensors", ".gates-*", ".state-*", f".{RUN_FILE}.*"):
+        for old in directory.glob(kind):
+            if old.name not in named:
+                old.unlink()
+
+
 class RunWriter:
     """Writes checkpoints of one run; the directory appears with the first and is complete at any time.
 
     Used as a context manager: without a first checkpoint nothing is left behind, and an earlier
-    result under the same name stays until the first checkpoint takes its place.
+    result under the same name stays until the first checkpoint takes its place. With `resumed` the
+    target is this run's already.
     """
 
-    def __init__(self, target: Path, *, tokenizer: Any, probe: dict[str, Tensor]) -> None:
+    def __init__(self, target: Path, *, tokenizer: Any, probe: dict[str, Tensor], resumed: bool = False) -> None:
         self.target = target
+        if resumed:
+            self.directory = target
+            return
         with explained(target):
             target.absolute().parent.mkdir(parents=True, exist_ok=True)
             staged = tempfile.mkdtemp(prefix=f".{target.name}.new.", dir=target.absolute().parent)
@@ -314,20 +306,25 @@ class RunWriter:
         """Whether the target holds a checkpoint of this run."""
         return self.directory == self.target
 
-    def save(self, model: PreTrainedModel, manifest: RunManifest) -> RunManifest:
-        """Write one checkpoint and return its manifest with the tensors named."""
-        data = save(kept(model, manifest.settings))
-        path = self.directory / f"gates-{manifest.step:08d}.safetensors"
-        replace_file(path, data)
-        manifest = replace(manifest, tensors={"file": path.name, "sha256": sha256_of(path)})
+    def save(
+        self, model: PreTrainedModel, manifest: RunManifest, state: dict[str, Tensor] | None = None
+    ) -> RunManifest:
+        """Write one checkpoint, with the `state` to go on from, and return its manifest with the files named."""
+        manifest = replace(manifest, tensors=self._write("gates", manifest.step, kept(model, manifest.settings)))
+        if state:
+            manifest = replace(manifest, resume={**self._write("state", manifest.step, state), **manifest.resume})
         replace_file(self.directory / RUN_FILE, json_text(manifest.to_json()).encode())
-        for old in self.directory.glob("gates-*.safetensors"):
-            if old != path:
-                old.unlink()
+        clear_(self.directory, manifest)
         if not self.published:
             publish(self.directory, self.target)
             self.directory = self.target
         return manifest
+
+    def _write(self, kind: str, step: int, tensors: dict[str, Tensor]) -> dict[str, str]:
+        """Write one file of tensors and return how a manifest names it."""
+        path = self.directory / f"{kind}-{step:08d}.safetensors"
+        replace_file(path, save(tensors))
+        return {"file": path.name, "sha256": sha256_of(path)}
 
     def __enter__(self) -> Self:
         """Return the writer."""
@@ -350,7 +347,8 @@ def load_pruned(directory: str | Path) -> PreTrainedModel:
     if not (path / PRUNED_FILE).is_file():
         raise ArtifactError(f"{path}: has no {PRUNED_FILE}, expected a directory written by `gatepress prune`")
     manifest = read_manifest(path / PRUNED_FILE, PRUNED_FORMAT)
-    check_files(path, dict(manifest.get("sha256", {})).items(), "prune again")
+    hashes = hashes_of(manifest, path / PRUNED_FILE, ("config.json", "model.safetensors"), "prune again")
+    check_files(path, hashes.items(), "prune again")
     return open_pruned(path)
 
 

@@ -103,6 +103,7 @@ class TrainSettings:
     penalty_weight: float = 50.0  # lambda of eq. (9), penalty controller only
     weight_decay: float = 0.01
     warmup_ratio: float = 0.06
+    save_every: int | None = None  # steps between checkpoints inside an epoch; None: only that at its end
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda
     precision: Precision = "fp32"
@@ -133,7 +134,7 @@ class TrainSettings:
         problems = []
         if not 0 <= self.sparsity < 1:
             problems.append(f"--sparsity is {self.sparsity}, expected a fraction of at least 0 and below 1")
-        for name in ("epochs", "batch_size", "max_length", "lora_rank"):
+        for name in ("epochs", "batch_size", "max_length", "lora_rank", "save_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 problems.append(f"{_option(name)} is {value}, expected 1 or more")

@@ -32,13 +32,11 @@ from gatepress.checkpoint import PROBE_FILE, model_errors, open_tokenizer, read_
 from gatepress.errors import GatepressError, MetricDropError, ModelError, ParityError, UsageError
 from gatepress.evaluation import Basis, basis_of, evaluate_runner, probe_rows
 from gatepress.files import check_output, json_text, new_directory, sha256_of
+from gatepress.manifests import ONNX_FILE, ONNX_FORMAT, ONNX_MODEL
 from gatepress.progress import Progress
 from gatepress.quantize import quantize_file
 from gatepress.runtime import (
     INPUTS,
-    ONNX_FILE,
-    ONNX_FORMAT,
-    ONNX_MODEL,
     Runner,
     TorchRunner,
     input_names,
@@ -152,6 +150,13 @@ def export(  # noqa: PLR0913 - every option of the command is one
         manifest = {
             **ONNX_FORMAT,
             "source": str(source),
+            "source_manifest": runner.manifest,
+            "asked": {
+                "opset": opset,
+                "max_diff": max_diff,
+                "quantize": quantize,
+                "max_metric_drop": max_metric_drop,
+            },
             **{key: (runner.manifest or {}).get(key) for key in ("task", "data", "max_length")},
             "head_is_random": runner.head_is_random,
             "sha256": {file.name: sha256_of(file) for file in sorted(staged.glob(f"{ONNX_MODEL}*"))},

@@ -10,10 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gatepress.budget import budget_of
+from gatepress.card import CARD_FILE, card
 from gatepress.checkpoint import (
     PROBE_FILE,
-    PRUNED_FILE,
-    PRUNED_FORMAT,
     RunManifest,
     load_run,
     open_pruned,
@@ -28,6 +27,7 @@ from gatepress.errors import ArtifactError, ParityError, UsageError
 from gatepress.files import check_output, json_text, new_directory, read_json, sha256_of
 from gatepress.gates import counted, gates_of
 from gatepress.latency import for_target
+from gatepress.manifests import PRUNED_FILE, PRUNED_FORMAT
 from gatepress.plan import Live, chooses, make_plan
 from gatepress.progress import Progress
 from gatepress.resolve import Layer, resolve
@@ -69,6 +69,7 @@ def prune(  # noqa: PLR0913 - every option of the command is one
     if "input_ids" not in probe:
         raise ArtifactError(f"{run_dir / PROBE_FILE}: holds no rows; train again")
     layers = resolve(model)
+    trained = manifest
     if sparsity is not None:
         manifest = _close_anew_(model, layers, manifest, sparsity, run_dir)
     total, closed = counted(gate for _, gate in gates_of(model))
@@ -103,7 +104,7 @@ def prune(  # noqa: PLR0913 - every option of the command is one
         tokenizer = open_tokenizer(run_dir)
         tokenizer.save_pretrained(staged)
         report |= {"max_abs_logit_diff": difference, "probe_rows": len(wanted)}
-        files = {name: sha256_of(staged / name) for name in ("config.json", "model.safetensors")}
+        bound = [staged / "config.json", staged / "model.safetensors", *staged.glob("*.py")]
         body = {
             **PRUNED_FORMAT,
             "task": manifest.task.to_json(),
@@ -113,11 +114,23 @@ def prune(  # noqa: PLR0913 - every option of the command is one
             "base_sha256": manifest.base_sha256,
             "data_fingerprint": manifest.data_fingerprint,
             "seed": manifest.settings.seed,
-            "sha256": files,
+            "run": {
+                "name": run_dir.resolve().name,
+                "settings": trained.settings.to_json(),
+                "report": trained.report,
+            },
+            "asked": {
+                "sparsity": sparsity,
+                "layout": layout,
+                "target": target,
+                "latency_table": None if latency_table is None else str(latency_table),
+            },
+            "sha256": {file.name: sha256_of(file) for file in bound},
             "report": report,
             "versions": versions(),
         }
         (staged / PRUNED_FILE).write_text(json_text(body), encoding="utf-8")
+        (staged / CARD_FILE).write_text(card(body), encoding="utf-8")
     return {**report, "size_bytes": (output / "model.safetensors").stat().st_size, "output_dir": str(output)}
 
 

@@ -22,13 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from gatepress.checkpoint import (
-    PRUNED_FILE,
-    check_files,
     has_tokenizer,
     load_pruned,
     load_run,
     model_errors,
-    read_manifest,
     refuse_missing,
 )
 from gatepress.config import RUN_FILE
@@ -36,12 +33,19 @@ from gatepress.errors import ArtifactError, DeviceError, ModelError, UsageError
 from gatepress.families import FAMILIES
 from gatepress.files import read_json
 from gatepress.hub import locate_model
+from gatepress.manifests import (
+    ONNX_FILE,
+    ONNX_FORMAT,
+    ONNX_MODEL,
+    PRUNED_FILE,
+    check_files,
+    form_of,
+    hashes_of,
+    read_manifest,
+)
 
 logger = logging.getLogger(__name__)
 
-ONNX_FILE = "gatepress_onnx.json"
-ONNX_FORMAT = {"format": "gatepress-onnx", "version": 1}
-ONNX_MODEL = "model.onnx"
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 MAC_TERMS = ("token", "pair", "row")
 COUNTED_TOKEN = 5  # any that is in every vocabulary and does not stand for padding
@@ -386,13 +390,11 @@ def _macs(terms: Mapping[str, int] | None, batch: int, length: int) -> int | Non
 
 def _kind_of(target: str, path: Path) -> Kind:
     """Tell the forms apart by their files; what is not on this disk is left to the hub."""
-    if path.suffix == ".onnx" and not path.is_dir():
-        return "onnx"
+    form = form_of(path)
+    if form and target != "demo":
+        return form
     if target == "demo" or not path.is_dir():
         return "model"
-    for name, kind in _MARKS:
-        if (path / name).is_file():
-            return kind
     if not (path / "config.json").is_file():
         raise ModelError(
             f"{path}: holds no model; expected {RUN_FILE} (gatepress train), "
@@ -402,15 +404,6 @@ def _kind_of(target: str, path: Path) -> Kind:
     if str(read_json(path / "config.json").get("model_type", "")).startswith("gatepress_"):
         return "pruned"  # its manifest is missing, which its loader explains
     return "model"
-
-
-# In this order: an ONNX directory has a config.json, and may lie in the directory of its source.
-_MARKS: tuple[tuple[str, Kind], ...] = (
-    (RUN_FILE, "run"),
-    (PRUNED_FILE, "pruned"),
-    (ONNX_FILE, "onnx"),
-    (ONNX_MODEL, "onnx"),
-)
 
 
 def _open_run(path: Path, device: str) -> TorchRunner:
@@ -470,7 +463,8 @@ def _open_onnx(path: Path, device: str) -> OnnxRunner:
     manifest = None
     if (directory / ONNX_FILE).is_file() and file.name == ONNX_MODEL:
         manifest = read_manifest(directory / ONNX_FILE, ONNX_FORMAT)
-        _check_files(directory, manifest)
+        hashes = hashes_of(manifest, directory / ONNX_FILE, (ONNX_MODEL,), "export again")
+        check_files(directory, hashes.items(), "export again")
     session, place = _session(file, device)
     unknown = [one.name for one in session.get_inputs() if one.name not in INPUTS]
     if unknown or not session.get_inputs():
@@ -487,14 +481,6 @@ def _open_onnx(path: Path, device: str) -> OnnxRunner:
         session=session,
         config=read_json(config) if config.is_file() else None,
     )
-
-
-def _check_files(directory: Path, manifest: dict[str, Any]) -> None:
-    """Compare the files with the manifest's sha256; `ArtifactError` where one is missing or changed."""
-    hashes = manifest.get("sha256")
-    if not isinstance(hashes, dict) or ONNX_MODEL not in hashes:
-        raise ArtifactError(f"{directory / ONNX_FILE}: names no sha256 of {ONNX_MODEL}; export again")
-    check_files(directory, hashes.items(), "export again")
 
 
 def _session(file: Path, device: str) -> tuple[ort.InferenceSession, str]:

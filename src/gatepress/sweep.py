@@ -27,12 +27,13 @@ from gatepress.bench import endtoend, timing
 from gatepress.bench.record import Record
 from gatepress.bench.render import markdown
 from gatepress.bench.summary import Cell, density, summarize, table
-from gatepress.checkpoint import read_manifest, read_run
+from gatepress.checkpoint import read_run
 from gatepress.config import DEFAULT_TARGET, METHODS, Method, Target, TrainSettings
 from gatepress.errors import ArtifactError, MissingExtraError, ModelError, OutputError, UsageError
 from gatepress.export import export
 from gatepress.files import check_output, json_text, read_json, replace_file
 from gatepress.hub import locate_model
+from gatepress.manifests import SWEEP_FILE, SWEEP_FORMAT, read_manifest
 from gatepress.progress import NoProgress, Progress
 from gatepress.pruning import prune
 from gatepress.runtime import max_tokens
@@ -42,10 +43,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SWEEP_FILE = "sweep.json"
-FORMAT = {"format": "gatepress-sweep", "version": 1}
 PATIENCE_S = 10.0  # for a training that is told to end
 IN_TORCH = ("torch-cpu", "cuda")  # targets that are timed without ONNX
+LEFT_OPEN = ("lora_rank", "learning_rate")  # settings that a training decides unless they are given
 GRID = ("methods", "sparsities", "seeds")  # may grow; all else must stay for figures to be comparable
 OPTIONS = {"target": "for", "batch_sizes": "bench-batch-size", "seq_lens": "bench-seq-len"}
 KEPT = (
@@ -182,7 +182,7 @@ class _Sweep:
     def to_json(self) -> dict[str, Any]:
         """Return all that is known as plain JSON values."""
         return {
-            **FORMAT,
+            **SWEEP_FORMAT,
             "settings": self.settings,
             "cells": [self._cell(cell) for cell in self.wanted],
             "latency": [record.to_json(samples=False) for record in self.records],
@@ -296,7 +296,9 @@ def _finished(directory: Path, wanted: TrainSettings) -> dict[str, Any] | None:
         manifest = read_run(directory)
     except ArtifactError:
         return None  # not there, or broken: it is trained again
-    _refuse_other(directory, _as_json(manifest.settings.to_json()), _as_json(wanted.to_json()))
+    there = _as_json(manifest.settings.to_json())
+    unasked = {name: there[name] for name in LEFT_OPEN if getattr(wanted, name) is None}  # a run says what it took
+    _refuse_other(directory, there, {**_as_json(wanted.to_json()), **unasked})
     return manifest.report if manifest.status == "finished" else None
 
 
@@ -306,7 +308,7 @@ def _timed_before(output: Path, settings: dict[str, Any], *, force: bool) -> lis
         check_output(output, force=False)
         return []
     try:
-        found = read_manifest(output / SWEEP_FILE, FORMAT)
+        found = read_manifest(output / SWEEP_FILE, SWEEP_FORMAT)
     except ArtifactError as error:
         raise OutputError(f"{output}: exists and holds no sweep ({error}); choose another with -o") from None
     if force:

@@ -2,30 +2,29 @@
 
 import logging
 import math
-import time
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
 
-from gatepress.batches import make_loader, probe_batch, tokenize
-from gatepress.budget import Budget, budget_of
+from gatepress.batches import left_of_epoch, make_loader, probe_batch, tokenize
+from gatepress.budget import budget_of
 from gatepress.checkpoint import (
     RunManifest,
     RunWriter,
+    clear_,
     is_finetuned,
     load_start_,
     model_files,
     open_base,
     open_tokenizer,
+    read_run,
     versions,
 )
 from gatepress.collapse import parameters_of, plan_model
@@ -36,9 +35,9 @@ from gatepress.evaluation import evaluate_model
 from gatepress.files import check_output
 from gatepress.hub import locate_model
 from gatepress.inject import mark_trainable_
-from gatepress.machine import peak_memory
 from gatepress.methods import Kinds, prepare_, trained
 from gatepress.progress import NoProgress, Progress
+from gatepress.resume import Resumable, make_optimizer, read_state, refuse_other, uninterrupted
 from gatepress.runtime import max_tokens, torch_device
 from gatepress.tasks import TaskSpec
 from gatepress.tasks.sources import load_rows
@@ -62,28 +61,49 @@ def train(
     every epoch the metric is measured and a checkpoint written; Ctrl-C writes one more. Returns the
     report, whose keys docs/json-contract.md lists. Raises leaves of `GatepressError`.
     """
-    progress = progress or NoProgress()
     check_output(output, force=force)
-    job = _prepare(settings.absolute())
-    report: dict[str, Any] = {}
-    with RunWriter(output, tokenizer=job.tokenizer, probe=job.probe) as writer:
-        progress.start(job.epochs * job.steps_per_epoch, "training")
+    return _run(_prepare(settings.absolute()), output, progress or NoProgress())
+
+
+def resume(output: Path, *, progress: Progress | None = None) -> dict[str, Any]:
+    """Go on with a run that was stopped, from its last checkpoint to the end it would have come to; return the report.
+
+    On a CPU in float32 every number is the same as without the stop. A run that is finished is left as it is.
+    Raises `ArtifactError` where there is nothing to go on from, or where rows or base model have changed.
+    """
+    manifest = read_run(output)
+    if manifest.status == "finished":
+        clear_(output, manifest)
+        logger.info("%s is finished: nothing is left to train, this is its report", output)
+        return {**manifest.report, "output_dir": str(output)}
+    state = read_state(output, manifest)
+    job = _prepare(manifest.settings, resumed=True)
+    refuse_other(output, manifest, job.manifest)
+    job.restore_(output, manifest, state)
+    return _run(job, output, progress or NoProgress())
+
+
+def _run(job: "_Job", output: Path, progress: Progress) -> dict[str, Any]:
+    """Take the epochs that are left and keep what comes out; return the report."""
+    with RunWriter(output, tokenizer=job.tokenizer, probe=job.probe, resumed=job.step > 0) as writer:
+        progress.start(job.steps - job.step, "training")
         try:
-            for epoch in range(job.epochs):
-                _one_epoch(job, epoch, progress)
-                report = _checkpoint(job, writer, "finished" if epoch + 1 == job.epochs else "training")
+            for epoch in range(job.step // job.steps_per_epoch, job.steps // job.steps_per_epoch):
+                _one_epoch(job, epoch, writer, progress)
+                _checkpoint(job, writer)
+                report = job.manifest.report
                 logger.info("epoch %d: %s %.4f", epoch + 1, report["metric_name"], report["metric_value"])
         except KeyboardInterrupt:
-            if job.step:
+            if job.step > job.manifest.step:
                 _checkpoint(job, writer, "interrupted")
             raise
         finally:
             progress.finish()
-    return {**report, "output_dir": str(output)}
+    return {**job.manifest.report, "output_dir": str(output)}
 
 
-@dataclass
-class _Job:
+@dataclass(kw_only=True)
+class _Job(Resumable):
     """Everything a run holds, loaded and wrapped."""
 
     settings: TrainSettings
@@ -91,25 +111,20 @@ class _Job:
     accelerator: Accelerator
     tokenizer: Any
     model: Any  # as accelerate wraps it
-    gated: PreTrainedModel  # the same, bare
-    parameters: list[nn.Parameter]
-    optimizer: Any
-    schedule: Any
     loader: Any
     validation: dict[str, DataLoader[Any]]
     probe: dict[str, Tensor]
-    budget: Budget | None  # None: the method has no gates
-    epochs: int
+    steps: int
     open_steps: int
     steps_per_epoch: int
-    manifest: RunManifest
-    step: int = 0
-    teacher: Teacher | None = None
-    started: float = field(default_factory=time.perf_counter)
 
 
-def _prepare(settings: TrainSettings) -> _Job:
-    """Load rows, model and tokenizer, put the gates in, and count what will be trained."""
+def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
+    """Load rows, model and tokenizer, put the gates in, and count what will be trained.
+
+    With `resumed` what another run trained (`settings.start`) is not looked for: it is in the checkpoint.
+    """
+    start = None if resumed else settings.start
     cpu = torch_device(settings.device) == "cpu"
     accelerator = Accelerator(cpu=cpu)
     set_seed(settings.seed)
@@ -121,8 +136,8 @@ def _prepare(settings: TrainSettings) -> _Job:
     tokenizer = open_tokenizer(base)
     dense_params = parameters_of(model)
     layers = prepare_(model, settings)
-    if settings.start:
-        load_start_(model, settings, Path(settings.start))
+    if start:
+        load_start_(model, settings, Path(start))
     kinds = trained(model, settings)
     mark_trainable_(kinds)
 
@@ -134,13 +149,11 @@ def _prepare(settings: TrainSettings) -> _Job:
     epochs = settings.epochs or min(MAX_EPOCHS, max(MIN_EPOCHS, math.ceil(MIN_STEPS / steps_per_epoch)))
     steps = epochs * steps_per_epoch
     open_steps = _open_epochs(settings, epochs, finetuned=finetuned) * steps_per_epoch
-    optimizer: Any = torch.optim.AdamW(_groups(kinds, settings))
-    stages = [open_steps, steps - open_steps]
-    schedule: Any = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, stages, settings.warmup_ratio))
+    optimizer, schedule = make_optimizer(kinds, settings, stages=[open_steps, steps - open_steps])
     model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
-    gated: PreTrainedModel = accelerator.unwrap_model(model)
+    gated: Any = accelerator.unwrap_model(model)
     budget = budget_of(gated, layers, settings, steps=steps - open_steps, tokens=tokens) if settings.gated else None
-    if budget and settings.start:
+    if budget and start:
         budget.close(settings.sparsity)
         budget.fixed = True
     report = {
@@ -169,7 +182,8 @@ def _prepare(settings: TrainSettings) -> _Job:
         tokenizer=tokenizer,
         model=model,
         gated=gated,
-        parameters=[parameter for group in kinds.values() for parameter in group.values()],
+        device=accelerator.device,
+        parameters={name: parameter for group in kinds.values() for name, parameter in group.items()},
         optimizer=optimizer,
         schedule=schedule,
         loader=loader,
@@ -179,7 +193,7 @@ def _prepare(settings: TrainSettings) -> _Job:
         },
         probe=probe_batch(next(iter(validation_rows.values())), tokenizer),
         budget=budget,
-        epochs=epochs,
+        steps=steps,
         open_steps=open_steps,
         steps_per_epoch=steps_per_epoch,
         manifest=RunManifest(
@@ -208,35 +222,37 @@ def _open_epochs(settings: TrainSettings, epochs: int, *, finetuned: bool) -> in
     return asked
 
 
-def _rate(stages: list[int], warmup_ratio: float, step: int) -> float:
-    """Return the factor of the learning rates: in each stage up over the warm-up, then down to 0."""
-    start, length = (0, stages[0]) if step < stages[0] else (stages[0], sum(stages[1:]))
-    done, warmup = step - start, int(warmup_ratio * length)
-    return done / warmup if done < warmup else max(0.0, (length - done) / max(1, length - warmup))
-
-
-def _one_epoch(job: _Job, epoch: int, progress: Progress) -> None:
-    """Take every step of one pass over the training rows."""
-    _set_epoch(job.loader, epoch)
+def _one_epoch(job: _Job, epoch: int, writer: RunWriter, progress: Progress) -> None:
+    """Take every step that is left of one pass over the training rows."""
     job.model.train()
-    for batch in job.loader:
-        if job.step == job.open_steps and job.settings.distill and job.teacher is None:
-            job.teacher = Teacher(job.gated)
-        # Not accelerate's autocast: it wraps the model itself, and measuring must be in float32.
-        bf16 = job.settings.precision == "bf16"
-        with torch.autocast(job.accelerator.device.type, torch.bfloat16, enabled=bf16):
-            loss = _loss(job, batch)
-        closing = job.budget if job.step >= job.open_steps else None
-        penalty = closing.penalty(job.step - job.open_steps) if closing else None
-        job.accelerator.backward(loss if penalty is None else loss + penalty)
-        job.step += 1
-        if closing:
-            closing.after_backward(job.step - job.open_steps)
-        job.accelerator.clip_grad_norm_(job.parameters, MAX_GRADIENT_NORM)
-        job.optimizer.step()
-        job.schedule.step()
-        job.optimizer.zero_grad()
+    for batch in left_of_epoch(job.loader, epoch, job.step % job.steps_per_epoch):
+        loss = _step(job, batch)
         progress.advance(1, **(_figures(job, loss) if job.step % LOSS_EVERY == 0 else {}))
+        every = job.settings.save_every
+        if every and job.step % every == 0 and job.step % job.steps_per_epoch:
+            _checkpoint(job, writer)
+
+
+@uninterrupted()
+def _step(job: _Job, batch: dict[str, Tensor]) -> Tensor:
+    """Take one optimizer step and return its loss."""
+    if job.step == job.open_steps and job.settings.distill and job.teacher is None:
+        job.teacher = Teacher(job.gated)
+    # Not accelerate's autocast: it wraps the model itself, and measuring must be in float32.
+    bf16 = job.settings.precision == "bf16"
+    with torch.autocast(job.device.type, torch.bfloat16, enabled=bf16):
+        loss = _loss(job, batch)
+    closing = job.budget if job.step >= job.open_steps else None
+    penalty = closing.penalty(job.step - job.open_steps) if closing else None
+    job.accelerator.backward(loss if penalty is None else loss + penalty)
+    job.step += 1
+    if closing:
+        closing.after_backward(job.step - job.open_steps)
+    job.accelerator.clip_grad_norm_(list(job.parameters.values()), MAX_GRADIENT_NORM)
+    job.optimizer.step()
+    job.schedule.step()
+    job.optimizer.zero_grad()
+    return loss
 
 
 def _loss(job: _Job, batch: dict[str, Tensor]) -> Tensor:
@@ -261,21 +277,26 @@ def _figures(job: _Job, loss: Tensor) -> dict[str, float]:
     return {"loss": value, **({"closed": job.budget.removed} if job.budget else {})}
 
 
-def _checkpoint(job: _Job, writer: RunWriter, status: str) -> dict[str, Any]:
-    """Measure and count the model as it is, write a checkpoint, return the report."""
+@uninterrupted()
+def _checkpoint(job: _Job, writer: RunWriter, status: str = "training") -> None:
+    """Write the run as it is; at the end of a pass measured and counted, inside one with the last report."""
+    report = job.manifest.report if job.step % job.steps_per_epoch else _measured(job)
+    job.manifest = job.manifest_at("finished" if job.step == job.steps else status, report)
+    if job.accelerator.is_main_process:
+        writer.save(job.gated, job.manifest, job.state() if job.manifest.resume else None)
+
+
+def _measured(job: _Job) -> dict[str, Any]:
+    """Measure and count the model as it is; return the report with one point more of the curve."""
     report: dict[str, Any] = {
         **job.manifest.report,
         **evaluate_model(job.gated, job.validation, job.spec),
         **_counts(job),
-        "train_seconds": round(time.perf_counter() - job.started, 1),
-        "peak_memory_bytes": peak_memory(job.accelerator.device),
+        "train_seconds": job.seconds,
+        "peak_memory_bytes": job.peak_memory,
     }
     point = {key: report[key] for key in ("metric_value", "closed_fraction", "train_seconds")}
-    report["curve"] = [*job.manifest.report["curve"], {"step": job.step, **point}]
-    job.manifest.report["curve"] = report["curve"]
-    if job.accelerator.is_main_process:
-        writer.save(job.gated, replace(job.manifest, status=status, step=job.step, report=report))
-    return report
+    return {**report, "curve": [*report["curve"], {"step": job.step, **point}]}
 
 
 def _counts(job: _Job) -> dict[str, Any]:
@@ -294,30 +315,10 @@ def _counts(job: _Job) -> dict[str, Any]:
     }
 
 
-def _groups(kinds: Kinds, settings: TrainSettings) -> list[dict[str, Any]]:
-    """Return the optimizer's groups: gates with their own rate, weight decay on the head and on whole matrices."""
-    groups = [
-        {
-            "params": list(group.values()),
-            "lr": settings.gate_learning_rate if kind == "gates" else settings.rate,
-            "weight_decay": settings.weight_decay if kind in ("head", "base") else 0.0,
-        }
-        for kind, group in kinds.items()
-    ]
-    return [group for group in groups if group["params"]]
-
-
 def _count(kinds: Kinds) -> dict[str, int]:
     """Return trained numbers by kind, with their total."""
     counted = {kind: sum(parameter.numel() for parameter in group.values()) for kind, group in kinds.items()}
     return {**counted, "total": sum(counted.values())}
-
-
-def _set_epoch(loader: Any, epoch: int) -> None:
-    if hasattr(loader, "set_epoch"):  # accelerate's wrapper
-        loader.set_epoch(epoch)
-    else:
-        loader.batch_sampler.set_epoch(epoch)
 
 
 def _present(rows: Any) -> Any:

@@ -1,5 +1,6 @@
 """The options that commands share: one annotated type each, so that `--help` says the same everywhere."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -19,6 +20,7 @@ from gatepress.errors import UsageError
 from gatepress.tasks import task_named
 
 Device = Literal["auto", "cpu", "cuda"]
+Context = Annotated[typer.Context, typer.Option(help="What typer knows of this call: no option.")]
 
 DATA = "Data"
 MODEL = "Model"
@@ -289,6 +291,23 @@ WarmupRatio = Annotated[
         rich_help_panel=TRAINING,
     ),
 ]
+SaveEvery = Annotated[
+    int | None,
+    typer.Option(
+        metavar="STEPS",
+        help="Write a checkpoint every so many steps too, from which --resume goes on. Unless given: after each epoch.",
+        rich_help_panel=TRAINING,
+    ),
+]
+Resume = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="RUN",
+        help="Go on with a run that was stopped, with its own settings, to the end that it would have come to. Only "
+        "--json, --quiet and --debug go with it.",
+        rich_help_panel=TRAINING,
+    ),
+]
 Seed = Annotated[
     int,
     typer.Option(
@@ -406,6 +425,18 @@ def data_settings(**given: Any) -> DataSettings:
 def asked_data(**given: Any) -> DataSettings | None:
     """Return where rows come from, or None where no option speaks of data at all."""
     return data_settings(**given) if any(value is not None for value in given.values()) else None
+
+
+def refuse_beside(option: str, context: typer.Context) -> None:
+    """Raise `UsageError` naming the settings that were given beside an option that stands alone."""
+    allowed = {option, "--json", "--quiet", "--debug"}
+    given = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if (source := context.get_parameter_source(str(parameter.name))) and source.name != "DEFAULT"
+    ]
+    if others := [name for name in given if name not in allowed]:
+        raise UsageError(f"{option} goes on with the run's own settings, but {', '.join(others)} came with it; drop it")
 
 
 def numbers(option: str, text: str) -> list[float]:

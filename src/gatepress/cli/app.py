@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import gatepress
-from gatepress.cli import bench, demo, evaluate, export, prune, sweep, train
+from gatepress.cli import bench, demo, evaluate, export, inspect, prune, report, sweep, train, verify
 from gatepress.cli._console import INTERRUPTED, Screen, Terminated
 from gatepress.cli._options import examples
 
@@ -109,6 +109,9 @@ app.command(cls=Verb, epilog=export.EXAMPLES)(export.export)
 app.command(cls=Verb, epilog=bench.EXAMPLES)(bench.bench)
 app.command(cls=Verb, epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(cls=Verb, epilog=sweep.EXAMPLES)(sweep.sweep)
+app.command(cls=Verb, epilog=inspect.EXAMPLES)(inspect.inspect)
+app.command(cls=Verb, epilog=verify.EXAMPLES)(verify.verify)
+app.command(cls=Verb, epilog=report.EXAMPLES)(report.report)
 app.command(cls=Verb, epilog=demo.EXAMPLES)(demo.demo)
 
 

@@ -8,6 +8,7 @@ import typer
 from gatepress.cli import _options as opt
 from gatepress.cli._console import Screen, grid, session
 from gatepress.config import DEFAULT_TARGET, TrainSettings, default_run_name
+from gatepress.manifests import SWEEP_FILE
 
 if TYPE_CHECKING:
     from gatepress.cli._console import Titled
@@ -175,7 +176,7 @@ def sweep(  # noqa: PLR0913 - every option is a parameter
                 progress=screen.progress,
             )
         except KeyboardInterrupt:
-            if (directory / sweeping.SWEEP_FILE).is_file():
+            if (directory / SWEEP_FILE).is_file():
                 screen.interrupt_note = f"what is finished is in {directory}; the same command goes on from there"
             raise
         screen.result(result, tables)

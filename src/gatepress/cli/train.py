@@ -1,14 +1,16 @@
 """`gatepress train`: from a pretrained encoder and a task to a run directory with fixed gates."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gatepress.cli import _options as opt
-from gatepress.cli._console import count, facts, percent, pick, session
-from gatepress.config import TrainSettings, default_run_name
-from gatepress.files import check_output
+from gatepress.cli._console import Screen, count, facts, percent, pick, session
+from gatepress.config import RUN_FILE, TrainSettings, default_run_name
+from gatepress.files import check_output, read_json
 
 if TYPE_CHECKING:
     from gatepress.cli._console import Titled
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 EXAMPLES = opt.examples(
     "gatepress train --task demo --model demo -o runs/demo",
     "gatepress train --task sst2 --sparsity 0.5 --max-train-samples 10000",
+    "gatepress train --resume runs/sst2-roberta-base-s0.5",
     "gatepress train --task stsb --data-dir glue --model ./my-encoder",
     "gatepress train --train-file train.csv --validation-file dev.csv --label-column topic",
 )
@@ -26,6 +29,7 @@ KINDS = ("gates", "biases", "layer_norms", "low_rank", "base", "head", "total")
 
 def train(  # noqa: PLR0913 - every option is a parameter
     *,
+    context: opt.Context,
     task: opt.Task = None,
     data_dir: opt.DataDir = None,
     train_file: opt.TrainFile = None,
@@ -58,6 +62,7 @@ def train(  # noqa: PLR0913 - every option is a parameter
     gate_learning_rate: opt.GateLearningRate = TrainSettings.gate_learning_rate,
     weight_decay: opt.WeightDecay = TrainSettings.weight_decay,
     warmup_ratio: opt.WarmupRatio = TrainSettings.warmup_ratio,
+    save_every: opt.SaveEvery = TrainSettings.save_every,
     seed: opt.Seed = TrainSettings.seed,
     device: opt.DeviceOption = "auto",
     precision: opt.PrecisionOption = TrainSettings.precision,
@@ -72,6 +77,7 @@ def train(  # noqa: PLR0913 - every option is a parameter
         ),
     ] = None,
     force: opt.Force = False,
+    resume: opt.Resume = None,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
@@ -80,10 +86,17 @@ def train(  # noqa: PLR0913 - every option is a parameter
 
     Gates are put over a pretrained encoder. Its weights stay as they are; gates, biases and the task's
     head learn. Gates close until exactly the asked fraction is shut, then the rest recovers. The run
-    directory holds what was learnt (a few megabytes) and a note of the encoder it belongs to. Next
-    step: gatepress prune.
+    directory holds what was learnt (a few megabytes) and a note of the encoder it belongs to. Stopped
+    at any moment, a run goes on with --resume. Next step: gatepress prune.
     """
     with session(as_json=as_json, quiet=quiet, debug=debug) as screen:
+        if resume is not None:
+            opt.refuse_beside("--resume", context)
+
+            from gatepress import training
+
+            _work(screen, resume, partial(training.resume, resume))
+            return
         settings = TrainSettings(
             data=opt.data_settings(
                 task=task,
@@ -119,6 +132,7 @@ def train(  # noqa: PLR0913 - every option is a parameter
             penalty_weight=penalty_weight,
             weight_decay=weight_decay,
             warmup_ratio=warmup_ratio,
+            save_every=save_every,
             seed=seed,
             device=device,
             precision=precision,
@@ -128,14 +142,26 @@ def train(  # noqa: PLR0913 - every option is a parameter
 
         from gatepress import training
 
-        try:
-            result = training.train(settings, target, force=force, progress=screen.progress)
-        except KeyboardInterrupt:
-            if target.exists():
-                screen.interrupt_note = f"the last complete checkpoint is in {target}"
-            raise
-        screen.result({"output_dir": str(target), **result}, tables)
-        screen.note(f"next: gatepress prune {target}")
+        _work(screen, target, partial(training.train, settings, target, force=force))
+
+
+def _work(screen: Screen, target: Path, training: Callable[..., dict[str, Any]]) -> None:
+    """Train, show what came out, and say how to go on."""
+    try:
+        result = training(progress=screen.progress)
+    except KeyboardInterrupt:
+        if target.exists():
+            screen.interrupt_note = f"the last complete checkpoint is in {target}{_hint(target)}"
+        raise
+    screen.result({"output_dir": str(target), **result}, tables)
+    screen.note(f"next: gatepress prune {target}")
+
+
+def _hint(target: Path) -> str:
+    """Return how a run that was stopped goes on; an earlier result that is finished, or no run, has no such end."""
+    manifest = target / RUN_FILE
+    stopped = manifest.is_file() and "resume" in read_json(manifest)
+    return f"; go on with: gatepress train --resume {target}" if stopped else ""
 
 
 def tables(result: dict[str, Any]) -> "list[Titled]":

@@ -1,0 +1,82 @@
+"""`gatepress report`: one HTML page of runs, models, sweeps and measurements."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gatepress.cli import _options as opt
+from gatepress.cli._console import facts, grid, percent, session
+
+if TYPE_CHECKING:
+    from gatepress.cli._console import Titled
+
+EXAMPLES = opt.examples(
+    "gatepress report runs/sst2 pruned/sst2 onnx/sst2 -o sst2.html",
+    "gatepress report pruned/sst2 --bench bench.json --title 'SST-2, half the size'",
+    "gatepress report sweeps/sst2-roberta-base",
+)
+
+
+def report(  # noqa: PLR0913 - every option is a parameter
+    directories: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DIR...",
+            help="What gatepress train, prune, export or sweep wrote, in the order that the page shows.",
+            show_default=False,
+        ),
+    ],
+    *,
+    bench: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Latencies to show beside them, as gatepress bench --output FILE.json writes; may be given again.",
+            rich_help_panel=opt.MEASURING,
+        ),
+    ] = None,
+    title: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT", help="Title of the page; made from the tasks unless given.", rich_help_panel=opt.OUTPUT
+        ),
+    ] = None,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="FILE", help="The page, as .html.", rich_help_panel=opt.OUTPUT),
+    ] = Path("report.html"),
+    force: opt.Force = False,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Write one HTML page to look at, to print and to send.
+
+    It shows metric, sizes, latency, how training went, what each layer keeps, where all of it comes from
+    and the commands that make it again. The file is complete in itself: it asks no other host for
+    anything, and needs no script. Only manifests are read, so it takes a moment.
+    """
+    with session(as_json=as_json, quiet=quiet, debug=debug) as screen:
+        from gatepress.report import build
+
+        result = build.report(directories, output, benches=bench or (), title=title, force=force)
+        screen.result(result, tables)
+        screen.note(f"wrote {output}; open it in a browser")
+
+
+def tables(result: dict[str, Any]) -> "list[Titled]":
+    """Return what the page says first, and the models that it is about."""
+    columns = ["model", "kind", "task", "metric", "removed"]
+    rows = [
+        [
+            model["name"],
+            model["kind"],
+            model["task"],
+            "" if model["metric_value"] is None else f"{model['metric_name']} {model['metric_value']:.4f}",
+            "" if model["encoder_macs_removed"] is None else percent(model["encoder_macs_removed"]),
+        ]
+        for model in result["models"]
+    ]
+    told = [("finding", result["finding"]), ("sections", ", ".join(result["sections"])), ("output", result["output"])]
+    return [facts(result["title"], told), grid("Models", columns, rows, left=3)]

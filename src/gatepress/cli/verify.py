@@ -1,0 +1,55 @@
+"""`gatepress verify`: whether a directory still is what its manifest says."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gatepress.cli import _options as opt
+from gatepress.cli._console import facts, session
+
+if TYPE_CHECKING:
+    from gatepress.cli._console import Titled
+
+EXAMPLES = opt.examples(
+    "gatepress verify pruned/sst2",
+    "gatepress verify runs/sst2 --json",
+    "gatepress verify onnx/sst2 && cp -r onnx/sst2 /srv/models",
+)
+
+
+def verify(
+    directory: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR", help="A run, a pruned or an ONNX directory, or an .onnx file.", show_default=False
+        ),
+    ],
+    *,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Check that a directory is whole.
+
+    Every file that the manifest names is there with its sha256, headers hold what they claim, shapes fit
+    the configuration, a run's base model is the one it was trained on, logits are finite. Needs no
+    network. Exit code 1 with one line for each fault.
+    """
+    with session(as_json=as_json, quiet=quiet, debug=debug) as screen:
+        from gatepress import verifying
+
+        result = verifying.verify(directory)
+        screen.result(result, tables)
+        for fault in result["faults"]:
+            screen.say(f"fault: {fault}")
+        if not result["ok"]:
+            raise typer.Exit(1)
+
+
+def tables(result: dict[str, Any]) -> "list[Titled]":
+    """Return what was checked and holds, what does not, and what could not be checked."""
+    states = (("checked", "holds"), ("skipped", "not checked"))
+    rows = [(state, line) for key, state in states for line in result[key]]
+    faults = len(result["faults"])
+    return [facts("Whole" if result["ok"] else f"{faults} fault{'s' * (faults > 1)}", rows)]

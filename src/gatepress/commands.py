@@ -1,0 +1,85 @@
+"""The command lines that make a directory again, from what its manifest says: only what differs from defaults."""
+
+import shlex
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from gatepress.config import DEFAULT_TARGET, TrainSettings
+from gatepress.errors import ArtifactError
+from gatepress.manifests import ONNX_FORMAT, PRUNED_FORMAT, RUN_FORMAT
+
+PRUNE_DEFAULTS: dict[str, Any] = {"sparsity": None, "layout": "auto", "target": DEFAULT_TARGET, "latency_table": None}
+EXPORT_DEFAULTS: dict[str, Any] = {"opset": None, "max_diff": 1e-4, "quantize": None, "max_metric_drop": None}
+SPELLED = {"target": "--for"}  # the other options are spelled as their fields
+
+
+def commands_of(manifest: dict[str, Any], name: str, *, portable: bool = False) -> list[str]:
+    """Return the shell lines, first to last, that make what `manifest` describes in a directory called `name`.
+
+    With `portable` a path of this machine is shown by its last part. Empty where an older release wrote the
+    manifest, which does not say enough. Raises `ArtifactError` where its settings are not understood.
+    """
+    kind = manifest.get("format")
+    if kind == RUN_FORMAT["format"]:
+        return [_train(manifest["settings"], f"runs/{name}", portable=portable)]
+    asked = manifest.get("asked")
+    if kind == PRUNED_FORMAT["format"] and asked and manifest.get("run"):
+        run = f"runs/{manifest['run']['name']}"
+        line = ["prune", run, *_options(asked, PRUNE_DEFAULTS, portable=portable), "-o", f"pruned/{name}"]
+        return [_train(manifest["run"]["settings"], run, portable=portable), _line(line)]
+    if kind == ONNX_FORMAT["format"] and asked:
+        source, before = str(manifest["source"]), manifest.get("source_manifest") or {}
+        earlier = commands_of(before, Path(source).name, portable=portable)
+        if earlier:
+            parent = "runs" if before["format"] == RUN_FORMAT["format"] else "pruned"
+            source = f"{parent}/{Path(source).name}"
+        options = _options(asked, EXPORT_DEFAULTS, portable=portable)
+        return [*earlier, _line(["export", source, *options, "-o", f"onnx/{name}"])]
+    return []
+
+
+def _train(value: dict[str, Any], output: str, *, portable: bool) -> str:
+    """Return the line of a training by its settings, as a manifest holds them."""
+    settings = TrainSettings.from_json(value)
+    words = [
+        word
+        for part in (settings.data, settings)
+        for word in _options(
+            {one.name: getattr(part, one.name) for one in fields(part) if one.name != "data"},
+            {one.name: one.default for one in fields(part)},
+            portable=portable,
+        )
+    ]
+    return _line(["train", *words, "-o", output])
+
+
+def _options(asked: dict[str, Any], defaults: dict[str, Any], *, portable: bool) -> list[str]:
+    """Return the options of all values that differ from the defaults."""
+    unknown = sorted(set(asked) - set(defaults))
+    if unknown:
+        raise ArtifactError(f"options in the manifest are not understood ({', '.join(unknown)}); upgrade gatepress")
+    return [
+        word
+        for name, value in asked.items()
+        if value != defaults[name]
+        for word in _words(SPELLED.get(name, f"--{name.replace('_', '-')}"), value, portable=portable)
+    ]
+
+
+def _words(option: str, value: Any, *, portable: bool) -> list[str]:
+    if isinstance(value, bool):
+        return [option if value else option.replace("--", "--no-", 1)]
+    if isinstance(value, tuple | list):
+        return [option, ",".join(map(str, value))]
+    text = str(value)
+    return [option, shown(text) if portable else text]
+
+
+def shown(text: str) -> str:
+    """Return a path of this machine as its last part, any other text as it is."""
+    return Path(text).name if Path(text).is_absolute() else text
+
+
+def _line(words: list[str]) -> str:
+    return shlex.join(["gatepress", *words])

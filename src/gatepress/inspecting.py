@@ -1,0 +1,197 @@
+"""What a directory is, where it comes from and what each layer keeps, from manifests, headers and gate masks."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from gatepress.card import metric_after
+from gatepress.commands import commands_of
+from gatepress.config import RUN_FILE, TrainSettings
+from gatepress.errors import ArtifactError
+from gatepress.families import FAMILIES
+from gatepress.files import read_json
+from gatepress.graph import describe, read_graph
+from gatepress.manifests import (
+    ONNX_FILE,
+    ONNX_FORMAT,
+    ONNX_MODEL,
+    PRUNED_FILE,
+    PRUNED_FORMAT,
+    RUN_FORMAT,
+    Form,
+    read_manifest,
+    tensor_shapes,
+    written_form,
+)
+
+Facts = dict[str, Any]
+
+# What is taken from a report as it stands; docs/json-contract.md says what each means.
+METRIC = ("metric_name", "metric_value", "metrics_by_split", "examples")
+INT8 = ("metric_value_fp32", "metric_drop", "size_bytes_fp32")
+TRAINED = ("method", "granularity", "controller", "budget", "removed_of_budget", "train_seconds")
+GATES = ("asked_sparsity", "closed_gates", "total_gates", "closed_fraction")
+REMOVED = ("encoder_weights_removed", "encoder_macs_removed", "total_params", "dense_params")
+PRUNED = ("layout", "target", "expected_time_left", "max_abs_logit_diff")
+EXPORTED = ("source", "source_kind", "dtype", "max_abs_logit_diff", "total_params", "fused_operators")
+
+
+def inspect(path: Path) -> Facts:
+    """Describe a run, a pruned directory, an ONNX directory or an .onnx file; no model is loaded.
+
+    The keys are those of docs/json-contract.md. Raises `ArtifactError` where it is none of these or is broken.
+    """
+    form = written_form(path)
+    with _understood(path):
+        return {"kind": form, "directory": str(path), **_READERS[form](path)}
+
+
+@contextlib.contextmanager
+def _understood(path: Path) -> Iterator[None]:
+    """Turn what a manifest without a field, or with one of another kind, leads to into one line."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise ArtifactError(
+            f"{path}: a field of its manifest is missing or of a wrong kind ({error!r}); gatepress verify tells more"
+        ) from None
+
+
+def _run(path: Path) -> Facts:
+    manifest = read_manifest(path / RUN_FILE, RUN_FORMAT)
+    report = manifest["report"]
+    return {
+        "status": manifest["status"],
+        "step": manifest["step"],
+        "task": manifest["task"]["name"],
+        **measured(manifest),
+        **_some(report, TRAINED, GATES, REMOVED),
+        **_weights(path / manifest["tensors"]["file"]),
+        "provenance": provenance(manifest),
+        "commands": commands_of(manifest, path.resolve().name),
+        "layers": _layers_of_run(path, manifest),
+        "curve": report.get("curve"),
+    }
+
+
+def _layers_of_run(path: Path, manifest: Facts) -> list[Facts] | None:
+    if not TrainSettings.from_json(manifest["settings"]).gated:
+        return None
+    from gatepress.ondisk import plan_of_run  # noqa: PLC0415 - torch, seconds to import, for runs alone
+
+    found = plan_of_run(path)
+    return found and [_layer(layer.to_json(), found[1]) for layer in found[0].layers]
+
+
+def _pruned(path: Path) -> Facts:
+    manifest = read_manifest(path / PRUNED_FILE, PRUNED_FORMAT)
+    report, run = manifest["report"], manifest.get("run", {}).get("report", {})
+    config = read_json(path / "config.json")
+    return {
+        "task": manifest["task"]["name"],
+        **measured(manifest),
+        **_some(run, TRAINED),
+        **_some(report, GATES, REMOVED, PRUNED),
+        **_weights(path / "model.safetensors"),
+        "provenance": provenance(manifest),
+        "commands": commands_of(manifest, path.resolve().name),
+        "layers": [_layer(layer, _heads(config)) for layer in report["plan"]["layers"]],
+        "curve": run.get("curve"),
+    }
+
+
+def _onnx(path: Path) -> Facts:
+    directory, file = (path, path / ONNX_MODEL) if path.is_dir() else (path.parent, path)
+    graph = describe(read_graph(file))
+    size = sum(one.stat().st_size for one in (file, *directory.glob(f"{file.name}.data")))
+    facts: Facts = {"size_bytes": size, "graph": graph}
+    if file.name != ONNX_MODEL or not (directory / ONNX_FILE).is_file():
+        return facts
+    manifest = read_manifest(directory / ONNX_FILE, ONNX_FORMAT)
+    before = manifest.get("source_manifest") or {}
+    plan = before.get("report", {}).get("plan")
+    heads = _heads(read_json(directory / "config.json")) if plan else 0
+    return {
+        "task": (manifest.get("task") or {}).get("name"),
+        **measured(manifest),
+        **_some(manifest, EXPORTED),
+        **facts,
+        "provenance": provenance(before) | {"versions": manifest["versions"]},
+        "commands": commands_of(manifest, directory.resolve().name),
+        "layers": [_layer(layer, heads) for layer in plan["layers"]] if plan else None,
+    }
+
+
+_READERS: dict[Form, Callable[[Path], Facts]] = {"run": _run, "pruned": _pruned, "onnx": _onnx}
+
+
+def measured(manifest: Facts) -> Facts:
+    """Return the metric that a manifest stands for: its own, or that of the form which it computes the same as."""
+    form = manifest.get("format")
+    if form == ONNX_FORMAT["format"]:
+        own = manifest["dtype"] != "float32"
+        return _some(manifest, METRIC, INT8) if own else measured(manifest.get("source_manifest") or {})
+    if form != PRUNED_FORMAT["format"]:
+        return _some(manifest.get("report", {}), METRIC)
+    if metric_after(manifest) is None:
+        return {"metric_name": manifest["task"]["metric"], "metric_value": None}
+    return _some(manifest["run"]["report"], METRIC)
+
+
+def provenance(manifest: Facts) -> Facts:
+    """Return what a run or pruned manifest says of where it comes from; null where it says nothing."""
+    settings = manifest.get("settings") or manifest.get("run", {}).get("settings") or {}
+    report = manifest.get("run", manifest).get("report", {})
+    base = manifest.get("base") or settings
+    return {
+        "model": base.get("model"),
+        "revision": base.get("revision"),
+        **{key: manifest.get(key) for key in ("base_sha256", "data_fingerprint", "versions")},
+        "seed": manifest.get("seed", settings.get("seed")),
+        "settings": _effective(settings, report) if settings else None,
+    }
+
+
+def _effective(value: Facts, report: Facts) -> Facts:
+    """Return the settings of a training with what it chose itself where nothing was asked."""
+    settings = TrainSettings.from_json(value)
+    return {
+        **settings.to_json(),
+        "learning_rate": settings.rate,
+        "lora_rank": settings.rank or None,
+        "budget": settings.unit if settings.gated else None,
+        "epochs": report.get("epochs", settings.epochs),
+        "max_length": report.get("tokens", settings.max_length),
+    }
+
+
+def _some(report: Facts, *groups: tuple[str, ...]) -> Facts:
+    return {key: report[key] for group in groups for key in group if key in report}
+
+
+def _weights(file: Path) -> Facts:
+    """Return what a safetensors file holds, by its header."""
+    return {"size_bytes": file.stat().st_size, "tensors": len(tensor_shapes(file))}
+
+
+def _heads(config: Facts) -> int:
+    """Return the heads of a dense layer, by a config.json."""
+    family = FAMILIES[str(config["model_type"]).removeprefix("gatepress_").replace("_", "-")]
+    return int(config[family.heads_attribute])
+
+
+def _layer(layer: Facts, heads: int) -> Facts:
+    """Return what a layer of a plan keeps, beside what the dense one had."""
+    parts = layer["matrices"]
+    return {
+        "heads": len(layer["heads"]),
+        "dense_heads": heads,
+        "qk_width": layer["qk_width"],
+        "vo_width": layer["vo_width"],
+        "dense_head_width": parts["q"]["dense"][0] // heads,
+        "neurons": layer["neurons"],
+        "dense_neurons": parts["up"]["dense"][0],
+        "by_index": [role for role, part in parts.items() if part["gathered"] or part["scattered"]],
+        "macs_left": layer["macs_left"],
+    }

@@ -1,0 +1,94 @@
+"""What can be said of a model from this disk alone: no network, and no weights beyond a run's own."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import constants
+from transformers import PreTrainedModel
+
+from gatepress.checkpoint import model_errors, read_run, read_tensors
+from gatepress.config import DEFAULT_TARGET, RUN_FILE, TrainSettings
+from gatepress.costs import analytic
+from gatepress.errors import ArtifactError, GatepressError
+from gatepress.families import FAMILIES, ROLES
+from gatepress.files import read_json
+from gatepress.gates import GatedLinear
+from gatepress.hub import locate_model
+from gatepress.inject import gated_linear
+from gatepress.methods import prepare_
+from gatepress.plan import Live, PrunePlan, make_plan
+from gatepress.resolve import family_named, model_class
+
+
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """Let the hub's client look into its cache only, for as long as the block runs."""
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def base_of(settings: TrainSettings) -> Path | None:
+    """Return where the model that a run was trained on lies on this disk; None: it does not."""
+    with offline():
+        try:
+            return locate_model(settings.model, settings.revision)
+        except GatepressError:
+            return None
+
+
+def empty_model(directory: Path, *, most_layers: int | None = None) -> PreTrainedModel:
+    """Return the model of a directory, dense or pruned, by its configuration: shapes without values.
+
+    Raises `ArtifactError` above `most_layers`, so that nothing is built that no file could fill, and `ModelError`
+    where the configuration is of no known family or makes no model.
+    """
+    model_type = str(read_json(directory / "config.json").get("model_type"))
+    kind = model_class(family_named(model_type), stock=model_type in FAMILIES)
+    with model_errors(directory):
+        config = kind.config_class.from_pretrained(directory)
+        if most_layers is not None and config.num_hidden_layers > most_layers:
+            raise ArtifactError(
+                f"{directory / 'config.json'}: asks for {config.num_hidden_layers} layers, its weights are "
+                f"{most_layers} tensors"
+            )
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = kind(config)
+    return model
+
+
+def plan_of_run(directory: Path) -> tuple[PrunePlan, int] | None:
+    """Return what pruning a run would leave (layout `inner`), by its gates alone, and the heads of a dense layer.
+
+    A dense weight counts as not zero. None: the method has no gates, or the base model is not on this disk.
+    Raises `ArtifactError` and `ModelError` on a broken run or base.
+    """
+    manifest = read_run(directory)
+    base = base_of(manifest.settings) if manifest.settings.gated else None
+    while base is not None and (base / RUN_FILE).is_file():  # a run of another method
+        base = base_of(read_run(base).settings)
+    if base is None:
+        return None
+    model = empty_model(base)
+    layers = prepare_(model, manifest.settings)
+    state = read_tensors(directory / manifest.tensors["file"])
+    with model_errors(directory):
+        kept = {name: value for name, value in state.items() if ".gate_" in name or name.endswith(".base.bias")}
+        model.load_state_dict(kept, strict=False, assign=True)
+        live = [{role: _live(gated_linear(model, layer, role)) for role in ROLES} for layer in layers]
+    return make_plan(layers, live, "inner", analytic(DEFAULT_TARGET)), layers[0].heads
+
+
+def _live(linear: GatedLinear) -> Live:
+    """Return what of a gated matrix is not zero, by its gates and its bias."""
+    rows, columns = linear.base.out_features, linear.base.in_features
+    out = torch.ones(rows) if linear.gate_out is None else linear.gate_out.values()
+    into = torch.ones(columns) if linear.gate_in is None else linear.gate_in.values()
+    bias = linear.base.bias
+    return Live.of(torch.outer(out, into), None if bias is None else bias.detach().float() * out)

@@ -1,0 +1,52 @@
+"""The verb: directories and measurements in, one HTML file out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gatepress.bench import render
+from gatepress.errors import UsageError
+from gatepress.files import replace_file
+from gatepress.report import facts, page
+
+SUFFIXES = (".html", ".htm")
+TOLD = ("metric_name", "metric", "asked", "closed", "removed", "params", "size_bytes")
+# The keys that other commands give these under.
+KEYS = ("metric_name", "metric_value", "asked_sparsity", "closed_fraction", "encoder_macs_removed", "total_params")
+
+
+def report(
+    directories: Sequence[Path],
+    output: Path,
+    *,
+    benches: Sequence[Path] = (),
+    title: str | None = None,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Write the page of runs, pruned and ONNX directories and sweeps, with the records of `benches` beside them.
+
+    Returns what was written and what it says; docs/json-contract.md lists it. Raises `UsageError` on a name
+    that is no page's, `OutputError` where `output` exists and not `force`, `ArtifactError` on what is not
+    understood.
+    """
+    if not directories:
+        raise UsageError("nothing to report: give a directory of gatepress train, prune, export or sweep")
+    render.check_file(output, SUFFIXES, "--output", force=force)
+    sheet = facts.read(directories, [(path, render.read(path)) for path in benches])
+    text = page.render(sheet, title)
+    # Names are hostile: a lone surrogate is no UTF-8, but it is a character reference.
+    data = text.encode("utf-8", "xmlcharrefreplace")
+    replace_file(output, data)
+    return {
+        "output": str(output),
+        "title": title or page.title_of(sheet),
+        "finding": page.finding(sheet).sentence,
+        "sections": [section.name for section in page.sections(sheet)],
+        "models": [_told(item) for item in sheet.items],
+    }
+
+
+def _told(item: facts.Item) -> dict[str, Any]:
+    """Return the numbers of one model under the keys of the other commands."""
+    values = {key: getattr(item, name) for key, name in zip((*KEYS, "size_bytes"), TOLD, strict=True)}
+    return {"name": item.name, "kind": item.kind, "task": item.task, **values}

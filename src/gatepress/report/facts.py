@@ -1,0 +1,355 @@
+"""What manifests say, in one shape for every kind of directory. JSON only: no weights, no torch."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from gatepress.bench.record import MAX_NUMBER, Record
+from gatepress.bench.summary import Cell
+from gatepress.card import metric_after
+from gatepress.commands import commands_of, shown
+from gatepress.config import RUN_FILE
+from gatepress.errors import ArtifactError
+from gatepress.families import FAMILIES
+from gatepress.files import read_json
+from gatepress.manifests import (
+    ONNX_FILE,
+    ONNX_FORMAT,
+    PRUNED_FILE,
+    PRUNED_FORMAT,
+    RUN_FORMAT,
+    SWEEP_FILE,
+    SWEEP_FORMAT,
+    form_of,
+    read_manifest,
+)
+
+BYTES_A_PARAMETER = 4  # float32
+SHORT = 12  # characters of a hash that people compare
+
+Manifest = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The metric and the gates at one step of a training."""
+
+    step: float
+    metric: float | None
+    closed: float | None  # fraction of the gates
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What one layer keeps, each beside what the dense layer has."""
+
+    heads: tuple[int, int]
+    qk_width: tuple[int, int]  # of a head
+    vo_width: tuple[int, int]
+    neurons: tuple[int, int]
+    macs_left: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One model that the page speaks of; `None` is what its manifest does not say."""
+
+    kind: str  # run, pruned, onnx, sweep
+    name: str
+    dtype: str = "float32"
+    task: str = ""
+    metric_name: str = "metric"
+    metric: float | None = None
+    spread: tuple[float, float] | None = None  # least and most over seeds
+    before: float | None = None  # the metric before, whatever `before_is` says
+    before_is: str = "gates open"
+    asked: float | None = None  # sparsity
+    closed: float | None = None  # fraction of the gates, counted
+    removed: float | None = None  # of the encoder's multiply-accumulates
+    params: float | None = None
+    dense_params: float | None = None
+    size_bytes: float | None = None  # of the files that hold it
+    knee: bool = False
+    timed: Record | None = None  # at the largest batch and length
+    curve: tuple[Measured, ...] = ()
+    layers: tuple[Kept, ...] = ()
+    origin: dict[str, str] = field(default_factory=dict)
+    commands: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """What tells it apart where a run and what became of it share a name."""
+        words = [self.kind] if self.kind not in ("sweep", self.name) else []
+        return " ".join([*words, self.name, *([self.dtype] if self.dtype != "float32" else [])])
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """All that one page is made of."""
+
+    items: tuple[Item, ...]
+    sweeps: tuple[tuple[Item, ...], ...]  # those of the items that are points of one picture
+    records: tuple[tuple[Record, ...], ...]  # of each sweep and file, end to end
+
+
+def read(directories: Iterable[Path], benches: Iterable[tuple[Path, Sequence[Record]]] = ()) -> Sheet:
+    """Read every directory and put what was timed beside it.
+
+    Raises `ArtifactError` on a directory of no known kind, and on a manifest or measurement that is not understood.
+    """
+    files = [_end_to_end(path, records) for path, records in benches]
+    loose = [record for records in files for record in records]
+    groups: list[tuple[Item, ...]] = []
+    timed: list[tuple[Record, ...]] = []
+    taken: set[str] = set()
+    for path in directories:
+        items, records = _directory(path)
+        groups.append(tuple(_named_apart(_with_time(item, records or loose), taken) for item in items))
+        timed.append(records)
+    return Sheet(
+        items=tuple(item for group in groups for item in group),
+        sweeps=tuple(group for group in groups if group[0].kind == "sweep"),
+        records=tuple(filter(None, [*timed, *files])),
+    )
+
+
+def number(value: Any) -> float | None:
+    """Return a JSON value that is a finite number, else None."""
+    return value if type(value) in (int, float) and -MAX_NUMBER < value < MAX_NUMBER else None
+
+
+def _directory(path: Path) -> tuple[tuple[Item, ...], tuple[Record, ...]]:
+    """Return the models of one directory, and what was timed of them."""
+    if (path / SWEEP_FILE).is_file():
+        with _understood(path / SWEEP_FILE):
+            return _of_sweep(read_manifest(path / SWEEP_FILE, SWEEP_FORMAT), path)
+    form = form_of(path) if path.is_dir() else None
+    if form is None:
+        got = "holds no manifest" if path.is_dir() else "is a file" if path.exists() else "is not there"
+        raise ArtifactError(f"{path}: {got}, expected a directory of gatepress train, prune, export or sweep")
+    name, expected, understand = _FORMS[form]
+    with _understood(path / name):
+        return (understand(read_manifest(path / name, expected), path),), ()
+
+
+@contextlib.contextmanager
+def _understood(path: Path) -> Iterator[None]:
+    """Turn what a malformed manifest leads to into one `ArtifactError`."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ArtifactError(
+            f"{path}: not understood ({type(error).__name__}: {error}); it was changed after it was written, make it "
+            "again"
+        ) from None
+
+
+def _with_time(item: Item, records: Sequence[Record]) -> Item:
+    """Return the item with what was timed of it: a sweep names its points, a benchmark its directories."""
+    own = [
+        record
+        for record in records
+        if item.kind in ("sweep", record.kind) and item.name in (record.name, Path(record.name).name)
+    ]
+    return replace(item, timed=max(own, key=lambda one: (one.batch_size, one.seq_len or 0), default=None))
+
+
+def _named_apart(item: Item, taken: set[str]) -> Item:
+    """Return the item under a name that no other has."""
+    names = (item.name if again == 1 else f"{item.name} ({again})" for again in count(1))
+    found = next(one for one in (replace(item, name=name) for name in names) if one.label not in taken)
+    taken.add(found.label)
+    return found
+
+
+def _end_to_end(path: Path, records: Sequence[Record]) -> tuple[Record, ...]:
+    """Return the records of whole models; `ArtifactError` where there are none."""
+    models = tuple(record for record in records if record.what == "endtoend")
+    if not models:
+        raise ArtifactError(
+            f"{path}: times no models, expected what gatepress bench DIR... --output {path.name} writes"
+        )
+    return models
+
+
+# --- each kind ------------------------------------------------------------------------------------
+
+
+def _of_run(manifest: Manifest, path: Path) -> Item:
+    report, settings, status = manifest["report"], manifest["settings"], manifest.get("status")
+    unfinished = {} if status == "finished" else {"status": f"{status}, step {manifest.get('step')}"}
+    return Item(
+        kind="run",
+        name=path.resolve().name,
+        **_trained(manifest, report),
+        metric=number(report.get("metric_value")),
+        **_counted(report),
+        size_bytes=_size(path, (manifest.get("tensors") or {}).get("file")),
+        origin=_origin(manifest, settings["model"], settings["revision"], settings["seed"]) | unfinished,
+        commands=_commands(manifest, path),
+    )
+
+
+def _of_pruned(manifest: Manifest, path: Path) -> Item:
+    report, base = manifest["report"], manifest["base"]
+    return Item(
+        kind="pruned",
+        name=path.resolve().name,
+        **_trained(manifest, (manifest.get("run") or {}).get("report") or {}),
+        metric=number(metric_after(manifest)),
+        **_counted(report),
+        size_bytes=_size(path, "model.safetensors"),
+        layers=_kept(report.get("plan") or {}, path),
+        origin=_origin(manifest, base["model"], base["revision"], manifest["seed"]),
+        commands=_commands(manifest, path),
+    )
+
+
+def _of_onnx(manifest: Manifest, path: Path) -> Item:
+    source = manifest.get("source_manifest") or {}
+    understand = _SOURCES.get(source.get("format"))
+    known = understand(source, path) if understand else Item(kind="onnx", name="", task=_task(manifest)[0])
+    own: dict[str, Any] = {
+        "kind": "onnx",
+        "name": path.resolve().name,
+        "dtype": str(manifest.get("dtype")),
+        "params": number(manifest.get("total_params")),
+        "size_bytes": number(manifest.get("size_bytes")),
+        "origin": {**known.origin, "versions": _versions(manifest)},
+        "commands": _commands(manifest, path),
+    }
+    if manifest.get("quantize"):
+        own |= {
+            "metric": number(manifest.get("metric_value")),
+            "before": number(manifest.get("metric_value_fp32")),
+            "before_is": "float32",
+            "metric_name": _task(manifest)[1],
+        }
+    return replace(known, **own)
+
+
+def _of_sweep(manifest: Manifest, path: Path) -> tuple[tuple[Item, ...], tuple[Record, ...]]:
+    """Return one item for each point of the picture, in the order of the summary."""
+    if not manifest["summary"]:
+        raise ArtifactError(f"{path}: no training of this sweep is finished; go on with the same gatepress sweep")
+    finished = [cell for cell in manifest["cells"] if cell["status"] == "finished"]
+    return (
+        tuple(_point(row, finished, path) for row in manifest["summary"]),
+        tuple(Record.from_json(value) for value in manifest["latency"]),
+    )
+
+
+def _point(row: dict[str, Any], finished: list[dict[str, Any]], path: Path) -> Item:
+    """Return one point: medians from its row, curve and origin from the run of its first seed where that is there."""
+    cells = [cell for cell in finished if all(cell[key] == row[key] for key in ("method", "sparsity"))]
+    first = Cell(row["method"], row["sparsity"], cells[0]["seed"])
+    run = path / "runs" / first.name
+    known = Item(kind="sweep", name="")
+    if (run / RUN_FILE).is_file():
+        with _understood(run / RUN_FILE):
+            known = _of_run(read_manifest(run / RUN_FILE, RUN_FORMAT), run)
+    least, most = number(row["metric_min"]), number(row["metric_max"])
+    return replace(
+        known,
+        kind="sweep",
+        name=first.point,
+        task=str(row["task"]),
+        metric_name=str(row["metric_name"]),
+        metric=number(row["metric_median"]),
+        spread=(least, most) if least is not None and most is not None and row["seeds"] > 1 else None,
+        before=None,  # of one seed: the points without gates are what a sweep compares with
+        asked=number(row["sparsity"]),
+        closed=number(cells[0].get("closed_fraction")),
+        removed=number(row["encoder_macs_removed"]),
+        params=number(row["total_params"]),
+        knee=row["knee"] is True,
+    )
+
+
+_SOURCES: dict[Any, Callable[[Manifest, Path], Item]] = {
+    RUN_FORMAT["format"]: _of_run,
+    PRUNED_FORMAT["format"]: _of_pruned,
+}
+_FORMS: dict[str, tuple[str, dict[str, Any], Callable[[Manifest, Path], Item]]] = {
+    "run": (RUN_FILE, RUN_FORMAT, _of_run),
+    "pruned": (PRUNED_FILE, PRUNED_FORMAT, _of_pruned),
+    "onnx": (ONNX_FILE, ONNX_FORMAT, _of_onnx),
+}
+
+
+# --- parts of a manifest --------------------------------------------------------------------------
+
+
+def _trained(manifest: Manifest, report: dict[str, Any]) -> dict[str, Any]:
+    """Return what training tells: the task, and the metric on its way."""
+    curve = tuple(
+        Measured(step, number(point.get("metric_value")), number(point.get("closed_fraction")))
+        for point in report.get("curve") or ()
+        if (step := number(point.get("step"))) is not None
+    )
+    opened = [point.metric for point in curve if point.closed == 0 and curve[-1].closed]
+    task, metric = _task(manifest)
+    return {"task": task, "metric_name": metric, "curve": curve, "before": opened[-1] if opened else None}
+
+
+def _task(manifest: Manifest) -> tuple[str, str]:
+    """Return the names of task and metric."""
+    task = manifest.get("task") or {}
+    return str(task.get("name") or "no task"), str(task.get("metric") or "metric")
+
+
+def _counted(report: dict[str, Any]) -> dict[str, Any]:
+    names = {
+        "asked": "asked_sparsity",
+        "closed": "closed_fraction",
+        "removed": "encoder_macs_removed",
+        "params": "total_params",
+        "dense_params": "dense_params",
+    }
+    return {name: number(report.get(key)) for name, key in names.items()}
+
+
+def _size(path: Path, name: Any) -> int | None:
+    file = path / Path(str(name)).name
+    return file.stat().st_size if name and file.is_file() else None
+
+
+def _kept(plan: dict[str, Any], path: Path) -> tuple[Kept, ...]:
+    """Return what each layer keeps; empty where the configuration does not say how many heads a dense layer has."""
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    heads = next((config[one.heads_attribute] for one in FAMILIES.values() if one.heads_attribute in config), None)
+    if not isinstance(heads, int) or heads < 1:
+        return ()
+    return tuple(
+        Kept(
+            heads=(len(layer["heads"]), heads),
+            qk_width=(int(layer["qk_width"]), layer["matrices"]["q"]["dense"][0] // heads),
+            vo_width=(int(layer["vo_width"]), layer["matrices"]["v"]["dense"][0] // heads),
+            neurons=(int(layer["neurons"]), int(layer["matrices"]["up"]["dense"][0])),
+            macs_left=float(layer["macs_left"]),
+        )
+        for layer in plan.get("layers") or ()
+    )
+
+
+def _origin(manifest: Manifest, model: str, revision: Any, seed: Any) -> dict[str, str]:
+    """Return where a model comes from; a path of this machine is shown by its last part, a hash by its start."""
+    hashes = manifest.get("base_sha256") or {}
+    return {
+        "base": shown(model) + (f" at {revision}" if revision else ""),
+        "base sha256": ", ".join(f"{name} {str(digest)[:SHORT]}" for name, digest in hashes.items()),
+        "data fingerprint": str(manifest.get("data_fingerprint") or "")[:SHORT],
+        "seed": str(seed),
+        "versions": _versions(manifest),
+    }
+
+
+def _versions(manifest: Manifest) -> str:
+    return ", ".join(f"{package} {version}" for package, version in (manifest.get("versions") or {}).items())
+
+
+def _commands(manifest: Manifest, path: Path) -> tuple[str, ...]:
+    return tuple(commands_of(manifest, path.resolve().name, portable=True))

@@ -1,0 +1,192 @@
+"""What a run needs beside its tensors to go on as if it had never been stopped.
+
+    optimizer.<parameter>.<key>   what AdamW keeps of each trained parameter (step, exp_avg, exp_avg_sq)
+    teacher.<name>                what the model knew with open gates, with --distill
+    random.<device>               state of torch's random numbers (dropout, noise of gates), uint8
+
+These are `state-<step>.safetensors` of a run directory; a few numbers stand in its manifest under `resume`. The
+step tells the rest: the place in the rows, and where the schedule is. Between steps there are no gradients.
+"""
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gatepress.budget import Budget
+from gatepress.checkpoint import RunManifest, load_trained_, read_tensors
+from gatepress.config import TrainSettings
+from gatepress.distill import Teacher
+from gatepress.errors import ArtifactError
+from gatepress.machine import peak_memory
+from gatepress.manifests import check_files
+from gatepress.methods import Kinds
+
+NUMBERS = {"learning_rates", "gates_fixed", "train_seconds", "peak_memory_bytes"}  # beside the file and its sha256
+
+
+def read_state(directory: Path, manifest: RunManifest) -> dict[str, Tensor]:
+    """Read the state that a stopped run goes on from; `ArtifactError` where there is none, or it is spoilt."""
+    named = manifest.resume
+    if not named.keys() >= NUMBERS:
+        raise ArtifactError(
+            f"{directory}: keeps no state to go on from, it was written by an earlier gatepress; train again"
+        )
+    check_files(directory, [(named.get("file"), named.get("sha256"))], "train again")
+    return read_tensors(directory / str(named["file"]))
+
+
+def refuse_other(directory: Path, there: RunManifest, here: RunManifest) -> None:
+    """Raise `ArtifactError` where rows or base model are not those that a run began with."""
+    changed = {
+        "rows": there.data_fingerprint != here.data_fingerprint,
+        f"weights of {here.settings.model!r}": there.base_sha256 != here.base_sha256,
+    }
+    for what, differs in changed.items():
+        if differs:
+            raise ArtifactError(
+                f"{directory}: the {what} have changed since the run began (sha256 differs); "
+                "bring back those it began with, or train again"
+            )
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold back Ctrl-C and SIGTERM until the block is through: half a step is nothing to go on from."""
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
+        yield
+        return
+    came: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    own = {number: handler for number, handler in handlers.items() if callable(handler)}  # the others never raise
+    try:
+        for number in own:
+            signal.signal(number, lambda sign, _: came.append(sign))
+        yield
+    finally:
+        for number, handler in own.items():
+            signal.signal(number, handler)
+    if came:
+        signal.raise_signal(came[0])
+
+
+def make_optimizer(kinds: Kinds, settings: TrainSettings, *, stages: list[int]) -> tuple[Any, Any]:
+    """Return AdamW over kinds of parameters, and its schedule over `stages` of so many steps each.
+
+    Gates have a rate of their own; weight decay is on the head and on whole matrices.
+    """
+    groups = [
+        {
+            "params": list(group.values()),
+            "lr": settings.gate_learning_rate if kind == "gates" else settings.rate,
+            "weight_decay": settings.weight_decay if kind in ("head", "base") else 0.0,
+        }
+        for kind, group in kinds.items()
+    ]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
+    rate = partial(_rate, stages, settings.warmup_ratio)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+
+
+def _rate(stages: list[int], warmup_ratio: float, step: int) -> float:
+    """Return the factor of the learning rates: in each stage up over the warm-up, then down to 0."""
+    start, length = (0, stages[0]) if step < stages[0] else (stages[0], sum(stages[1:]))
+    done, warmup = step - start, int(warmup_ratio * length)
+    return done / warmup if done < warmup else max(0.0, (length - done) / max(1, length - warmup))
+
+
+@dataclass(kw_only=True)
+class Resumable:
+    """What changes while a run trains, beside the tensors of its model: kept at a checkpoint, set when it goes on."""
+
+    gated: PreTrainedModel
+    device: torch.device
+    parameters: dict[str, nn.Parameter]  # trained ones by name, in the order of the optimizer's groups
+    optimizer: Any
+    schedule: Any
+    budget: Budget | None  # None: the method has no gates
+    manifest: RunManifest  # of the last checkpoint; before the first, what is known already
+    step: int = 0
+    teacher: Teacher | None = None
+    started: float = field(default_factory=time.perf_counter)
+    peak_before: int = 0  # bytes, of the processes that were stopped
+
+    @property
+    def seconds(self) -> float:
+        """Wall time behind the run, that of processes that were stopped too."""
+        return round(time.perf_counter() - self.started, 1)
+
+    @property
+    def peak_memory(self) -> int:
+        """Most bytes that any of its processes has held."""
+        return max(self.peak_before, peak_memory(self.device))
+
+    def manifest_at(self, status: str, report: dict[str, Any]) -> RunManifest:
+        """Return the manifest of a checkpoint written now; a finished run has no `resume`."""
+        numbers = {
+            "learning_rates": [group["lr"] for group in self.optimizer.param_groups],
+            "gates_fixed": bool(self.budget and self.budget.fixed),
+            "train_seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory,
+        }
+        resume = {} if status == "finished" else numbers
+        return replace(self.manifest, status=status, step=self.step, report=report, resume=resume)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what stands in `state-<step>.safetensors`; a parameter without a gradient so far has no part in it."""
+        state = {"random.cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        for name, parameter in self.parameters.items():
+            kept = self.optimizer.state.get(parameter, {})
+            state |= {f"optimizer.{name}.{key}": value for key, value in kept.items()}
+        if self.teacher:
+            state |= {f"teacher.{name}": value for name, value in self.teacher.values.items()}
+        return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+
+    def restore_(self, directory: Path, manifest: RunManifest, state: dict[str, Tensor]) -> None:
+        """Go, in place, to where a checkpoint was written; random numbers come last, as loading draws some."""
+        numbers, tensors = manifest.resume, directory / manifest.tensors["file"]
+        load_trained_(self.gated, manifest.settings, read_tensors(tensors), tensors)
+        self._restore_optimizer_(_part(state, "optimizer."), numbers["learning_rates"], manifest.step)
+        if values := _part(state, "teacher."):
+            self.teacher = Teacher(self.gated)
+            self.teacher.values = {name: value.to(self.device) for name, value in values.items()}
+        if self.budget:
+            self.budget.fixed = numbers["gates_fixed"]
+        self.step = manifest.step
+        self.started -= numbers["train_seconds"]
+        self.peak_before = numbers["peak_memory_bytes"]
+        report = {**manifest.report, **self.manifest.report, "curve": manifest.report["curve"]}
+        self.manifest = replace(self.manifest, step=manifest.step, report=report)
+        torch.set_rng_state(state["random.cpu"])
+        if self.device.type == "cuda" and "random.cuda" in state:
+            torch.cuda.set_rng_state(state["random.cuda"], self.device)
+
+    def _restore_optimizer_(self, state: dict[str, Tensor], rates: list[float], step: int) -> None:
+        kept: dict[str, dict[str, Tensor]] = {}
+        for path, value in state.items():
+            name, _, key = path.rpartition(".")
+            kept.setdefault(name, {})[key] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict(
+            {
+                "state": {number: kept[name] for number, name in enumerate(self.parameters) if name in kept},
+                "param_groups": [{**group, "lr": rate} for group, rate in zip(groups, rates, strict=True)],
+            }
+        )
+        behind = {"last_epoch": step, "_step_count": step + 1, "_last_lr": list(rates)}
+        self.schedule.load_state_dict({**self.schedule.state_dict(), **behind})
+
+
+def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

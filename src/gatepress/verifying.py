@@ -1,0 +1,188 @@
+"""Whether a directory still is what its manifest says: files, shapes, the base model, finite logits. No network."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gatepress.checkpoint import PROBE_FILE, load_run, open_tokenizer, read_run, read_tensors
+from gatepress.config import RUN_FILE
+from gatepress.errors import ArtifactError, GatepressError
+from gatepress.graph import check_external, describe, read_graph
+from gatepress.manifests import (
+    ONNX_FILE,
+    ONNX_FORMAT,
+    ONNX_MODEL,
+    PRUNED_FILE,
+    PRUNED_FORMAT,
+    RUN_FORMAT,
+    Form,
+    check_files,
+    hashes_of,
+    read_manifest,
+    tensor_shapes,
+    written_form,
+)
+from gatepress.ondisk import base_of, empty_model, offline
+from gatepress.runtime import COUNTED_TOKEN, open_runner
+
+TRIED = (2, 8)  # rows and tokens that an ONNX file is run on
+SHOWN = 3  # of the tensors that do not fit
+
+
+@dataclass
+class Findings:
+    """What was checked and holds, what does not, and what could not be checked here."""
+
+    checked: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    def check(self, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call `function` and note how that went; return its result, None where it found a fault."""
+        try:
+            result = function(*arguments)
+        except GatepressError as error:
+            self.faults.append(str(error))
+            return None
+        except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+            self.faults.append(f"{what}: a field is missing or of a wrong kind, or a file cannot be read ({error!r})")
+            return None
+        self.checked.append(what)
+        return result
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all of it, and whether there is no fault."""
+        return {"ok": not self.faults, "checked": self.checked, "faults": self.faults, "skipped": self.skipped}
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Check a run, a pruned directory, an ONNX directory or an .onnx file; return the `Findings` as JSON values.
+
+    What is run is run only where the files hold. Raises `ArtifactError` where it is none of these.
+    """
+    form = written_form(path)
+    found = Findings()
+    _VERIFIERS[form](path, found)
+    return found.to_json()
+
+
+def _run(path: Path, found: Findings) -> None:
+    manifest = found.check(f"{RUN_FILE}: format and version", read_manifest, path / RUN_FILE, RUN_FORMAT)
+    if manifest is None:
+        return
+    bound = [one for one in manifest.values() if isinstance(one, dict) and {"file", "sha256"} <= set(one)]
+    _files(path, {one["file"]: one["sha256"] for one in bound}, "train again", found)
+    found.check(f"{PROBE_FILE}: header", _probe, path)
+    found.check("tokenizer", open_tokenizer, path)
+    run = None if found.faults else found.check(f"{RUN_FILE}: fields", read_run, path)
+    if run is None:
+        return
+    if base_of(run.settings) is None:
+        found.skipped.append(f"base model {run.settings.model}, shapes and logits: it is not on this disk")
+        return
+    model = found.check("base model: sha256, and the shapes of all that was trained on it", _load_offline, path)
+    if model is not None:
+        found.check(f"logits of {PROBE_FILE}: finite", _finite_on_probe, model, path)
+
+
+def _load_offline(path: Path) -> Any:
+    with offline():
+        return load_run(path)[0]
+
+
+def _probe(path: Path) -> None:
+    if "input_ids" not in tensor_shapes(path / PROBE_FILE):
+        raise ArtifactError(f"{path / PROBE_FILE}: holds no rows; train again")
+
+
+@torch.inference_mode()
+def _finite_on_probe(model: Any, path: Path) -> None:
+    _finite(model(**read_tensors(path / PROBE_FILE)).logits.float().numpy(), path / PROBE_FILE)
+
+
+def _pruned(path: Path, found: Findings) -> None:
+    manifest = found.check(f"{PRUNED_FILE}: format and version", read_manifest, path / PRUNED_FILE, PRUNED_FORMAT)
+    if manifest is None:
+        return
+    loaded = ("config.json", "model.safetensors")
+    hashes = found.check(
+        f"{PRUNED_FILE}: names what is loaded",
+        *(hashes_of, manifest, path / PRUNED_FILE, loaded, "prune again"),
+    )
+    _files(path, hashes or {}, "prune again", found)
+    found.check("model.safetensors: header, and all shapes against config.json", _fits, path)
+    found.check("tokenizer", open_tokenizer, path)
+
+
+def _fits(path: Path) -> None:
+    """Compare the tensors of a pruned directory with its configuration; `ArtifactError` where they differ."""
+    file = path / "model.safetensors"
+    got = tensor_shapes(file)
+    model = empty_model(path, most_layers=len(got))
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    odd = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))
+    if odd:
+        told = "; ".join(
+            f"{name} is {_shape(got.get(name))}, expected {_shape(wanted.get(name))}" for name in odd[:SHOWN]
+        )
+        raise ArtifactError(f"{file}: {len(odd)} tensors do not fit config.json ({told}); prune again")
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else str(list(shape))
+
+
+def _onnx(path: Path, found: Findings) -> None:
+    directory, file = (path, path / ONNX_MODEL) if path.is_dir() else (path.parent, path)
+    manifest: dict[str, Any] | None = None
+    if file.name == ONNX_MODEL and (directory / ONNX_FILE).is_file():
+        manifest = found.check(f"{ONNX_FILE}: format and version", read_manifest, directory / ONNX_FILE, ONNX_FORMAT)
+        if manifest is None:
+            return
+        hashes = found.check(
+            f"{ONNX_FILE}: names what is loaded",
+            *(hashes_of, manifest, directory / ONNX_FILE, (ONNX_MODEL,), "export again"),
+        )
+        _files(directory, hashes or {}, "export again", found)
+        found.check("tokenizer", open_tokenizer, directory)
+    else:
+        found.skipped.append(f"sha256 of {file.name}: no {ONNX_FILE} names it")
+    if not found.faults:
+        found.check(f"{file.name}: graph, weights beside it, inputs and operator set", _graph, file, manifest)
+    if not found.faults:
+        found.check(f"logits of {TRIED[0]} x {TRIED[1]} tokens: finite", _finite_in_onnx, path)
+
+
+def _graph(file: Path, manifest: dict[str, Any] | None) -> None:
+    """Compare a graph with its manifest, if it has one; `ArtifactError` where they differ."""
+    model = read_graph(file)
+    beside = check_external(model, file.parent)
+    if manifest is None:
+        return
+    hashes_of(manifest, file.parent / ONNX_FILE, sorted(beside), "export again")
+    graph = describe(model)
+    got = {"inputs": [one["name"] for one in graph["inputs"]], "opset": graph["opset"]}
+    for key, value in got.items():
+        if manifest[key] != value:
+            raise ArtifactError(f"{file}: {key} is {value}, its manifest says {manifest[key]}; export again")
+
+
+def _finite_in_onnx(path: Path) -> None:
+    _finite(open_runner(path).logits({"input_ids": np.full(TRIED, COUNTED_TOKEN)}), path)
+
+
+def _files(path: Path, hashes: dict[Any, Any], remedy: str, found: Findings) -> None:
+    for name, digest in hashes.items():
+        found.check(f"{name}: sha256", check_files, path, [(name, digest)], remedy)
+
+
+def _finite(logits: Any, where: Path) -> None:
+    if not np.isfinite(logits).all():
+        raise ArtifactError(f"{where}: logits are not finite numbers; write the directory again")
+
+
+_VERIFIERS: dict[Form, Callable[[Path, Findings], None]] = {"run": _run, "pruned": _pruned, "onnx": _onnx}

@@ -1,0 +1,311 @@
+"""A run that is killed at any moment goes on to the very end that it would have come to."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from conftest import TaskFiles
+from forms import settings_for
+from gatepress.checkpoint import read_run
+from gatepress.cli.app import app
+from gatepress.config import RUN_FILE, TrainSettings
+from gatepress.errors import ArtifactError
+from gatepress.files import replace_file
+from gatepress.progress import NoProgress
+from gatepress.pruning import prune
+from gatepress.resume import uninterrupted
+from gatepress.training import resume, train
+
+ModelDir = Callable[[str], Path]
+
+EPOCH, STEPS = 8, 24  # 256 rows in batches of 32, three times
+TIMES = ("train_seconds", "peak_memory_bytes", "output_dir", "curve")
+WAYS = {
+    "gates+lora": {},
+    "penalty": {"method": "gates", "controller": "penalty", "granularity": "matrix"},
+    "macs": {"budget": "macs", "precision": "bf16"},
+    "distill": {"distill": True},
+    "full": {"method": "full"},
+    "lora": {"method": "lora"},
+    "vera": {"method": "vera", "lora_rank": 8},
+}
+
+
+class KilledError(Exception):
+    """Stands for SIGKILL: nothing of gatepress catches it."""
+
+
+class StopAt(NoProgress):
+    """Ends a training behind one of its steps."""
+
+    def __init__(self, step, error=KilledError):
+        self.step, self.error, self.now = step, error, 0
+
+    def start(self, total, description):
+        assert description == "training"
+        self.now = STEPS - total
+
+    def advance(self, steps=1, **_figures):
+        self.now += steps
+        if self.now == self.step:
+            raise self.error
+
+
+def stopped(settings: TrainSettings, output: Path, step: int, error: type[BaseException] = KilledError) -> Path:
+    with pytest.raises(error):
+        train(settings, output, progress=StopAt(step, error))
+    return output
+
+
+def told(directory: Path) -> dict[str, Any]:
+    """Return all that a run directory says, without times."""
+    manifest = json.loads((directory / RUN_FILE).read_text())
+    curve = [{key: value for key, value in point.items() if key not in TIMES} for point in manifest["report"]["curve"]]
+    report = {key: value for key, value in manifest["report"].items() if key not in TIMES}
+    settings = {key: value for key, value in manifest["settings"].items() if key != "save_every"}
+    return {**manifest, "report": report, "settings": settings, "curve": curve, "files": sorted(names(directory))}
+
+
+def names(directory: Path) -> list[str]:
+    return [path.name for path in directory.iterdir()]
+
+
+def assert_same(one: Path, other: Path) -> None:
+    first, second = (load_file(path / read_run(path).tensors["file"]) for path in (one, other))
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    assert told(one) == told(other)
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_model_dir: ModelDir, tiny_task_files: TaskFiles) -> TrainSettings:
+    return settings_for(tiny_model_dir("bert"), tiny_task_files, batch_size=32, save_every=3)
+
+
+@pytest.fixture(scope="module")
+def whole(settings: TrainSettings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was not stopped; to be compared with, never changed."""
+    path = tmp_path_factory.mktemp("whole") / "run"
+    train(settings, path)
+    return path
+
+
+@pytest.fixture
+def half(settings: TrainSettings, tmp_path: Path) -> Path:
+    """A run that was killed in its first epoch, behind a checkpoint."""
+    return stopped(settings, tmp_path / "run", 5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_killed_again_and_again_it_ends_in_the_same(
+    way: str, tiny_model_dir: ModelDir, tiny_task_files: TaskFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def settings(**changes: Any) -> TrainSettings:
+        return settings_for(tiny_model_dir("bert"), tiny_task_files, batch_size=32, **WAYS[way], **changes)
+
+    def cut_off(path: Path, data: bytes) -> None:
+        if path.name == RUN_FILE and (path.parent / f"state-{2 * EPOCH:08d}.safetensors").exists():
+            raise KilledError
+        replace_file(path, data)
+
+    train(settings(), tmp_path / "whole")
+    run = stopped(settings(save_every=3), tmp_path / "run", 5)
+    for step in (EPOCH + 1, 14):
+        with pytest.raises(KilledError):
+            resume(run, progress=StopAt(step))
+    with monkeypatch.context() as patch:
+        patch.setattr("gatepress.checkpoint.replace_file", cut_off)
+        with pytest.raises(KilledError):  # at the end of an epoch, with all but the manifest written
+            resume(run)
+    assert read_run(run).step == 2 * EPOCH - 1
+    for step in (20, STEPS):  # while it recovers, and before its last checkpoint
+        with pytest.raises(KilledError):
+            resume(run, progress=StopAt(step))
+    resume(run)
+    assert_same(run, tmp_path / "whole")
+
+
+def test_a_killed_process_goes_on_in_another(settings: TrainSettings, whole: Path, tmp_path: Path) -> None:
+    data = settings.data
+    options = ["--train-file", data.train_file, "--validation-file", data.validation_file, "--text-column", "text"]
+    options += ["--label-column", "label", "--model", settings.model, "--epochs", "3", "--batch-size", "32"]
+    options += ["--max-length", "32", "--lr", "2e-3", "--device", "cpu", "--save-every", "2", "-o", "run"]
+    command = [sys.executable, "-m", "gatepress", "train"]
+    with subprocess.Popen([*command, *options], cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if line.startswith("epoch 1: "):
+                break
+        process.send_signal(signal.SIGKILL)
+    assert read_run(tmp_path / "run").status == "training"
+    done = subprocess.run(
+        [*command, "--resume", "run", "--json"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout)["curve"][0]["step"] == EPOCH
+    assert_same(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("step", [5, EPOCH])
+def test_an_interrupted_run_goes_on_where_it_was(
+    step: int, settings: TrainSettings, whole: Path, tmp_path: Path
+) -> None:
+    run = stopped(settings, tmp_path / "run", step, KeyboardInterrupt)
+    assert (read_run(run).status, read_run(run).step) == ("interrupted", step)
+    resume(run)
+    assert_same(run, whole)
+
+
+def test_without_steps_between_there_is_a_checkpoint_at_each_epoch(
+    settings: TrainSettings, whole: Path, tmp_path: Path
+) -> None:
+    sparse = replace(settings, save_every=None)
+    run = stopped(sparse, tmp_path / "run", 2 * EPOCH - 1)
+    assert read_run(run).step == EPOCH
+    resume(run)
+    assert_same(run, whole)
+
+
+def test_seconds_add_up(half: Path) -> None:
+    path = half / RUN_FILE
+    manifest = json.loads(path.read_text())
+    manifest["resume"] |= {"train_seconds": 1000.0, "peak_memory_bytes": 10**15}
+    path.write_text(json.dumps(manifest))
+    report = resume(half)
+    assert 1000 < report["train_seconds"] < 2000
+    assert report["peak_memory_bytes"] == 10**15
+
+
+def test_an_interrupt_waits_for_the_end_of_a_step() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    through = []
+
+    @uninterrupted()
+    def step() -> None:
+        signal.raise_signal(signal.SIGINT)
+        through.append(1)
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            step()
+        assert through == [1]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_run_that_started_from_another_needs_it_no_more(settings: TrainSettings, tmp_path: Path) -> None:
+    train(settings, tmp_path / "first")
+    later = replace(settings, start=str(tmp_path / "first"), sparsity=0.5)
+    train(later, tmp_path / "whole")
+    run = stopped(later, tmp_path / "run", 11)
+    shutil.rmtree(tmp_path / "first")
+    resume(run)
+    assert_same(run, tmp_path / "whole")
+
+
+# --- what lies about -----------------------------------------------------------------------------
+
+
+def test_a_run_that_is_finished_is_left_as_it_is(whole: Path) -> None:
+    before = {path.name: path.read_bytes() for path in whole.iterdir()}
+    result = CliRunner().invoke(app, ["train", "--resume", str(whole), "--json"])
+    assert result.exit_code == 0
+    assert "is finished" in result.stderr
+    assert json.loads(result.stdout)["metric_value"] == told(whole)["report"]["metric_value"]
+    assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
+
+
+def test_what_killed_writes_leave_is_cleared_away(half: Path, whole: Path) -> None:
+    for name in ("gates-00000007.safetensors", ".state-00000008.safetensors.abc", f".{RUN_FILE}.abc"):
+        (half / name).write_bytes(b"half of it")
+    resume(half)
+    assert_same(half, whole)
+
+
+def test_what_was_staged_by_a_killed_run_confuses_no_other(
+    settings: TrainSettings, whole: Path, tmp_path: Path
+) -> None:
+    (tmp_path / ".run.new.abc").mkdir()
+    (tmp_path / ".run.new.abc" / RUN_FILE).write_text("{")
+    train(settings, tmp_path / "run")
+    assert_same(tmp_path / "run", whole)
+    assert sorted(names(tmp_path)) == [".run.new.abc", "run"]
+
+
+def test_a_run_that_was_stopped_can_be_pruned(half: Path, tmp_path: Path) -> None:
+    assert prune(half, tmp_path / "pruned")["max_abs_logit_diff"] <= 1e-4
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (["--epochs", "3"], "--epochs"),
+        (["--seed", "0"], "--seed"),  # the default, but given
+        (["-o", "elsewhere", "--no-train-biases"], "--train-biases, --output"),
+        (["--task", "demo"], "--task"),
+    ],
+)
+def test_other_settings_beside_resume_are_refused(given: list[str], named: str) -> None:
+    result = CliRunner().invoke(app, ["train", "--resume", "run", "--quiet", *given])
+    assert result.exit_code == 2
+    expected = f"error: --resume goes on with the run's own settings, but {named} came with it; drop it"
+    assert result.stderr.splitlines()[-1] == expected
+
+
+def test_a_spoilt_state_is_refused(half: Path) -> None:
+    (state,) = half.glob("state-*")
+    data = bytearray(state.read_bytes())
+    data[-1] ^= 1
+    state.write_bytes(bytes(data))
+    with pytest.raises(ArtifactError, match="does not match its sha256"):
+        resume(half)
+    state.unlink()
+    with pytest.raises(ArtifactError, match="is missing"):
+        resume(half)
+
+
+def test_a_run_without_a_state_is_refused(half: Path) -> None:
+    path = half / RUN_FILE
+    manifest = json.loads(path.read_text())
+    del manifest["resume"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match="keeps no state to go on from"):
+        resume(half)
+
+
+def test_a_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=f"has no {RUN_FILE}"):
+        resume(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["rows", "weights"])
+def test_other_rows_or_another_base_are_refused(
+    what: str, tiny_model_dir: ModelDir, tiny_task_files: TaskFiles, tmp_path: Path
+) -> None:
+    base, rows = shutil.copytree(tiny_model_dir("bert"), tmp_path / "base"), tmp_path / "train.csv"
+    shutil.copy(tiny_task_files.train, rows)
+    settings = settings_for(base, tiny_task_files, batch_size=32)
+    settings = replace(settings, data=replace(settings.data, train_file=str(rows)))
+    run = stopped(settings, tmp_path / "run", EPOCH + 1)
+    if what == "rows":
+        rows.write_text(rows.read_text().replace("krat", "zogg", 1))
+    else:
+        weights = base / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    before = told(run)
+    with pytest.raises(ArtifactError, match=f"the {what}.* have changed since the run began"):
+        resume(run)
+    assert told(run) == before

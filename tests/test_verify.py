@@ -1,0 +1,227 @@
+"""`gatepress verify` passes what is whole and names each fault of what is not, in one line."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import onnx
+import pytest
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from forms import save_run
+from gatepress.checkpoint import load_pruned
+from gatepress.cli.app import app
+from gatepress.errors import ArtifactError
+from gatepress.export import export
+from gatepress.files import sha256_of
+from gatepress.pruning import prune
+from gatepress.verifying import verify
+
+KINDS = ("run", "pruned", "onnx")
+MANIFESTS = {kind: f"gatepress_{kind}.json" for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def made(tiny_model_dir: Any, tiny_task_files: Any, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """One model in every form."""
+    root = tmp_path_factory.mktemp("verified")
+    base = shutil.copytree(tiny_model_dir("bert"), root / "base")
+    run = save_run(root / "run", base, tiny_task_files)
+    prune(run, root / "pruned")
+    export(root / "pruned", root / "onnx")
+    return SimpleNamespace(base=base, **{kind: root / kind for kind in KINDS})
+
+
+@pytest.fixture
+def copy(made: SimpleNamespace, tmp_path: Path) -> Callable[[str], Path]:
+    """Return kind -> a copy that may be broken."""
+    return lambda kind: shutil.copytree(getattr(made, kind), tmp_path / kind)
+
+
+def change(file: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    value = json.loads(file.read_text())
+    edit(value)
+    file.write_text(json.dumps(value))
+
+
+def weights(directory: Path) -> Path:
+    return next(path for name in ("gates-*", "model.*") for path in directory.glob(name))
+
+
+def sign(directory: Path, file: Path) -> None:
+    """Write the sha256 that a file now has into the manifest, as who forges it would."""
+    (kind,) = (kind for kind in KINDS if (directory / MANIFESTS[kind]).is_file())
+    key = ("tensors", "sha256") if kind == "run" else ("sha256", file.name)
+    change(directory / MANIFESTS[kind], lambda value: value[key[0]].update({key[1]: sha256_of(file)}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_whole_directory_passes(made: SimpleNamespace, kind: str) -> None:
+    found = verify(getattr(made, kind))
+    assert (found["ok"], found["faults"], found["skipped"]) == (True, [], [])
+    assert any("sha256" in line for line in found["checked"])
+
+
+@pytest.mark.parametrize("layout", ["inner", "index", "paper", "stock"])
+def test_every_layout_of_every_family_passes(
+    family: str, layout: Any, tiny_model_dir: Any, tiny_task_files: Any, tmp_path: Path
+) -> None:
+    run = save_run(tmp_path / "run", tiny_model_dir(family), tiny_task_files, granularity="matrix")
+    prune(run, tmp_path / "pruned", layout=layout)
+    assert verify(tmp_path / "pruned")["faults"] == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_flipped_byte_is_found(copy: Any, kind: str) -> None:
+    path = copy(kind)
+    content = weights(path).read_bytes()
+    weights(path).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    (fault,) = verify(path)["faults"]
+    assert "does not match its sha256" in fault
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_missing_file_is_found(copy: Any, kind: str) -> None:
+    path = copy(kind)
+    weights(path).unlink()
+    faults = verify(path)["faults"]
+    assert any("is missing" in fault for fault in faults)
+    assert all("\n" not in fault for fault in faults)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_outside_the_directory_is_refused(copy: Any, kind: str) -> None:
+    path = copy(kind)
+    shutil.copyfile(weights(path), path.parent / "x")
+    digest = sha256_of(path.parent / "x")
+    edit = {"file": "../x", "sha256": digest} if kind == "run" else {"../x": digest}
+    change(path / MANIFESTS[kind], lambda value: value["tensors" if kind == "run" else "sha256"].update(edit))
+    assert any("'../x' is missing, only files in the directory count" in fault for fault in verify(path)["faults"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_manifest_of_a_newer_version_is_refused(copy: Any, kind: str) -> None:
+    path = copy(kind)
+    change(path / MANIFESTS[kind], lambda value: value.update(version=2))
+    (fault,) = verify(path)["faults"]
+    assert "upgrade gatepress" in fault
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_manifest_that_is_huge_is_not_read(copy: Any, kind: str) -> None:
+    path = copy(kind)
+    with (path / MANIFESTS[kind]).open("r+b") as file:
+        file.truncate(65 * 1024 * 1024)  # a hole, no bytes on the disk
+    (fault,) = verify(path)["faults"]
+    assert "larger than" in fault
+
+
+@pytest.mark.parametrize("kind", ["run", "pruned"])
+def test_truncated_weights_are_found_however_signed(copy: Any, kind: str) -> None:
+    path = copy(kind)
+    file = weights(path)
+    file.write_bytes(file.read_bytes()[:-100])
+    sign(path, file)
+    assert any("not readable as safetensors" in fault for fault in verify(path)["faults"])
+
+
+@pytest.mark.parametrize("layers", [3, 10**9])
+def test_a_layer_too_many_in_the_configuration_is_found(copy: Any, layers: int) -> None:
+    path = copy("pruned")
+    change(path / "config.json", lambda value: value.update(num_hidden_layers=layers))
+    sign(path, path / "config.json")
+    (fault,) = verify(path)["faults"]
+    assert ("layer.2" in fault and "is absent, expected [" in fault) or "asks for 1000000000 layers" in fault
+
+
+def test_weights_of_another_shape_are_found(copy: Any) -> None:
+    for kind, words in (("pruned", "do not fit config.json"), ("run", "expected")):
+        path = copy(kind)
+        state = load_file(weights(path))
+        name = next(name for name in state if state[name].dim() == 2)
+        save_file({**state, name: state[name][:-1].contiguous()}, weights(path))
+        sign(path, weights(path))
+        (fault,) = verify(path)["faults"]
+        assert words in fault
+
+
+def test_a_graph_that_is_not_that_of_the_manifest_is_found(copy: Any) -> None:
+    path = copy("onnx")
+    model = onnx.load(path / "model.onnx")
+    model.graph.initializer[0].data_location = onnx.TensorProto.EXTERNAL
+    model.graph.initializer[0].external_data.add(key="location", value="../weights")
+    (path / "model.onnx").write_bytes(model.SerializeToString())  # onnx.save would refuse
+    sign(path, path / "model.onnx")
+    change(path / MANIFESTS["onnx"], lambda value: value.update(opset=1))
+    (fault,) = verify(path)["faults"]
+    assert "../weights" in fault
+
+
+def test_weights_that_are_no_numbers_are_found(copy: Any) -> None:
+    path = copy("run")
+    state = load_file(weights(path))
+    name = next(name for name in state if name.startswith("classifier"))
+    save_file({**state, name: state[name] * float("nan")}, weights(path))
+    sign(path, weights(path))
+    (fault,) = verify(path)["faults"]
+    assert "logits are not finite" in fault
+
+
+def test_another_base_is_found_and_a_missing_one_is_told(
+    tiny_model_dir: Any, tiny_task_files: Any, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_model_dir("bert"), tmp_path / "base")
+    run = save_run(tmp_path / "run", base, tiny_task_files)
+    shutil.copyfile(tiny_model_dir("electra") / "model.safetensors", base / "model.safetensors")
+    (fault,) = verify(run)["faults"]
+    assert "was trained on other weights" in fault
+    shutil.rmtree(base)
+    found = verify(run)
+    assert found["ok"]
+    assert str(base) in found["skipped"][0]
+
+
+def test_a_bare_graph_is_run(made: SimpleNamespace, tmp_path: Path) -> None:
+    shutil.copyfile(made.onnx / "model.onnx", tmp_path / "a.onnx")
+    found = verify(tmp_path / "a.onnx")
+    assert found["ok"]
+    assert "sha256" in found["skipped"][0]
+    (tmp_path / "a.onnx").write_bytes(b"\x00" * 64)
+    assert not verify(tmp_path / "a.onnx")["ok"]
+
+
+@pytest.mark.parametrize("odd", [None, 3, [], {"x": None}], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_manifest_of_odd_values_ends_in_faults(copy: Any, kind: str, odd: Any) -> None:
+    path = copy(kind)
+    file = path / MANIFESTS[kind]
+    whole = json.loads(file.read_text())
+    for name in ("format", "version", "tensors" if kind == "run" else "sha256"):
+        file.write_text(json.dumps({**whole, name: odd}))
+        assert not verify(path)["ok"], name
+
+
+def test_exit_codes_and_json(made: SimpleNamespace, copy: Any, tmp_path: Path) -> None:
+    good = CliRunner().invoke(app, ["verify", str(made.pruned), "--json"])
+    assert good.exit_code == 0
+    assert set(json.loads(good.stdout)) == {"ok", "checked", "faults", "skipped"}
+    path = copy("pruned")
+    weights(path).unlink()
+    bad = CliRunner().invoke(app, ["verify", str(path), "--json"])
+    faults = json.loads(bad.stdout)["faults"]
+    assert (bad.exit_code, bad.stderr.splitlines()) == (1, [f"fault: {fault}" for fault in faults])
+    nothing = CliRunner().invoke(app, ["verify", str(tmp_path / "nothing"), "--json"])
+    assert nothing.exit_code == 1
+    assert json.loads(nothing.stdout)["error"]["type"] == "ArtifactError"
+
+
+@pytest.mark.parametrize("hashes", [None, {}, "x", {"config.json": ""}])
+def test_a_manifest_that_binds_no_weights_is_not_loaded(copy: Any, hashes: Any) -> None:
+    path = copy("pruned")
+    change(path / MANIFESTS["pruned"], lambda value: value.update(sha256=hashes))
+    with pytest.raises(ArtifactError, match="names no sha256 of"):
+        load_pruned(path)
