@@ -243,11 +243,11 @@ def main() -> None:
         words += ["--precision", options.precision, "--device", options.device]
         words += ["--epochs", options.epochs] if options.epochs else []
         runs = options.work / options.experiment
-        model = models[encoder]
+        shown, model = encoder, models[encoder]
         if FROM_FINETUNED in words:
             words.remove(FROM_FINETUNED)
-            model = runs / _directory((encoder, task, FINETUNED, seed))
-        return train(runs / _directory(key), encoder, str(model), words, options)
+            shown, model = "run_of_full", str(runs / _directory((encoder, task, FINETUNED, seed)))
+        return train(runs / _directory(key), shown, model, words, options)
 
     path = RESULTS / f"paper_{options.experiment}.json"
     cells = sweep(path, keys, KEY, cell, lambda done: render(experiment, done))

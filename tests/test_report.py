@@ -277,15 +277,6 @@ COMMON = ["models", "metric", "size"]
         ("sweep", ["models", "tradeoff", "metric", "size", "latency", "training", "origin", "commands"]),
     ],
 )
-def test_a_sweep_shows_its_summary_with_the_knee_ringed(made, tmp_path):
-    shown = page(tmp_path, made.sweep)
-    for row in made.sweep_manifest["summary"]:
-        assert f"accuracy {row['metric_median']:.4f}" in shown.text
-    text = (tmp_path / "page.html").read_text()
-    assert text.count('class="ring"') == sum(row["knee"] for row in made.sweep_manifest["summary"]) == 1
-    assert "At the knee, gates+lora 0.5 is 1.80x as fast as full, accuracy 0.0138 lower" in shown.text
-
-
 def test_each_kind_of_directory_gives_its_sections(kind, sections, made, tmp_path):
     assert page(tmp_path, getattr(made, kind)).sections == sections
 
@@ -508,3 +499,12 @@ def test_nothing_is_wider_than_the_window(width, made, tmp_path):
     picture = tmp_path / "page.png"
     chromium(tmp_path / "profile", shown, f"--screenshot={picture}", f"--window-size={width},2400")
     assert picture.stat().st_size > 30_000  # a blank one is a few kB
+
+
+def test_a_sweep_shows_its_summary_with_the_knee_ringed(made, tmp_path):
+    shown = page(tmp_path, made.sweep)
+    for row in made.sweep_manifest["summary"]:
+        assert f"accuracy {row['metric_median']:.4f}" in shown.text
+    text = (tmp_path / "page.html").read_text()
+    assert text.count('class="ring"') == sum(row["knee"] for row in made.sweep_manifest["summary"]) == 1
+    assert "At the knee, gates+lora 0.5 is 1.80x as fast as full, accuracy 0.0138 lower" in shown.text

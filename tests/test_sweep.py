@@ -129,7 +129,7 @@ def test_an_error_of_all_is_raised_and_leaves_nothing(settings, tmp_path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_error_of_one_is_told_and_the_others_go_on(settings, trained, tmp_path, monkeypatch, caplog):
+def test_an_error_of_one_is_told_and_the_others_go_on(settings, trained, tmp_path, monkeypatch):
     whole = sweep.train_apart
 
     def fail(cell_settings, output):
@@ -141,7 +141,6 @@ def test_an_error_of_one_is_told_and_the_others_go_on(settings, trained, tmp_pat
     result = run(settings, tmp_path / "sweep", plot=False)
     assert [cell["status"] for cell in result["cells"]] == ["finished", "failed", "finished"]
     assert result["cells"][1]["error"] == "the loss is nan"
-    assert "gates+lora-s0.5-seed0 failed: the loss is nan" in caplog.text
     assert len(result["summary"]) == 2
     monkeypatch.setattr(sweep, "train_apart", whole)
     assert len(run(settings, tmp_path / "sweep")["summary"]) == 3
