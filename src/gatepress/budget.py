@@ -93,17 +93,12 @@ def gate_vectors(model: nn.Module, layers: list[Layer], granularity: Granularity
 def removed_by(  # noqa: PLR0913 - each is a part of the measure
     model: nn.Module, layers: list[Layer], vectors: list[GateVector], unit: BudgetUnit, *, tokens: int, costs: Costs
 ) -> Callable[[Masks], float]:
-    """Return the measure of a budget: masks, one a vector -> fraction of `unit` that is gone.
+    """Return the measure of a budget that is not counted in gates: masks, one a vector -> fraction of `unit` gone.
 
-    `tokens` is the input length that `macs` counts attention at. Gates are counted on the masks, all else on
-    the plan that closure makes of them (layout `inner`).
+    `tokens` is the input length that `macs` counts attention at. Counted is what the plan that closure makes of
+    the masks (layout `inner`) leaves out.
     """
     biased = [{role: gated_linear(model, layer, role).base.bias is not None for role in ROLES} for layer in layers]
-
-    def gates(masks: Masks) -> float:
-        pairs = zip(masks, vectors, strict=True)
-        closed = sum(int((mask == 0).sum()) * vector.gate.counts for mask, vector in pairs)
-        return closed / counted(vector.gate for vector in vectors)[0]
 
     def planned(masks: Masks) -> float:
         open_sides = [
@@ -119,7 +114,7 @@ def removed_by(  # noqa: PLR0913 - each is a part of the measure
         ]
         return make_plan(layers, live, "inner", costs).removed(unit, tokens)
 
-    return gates if unit in ("gates", "vectors") else planned
+    return planned
 
 
 def gates_to_close(total: int, sparsity: float) -> int:
@@ -340,7 +335,9 @@ class Budget:
 def budget_of(model: nn.Module, layers: list[Layer], settings: TrainSettings, *, steps: int, tokens: int) -> Budget:
     """Return the budget of a prepared model as `settings` asks for it; `macs` count attention at `tokens` tokens."""
     vectors = gate_vectors(model, layers, settings.granularity)
-    removed = removed_by(model, layers, vectors, settings.unit, tokens=tokens, costs=analytic(DEFAULT_TARGET))
+    removed = None
+    if settings.unit not in ("gates", "vectors"):
+        removed = removed_by(model, layers, vectors, settings.unit, tokens=tokens, costs=analytic(DEFAULT_TARGET))
     return Budget(
         vectors,
         sparsity=settings.sparsity,
@@ -348,7 +345,7 @@ def budget_of(model: nn.Module, layers: list[Layer], settings: TrainSettings, *,
         steps=steps,
         penalty_weight=settings.penalty_weight,
         unit=settings.unit,
-        removed=None if settings.unit in ("gates", "vectors") else removed,
+        removed=removed,
     )
 
 

@@ -57,10 +57,8 @@ def evaluate(  # noqa: PLR0913 - every option of the command is one
     compared: dict[str, Any] = {}
     if against is not None:
         other = open_runner(against, device=device, trust_remote_code=trust_remote_code)
-        same = basis_of(
-            other, against, data=basis.data, max_length=basis.max_length, trust_remote_code=trust_remote_code
-        )
-        value = evaluate_runner(other, basis.rows, same.tokenizer, **options)["metric_value"]
+        tokenizer = _tokenizer_of(other, against, trust_remote_code=trust_remote_code)
+        value = evaluate_runner(other, basis.rows, tokenizer, **options)["metric_value"]
         drop = value - measured["metric_value"]
         compared = {"against": str(against), "metric_value_against": value, "metric_drop": drop}
     return {
@@ -83,7 +81,6 @@ class Basis:
     rows: Rows
     tokenizer: PreTrainedTokenizerBase
     max_length: int  # tokens
-    data: DataSettings  # what named the rows
 
 
 def basis_of(
@@ -101,12 +98,18 @@ def basis_of(
     asked = max_length or manifest.get("max_length") or MAX_LENGTH
     if not isinstance(asked, int):
         raise ArtifactError(f"{target}: max_length in the manifest is {asked!r}; give --max-length TOKENS")
+    tokenizer = _tokenizer_of(runner, target, trust_remote_code=trust_remote_code)
+    return Basis(load_rows(settings, splits="validation", spec=spec), tokenizer, asked)
+
+
+def _tokenizer_of(runner: Runner, target: str | Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of an open model; `ModelError` where that cannot be measured on texts."""
     if runner.head_is_random:
         raise ModelError(f"{target}: has no task head of its own, so there is nothing to measure; train one first")
     if runner.tokenizer_dir is None:
         raise ModelError(f"{target}: no tokenizer beside it; give the directory that `gatepress export` wrote")
-    tokenizer = open_tokenizer(runner.tokenizer_dir, trust_remote_code=trust_remote_code)
-    return Basis(load_rows(settings, splits="validation", spec=spec), tokenizer, asked, settings)
+    opened: PreTrainedTokenizerBase = open_tokenizer(runner.tokenizer_dir, trust_remote_code=trust_remote_code)
+    return opened
 
 
 def probe_rows(basis: Basis, runner: Runner) -> dict[str, npt.NDArray[np.int64]]:

@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from gatepress.config import METHODS, TrainSettings
-from gatepress.gates import gates_of
+from gatepress.config import TrainSettings
+from gatepress.gates import GatedLinear, gates_of
 from gatepress.inject import attach_gates_, in_head, replace_module_, trainable
 from gatepress.resolve import Layer, resolve
 
 Kinds = dict[str, dict[str, nn.Parameter]]
 
-LORA_SCALE = 2.0  # alpha / r, as in gates.py
 XS_START = 1e-5  # standard deviation of the trained matrix: the start is the pretrained model
 
 
@@ -124,7 +123,7 @@ def merge_(model: PreTrainedModel) -> None:
 def _peft_config(settings: TrainSettings, targets: list[str]) -> PeftConfig:
     if settings.method == "vera":
         return VeraConfig(r=settings.rank, target_modules=targets, projection_prng_key=settings.seed)
-    return LoraConfig(r=settings.rank, lora_alpha=int(LORA_SCALE * settings.rank), target_modules=targets)
+    return LoraConfig(r=settings.rank, lora_alpha=int(GatedLinear.LORA_SCALE * settings.rank), target_modules=targets)
 
 
 def _attach_peft_(model: PreTrainedModel, config: PeftConfig) -> None:
@@ -151,6 +150,3 @@ def _once(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         if place not in seen or not value.numel():
             seen.add(place)
             yield name, value
-
-
-__all__ = ["METHODS", "Kinds", "kept", "merge_", "prepare_", "trained"]

@@ -274,7 +274,7 @@ def _figures(job: _Job, loss: Tensor) -> dict[str, float]:
     value = loss.item()
     if not math.isfinite(value):
         raise ModelError(f"the loss is {value} at step {job.step}; try a smaller --learning-rate")
-    return {"loss": value, **({"closed": job.budget.removed} if job.budget else {})}
+    return {"loss": value, **({"closed": job.budget.closed_gates / job.budget.total_gates} if job.budget else {})}
 
 
 @uninterrupted()

@@ -30,6 +30,12 @@ MEASURING = "Measuring"
 ALTERNATIVES = "Alternatives"
 OUTPUT = "Output"
 
+
+def output_option(metavar: str, text: str) -> Any:
+    """Return the option that names what a command writes."""
+    return typer.Option("--output", "-o", metavar=metavar, help=text, rich_help_panel=OUTPUT)
+
+
 # --- data -----------------------------------------------------------------------------------------
 
 Task = Annotated[
@@ -325,6 +331,13 @@ PrecisionOption = Annotated[
         help="Arithmetic of the forward and backward pass.",
         rich_help_panel=TRAINING,
     ),
+]
+
+# --- what gatepress wrote ------------------------------------------------------------------------
+
+Written = Annotated[
+    Path,
+    typer.Argument(metavar="DIR", help="A run, a pruned or an ONNX directory, or an .onnx file.", show_default=False),
 ]
 
 # --- where and how --------------------------------------------------------------------------------

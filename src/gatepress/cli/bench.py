@@ -165,13 +165,7 @@ def bench(  # noqa: PLR0913 - every option is a parameter
     trust_remote_code: opt.TrustRemoteCode = False,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE",
-            help="Also write the records, as .json or .jsonl (with every raw sample), .csv or .md.",
-            rich_help_panel=opt.OUTPUT,
-        ),
+        opt.output_option("FILE", "Also write the records, as .json or .jsonl (with every raw sample), .csv or .md."),
     ] = None,
     plot: Annotated[
         Path | None,

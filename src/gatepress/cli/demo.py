@@ -5,8 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from gatepress.cli import _options as opt
 from gatepress.cli._console import Screen, count, grid, megabytes, milliseconds, percent, session
 from gatepress.config import DataSettings, TrainSettings
@@ -40,13 +38,7 @@ def demo(  # noqa: PLR0913 - every option is a parameter
     seed: opt.Seed = DEMO.seed,
     output: Annotated[
         Path,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="DIR",
-            help="Directory for the run, the smaller model and its ONNX form.",
-            rich_help_panel=opt.OUTPUT,
-        ),
+        opt.output_option("DIR", "Directory for the run, the smaller model and its ONNX form."),
     ] = Path("gatepress-demo"),
     force: opt.Force = False,
     as_json: opt.Json = False,

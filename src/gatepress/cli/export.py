@@ -67,13 +67,7 @@ def export(  # noqa: PLR0913 - every option is a parameter
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="DIR",
-            help="Directory of the ONNX model; onnx/MODEL unless given.",
-            rich_help_panel=opt.OUTPUT,
-        ),
+        opt.output_option("DIR", "Directory of the ONNX model; onnx/MODEL unless given."),
     ] = None,
     force: opt.Force = False,
     as_json: opt.Json = False,

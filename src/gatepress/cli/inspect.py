@@ -1,10 +1,7 @@
 """`gatepress inspect`: what a directory is, where it comes from, what each layer keeps."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
-
-import typer
+from typing import TYPE_CHECKING, Any, TextIO
 
 from gatepress.cli import _options as opt
 from gatepress.cli._console import count, facts, grid, megabytes, percent, pick, session
@@ -29,12 +26,7 @@ Bar = Callable[[float], str]
 
 
 def inspect(
-    directory: Annotated[
-        Path,
-        typer.Argument(
-            metavar="DIR", help="A run, a pruned or an ONNX directory, or an .onnx file.", show_default=False
-        ),
-    ],
+    directory: opt.Written,
     *,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,

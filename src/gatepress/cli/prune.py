@@ -63,13 +63,7 @@ def prune(  # noqa: PLR0913 - every option is a parameter
     ] = False,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="DIR",
-            help="Directory of the smaller model; pruned/RUN unless given.",
-            rich_help_panel=opt.OUTPUT,
-        ),
+        opt.output_option("DIR", "Directory of the smaller model; pruned/RUN unless given."),
     ] = None,
     force: opt.Force = False,
     as_json: opt.Json = False,

@@ -44,7 +44,7 @@ def report(  # noqa: PLR0913 - every option is a parameter
     ] = None,
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", metavar="FILE", help="The page, as .html.", rich_help_panel=opt.OUTPUT),
+        opt.output_option("FILE", "The page, as .html."),
     ] = Path("report.html"),
     force: opt.Force = False,
     as_json: opt.Json = False,

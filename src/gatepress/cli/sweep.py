@@ -97,12 +97,8 @@ def sweep(  # noqa: PLR0913 - every option is a parameter
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="DIR",
-            help="Directory of the sweep; sweeps/TASK-MODEL unless given. One that exists is gone on with.",
-            rich_help_panel=opt.OUTPUT,
+        opt.output_option(
+            "DIR", "Directory of the sweep; sweeps/TASK-MODEL unless given. One that exists is gone on with."
         ),
     ] = None,
     force: Annotated[

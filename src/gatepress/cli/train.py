@@ -5,8 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from gatepress.cli import _options as opt
 from gatepress.cli._console import Screen, count, facts, percent, pick, session
 from gatepress.config import RUN_FILE, TrainSettings, default_run_name
@@ -68,13 +66,7 @@ def train(  # noqa: PLR0913 - every option is a parameter
     precision: opt.PrecisionOption = TrainSettings.precision,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="DIR",
-            help="Directory of the run; runs/TASK-MODEL-sFRACTION unless given.",
-            rich_help_panel=opt.OUTPUT,
-        ),
+        opt.output_option("DIR", "Directory of the run; runs/TASK-MODEL-sFRACTION unless given."),
     ] = None,
     force: opt.Force = False,
     resume: opt.Resume = None,

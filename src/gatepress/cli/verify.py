@@ -1,7 +1,6 @@
 """`gatepress verify`: whether a directory still is what its manifest says."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -19,12 +18,7 @@ EXAMPLES = opt.examples(
 
 
 def verify(
-    directory: Annotated[
-        Path,
-        typer.Argument(
-            metavar="DIR", help="A run, a pruned or an ONNX directory, or an .onnx file.", show_default=False
-        ),
-    ],
+    directory: opt.Written,
     *,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
