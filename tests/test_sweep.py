@@ -98,6 +98,16 @@ def test_a_sweep_may_grow_and_start_over_and_does_nothing_twice(settings, traine
     assert len(over["cells"]) == 1
 
 
+def test_a_run_of_another_method_may_be_what_is_swept(settings, trained, tmp_path):
+    training.train(replace(settings, method="full", lora_rank=None), tmp_path / "full")
+    pressed = replace(settings, model=str(tmp_path / "full"))
+    result = run(pressed, tmp_path / "sweep", methods=["gates+lora"], sparsities=[0.5], plot=False)
+    assert [cell["status"] for cell in result["cells"]] == ["finished"]
+    assert trained == ["gates+lora-s0.5-seed0"]
+    with pytest.raises(ModelError, match="160"):  # what its base takes at most
+        run(pressed, tmp_path / "long", methods=["gates+lora"], seq_lens=[161], plot=False)
+
+
 def test_what_is_interrupted_goes_on_where_it_was(settings, trained, tmp_path, monkeypatch):
     whole = sweep.train_apart
 

@@ -16,7 +16,7 @@ import contextlib
 import importlib.metadata
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -170,6 +170,13 @@ def _open_run_as_base(directory: Path, spec: TaskSpec) -> PreTrainedModel:
         raise ModelError(f"{directory}: was trained for {manifest.task.name}, expected a run of {spec.name}")
     model.train()
     return model
+
+
+def dense_base(directory: Path | None, locate: Callable[[TrainSettings], Path | None]) -> Path | None:
+    """Follow runs of other methods to the model directory below them all; None where `locate` finds one no more."""
+    while directory is not None and (directory / RUN_FILE).is_file():
+        directory = locate(read_run(directory).settings)
+    return directory
 
 
 def is_finetuned(directory: Path, spec: TaskSpec) -> bool:

@@ -9,8 +9,8 @@ from accelerate import init_empty_weights
 from huggingface_hub import constants
 from transformers import PreTrainedModel
 
-from gatepress.checkpoint import model_errors, read_run, read_tensors
-from gatepress.config import DEFAULT_TARGET, RUN_FILE, TrainSettings
+from gatepress.checkpoint import dense_base, model_errors, read_run, read_tensors
+from gatepress.config import DEFAULT_TARGET, TrainSettings
 from gatepress.costs import analytic
 from gatepress.errors import ArtifactError, GatepressError
 from gatepress.families import FAMILIES, ROLES
@@ -70,9 +70,7 @@ def plan_of_run(directory: Path) -> tuple[PrunePlan, int] | None:
     Raises `ArtifactError` and `ModelError` on a broken run or base.
     """
     manifest = read_run(directory)
-    base = base_of(manifest.settings) if manifest.settings.gated else None
-    while base is not None and (base / RUN_FILE).is_file():  # a run of another method
-        base = base_of(read_run(base).settings)
+    base = dense_base(base_of(manifest.settings), base_of) if manifest.settings.gated else None
     if base is None:
         return None
     model = empty_model(base)

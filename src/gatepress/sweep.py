@@ -27,7 +27,7 @@ from gatepress.bench import endtoend, timing
 from gatepress.bench.record import Record
 from gatepress.bench.render import markdown
 from gatepress.bench.summary import Cell, density, summarize, table
-from gatepress.checkpoint import read_run
+from gatepress.checkpoint import dense_base, read_run
 from gatepress.config import DEFAULT_TARGET, METHODS, Method, Target, TrainSettings
 from gatepress.errors import ArtifactError, MissingExtraError, ModelError, OutputError, UsageError
 from gatepress.export import export
@@ -98,8 +98,8 @@ def run(  # noqa: PLR0913 - every option of the command is one
     sweep.records = _timed_before(output, sweep.settings, force=force)
     if not force:
         sweep.reports = {cell: report for cell in wanted if (report := _finished(sweep.run_dir(cell), wanted[cell]))}
-    base = locate_model(settings.model, settings.revision)
-    endtoend.refuse_longer(settings.model, max_tokens(read_json(base / "config.json")), max(seq_lens))
+    longest = max_tokens(read_json(_located(settings) / "config.json"))
+    endtoend.refuse_longer(settings.model, longest, max(seq_lens))
     try:
         sweep.save()
         if force:
@@ -277,6 +277,12 @@ def _cells(
             for sparsity in sparsities if dense.gated else (0.0,):
                 wanted[Cell(method, sparsity, seed)] = replace(dense, sparsity=sparsity).absolute()
     return wanted
+
+
+def _located(settings: TrainSettings) -> Path:
+    """Return the directory of the dense model, that below a run too; raises as `locate_model`."""
+    base = locate_model(settings.model, settings.revision)
+    return dense_base(base, lambda one: locate_model(one.model, one.revision)) or base
 
 
 def _meaningless(method: Method) -> dict[str, Any]:
