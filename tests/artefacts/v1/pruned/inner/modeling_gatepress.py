@@ -1,0 +1,230 @@
+"""Pruned transformer encoders: the stock classes with narrower matrices.
+
+This file stands beside the weights of every pruned model and needs torch and transformers only. What
+is narrower is data, in `config.gatepress`:
+
+    {"version": 1,
+     "linears":    {path: {"rows": int, "columns": int, "gathered": bool, "scattered": bool}},
+     "attentions": {path: {"q": name, "k": name, "v": name, "o": name or null, "heads": [int],
+                           "qk_width": int, "vo_width": int, "scale": float}}}
+
+Paths are below the base model. Every head that is left has `qk_width` query/key dimensions and
+`vo_width` value/output dimensions; `scale` is that of the dense model.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    ElectraConfig,
+    ElectraForSequenceClassification,
+    MPNetConfig,
+    MPNetForSequenceClassification,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    XLMRobertaConfig,
+    XLMRobertaForSequenceClassification,
+)
+
+VERSION = 1
+
+
+class PrunedLinear(nn.Linear):
+    """A smaller `nn.Linear` that may pick its inputs and spread its outputs by index.
+
+    `in_index [columns]` names the inputs read; `out_index [out]` names, for each output of the dense
+    matrix, the row that computes it, or `rows` where the output is exactly 0.
+
+    When exported, both move whole rows of the transposed activations: ONNX Runtime picks from the last
+    axis number by number, which takes four times as long as two transpositions and a copy of rows.
+    """
+
+    def __init__(self, dense: nn.Linear, rows: int, columns: int, *, gathered: bool, scattered: bool) -> None:
+        super().__init__(
+            columns, rows, bias=dense.bias is not None, device=dense.weight.device, dtype=dense.weight.dtype
+        )
+        self.in_index: Tensor | None
+        self.out_index: Tensor | None
+        device = dense.weight.device
+        self.register_buffer("in_index", torch.arange(columns, device=device) if gathered else None)
+        index = torch.arange(dense.out_features, device=device).clamp_max(rows) if scattered else None
+        self.register_buffer("out_index", index)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [..., in of the dense matrix] to y [..., rows], or [..., out of the dense matrix]."""
+        if self.in_index is not None:
+            x = pick(x, self.in_index)
+        y = functional.linear(x, self.weight, self.bias)
+        return y if self.out_index is None else pick(y, self.out_index, zeros=1)
+
+
+def pick(x: Tensor, index: Tensor, zeros: int = 0) -> Tensor:
+    """Return `x[..., index]`, with so many zeros behind x; when exported, by way of the transposed x."""
+    if not torch.compiler.is_exporting():
+        return (functional.pad(x, (0, zeros)) if zeros else x).index_select(-1, index)
+    rows = functional.pad(x.flatten(0, -2).t(), (0, 0, 0, zeros))
+    return rows.index_select(0, index).t().reshape(*x.shape[:-1], -1)
+
+
+class PrunedAttention:
+    """Self-attention over the heads and widths that are left; mixed in before the family's own class."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Map hidden states [batch, length, hidden] to the same shape, or to [..., heads * vo_width]."""
+        part = self.gatepress
+        heads = len(part["heads"])
+        q, k, v = (
+            getattr(self, part[role])(hidden_states).unflatten(-1, (heads, part[width])).transpose(1, 2)
+            for role, width in (("q", "qk_width"), ("k", "qk_width"), ("v", "vo_width"))
+        )
+        mask = attention_mask
+        if position_bias is not None:  # [batch, dense heads, length, length]
+            bias = position_bias[:, part["heads"]] if position_bias.shape[1] != heads else position_bias
+            mask = bias if mask is None else bias + mask
+        dropout = self.dropout.p if self.training else 0.0
+        eager = getattr(getattr(self, "config", None), "_attn_implementation", "sdpa") == "eager"
+        weights = None
+        if eager or kwargs.get("output_attentions"):
+            scores = q @ k.transpose(-1, -2) * part["scale"]
+            if mask is not None and not mask.is_floating_point():
+                scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+            elif mask is not None:
+                scores = scores + mask
+            weights = functional.dropout(scores.softmax(-1), dropout)
+            context = weights @ v
+        else:
+            context = functional.scaled_dot_product_attention(q, k, v, mask, dropout, scale=part["scale"])
+        context = context.transpose(1, 2).flatten(2)
+        return context if part["o"] is None else getattr(self, part["o"])(context), weights
+
+
+def shrink_(model: Any, gatepress: dict[str, Any]) -> None:
+    """Swap what `gatepress` (see the module) names for its narrower form, in place; values stay unset.
+
+    Raises `ValueError` where the description does not fit the model.
+    """
+    if gatepress.get("version") != VERSION:
+        raise ValueError(f"config.gatepress has version {gatepress.get('version')!r}, this file reads {VERSION}")
+    base = model.base_model
+    for path, part in gatepress["linears"].items():
+        dense = _submodule(base, path)
+        rows, columns = part["rows"], part["columns"]
+        if not isinstance(dense, nn.Linear) or isinstance(dense, PrunedLinear):
+            kind = type(dense).__name__
+            raise ValueError(f"config.gatepress: {path} is a {kind}, expected a Linear")  # noqa: TRY004 - a wrong file
+        if not (0 < rows <= dense.out_features and 0 < columns <= dense.in_features):
+            raise ValueError(f"config.gatepress: {path} is [{rows}, {columns}], larger than the dense matrix or empty")
+        parent, _, name = path.rpartition(".")
+        setattr(
+            base.get_submodule(parent),
+            name,
+            PrunedLinear(dense, rows, columns, gathered=part["gathered"], scattered=part["scattered"]),
+        )
+    for path, part in gatepress["attentions"].items():
+        attention: Any = _submodule(base, path)
+        pruned = type("Pruned" + type(attention).__name__, (PrunedAttention, type(attention)), {})
+        attention.__class__ = pruned
+        attention.gatepress = dict(part)
+
+
+def _submodule(base: nn.Module, path: str) -> nn.Module:
+    try:
+        return base.get_submodule(path)
+    except AttributeError:
+        raise ValueError(f"config.gatepress names {path!r}, which this model does not have") from None
+
+
+class _Pruned(PreTrainedModel):
+    """What all pruned classes add to their stock class: narrower matrices from the first moment."""
+
+    _supports_flash_attn = False  # head widths differ between query/key and value/output
+    _supports_flex_attn = False
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        shrink_(self, config.gatepress)
+
+
+class GatepressBertConfig(BertConfig):
+    """BERT with pruned layers."""
+
+    model_type = "gatepress_bert"
+
+
+class GatepressBertForSequenceClassification(_Pruned, BertForSequenceClassification):
+    """BERT with pruned layers and a classification or regression head."""
+
+    config_class = GatepressBertConfig
+
+
+class GatepressRobertaConfig(RobertaConfig):
+    """RoBERTa with pruned layers."""
+
+    model_type = "gatepress_roberta"
+
+
+class GatepressRobertaForSequenceClassification(_Pruned, RobertaForSequenceClassification):
+    """RoBERTa with pruned layers and a classification or regression head."""
+
+    config_class = GatepressRobertaConfig
+
+
+class GatepressXLMRobertaConfig(XLMRobertaConfig):
+    """XLM-R with pruned layers."""
+
+    model_type = "gatepress_xlm_roberta"
+
+
+class GatepressXLMRobertaForSequenceClassification(_Pruned, XLMRobertaForSequenceClassification):
+    """XLM-R with pruned layers and a classification or regression head."""
+
+    config_class = GatepressXLMRobertaConfig
+
+
+class GatepressElectraConfig(ElectraConfig):
+    """ELECTRA with pruned layers."""
+
+    model_type = "gatepress_electra"
+
+
+class GatepressElectraForSequenceClassification(_Pruned, ElectraForSequenceClassification):
+    """ELECTRA with pruned layers and a classification or regression head."""
+
+    config_class = GatepressElectraConfig
+
+
+class GatepressMPNetConfig(MPNetConfig):
+    """MPNet with pruned layers."""
+
+    model_type = "gatepress_mpnet"
+
+
+class GatepressMPNetForSequenceClassification(_Pruned, MPNetForSequenceClassification):
+    """MPNet with pruned layers and a classification or regression head."""
+
+    config_class = GatepressMPNetConfig
+
+
+class GatepressDistilBertConfig(DistilBertConfig):
+    """DistilBERT with pruned layers."""
+
+    model_type = "gatepress_distilbert"
+
+
+class GatepressDistilBertForSequenceClassification(_Pruned, DistilBertForSequenceClassification):
+    """DistilBERT with pruned layers and a classification or regression head."""
+
+    config_class = GatepressDistilBertConfig
