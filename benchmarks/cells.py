@@ -57,7 +57,10 @@ def models_of(options: argparse.Namespace) -> dict[str, str]:
 
 def train(run: Path, name: str, model: str, words: Sequence[object], options: argparse.Namespace) -> dict[str, Any]:
     """Train one run unless it is there and finished, and return what it says of itself, with the command."""
-    if not _finished(run):
+    status = _status(run)
+    if status in ("training", "interrupted"):
+        gatepress("train", "--resume", run)
+    elif status != "finished":
         shutil.rmtree(run, ignore_errors=True)
         where = [] if options.data_dir is None else ["--data-dir", options.data_dir]
         gatepress("train", "--model", model, *where, *words, "-o", run)
@@ -99,6 +102,6 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
-def _finished(run: Path) -> bool:
+def _status(run: Path) -> str | None:
     manifest = run / "gatepress_run.json"
-    return manifest.is_file() and json.loads(manifest.read_text())["status"] == "finished"
+    return json.loads(manifest.read_text())["status"] if manifest.is_file() else None

@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from accelerate.data_loader import prepare_data_loader
 from pyarrow import parquet
 
 import tiny
@@ -16,6 +15,7 @@ from gatepress.batches import GroupedBatches, make_loader, tokenize
 from gatepress.config import DataSettings
 from gatepress.errors import ArtifactError, DataError, HubError, ModelError, UsageError
 from gatepress.metrics import compute_metric
+from gatepress.processes import Processes
 from gatepress.tasks import TASKS, TaskSpec, task_named
 from gatepress.tasks.sources import Rows, load_rows
 
@@ -423,23 +423,17 @@ def test_rows_of_a_batch_have_like_lengths_and_only_the_last_is_short(lengths):
     assert abs(np.corrcoef(means, range(len(means)))[0, 1]) < 0.3  # not served from long to short
 
 
-def test_two_processes_share_each_batch(rows: Rows, tokenizer):
-    tokens = tokenize(rows.train, tokenizer, max_length=64)
-
-    def loader():
-        return make_loader(tokens, tokenizer, 8, shuffle=True, seed=1)
-
-    alone = loader()
-    shares = [
-        prepare_data_loader(loader(), num_processes=2, process_index=index, split_batches=True, put_on_device=False)
-        for index in (0, 1)
-    ]
-    for epoch in (0, 1, 4):
-        alone.batch_sampler.set_epoch(epoch)
-        for share in shares:
-            share.set_epoch(epoch)
-        for batch, *parts in zip(alone, *shares, strict=True):
-            assert torch.equal(batch["labels"], torch.cat([part["labels"] for part in parts]))
+@pytest.mark.parametrize("count", [2, 5])
+def test_processes_share_each_batch(lengths, count):
+    alone = batches_of(lengths)
+    shares = [batches_of(lengths, processes=Processes(index, count)) for index in range(count)]
+    for number, (batch, *parts) in enumerate(zip(alone, *shares, strict=True)):
+        weights = [share.share(number) * len(batch) for share in shares]
+        owned = [part for part, weight in zip(parts, weights, strict=True) if weight]
+        assert sorted(row for part in owned for row in part) == sorted(batch)
+        assert [weight for weight in weights if weight] == pytest.approx([len(part) for part in owned])
+    assert len(batch) == 3
+    assert all(parts)  # five processes: two of them have no row of the last batch, and step all the same
 
 
 # ---------------------------------------------------------------- metrics

@@ -78,13 +78,6 @@ def test_changelog_has_the_version():
     assert f"## {gatepress.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").replace("[", "")
 
 
-def test_imports_go_down_only(monkeypatch):
-    from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
-
-    monkeypatch.chdir(ROOT)
-    assert lint_imports(no_cache=True) == EXIT_STATUS_SUCCESS
-
-
 @pytest.mark.parametrize("arguments", [[], *([command] for command in COMMANDS)], ids=["gatepress", *COMMANDS])
 def test_help_loads_nothing_heavy(arguments):
     done = subprocess.run(

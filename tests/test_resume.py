@@ -17,11 +17,10 @@ from typer.testing import CliRunner
 
 from conftest import TaskFiles
 from forms import settings_for
-from gatepress import training
 from gatepress.checkpoint import read_run
 from gatepress.cli.app import app
 from gatepress.config import RUN_FILE, TrainSettings
-from gatepress.errors import ArtifactError
+from gatepress.errors import ArtifactError, OutputError
 from gatepress.files import replace_file
 from gatepress.progress import NoProgress
 from gatepress.pruning import prune
@@ -217,13 +216,11 @@ def test_a_run_that_started_from_another_needs_it_no_more(settings: TrainSetting
 # --- what lies about -----------------------------------------------------------------------------
 
 
-def test_a_run_that_is_finished_is_left_as_it_is(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []  # not read from stderr: another library of the same process may have silenced loggers
-    monkeypatch.setattr(training.logger, "info", lambda message, *_: said.append(message))
+def test_a_run_that_is_finished_is_left_as_it_is(whole: Path) -> None:
     before = {path.name: path.read_bytes() for path in whole.iterdir()}
     result = CliRunner().invoke(app, ["train", "--resume", str(whole), "--json"])
     assert result.exit_code == 0
-    assert any("is finished" in message for message in said)
+    assert "is finished" in result.stderr
     assert json.loads(result.stdout)["metric_value"] == told(whole)["report"]["metric_value"]
     assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
 
@@ -312,3 +309,22 @@ def test_other_rows_or_another_base_are_refused(
     with pytest.raises(ArtifactError, match=f"the {what}.* have changed since the run began"):
         resume(run)
     assert told(run) == before
+
+
+@pytest.mark.parametrize("way", ["resumed", "replaced"])
+def test_a_run_that_is_training_is_left_alone(
+    way: str, settings: TrainSettings, half: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+
+    def another(path: Path, data: bytes) -> None:
+        replace_file(path, data)
+        if path.parent == half and not tried:
+            with pytest.raises(OutputError, match="another gatepress is training into it") as error:
+                resume(half) if way == "resumed" else train(settings, half, force=True)
+            tried.append(str(error.value))
+
+    monkeypatch.setattr("gatepress.checkpoint.replace_file", another)
+    resume(half)
+    assert tried
+    assert_same(half, whole)

@@ -20,6 +20,7 @@ from gatepress.bench.summary import Cell, knee, summarize
 from gatepress.checkpoint import read_run
 from gatepress.config import TrainSettings
 from gatepress.errors import MissingExtraError, ModelError, OutputError, UsageError
+from gatepress.progress import NoProgress
 
 DOCUMENT = Path(__file__).parents[1] / "docs/json-contract.md"
 GRID = {"methods": ["gates+lora", "lora"], "sparsities": [0.0, 0.5], "seeds": 1}
@@ -43,7 +44,7 @@ def trained(monkeypatch):
 
     def train(settings, output):
         names.append(output.name)
-        return training.train(settings, output, force=True)
+        return sweep.train_or_resume(settings, output)
 
     monkeypatch.setattr(sweep, "train_apart", train)
     return names
@@ -96,6 +97,22 @@ def test_a_sweep_may_grow_and_start_over_and_does_nothing_twice(settings, traine
     assert trained[-1] == "lora-s0-seed0"
     assert [path.name for path in (tmp_path / "sweep/runs").iterdir()] == ["lora-s0-seed0"]
     assert len(over["cells"]) == 1
+
+
+def test_a_training_that_was_stopped_is_gone_on_with(settings, tmp_path):
+    class Stop(NoProgress):
+        def advance(self, *_, **__):
+            raise KeyboardInterrupt
+
+    cell = tmp_path / RUNS[1]
+    with pytest.raises(KeyboardInterrupt):
+        training.train(replace(settings, sparsity=0.5, method="gates+lora", epochs=2), cell, progress=Stop())
+    manifest = json.loads((cell / "gatepress_run.json").read_text())
+    manifest["resume"]["train_seconds"] = 1000.0  # what only going on adds to
+    (cell / "gatepress_run.json").write_text(json.dumps(manifest))
+    report = sweep.train_or_resume(settings, cell)
+    assert report["train_seconds"] > 1000
+    assert read_run(cell).status == "finished"
 
 
 def test_a_run_of_another_method_may_be_what_is_swept(settings, trained, tmp_path):

@@ -5,7 +5,7 @@ Order depends on seed and epoch alone, so a run that was stopped can go on at an
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import numpy as np
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from gatepress.errors import ModelError
+from gatepress.processes import ALONE, Processes
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 PROBE_ROWS = 32
@@ -47,22 +48,25 @@ class GroupedBatches(Sampler[list[int]]):
 
     With `shuffle` rows are drawn at random, sorted by length within groups of 50 batches, and the
     batches shuffled; without it all rows are sorted, longest first. Only the last batch may be short.
+    Of several processes each is served its share of every batch; one that has none gets a row all the same.
     """
 
-    drop_last = False  # read by accelerate, like batch_size and sampler, to share batches over processes
-
-    def __init__(self, lengths: npt.NDArray[np.int64], batch_size: int, *, shuffle: bool, seed: int) -> None:
+    def __init__(
+        self,
+        lengths: npt.NDArray[np.int64],
+        batch_size: int,
+        *,
+        shuffle: bool,
+        seed: int,
+        processes: Processes = ALONE,
+    ) -> None:
         self.lengths = lengths
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = seed
+        self.processes = processes
         self.epoch = 0
         self._start = (0, 0)
-
-    @property
-    def sampler(self) -> "GroupedBatches":
-        """Where accelerate looks for `set_epoch` once it has wrapped the batches."""
-        return self
 
     @property
     def order(self) -> npt.NDArray[np.int64]:
@@ -78,6 +82,11 @@ class GroupedBatches(Sampler[list[int]]):
         self.epoch = epoch
         self._start = (epoch, batch)
 
+    def share(self, batch: int) -> float:
+        """Return which part of the rows of a batch is this process's."""
+        whole = min(self.batch_size, len(self.lengths) - batch * self.batch_size)
+        return self.processes.rows(whole) / whole
+
     def batches(self, epoch: int) -> list[npt.NDArray[np.int64]]:
         """Return all batches of an epoch: a function of seed and epoch."""
         size = self.batch_size
@@ -90,14 +99,15 @@ class GroupedBatches(Sampler[list[int]]):
             group = rows[i : i + size * _GROUP_BATCHES]
             rows[i : i + size * _GROUP_BATCHES] = group[np.argsort(-self.lengths[group], kind="stable")]
         batches = [rows[i : i + size] for i in range(0, len(rows), size)]
-        whole = len(batches) - (len(batches[-1]) < size)  # a short batch stays last, for accelerate
+        whole = len(batches) - (len(batches[-1]) < size)  # a short batch stays last
         return [*(batches[i] for i in random.permutation(whole)), *batches[whole:]]
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield the batches of this epoch, from where `skip_to` said."""
         epoch, first = self._start
         for rows in self.batches(self.epoch)[first if epoch == self.epoch else 0 :]:
-            yield rows.tolist()
+            own = rows[self.processes.index :: self.processes.count]
+            yield (own if len(own) else rows[:1]).tolist()
 
     def __len__(self) -> int:
         """Return the number of batches of a whole epoch."""
@@ -170,31 +180,22 @@ def make_loader(  # noqa: PLR0913 - each is a dial of the batches
     shuffle: bool,
     seed: int,
     pad_to_multiple_of: int = 1,
+    processes: Processes = ALONE,
 ) -> DataLoader[Any]:
     """Return a loader of padded batches over tokenised rows; its `batch_sampler` is a `GroupedBatches`.
 
     `loader.batch_sampler.set_epoch(e)` chooses the order, `.skip_to(e, k)` resumes, `.order` undoes it.
     """
     rows = TokenRows(dataset)
-    batches = GroupedBatches(rows.lengths, batch_size, shuffle=shuffle, seed=seed)
+    batches = GroupedBatches(rows.lengths, batch_size, shuffle=shuffle, seed=seed, processes=processes)
     collate = PadToLongest(tokenizer, pad_to_multiple_of)
     return DataLoader(rows, batch_sampler=batches, collate_fn=collate)
 
 
-def left_of_epoch(loader: Any, epoch: int, done: int) -> Iterator[Batch]:
-    """Yield the batches of an epoch behind the first `done`; `loader` is as accelerate wraps that of `make_loader`.
-
-    torch's random numbers are left as if all batches had been served.
-    """
-    named = loader if hasattr(loader, "set_epoch") else loader.batch_sampler
-    named.set_epoch(epoch)
-    if done:
-        loader.batch_sampler.skip_to(epoch, done)
-    random = torch.get_rng_state()
-    for number, batch in enumerate(loader):
-        if done and number == 0:  # opening a loader draws a number, and this one has been opened before
-            torch.set_rng_state(random)
-        yield batch
+def left_of_epoch(loader: DataLoader[Any], epoch: int, done: int) -> Iterator[Batch]:
+    """Yield the batches of an epoch behind the first `done`; `loader` is of `make_loader`."""
+    cast("GroupedBatches", loader.batch_sampler).skip_to(epoch, done)
+    yield from loader
 
 
 def probe_batch(dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> Batch:

@@ -49,5 +49,9 @@ class DeviceError(GatepressError):
     """The asked device is not on this machine."""
 
 
+class ProcessError(GatepressError):
+    """Another process of the same training has ended before its time."""
+
+
 class MissingExtraError(GatepressError):
     """An optional package is not installed; the message names the pip command."""

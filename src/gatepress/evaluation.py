@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from gatepress.checkpoint import open_tokenizer
 from gatepress.config import DataSettings
 from gatepress.errors import ArtifactError, ModelError, UsageError
 from gatepress.metrics import compute_metric
+from gatepress.processes import ALONE, Processes
 from gatepress.progress import NoProgress, Progress
 from gatepress.runtime import INPUTS, Runner, open_runner
 from gatepress.tasks import TaskSpec
@@ -150,7 +152,11 @@ def evaluate_runner(  # noqa: PLR0913 - each is a dial of the measurement
 
 
 def evaluate_model(
-    model: PreTrainedModel, loaders: Loaders, spec: TaskSpec, progress: Progress | None = None
+    model: PreTrainedModel,
+    loaders: Loaders,
+    spec: TaskSpec,
+    progress: Progress | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Return the metric of a torch model on its own device; its mode is as before afterwards."""
 
@@ -163,24 +169,35 @@ def evaluate_model(
     model.eval()
     try:
         with torch.inference_mode():
-            return score(predict, loaders, spec, progress)
+            return score(predict, loaders, spec, progress, processes)
     finally:
         model.train(was_training)
 
 
-def score(predict: Predict, loaders: Loaders, spec: TaskSpec, progress: Progress | None = None) -> dict[str, Any]:
-    """Return `metric_name`, `metric_value` over all splits together, `metrics_by_split`, `examples`."""
+def score(
+    predict: Predict,
+    loaders: Loaders,
+    spec: TaskSpec,
+    progress: Progress | None = None,
+    processes: Processes = ALONE,
+) -> dict[str, Any]:
+    """Return `metric_name`, `metric_value` over all splits together, `metrics_by_split`, `examples`.
+
+    Several processes share the batches, and each returns the same.
+    """
     progress = progress or NoProgress()
     outputs = {}
     progress.start(sum(len(loader) for loader in loaders.values()), f"evaluating {spec.name}")
     try:
         for name, loader in loaders.items():
-            logits, labels = [], []
-            for batch in loader:
-                logits.append(predict({key: batch[key] for key in INPUTS if key in batch}))
-                labels.append(batch["labels"].numpy())
+            parts = []
+            for number, batch in enumerate(loader):
+                if number % processes.count == processes.index:
+                    logits = predict({key: batch[key] for key in INPUTS if key in batch})
+                    parts.append((number, logits, batch["labels"].numpy()))
                 progress.advance(1)
-            outputs[name] = np.concatenate(logits), np.concatenate(labels)
+            ordered = sorted(processes.gathered(parts), key=itemgetter(0))
+            outputs[name] = np.concatenate([part[1] for part in ordered]), np.concatenate([part[2] for part in ordered])
     finally:
         progress.finish()
     every = tuple(np.concatenate(parts) for parts in zip(*outputs.values(), strict=True))

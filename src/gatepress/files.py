@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -122,6 +123,25 @@ def check_output(target: Path, *, force: bool) -> None:
             parent = parent.parent
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=parent):
             pass  # what cannot be written is found out now, not after an hour of training
+
+
+def lock(directory: Path) -> int | None:
+    """Claim a directory for this process, until the returned handle is closed or the process ends, however it ends.
+
+    The claim follows the directory when that is renamed. None: the file system knows no locks. Raises `OutputError`
+    where another process has it.
+    """
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        if isinstance(error, BlockingIOError):
+            raise OutputError(
+                f"{directory}: another gatepress is training into it; wait for its end, or choose another with -o"
+            ) from None
+        return None
+    return handle
 
 
 def publish(staged: Path, target: Path) -> None:

@@ -35,6 +35,7 @@ class Gate(nn.Module):
         self.noise = noise
         self.repeat = repeat
         self.counts = counts
+        self.random: torch.Generator | None = None  # of the noise; None: torch's own
         self.mu = nn.Parameter(torch.full((size,), 0.5))
         self.mask: Tensor
         self.register_buffer("mask", torch.ones(size))  # 1 open, 0 closed for good or for now
@@ -55,7 +56,8 @@ class Gate(nn.Module):
         value = self.mu + 0.5
         if self.noise:
             if self.training:
-                value = value + self.noise * torch.randn_like(value)
+                drawn = torch.randn(value.shape, generator=self.random, device=value.device, dtype=value.dtype)
+                value = value + self.noise * drawn
             return self.mask * value.clamp(0, 1)
         if self.training:
             # Exactly 0 where closed, yet with derivative 1: dL/dz of a closed gate lands in mu.grad.

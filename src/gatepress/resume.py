@@ -2,10 +2,10 @@
 
     optimizer.<parameter>.<key>   what AdamW keeps of each trained parameter (step, exp_avg, exp_avg_sq)
     teacher.<name>                what the model knew with open gates, with --distill
-    random.<device>               state of torch's random numbers (dropout, noise of gates), uint8
 
 These are `state-<step>.safetensors` of a run directory; a few numbers stand in its manifest under `resume`. The
-step tells the rest: the place in the rows, and where the schedule is. Between steps there are no gradients.
+step tells the rest: the place in the rows, where the schedule is, and the seed of the random numbers of every step
+(dropout, noise of gates). Between steps there are no gradients.
 """
 
 import contextlib
@@ -143,9 +143,7 @@ class Resumable:
 
     def state(self) -> dict[str, Tensor]:
         """Return what stands in `state-<step>.safetensors`; a parameter without a gradient so far has no part in it."""
-        state = {"random.cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            state["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        state: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             kept = self.optimizer.state.get(parameter, {})
             state |= {f"optimizer.{name}.{key}": value for key, value in kept.items()}
@@ -154,7 +152,7 @@ class Resumable:
         return {name: value.detach().cpu().contiguous() for name, value in state.items()}
 
     def restore_(self, directory: Path, manifest: RunManifest, state: dict[str, Tensor]) -> None:
-        """Go, in place, to where a checkpoint was written; random numbers come last, as loading draws some."""
+        """Go, in place, to where a checkpoint was written."""
         numbers, tensors = manifest.resume, directory / manifest.tensors["file"]
         load_trained_(self.gated, manifest.settings, read_tensors(tensors), tensors)
         self._restore_optimizer_(_part(state, "optimizer."), numbers["learning_rates"], manifest.step)
@@ -168,9 +166,6 @@ class Resumable:
         self.peak_before = numbers["peak_memory_bytes"]
         report = {**manifest.report, **self.manifest.report, "curve": manifest.report["curve"]}
         self.manifest = replace(self.manifest, step=manifest.step, report=report)
-        torch.set_rng_state(state["random.cpu"])
-        if self.device.type == "cuda" and "random.cuda" in state:
-            torch.cuda.set_rng_state(state["random.cuda"], self.device)
 
     def _restore_optimizer_(self, state: dict[str, Tensor], rates: list[float], step: int) -> None:
         kept: dict[str, dict[str, Tensor]] = {}

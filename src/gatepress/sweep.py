@@ -241,7 +241,7 @@ def _train(settings: TrainSettings, output: Path, end: "Connection[Any, Any]") -
     warnings.simplefilter("ignore")  # libraries talk to a terminal that is not theirs
     with contextlib.redirect_stdout(sys.stderr):
         try:
-            answer: object = training.train(settings, output, force=True)
+            answer: object = train_or_resume(settings, output)
         except Exception as error:  # noqa: BLE001 - raised again in the process that asked
             error.add_note(traceback.format_exc())
             answer = error
@@ -306,6 +306,15 @@ def _finished(directory: Path, wanted: TrainSettings) -> dict[str, Any] | None:
     unasked = {name: there[name] for name in LEFT_OPEN if getattr(wanted, name) is None}  # a run says what it took
     _refuse_other(directory, there, {**_as_json(wanted.to_json()), **unasked})
     return manifest.report if manifest.status == "finished" else None
+
+
+def train_or_resume(settings: TrainSettings, output: Path) -> dict[str, Any]:
+    """Train a cell, from where it was stopped if it was; its settings have been compared before."""
+    try:
+        stopped = bool(read_run(output).resume)
+    except ArtifactError:
+        stopped = False
+    return training.resume(output) if stopped else training.train(settings, output, force=True)
 
 
 def _timed_before(output: Path, settings: dict[str, Any], *, force: bool) -> list[Record]:

@@ -1,5 +1,6 @@
 """The training loop, read from top to bottom: prepare, step, measure, save."""
 
+import contextlib
 import logging
 import math
 from dataclasses import dataclass
@@ -7,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
@@ -33,9 +33,11 @@ from gatepress.distill import Teacher, distance
 from gatepress.errors import ModelError, UsageError
 from gatepress.evaluation import evaluate_model
 from gatepress.files import check_output
+from gatepress.gates import gates_of
 from gatepress.hub import locate_model
 from gatepress.inject import mark_trainable_
 from gatepress.methods import Kinds, prepare_, trained
+from gatepress.processes import Processes, seed_of
 from gatepress.progress import NoProgress, Progress
 from gatepress.resume import Resumable, make_optimizer, read_state, refuse_other, uninterrupted
 from gatepress.runtime import max_tokens, torch_device
@@ -85,14 +87,15 @@ def resume(output: Path, *, progress: Progress | None = None) -> dict[str, Any]:
 
 def _run(job: "_Job", output: Path, progress: Progress) -> dict[str, Any]:
     """Take the epochs that are left and keep what comes out; return the report."""
-    with RunWriter(output, tokenizer=job.tokenizer, probe=job.probe, resumed=job.step > 0) as writer:
+    with _writer(job, output) as writer:
         progress.start(job.steps - job.step, "training")
         try:
             for epoch in range(job.step // job.steps_per_epoch, job.steps // job.steps_per_epoch):
                 _one_epoch(job, epoch, writer, progress)
                 _checkpoint(job, writer)
                 report = job.manifest.report
-                logger.info("epoch %d: %s %.4f", epoch + 1, report["metric_name"], report["metric_value"])
+                if writer:
+                    logger.info("epoch %d: %s %.4f", epoch + 1, report["metric_name"], report["metric_value"])
         except KeyboardInterrupt:
             if job.step > job.manifest.step:
                 _checkpoint(job, writer, "interrupted")
@@ -102,16 +105,23 @@ def _run(job: "_Job", output: Path, progress: Progress) -> dict[str, Any]:
     return {**job.manifest.report, "output_dir": str(output)}
 
 
+def _writer(job: "_Job", output: Path) -> contextlib.AbstractContextManager[RunWriter | None]:
+    """Return what writes the run; None in all processes but the first."""
+    if not job.processes.main:
+        return contextlib.nullcontext()
+    return RunWriter(output, tokenizer=job.tokenizer, probe=job.probe, resumed=job.step > 0)
+
+
 @dataclass(kw_only=True)
 class _Job(Resumable):
     """Everything a run holds, loaded and wrapped."""
 
     settings: TrainSettings
     spec: TaskSpec
-    accelerator: Accelerator
+    processes: Processes
     tokenizer: Any
-    model: Any  # as accelerate wraps it
-    loader: Any
+    loader: DataLoader[Any]
+    noise: torch.Generator
     validation: dict[str, DataLoader[Any]]
     probe: dict[str, Tensor]
     steps: int
@@ -125,8 +135,11 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
     With `resumed` what another run trained (`settings.start`) is not looked for: it is in the checkpoint.
     """
     start = None if resumed else settings.start
-    cpu = torch_device(settings.device) == "cpu"
-    accelerator = Accelerator(cpu=cpu)
+    processes = Processes.here(torch_device(settings.device))
+    if settings.batch_size < processes.count:
+        raise UsageError(
+            f"--batch-size is {settings.batch_size}, expected at least 1 row for each of {processes.count} processes"
+        )
     set_seed(settings.seed)
     rows = load_rows(settings.data)  # first: what is wrong here is found without a download
     base = locate_model(settings.model, settings.revision)
@@ -144,15 +157,20 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
     tokens = min(settings.max_length, max_tokens(model.config.to_dict()) or SHORT, int(tokenizer.model_max_length))
     train_rows = tokenize(_present(rows.train), tokenizer, tokens)
     validation_rows = {name: tokenize(split, tokenizer, tokens) for name, split in rows.validation.items()}
-    loader: Any = make_loader(train_rows, tokenizer, settings.batch_size, shuffle=True, seed=settings.seed)
-    steps_per_epoch = math.ceil(len(loader) / accelerator.num_processes)
+    order: dict[str, Any] = {"shuffle": True, "seed": settings.seed, "processes": processes}
+    loader = make_loader(train_rows, tokenizer, settings.batch_size, **order)
+    steps_per_epoch = len(loader)
     epochs = settings.epochs or min(MAX_EPOCHS, max(MIN_EPOCHS, math.ceil(MIN_STEPS / steps_per_epoch)))
     steps = epochs * steps_per_epoch
     open_steps = _open_epochs(settings, epochs, finetuned=finetuned) * steps_per_epoch
+    model.to(processes.device)
     optimizer, schedule = make_optimizer(kinds, settings, stages=[open_steps, steps - open_steps])
-    model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
-    gated: Any = accelerator.unwrap_model(model)
-    budget = budget_of(gated, layers, settings, steps=steps - open_steps, tokens=tokens) if settings.gated else None
+    budget = budget_of(model, layers, settings, steps=steps - open_steps, tokens=tokens) if settings.gated else None
+    parameters = {name: parameter for group in kinds.values() for name, parameter in group.items()}
+    processes.copy_first_(parameters.values())
+    noise = torch.Generator(processes.device)
+    for _, gate in gates_of(model):
+        gate.random = noise
     if budget and start:
         budget.close(settings.sparsity)
         budget.fixed = True
@@ -172,21 +190,22 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
         "tokens": tokens,
         "epochs": epochs,
         "steps": steps,
-        "device": str(accelerator.device),
+        "device": str(processes.device),
+        "processes": processes.count,
         "curve": [],
     }
     return _Job(
         settings=settings,
         spec=rows.spec,
-        accelerator=accelerator,
+        processes=processes,
         tokenizer=tokenizer,
-        model=model,
-        gated=gated,
-        device=accelerator.device,
-        parameters={name: parameter for group in kinds.values() for name, parameter in group.items()},
+        gated=model,
+        device=processes.device,
+        parameters=parameters,
         optimizer=optimizer,
         schedule=schedule,
         loader=loader,
+        noise=noise,
         validation={
             name: make_loader(split, tokenizer, VALIDATION_BATCH, shuffle=False, seed=0)
             for name, split in validation_rows.items()
@@ -222,11 +241,11 @@ def _open_epochs(settings: TrainSettings, epochs: int, *, finetuned: bool) -> in
     return asked
 
 
-def _one_epoch(job: _Job, epoch: int, writer: RunWriter, progress: Progress) -> None:
+def _one_epoch(job: _Job, epoch: int, writer: RunWriter | None, progress: Progress) -> None:
     """Take every step that is left of one pass over the training rows."""
-    job.model.train()
+    job.gated.train()
     for batch in left_of_epoch(job.loader, epoch, job.step % job.steps_per_epoch):
-        loss = _step(job, batch)
+        loss = _step(job, {name: value.to(job.device) for name, value in batch.items()})
         progress.advance(1, **(_figures(job, loss) if job.step % LOSS_EVERY == 0 else {}))
         every = job.settings.save_every
         if every and job.step % every == 0 and job.step % job.steps_per_epoch:
@@ -238,27 +257,40 @@ def _step(job: _Job, batch: dict[str, Tensor]) -> Tensor:
     """Take one optimizer step and return its loss."""
     if job.step == job.open_steps and job.settings.distill and job.teacher is None:
         job.teacher = Teacher(job.gated)
+    _seed_step(job)
     # Not accelerate's autocast: it wraps the model itself, and measuring must be in float32.
     bf16 = job.settings.precision == "bf16"
     with torch.autocast(job.device.type, torch.bfloat16, enabled=bf16):
         loss = _loss(job, batch)
     closing = job.budget if job.step >= job.open_steps else None
     penalty = closing.penalty(job.step - job.open_steps) if closing else None
-    job.accelerator.backward(loss if penalty is None else loss + penalty)
+    batches: Any = job.loader.batch_sampler
+    part = loss * batches.share(job.step % job.steps_per_epoch)  # a mean over the rows of all processes
+    (part if penalty is None else part + penalty / job.processes.count).backward()
+    job.processes.sum_(parameter.grad for parameter in job.parameters.values())
     job.step += 1
     if closing:
         closing.after_backward(job.step - job.open_steps)
-    job.accelerator.clip_grad_norm_(list(job.parameters.values()), MAX_GRADIENT_NORM)
+    nn.utils.clip_grad_norm_(job.parameters.values(), MAX_GRADIENT_NORM)
     job.optimizer.step()
     job.schedule.step()
     job.optimizer.zero_grad()
     return loss
 
 
+def _seed_step(job: _Job) -> None:
+    """Seed the random numbers of one step: a run that goes on draws what it would have drawn.
+
+    The noise of gates is the same in all processes, as gates are; dropout is each one's own.
+    """
+    job.noise.manual_seed(seed_of(job.settings.seed, job.step))
+    torch.manual_seed(seed_of(job.settings.seed, job.step, job.processes.index))
+
+
 def _loss(job: _Job, batch: dict[str, Tensor]) -> Tensor:
     """Return the task loss (mean squared error of a number, cross entropy of classes), and the teacher's if any."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    outputs = job.model(**inputs, output_hidden_states=job.teacher is not None)
+    outputs = job.gated(**inputs, output_hidden_states=job.teacher is not None)
     logits = outputs.logits.float()
     if job.spec.label_names is None:
         loss = functional.mse_loss(logits[:, 0], batch["labels"].float())
@@ -278,11 +310,11 @@ def _figures(job: _Job, loss: Tensor) -> dict[str, float]:
 
 
 @uninterrupted()
-def _checkpoint(job: _Job, writer: RunWriter, status: str = "training") -> None:
+def _checkpoint(job: _Job, writer: RunWriter | None, status: str = "training") -> None:
     """Write the run as it is; at the end of a pass measured and counted, inside one with the last report."""
     report = job.manifest.report if job.step % job.steps_per_epoch else _measured(job)
     job.manifest = job.manifest_at("finished" if job.step == job.steps else status, report)
-    if job.accelerator.is_main_process:
+    if writer:
         writer.save(job.gated, job.manifest, job.state() if job.manifest.resume else None)
 
 
@@ -290,7 +322,7 @@ def _measured(job: _Job) -> dict[str, Any]:
     """Measure and count the model as it is; return the report with one point more of the curve."""
     report: dict[str, Any] = {
         **job.manifest.report,
-        **evaluate_model(job.gated, job.validation, job.spec),
+        **evaluate_model(job.gated, job.validation, job.spec, processes=job.processes),
         **_counts(job),
         "train_seconds": job.seconds,
         "peak_memory_bytes": job.peak_memory,

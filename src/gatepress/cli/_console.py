@@ -132,8 +132,10 @@ def plain(value: Any) -> Any:
 @contextlib.contextmanager
 def session(*, as_json: bool, quiet: bool, debug: bool) -> Iterator[Screen]:
     """Run the body of a command: the one place where exceptions become lines and exit codes."""
-    screen = Screen(sys.stdout, sys.stderr, as_json=as_json, quiet=quiet)
     with contextlib.ExitStack() as stack:
+        first = os.environ.get("RANK", "0") == "0"  # launchers number the processes of one training
+        stdout = sys.stdout if first else stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+        screen = Screen(stdout, sys.stderr, as_json=as_json, quiet=quiet or not first)
         stack.callback(screen.close)
         # A library that prints must not spoil the data on stdout.
         stack.enter_context(contextlib.redirect_stdout(screen.stderr))

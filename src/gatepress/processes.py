@@ -1,0 +1,83 @@
+"""One training over several processes, as `accelerate launch` and `torchrun` start them.
+
+Each process takes its share of the rows of every batch, gradients are summed, and so all of them take the same
+step: what comes out is what one process makes of the same batches. The first process writes, for all.
+"""
+
+import atexit
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast, gather_object, reduce
+from torch import Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from gatepress.errors import ProcessError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of one training as one of them sees them; without arguments there is this one only."""
+
+    index: int = 0
+    count: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # of this process
+
+    @classmethod
+    def here(cls, device: str) -> "Processes":
+        """Join the processes that a launcher started, on `device` ("cpu" or "cuda"); blocks until all are there."""
+        state = PartialState(cpu=device == "cpu")
+        if state.num_processes == 1:
+            return cls(device=torch.device(device))
+        atexit.register(state.destroy_process_group)
+        return cls(state.process_index, state.num_processes, state.device)
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the one that writes and tells."""
+        return self.index == 0
+
+    def rows(self, whole: int) -> int:
+        """Return how many rows of a batch of `whole` rows are this process's."""
+        return len(range(self.index, whole, self.count))
+
+    def sum_(self, tensors: Iterable[Tensor | None]) -> None:
+        """Replace each tensor, in place, by its sum over the processes; None stays None, in all of them alike."""
+        there = [tensor for tensor in tensors if tensor is not None]
+        if self.count > 1 and there:
+            vector_to_parameters(_together(reduce, parameters_to_vector(there), "sum"), there)
+
+    @torch.no_grad()
+    def copy_first_(self, tensors: Iterable[Tensor]) -> None:
+        """Set each tensor, in place, to its value in the first process."""
+        for tensor in tensors if self.count > 1 else ():
+            tensor.copy_(_together(broadcast, tensor.detach().clone()))
+
+    def gathered(self, parts: list[T]) -> list[T]:
+        """Return the parts of all processes, those of the first one first, in every process."""
+        whole: list[T] = _together(gather_object, parts) if self.count > 1 else parts
+        return whole
+
+
+ALONE = Processes()
+
+
+def seed_of(*numbers: int) -> int:
+    """Return one seed for several numbers, such as seed, step and process."""
+    counted = [len(numbers), *numbers]  # (0, 0) and (0, 0, 0) are one sequence to numpy
+    return int(np.random.SeedSequence(counted).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _together(call: Callable[..., Any], *arguments: Any) -> Any:
+    """Call what all processes must call at the same time; `ProcessError` where another one is gone."""
+    try:
+        return call(*arguments)
+    except RuntimeError as error:  # of torch.distributed: a peer closed its connection, or time ran out
+        reason = " ".join(str(error).split())[:200]
+        raise ProcessError(f"another process of this training has ended, its own error says why ({reason})") from error
