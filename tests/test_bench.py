@@ -5,7 +5,6 @@ import dataclasses
 import gc
 import json
 import sys
-import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,16 +145,13 @@ def test_calls_take_turns_in_blocks_that_open_untimed():
     assert {name: len(values) for name, values in samples.items()} == {"A": 3, "B": 3}
 
 
-def test_untimed_calls_go_on_until_the_machine_has_settled():
+def test_untimed_calls_go_on_until_the_machine_has_settled(monkeypatch):
     calls = []
-
-    def call():
-        calls.append(time.sleep(0.002))
-
-    timing._settle(call, 9)
-    assert 2 <= len(calls) <= 5
-    timing._settle(call, 0)
-    assert 3 <= len(calls) <= 6
+    monkeypatch.setattr(timing.time, "perf_counter_ns", lambda: 2_000_000 * len(calls))  # each call takes 2 ms
+    timing._settle(lambda: calls.append(None), 9)
+    assert len(calls) == 5
+    timing._settle(lambda: calls.append(None), 0)
+    assert len(calls) == 6
 
 
 def test_the_machine_is_left_as_it_was_also_after_an_interrupt():

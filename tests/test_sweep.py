@@ -268,13 +268,14 @@ def test_ctrl_c_ends_both_processes_and_clears_away(settings, tmp_path):
         line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )
     try:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 120
         while not list(tmp_path.glob("sweep/runs/*")) and process.poll() is None and time.monotonic() < until:
             time.sleep(0.1)
         os.killpg(process.pid, signal.SIGINT)
-        out, err = process.communicate(timeout=30)  # the end of what all processes write to: none is left
+        out, err = process.communicate(timeout=120)  # the end of what all processes write to: none is left
     finally:
         process.kill()
+        process.communicate()
     assert process.returncode == 130, err
     assert json.loads(out)["error"]["type"] == "Interrupted"
     assert b"Traceback" not in err
