@@ -4,12 +4,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint types layers unit oldest format clean
+FUZZ_CASES ?= 20000
+FUZZ_JOBS ?= 2
+
+.PHONY: help demo test lint types layers unit oldest fuzz format clean
 
 help:
 	@echo "make demo    train, prune, export, bench and evaluate on packaged data; prints one table"
 	@echo "make test    lint, types, layering and tests"
 	@echo "make oldest  the tests once more, with the oldest releases that pyproject.toml allows"
+	@echo "make fuzz    read FUZZ_CASES artefacts, each damaged or forged at random"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make clean   remove the virtual environment and the caches"
 
@@ -35,6 +39,9 @@ unit: $(VENV)/.installed-dev
 oldest:
 	sed -n '/^dependencies/,/^]/ s/^  "\([a-z-]*\)>=\([0-9.]*\).*/\1==\2/p' pyproject.toml > .oldest.txt
 	PIP_CONSTRAINT=$(CURDIR)/.oldest.txt $(MAKE) VENV=.venv-oldest unit
+
+fuzz: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --cases $(FUZZ_CASES) --jobs $(FUZZ_JOBS)
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix

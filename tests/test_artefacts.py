@@ -1,4 +1,4 @@
-"""What an earlier release wrote is read for ever: the directories under tests/artefacts, one for each version of the formats.
+"""What an earlier release wrote is read for ever: directories under tests/artefacts, one for each format version.
 
 Each was written by the command line of the release that began the version, on a tiny model; they are never written
 again. `@HERE@` in a manifest stands for where they lie.

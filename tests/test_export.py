@@ -223,6 +223,6 @@ def test_large_models_keep_their_weights_in_a_file_of_their_own(
     weights = tmp_path / "onnx" / "model.onnx.data"
     assert result["size_bytes"] > weights.stat().st_size > (tmp_path / "onnx" / "model.onnx").stat().st_size
     manifest = json.loads((tmp_path / "onnx" / "gatepress_onnx.json").read_text())
-    assert set(manifest["sha256"]) == {"model.onnx", "model.onnx.data"}
+    assert set(manifest["sha256"]) >= {"model.onnx", "model.onnx.data"}
     opened = open_runner(tmp_path / "onnx")
     assert (opened.size_bytes, opened.head_is_random) == (result["size_bytes"], True)

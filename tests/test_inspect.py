@@ -200,7 +200,7 @@ def test_what_is_not_ours_is_refused(tiny_model_dir: Any, made: SimpleNamespace,
     result = CliRunner().invoke(app, ["inspect", str(tmp_path / "old")])
     assert result.exit_code == 1
     assert result.stderr.count("\n") == 1
-    assert "gatepress verify tells more" in result.stderr
+    assert "report is 3, expected an object" in result.stderr
 
 
 def test_a_directory_of_an_older_release_is_described(made: SimpleNamespace, tmp_path: Path) -> None:

@@ -328,7 +328,8 @@ def test_a_sweep_of_one_point_has_no_picture(tmp_path):
 
 
 def test_hostile_names_are_text(tmp_path):
-    bad = Made(tmp_path, task=HOSTILE, model=HOSTILE, name="a<img src=x onerror=alert(1)>")
+    named = HOSTILE.removesuffix("\ud800")  # half of a character is refused in a manifest
+    bad = Made(tmp_path, task=named, model=named, name="a<img src=x onerror=alert(1)>")
     shown = page(tmp_path, bad.run, bad.pruned, bad.onnx, title=HOSTILE)
     assert not {"script", "img", "b"} & set(shown.tags)
     assert "<script>alert(1)</script>" in shown.text

@@ -7,21 +7,24 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from forms import save_run
-from gatepress.checkpoint import load_pruned
+from gatepress.checkpoint import load_pruned, open_tokenizer
 from gatepress.cli.app import app
-from gatepress.errors import ArtifactError
+from gatepress.errors import ArtifactError, GatepressError
 from gatepress.export import export
 from gatepress.files import sha256_of
 from gatepress.pruning import prune
+from gatepress.runtime import open_runner
 from gatepress.verifying import verify
 
 KINDS = ("run", "pruned", "onnx")
+TOKENS = {"input_ids": np.full((2, 8), 5)}
 MANIFESTS = {kind: f"gatepress_{kind}.json" for kind in KINDS}
 
 
@@ -223,5 +226,114 @@ def test_exit_codes_and_json(made: SimpleNamespace, copy: Any, tmp_path: Path) -
 def test_a_manifest_that_binds_no_weights_is_not_loaded(copy: Any, hashes: Any) -> None:
     path = copy("pruned")
     change(path / MANIFESTS["pruned"], lambda value: value.update(sha256=hashes))
-    with pytest.raises(ArtifactError, match="names no sha256 of"):
+    with pytest.raises(ArtifactError, match=r"names no sha256 of|sha256 is .*, expected an object"):
         load_pruned(path)
+
+
+BESIDE = {
+    "run": ("probe.safetensors", "tokenizer.json"),
+    "pruned": ("tokenizer_config.json",),
+    "onnx": ("config.json",),
+}
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in BESIDE.items() for name in names])
+def test_what_lies_beside_the_weights_is_bound_too(copy: Any, kind: str, name: str) -> None:
+    path = copy(kind)
+    (path / name).write_bytes((path / name).read_bytes() + b" ")
+    assert any(name in fault and "does not match its sha256" in fault for fault in verify(path)["faults"])
+    with pytest.raises(ArtifactError, match="does not match its sha256"):
+        prune(path, path.parent / "again") if name == "probe.safetensors" else open_tokenizer(path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_manifest_of_an_earlier_release_binds_less_and_is_read(copy: Any, kind: str) -> None:
+    path = copy(kind)
+    older = {
+        "run": (),
+        "pruned": ("config.json", "model.safetensors", "modeling_gatepress.py"),
+        "onnx": ("model.onnx",),
+    }
+    named = json.loads((path / MANIFESTS[kind]).read_text())["sha256"]
+    kept = {name: named[name] for name in older[kind]}
+    change(path / MANIFESTS[kind], lambda value: value.update(sha256=kept) if kept else value.pop("sha256"))
+    assert verify(path)["ok"]
+    assert open_runner(path).logits(TOKENS).shape == (2, 2)
+    assert open_tokenizer(path)("anda")["input_ids"]
+
+
+LARGE = [("num_labels", 10**9), ("vocab_size", 10**12), ("hidden_size", 10**6), ("max_position_embeddings", 10**12)]
+
+
+@pytest.mark.parametrize(("name", "size"), LARGE, ids=[name for name, _ in LARGE])
+def test_a_configuration_that_asks_for_memory_gets_none(copy: Any, name: str, size: int) -> None:
+    path = copy("pruned")
+    change(path / "config.json", lambda value: value.update({name: size}))
+    sign(path, path / "config.json")
+    assert not verify(path)["ok"]
+    with pytest.raises(GatepressError, match=r"do not fit|never writes|cannot be loaded"):
+        load_pruned(path)
+
+
+@pytest.mark.parametrize("name", ["transformers_weights", "attn_implementation", "quantization_config"])
+def test_a_configuration_that_asks_for_other_files_or_code_is_refused(copy: Any, name: str) -> None:
+    path = copy("pruned")
+    change(path / "config.json", lambda value: value.update({name: "someone/else"}))
+    sign(path, path / "config.json")
+    with pytest.raises(ArtifactError, match=f"has {name}, which gatepress never writes"):
+        load_pruned(path)
+
+
+def test_a_rank_that_no_tensor_holds_is_refused(copy: Any) -> None:
+    path = copy("run")
+    change(path / MANIFESTS["run"], lambda value: value["settings"].update(lora_rank=10**9))
+    with pytest.raises(ArtifactError, match="says 1000000000 lora_rank"):
+        open_runner(path)
+
+
+def _loop(graph: onnx.GraphProto) -> None:
+    body = onnx.helper.make_graph([], "body", [], [])
+    graph.node.append(onnx.helper.make_node("Loop", ["", ""], [], body=body))
+
+
+def _expand(graph: onnx.GraphProto) -> None:
+    graph.initializer.append(onnx.numpy_helper.from_array(np.array([10**9]), "huge"))
+    graph.node.append(onnx.helper.make_node("ConstantOfShape", ["huge"], ["nothing"]))
+
+
+def _lie(graph: onnx.GraphProto) -> None:
+    graph.initializer[0].dims[:] = [2**40]
+
+
+def _elsewhere(graph: onnx.GraphProto) -> None:
+    graph.initializer[0].data_location = onnx.TensorProto.EXTERNAL
+    graph.initializer[0].external_data.add(key="location", value="config.json")
+    del graph.initializer[0].dims[:]
+
+
+@pytest.mark.parametrize(
+    ("forge", "words"),
+    [
+        (_loop, "a node Loop, expected no loops"),
+        (_expand, "makes a size of huge, 1000000000"),
+        (_lie, "make no tensor"),
+        (_elsewhere, "make no tensor"),
+    ],
+)
+def test_a_graph_that_is_not_handed_to_onnx_runtime(copy: Any, forge: Any, words: str) -> None:
+    path = copy("onnx")
+    model = onnx.load(path / "model.onnx")
+    forge(model.graph)
+    (path / "model.onnx").write_bytes(model.SerializeToString())
+    sign(path, path / "model.onnx")
+    with pytest.raises(ArtifactError, match=words):
+        open_runner(path)
+    assert any(words in fault for fault in verify(path)["faults"])
+
+
+def test_weights_beside_a_graph_that_its_manifest_does_not_name_are_not_read(copy: Any) -> None:
+    path = copy("onnx")
+    onnx.save(onnx.load(path / "model.onnx"), path / "model.onnx", save_as_external_data=True, location="x.data")
+    sign(path, path / "model.onnx")
+    with pytest.raises(ArtifactError, match=r"names no sha256 of x\.data"):
+        open_runner(path)

@@ -14,6 +14,7 @@ directory holds the last complete checkpoint.
 
 import contextlib
 import importlib.metadata
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -32,18 +33,31 @@ from gatepress import __version__
 from gatepress.config import RUN_FILE, TrainSettings
 from gatepress.errors import ArtifactError, GatepressError, ModelError, UsageError
 from gatepress.families import FAMILIES
-from gatepress.files import explained, json_text, publish, read_json, replace_file, sha256_of
+from gatepress.files import explained, json_text, lock, publish, read_json, replace_file, sha256_of
 from gatepress.hub import locate_model
-from gatepress.manifests import PRUNED_FILE, PRUNED_FORMAT, RUN_FORMAT, check_files, hashes_of, read_manifest
+from gatepress.manifests import (
+    PRUNED_FILE,
+    PRUNED_FORMAT,
+    RUN_FORMAT,
+    check_beside,
+    check_files,
+    form_of,
+    hashes_of,
+    read_config,
+    read_manifest,
+    tensor_shapes,
+)
 from gatepress.methods import kept, merge_, prepare_
-from gatepress.resolve import family_named, model_class
+from gatepress.resolve import family_named, family_of, model_class
 from gatepress.tasks import TaskSpec
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
     *("vocab.txt", "vocab.json"),
 )
+PANIC = "PanicException"  # of tokenizers, written in Rust: no Exception, and no name to import
 PROBE_FILE = "probe.safetensors"
+SHOWN = 3  # of the tensors that do not fit
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,7 @@ class RunManifest:
     report: dict[str, Any]
     versions: dict[str, str]
     resume: dict[str, Any] = field(default_factory=dict)  # {"file", "sha256", ...} to go on from; {}: finished
+    sha256: dict[str, str] = field(default_factory=dict)  # of probe and tokenizer; {}: an earlier release wrote it
 
     def to_json(self) -> dict[str, Any]:
         """Return the manifest as plain JSON values."""
@@ -77,6 +92,7 @@ class RunManifest:
             "report": self.report,
             "versions": self.versions,
             **({"resume": self.resume} if self.resume else {}),
+            **({"sha256": self.sha256} if self.sha256 else {}),
         }
 
 
@@ -104,20 +120,54 @@ def read_run(directory: Path) -> RunManifest:
             report=dict(value["report"]),
             versions=dict(value["versions"]),
             resume=dict(value.get("resume", {})),
+            sha256=dict(value.get("sha256") or {}),
         )
         name, digest = manifest.tensors["file"], manifest.tensors["sha256"]
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{path}: a field is missing or of a wrong kind ({error!r}); train again") from None
     check_files(directory, [(name, digest)], "train again")
+    _refuse_beyond(manifest, directory / name)
     return manifest
 
 
+def _refuse_beyond(manifest: RunManifest, tensors: Path) -> None:
+    """Raise `ArtifactError` where a manifest asks for more than its tensors hold: nothing of that size is built."""
+    largest = max((size for shape in tensor_shapes(tensors).values() for size in shape), default=0)
+    for what, size in (("lora_rank", manifest.settings.rank), ("labels", manifest.task.num_labels)):
+        if size > largest:
+            raise ArtifactError(f"{tensors}: the manifest says {size} {what}, no tensor is so large; train again")
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file; `ArtifactError` where it is missing or broken."""
+    """Read a safetensors file; `ArtifactError` where it is missing or broken, or of no kind that torch knows."""
+    tensor_shapes(path)
     try:
         return load_file(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, KeyError) as error:
         raise ArtifactError(f"{path}: not readable as safetensors ({error})") from None
+
+
+def read_probe(directory: Path, model: PreTrainedModel) -> dict[str, Tensor]:
+    """Read the rows that all forms of a run are compared on, each input [rows, length] int64.
+
+    Raises `ArtifactError` where the file is missing or changed, or is no input of `model`.
+    """
+    path, config = directory / PROBE_FILE, model.config
+    check_beside(directory, PROBE_FILE)
+    probe = read_tensors(path)
+    if "input_ids" not in probe or not probe["input_ids"].numel():
+        raise ArtifactError(f"{path}: holds no rows; train again")
+    shape = probe["input_ids"].shape
+    segments = getattr(config, "type_vocab_size", None) or 1
+    ends = {"input_ids": config.vocab_size, "attention_mask": 2, "token_type_ids": segments}
+    first = config.pad_token_id + 1 if family_of(config).positions_follow_padding else 0
+    for name, value in probe.items():
+        fits = name in ends and value.dtype == torch.int64 and value.shape == shape and value.dim() == 2  # noqa: PLR2004
+        if not (fits and value.min() >= 0 and value.max() < ends[name]):
+            raise ArtifactError(f"{path}: {name} is no input of this model; train again")
+    if shape[1] > config.max_position_embeddings - first:
+        raise ArtifactError(f"{path}: rows of {shape[1]} tokens are longer than the model takes; train again")
+    return probe
 
 
 def model_files(directory: Path) -> dict[str, str]:
@@ -203,7 +253,9 @@ def model_errors(directory: Path | str) -> Iterator[None]:
         yield
     except (GatepressError, MemoryError):
         raise
-    except Exception as error:  # transformers raises what its many parts raise, without a common base
+    except BaseException as error:  # transformers raises what its many parts raise, without a common base
+        if not isinstance(error, Exception) and type(error).__name__ != PANIC:
+            raise
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{directory}: cannot be loaded as a model ({reason})") from error
 
@@ -220,8 +272,26 @@ def open_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
     """
     if not has_tokenizer(directory):
         raise ModelError(f"{directory}: has no tokenizer (none of {', '.join(TOKENIZER_FILES)})")
+    ours = form_of(directory) is not None
+    if ours:
+        check_beside(directory)
+        _refuse_unwanted(directory)
     with model_errors(directory):
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        if ours:
+            tokenizer(["a"])  # what is wrong in its settings shows here first
+    return tokenizer
+
+
+def _refuse_unwanted(directory: Path) -> None:
+    """Raise `ArtifactError` where the settings beside a tokenizer of ours name files, or are no settings of ours."""
+    if (directory / "config.json").is_file():
+        read_config(directory / "config.json")
+    settings = directory / "tokenizer_config.json"
+    named = [name for name, value in (read_json(settings) if settings.is_file() else {}).items() if value is not None]
+    files = [name for name in named if name.endswith("_file") or name == "auto_map"]
+    if files:
+        raise ArtifactError(f"{settings}: has {', '.join(files)}, which gatepress never writes; remove it")
 
 
 def load_trained_(model: PreTrainedModel, settings: TrainSettings, state: dict[str, Tensor], where: Path) -> None:
@@ -289,22 +359,32 @@ class RunWriter:
 
     Used as a context manager: without a first checkpoint nothing is left behind, and an earlier
     result under the same name stays until the first checkpoint takes its place. With `resumed` the
-    target is this run's already.
+    target is this run's already. The directory is claimed for as long as the writer is open: of two trainings into
+    one, one is refused.
     """
 
     def __init__(self, target: Path, *, tokenizer: Any, probe: dict[str, Tensor], resumed: bool = False) -> None:
         self.target = target
+        self._lock: int | None = None
+        self.bound: dict[str, str] = {}
+        if target.exists():  # a directory that another process is training into is neither gone on with nor replaced
+            self._lock = lock(target)
         if resumed:
             self.directory = target
+            self.bound = read_run(target).sha256
             return
         with explained(target):
             target.absolute().parent.mkdir(parents=True, exist_ok=True)
             staged = tempfile.mkdtemp(prefix=f".{target.name}.new.", dir=target.absolute().parent)
             self.directory = Path(staged)
+            _release(self._lock)
+            self._lock = lock(self.directory)
             try:
-                tokenizer.save_pretrained(self.directory)
+                self.bound = save_tokenizer(tokenizer, self.directory)
                 replace_file(self.directory / PROBE_FILE, save(probe))
+                self.bound[PROBE_FILE] = sha256_of(self.directory / PROBE_FILE)
             except BaseException:
+                _release(self._lock)
                 shutil.rmtree(self.directory, ignore_errors=True)
                 raise
 
@@ -317,12 +397,15 @@ class RunWriter:
         self, model: PreTrainedModel, manifest: RunManifest, state: dict[str, Tensor] | None = None
     ) -> RunManifest:
         """Write one checkpoint, with the `state` to go on from, and return its manifest with the files named."""
-        manifest = replace(manifest, tensors=self._write("gates", manifest.step, kept(model, manifest.settings)))
+        tensors = self._write("gates", manifest.step, kept(model, manifest.settings))
+        manifest = replace(manifest, tensors=tensors, sha256=self.bound)
         if state:
             manifest = replace(manifest, resume={**self._write("state", manifest.step, state), **manifest.resume})
         replace_file(self.directory / RUN_FILE, json_text(manifest.to_json()).encode())
         clear_(self.directory, manifest)
         if not self.published:
+            if self.target.exists():
+                _release(lock(self.target))
             publish(self.directory, self.target)
             self.directory = self.target
         return manifest
@@ -340,9 +423,15 @@ class RunWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Remove what was staged and never became a checkpoint."""
+        """Remove what was staged and never became a checkpoint, and give the directory free."""
+        _release(self._lock)
         if not self.published:
             shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _release(handle: int | None) -> None:
+    if handle is not None:
+        os.close(handle)
 
 
 def load_pruned(directory: str | Path) -> PreTrainedModel:
@@ -359,11 +448,66 @@ def load_pruned(directory: str | Path) -> PreTrainedModel:
     return open_pruned(path)
 
 
+@torch.inference_mode()
 def open_pruned(path: Path) -> PreTrainedModel:
-    """Load the model of a pruned directory as it lies there, manifest or not; `ModelError` where it cannot be."""
-    model_type = str(read_json(path / "config.json").get("model_type"))
-    loader = model_class(family_named(model_type), stock=model_type in FAMILIES)
+    """Load the model of a pruned directory as it lies there, manifest or not.
+
+    Raises `ArtifactError` where weights do not fit the configuration, before anything of their size is built, and
+    `ModelError` where it cannot be loaded or run.
+    """
+    refuse_unfit(path)
     with model_errors(path):
-        model: PreTrainedModel = loader.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
-    model.eval()
+        model: PreTrainedModel = _class_of(path).from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+        model.eval()
+        model(torch.zeros(1, 2, dtype=torch.int64))  # widths and indices that do not fit show here
     return model
+
+
+def refuse_unfit(path: Path) -> None:
+    """Compare the tensors of a pruned directory with its configuration; `ArtifactError` where they differ."""
+    file = path / "model.safetensors"
+    got = tensor_shapes(file)
+    read_config(path / "config.json")
+    model = empty_model(path, most_layers=len(got))
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    odd = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))
+    if odd:
+        told = "; ".join(
+            f"{name} is {_shape(got.get(name))}, expected {_shape(wanted.get(name))}" for name in odd[:SHOWN]
+        )
+        raise ArtifactError(f"{file}: {len(odd)} tensors do not fit config.json ({told}); prune again")
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else str(list(shape))
+
+
+def empty_model(directory: Path, *, most_layers: int | None = None) -> PreTrainedModel:
+    """Return the model of a directory, dense or pruned, by its configuration: shapes without values.
+
+    Raises `ArtifactError` above `most_layers`, so that nothing is built that no file could fill, and `ModelError`
+    where the configuration is of no known family or makes no model.
+    """
+    kind = _class_of(directory)
+    with model_errors(directory):
+        config = kind.config_class.from_pretrained(directory)
+        if most_layers is not None and config.num_hidden_layers > most_layers:
+            raise ArtifactError(
+                f"{directory / 'config.json'}: asks for {config.num_hidden_layers} layers, its weights are "
+                f"{most_layers} tensors"
+            )
+        with torch.device("meta"):
+            model: PreTrainedModel = kind(config)
+    return model
+
+
+def _class_of(directory: Path) -> Any:
+    """Return the class of a dense or pruned model by its configuration; `ModelError` where it is of no known family."""
+    model_type = str(read_json(directory / "config.json").get("model_type"))
+    return model_class(family_named(model_type), stock=model_type in FAMILIES)
+
+
+def save_tokenizer(tokenizer: Any, directory: Path) -> dict[str, str]:
+    """Write a tokenizer's files into a directory and return their sha256 by name."""
+    written = {Path(name).name for name in tokenizer.save_pretrained(directory)}
+    return {name: sha256_of(directory / name) for name in sorted(written) if (directory / name).is_file()}

@@ -28,7 +28,7 @@ import torch
 from transformers import PreTrainedModel
 
 from gatepress import __version__
-from gatepress.checkpoint import PROBE_FILE, model_errors, open_tokenizer, read_tensors
+from gatepress.checkpoint import PROBE_FILE, model_errors, open_tokenizer, read_probe, save_tokenizer
 from gatepress.errors import GatepressError, MetricDropError, ModelError, ParityError, UsageError
 from gatepress.evaluation import Basis, basis_of, evaluate_runner, probe_rows
 from gatepress.files import check_output, json_text, new_directory, sha256_of
@@ -36,7 +36,6 @@ from gatepress.manifests import ONNX_FILE, ONNX_FORMAT, ONNX_MODEL
 from gatepress.progress import Progress
 from gatepress.quantize import quantize_file
 from gatepress.runtime import (
-    INPUTS,
     Runner,
     TorchRunner,
     input_names,
@@ -108,14 +107,15 @@ def export(  # noqa: PLR0913 - every option of the command is one
     if not isinstance(runner, TorchRunner):
         raise UsageError(f"{source}: is ONNX already; give the directory that it was exported from")
     basis = _basis(runner, source, required=max_metric_drop is not None) if quantize and measure else None
-    probe = Path(source) / PROBE_FILE
+    kept = runner.kind == "run" and (Path(source) / PROBE_FILE).is_file()
     random = random_batches(runner)
-    real = [_kept_rows(probe)] if probe.is_file() else [probe_rows(basis, runner)] if basis else []
+    real = [_kept_rows(runner, Path(source))] if kept else [probe_rows(basis, runner)] if basis else []
     with new_directory(output, force=force) as staged:
         model_file = staged / ONNX_MODEL
         write_onnx(runner.model, model_file, opset=opset)
+        bound: dict[str, str] = {}
         if runner.tokenizer_dir is not None:
-            open_tokenizer(runner.tokenizer_dir).save_pretrained(staged)
+            bound = save_tokenizer(open_tokenizer(runner.tokenizer_dir), staged)
         (staged / "config.json").write_text(json_text(_config(runner.model)), encoding="utf-8")
         exact = open_runner(model_file)
         checked = _compare(runner, exact, [*random, *real], max_diff)
@@ -159,7 +159,10 @@ def export(  # noqa: PLR0913 - every option of the command is one
             },
             **{key: (runner.manifest or {}).get(key) for key in ("task", "data", "max_length")},
             "head_is_random": runner.head_is_random,
-            "sha256": {file.name: sha256_of(file) for file in sorted(staged.glob(f"{ONNX_MODEL}*"))},
+            "sha256": {
+                file.name: sha256_of(file) for file in sorted([staged / "config.json", *staged.glob(f"{ONNX_MODEL}*")])
+            }
+            | bound,
             **report,
             "versions": _versions(),
         }
@@ -380,8 +383,8 @@ def _rows(model: PreTrainedModel, rows: int, length: int, *, padded: bool, seed:
     return {name: batch[name] for name in input_names(model)}
 
 
-def _kept_rows(file: Path) -> Batch:
-    return {name: value.numpy() for name, value in read_tensors(file).items() if name in INPUTS}
+def _kept_rows(runner: TorchRunner, run: Path) -> Batch:
+    return {name: value.numpy() for name, value in read_probe(run, runner.model).items()}
 
 
 def _compare(torch_runner: Runner, onnx_runner: Runner, batches: list[Batch], max_diff: float) -> _Checked:

@@ -33,7 +33,13 @@ def locate_model(name: str, revision: str | None = None) -> Path:
     Raises `MissingExtraError` without the demo package, `ModelError` where the model does not exist
     or has no safetensors, `HubError` where the hub is out of reach and its cache has no copy.
     """
-    local = Path(name).expanduser()
+    try:
+        local = Path(name).expanduser()
+        local.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, no characters of a file system, nobody's home
+        raise ModelError(
+            f"{name[:80]!r}: is no directory and no name ({str(error)[:80]}); check the spelling"
+        ) from None
     if revision is not None and (name == "demo" or local.exists()):
         raise UsageError(f"--revision is {revision!r}, but --model {name} is on this disk; drop --revision")
     if name == "demo":

@@ -10,7 +10,6 @@ from gatepress.commands import commands_of
 from gatepress.config import RUN_FILE, TrainSettings
 from gatepress.errors import ArtifactError
 from gatepress.families import FAMILIES
-from gatepress.files import read_json
 from gatepress.graph import describe, read_graph
 from gatepress.manifests import (
     ONNX_FILE,
@@ -20,6 +19,8 @@ from gatepress.manifests import (
     PRUNED_FORMAT,
     RUN_FORMAT,
     Form,
+    file_in,
+    read_config,
     read_manifest,
     tensor_shapes,
     written_form,
@@ -67,7 +68,7 @@ def _run(path: Path) -> Facts:
         "task": manifest["task"]["name"],
         **measured(manifest),
         **_some(report, TRAINED, GATES, REMOVED),
-        **_weights(path / manifest["tensors"]["file"]),
+        **_weights(file_in(path, manifest["tensors"]["file"], "train again")),
         "provenance": provenance(manifest),
         "commands": commands_of(manifest, path.resolve().name),
         "layers": _layers_of_run(path, manifest),
@@ -87,13 +88,13 @@ def _layers_of_run(path: Path, manifest: Facts) -> list[Facts] | None:
 def _pruned(path: Path) -> Facts:
     manifest = read_manifest(path / PRUNED_FILE, PRUNED_FORMAT)
     report, run = manifest["report"], manifest.get("run", {}).get("report", {})
-    config = read_json(path / "config.json")
+    config = read_config(path / "config.json")
     return {
         "task": manifest["task"]["name"],
         **measured(manifest),
         **_some(run, TRAINED),
         **_some(report, GATES, REMOVED, PRUNED),
-        **_weights(path / "model.safetensors"),
+        **_weights(file_in(path, "model.safetensors", "prune again")),
         "provenance": provenance(manifest),
         "commands": commands_of(manifest, path.resolve().name),
         "layers": [_layer(layer, _heads(config)) for layer in report["plan"]["layers"]],
@@ -111,7 +112,7 @@ def _onnx(path: Path) -> Facts:
     manifest = read_manifest(directory / ONNX_FILE, ONNX_FORMAT)
     before = manifest.get("source_manifest") or {}
     plan = before.get("report", {}).get("plan")
-    heads = _heads(read_json(directory / "config.json")) if plan else 0
+    heads = _heads(read_config(directory / "config.json")) if plan else 0
     return {
         "task": (manifest.get("task") or {}).get("name"),
         **measured(manifest),
@@ -184,12 +185,15 @@ def _heads(config: Facts) -> int:
 def _layer(layer: Facts, heads: int) -> Facts:
     """Return what a layer of a plan keeps, beside what the dense one had."""
     parts = layer["matrices"]
+    width = parts["q"]["dense"][0] // heads
+    if width < 1:
+        raise ValueError(f"{heads} heads")
     return {
         "heads": len(layer["heads"]),
         "dense_heads": heads,
         "qk_width": layer["qk_width"],
         "vo_width": layer["vo_width"],
-        "dense_head_width": parts["q"]["dense"][0] // heads,
+        "dense_head_width": width,
         "neurons": layer["neurons"],
         "dense_neurons": parts["up"]["dense"][0],
         "by_index": [role for role, part in parts.items() if part["gathered"] or part["scattered"]],

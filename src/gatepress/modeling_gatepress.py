@@ -135,6 +135,11 @@ def shrink_(model: Any, gatepress: dict[str, Any]) -> None:
         )
     for path, part in gatepress["attentions"].items():
         attention: Any = _submodule(base, path)
+        for role in ("q", "k", "v", "o"):
+            if part[role] is not None and not isinstance(_submodule(attention, part[role]), nn.Linear):
+                raise ValueError(f"config.gatepress: {part[role]} in {path} is no Linear")
+        if isinstance(attention, PrunedAttention | nn.Linear) or not hasattr(attention, "dropout"):
+            raise ValueError(f"config.gatepress: {path} is a {type(attention).__name__}, expected a self-attention")
         pruned = type("Pruned" + type(attention).__name__, (PrunedAttention, type(attention)), {})
         attention.__class__ = pruned
         attention.gatepress = dict(part)

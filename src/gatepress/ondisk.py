@@ -5,22 +5,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from huggingface_hub import constants
-from transformers import PreTrainedModel
 
-from gatepress.checkpoint import dense_base, model_errors, read_run, read_tensors
+from gatepress.checkpoint import dense_base, empty_model, model_errors, read_run, read_tensors
 from gatepress.config import DEFAULT_TARGET, TrainSettings
 from gatepress.costs import analytic
-from gatepress.errors import ArtifactError, GatepressError
-from gatepress.families import FAMILIES, ROLES
-from gatepress.files import read_json
+from gatepress.errors import GatepressError
+from gatepress.families import ROLES
 from gatepress.gates import GatedLinear
 from gatepress.hub import locate_model
 from gatepress.inject import gated_linear
 from gatepress.methods import prepare_
 from gatepress.plan import Live, PrunePlan, make_plan
-from gatepress.resolve import family_named, model_class
 
 
 @contextlib.contextmanager
@@ -41,26 +37,6 @@ def base_of(settings: TrainSettings) -> Path | None:
             return locate_model(settings.model, settings.revision)
         except GatepressError:
             return None
-
-
-def empty_model(directory: Path, *, most_layers: int | None = None) -> PreTrainedModel:
-    """Return the model of a directory, dense or pruned, by its configuration: shapes without values.
-
-    Raises `ArtifactError` above `most_layers`, so that nothing is built that no file could fill, and `ModelError`
-    where the configuration is of no known family or makes no model.
-    """
-    model_type = str(read_json(directory / "config.json").get("model_type"))
-    kind = model_class(family_named(model_type), stock=model_type in FAMILIES)
-    with model_errors(directory):
-        config = kind.config_class.from_pretrained(directory)
-        if most_layers is not None and config.num_hidden_layers > most_layers:
-            raise ArtifactError(
-                f"{directory / 'config.json'}: asks for {config.num_hidden_layers} layers, its weights are "
-                f"{most_layers} tensors"
-            )
-        with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = kind(config)
-    return model
 
 
 def plan_of_run(directory: Path) -> tuple[PrunePlan, int] | None:

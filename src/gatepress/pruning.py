@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 from gatepress.budget import budget_of
 from gatepress.card import CARD_FILE, card
 from gatepress.checkpoint import (
-    PROBE_FILE,
     RunManifest,
     load_run,
     open_pruned,
     open_tokenizer,
-    read_tensors,
+    read_probe,
+    save_tokenizer,
     versions,
 )
 from gatepress.collapse import cut, live_parts, parameters_of, ship_code
@@ -65,9 +65,7 @@ def prune(  # noqa: PLR0913 - every option of the command is one
             f"{run_dir}: was trained with --method {manifest.settings.method}, which closes no gates, so there is "
             "nothing to prune; gatepress export takes it as it is"
         )
-    probe = read_tensors(run_dir / PROBE_FILE)
-    if "input_ids" not in probe:
-        raise ArtifactError(f"{run_dir / PROBE_FILE}: holds no rows; train again")
+    probe = read_probe(run_dir, model)
     layers = resolve(model)
     trained = manifest
     if sparsity is not None:
@@ -101,10 +99,9 @@ def prune(  # noqa: PLR0913 - every option of the command is one
         _write(pruned, staged, layout)
         del pruned  # what counts is what is on disk, and that is loaded now
         difference = _agree(wanted, _logits(open_pruned(staged), probe))
-        tokenizer = open_tokenizer(run_dir)
-        tokenizer.save_pretrained(staged)
+        bound = save_tokenizer(open_tokenizer(run_dir), staged)
         report |= {"max_abs_logit_diff": difference, "probe_rows": len(wanted)}
-        bound = [staged / "config.json", staged / "model.safetensors", *staged.glob("*.py")]
+        loaded = [staged / "config.json", staged / "model.safetensors", *staged.glob("*.py")]
         body = {
             **PRUNED_FORMAT,
             "task": manifest.task.to_json(),
@@ -125,7 +122,7 @@ def prune(  # noqa: PLR0913 - every option of the command is one
                 "target": target,
                 "latency_table": None if latency_table is None else str(latency_table),
             },
-            "sha256": {file.name: sha256_of(file) for file in bound},
+            "sha256": {file.name: sha256_of(file) for file in loaded} | bound,
             "report": report,
             "versions": versions(),
         }

@@ -32,6 +32,7 @@ from gatepress.config import RUN_FILE
 from gatepress.errors import ArtifactError, DeviceError, ModelError, UsageError
 from gatepress.families import FAMILIES
 from gatepress.files import read_json
+from gatepress.graph import check_graph, read_graph
 from gatepress.hub import locate_model
 from gatepress.manifests import (
     ONNX_FILE,
@@ -41,6 +42,7 @@ from gatepress.manifests import (
     check_files,
     form_of,
     hashes_of,
+    read_config,
     read_manifest,
 )
 
@@ -292,9 +294,13 @@ class OnnxRunner(_Facts):
 
     def run(self, prepared: Any) -> Any:
         """Return the logits [batch, labels]; on the GPU they stay there, in the binding that is returned."""
-        if self.device == "cpu":
-            return self.session.run([self.output_name], prepared)[0]
-        self.session.run_with_iobinding(prepared)
+        try:
+            if self.device == "cpu":
+                return self.session.run([self.output_name], prepared)[0]
+            self.session.run_with_iobinding(prepared)
+        except Exception as error:  # ONNX Runtime's exceptions share no base class but this one
+            reason = " ".join(str(error).split())[:300]
+            raise ModelError(f"{self.name}: ONNX Runtime cannot run it ({reason}); export it again") from error
         return prepared
 
     def synchronize(self) -> None:
@@ -303,8 +309,13 @@ class OnnxRunner(_Facts):
     def logits(self, batch: Batch) -> Logits:
         """Return the logits [batch, labels] as float32."""
         result = self.run(self.prepare(batch))
-        values = result if self.device == "cpu" else result.copy_outputs_to_cpu()[0]
-        return np.asarray(values, dtype=np.float32)
+        values = np.asarray(result if self.device == "cpu" else result.copy_outputs_to_cpu()[0])
+        if not np.issubdtype(values.dtype, np.floating) or values.ndim != 2 or len(values) != len(batch["input_ids"]):  # noqa: PLR2004
+            raise ModelError(
+                f"{self.name}: gives {values.dtype} of shape {list(values.shape)} for {len(batch['input_ids'])} rows, "
+                "expected logits [batch, labels]; export it again"
+            )
+        return values.astype(np.float32, copy=False)
 
 
 def open_runner(
@@ -460,14 +471,14 @@ def _open_onnx(path: Path, device: str) -> OnnxRunner:
     directory, file = (path, path / ONNX_MODEL) if path.is_dir() else (path.parent, path)
     if not file.is_file():
         raise ModelError(f"{file}: no such file, expected an ONNX model; export one with gatepress export")
-    manifest = None
+    manifest, beside = None, check_graph(read_graph(file), directory)
     if (directory / ONNX_FILE).is_file() and file.name == ONNX_MODEL:
         manifest = read_manifest(directory / ONNX_FILE, ONNX_FORMAT)
-        hashes = hashes_of(manifest, directory / ONNX_FILE, (ONNX_MODEL,), "export again")
+        hashes = hashes_of(manifest, directory / ONNX_FILE, (ONNX_MODEL, *sorted(beside)), "export again")
         check_files(directory, hashes.items(), "export again")
     session, place = _session(file, device)
     unknown = [one.name for one in session.get_inputs() if one.name not in INPUTS]
-    if unknown or not session.get_inputs():
+    if unknown or not session.get_inputs() or not session.get_outputs():
         raise ModelError(f"{file}: takes {', '.join(unknown) or 'no inputs'}, expected some of {', '.join(INPUTS)}")
     config = directory / "config.json"
     return OnnxRunner(
@@ -479,7 +490,7 @@ def _open_onnx(path: Path, device: str) -> OnnxRunner:
         manifest,
         bool(manifest and manifest.get("head_is_random")),
         session=session,
-        config=read_json(config) if config.is_file() else None,
+        config=read_config(config) if config.is_file() else None,
     )
 
 
@@ -495,7 +506,7 @@ def _session(file: Path, device: str) -> tuple[ort.InferenceSession, str]:
             "this onnxruntime has no CUDA provider; pip install onnxruntime-gpu instead, or use --device cpu"
         )
     options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors; what it warns of is not the user's doing
+    options.log_severity_level = 4  # its errors are raised; what it warns of is not the user's doing
     options.intra_op_num_threads = torch.get_num_threads()
     # Its threads go on spinning for a while after a run, on cores that whoever comes next needs.
     options.add_session_config_entry("session.force_spinning_stop", "1")

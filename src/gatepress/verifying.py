@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from gatepress.checkpoint import PROBE_FILE, load_run, open_tokenizer, read_run, read_tensors
+from gatepress.checkpoint import PROBE_FILE, load_run, open_tokenizer, read_probe, read_run, refuse_unfit
 from gatepress.config import RUN_FILE
 from gatepress.errors import ArtifactError, GatepressError
-from gatepress.graph import check_external, describe, read_graph
+from gatepress.graph import check_graph, describe, read_graph
 from gatepress.manifests import (
     ONNX_FILE,
     ONNX_FORMAT,
@@ -26,11 +26,11 @@ from gatepress.manifests import (
     tensor_shapes,
     written_form,
 )
-from gatepress.ondisk import base_of, empty_model, offline
+from gatepress.ondisk import base_of, offline
 from gatepress.runtime import COUNTED_TOKEN, open_runner
 
-TRIED = (2, 8)  # rows and tokens that an ONNX file is run on
-SHOWN = 3  # of the tensors that do not fit
+TRIED = (2, 8)  # rows and tokens that a model is run on
+_TRIED = f"logits of {TRIED[0]} x {TRIED[1]} tokens: finite"
 
 
 @dataclass
@@ -75,7 +75,7 @@ def _run(path: Path, found: Findings) -> None:
     if manifest is None:
         return
     bound = [one for one in manifest.values() if isinstance(one, dict) and {"file", "sha256"} <= set(one)]
-    _files(path, {one["file"]: one["sha256"] for one in bound}, "train again", found)
+    _files(path, {one["file"]: one["sha256"] for one in bound} | (manifest.get("sha256") or {}), "train again", found)
     found.check(f"{PROBE_FILE}: header", _probe, path)
     found.check("tokenizer", open_tokenizer, path)
     run = None if found.faults else found.check(f"{RUN_FILE}: fields", read_run, path)
@@ -101,7 +101,7 @@ def _probe(path: Path) -> None:
 
 @torch.inference_mode()
 def _finite_on_probe(model: Any, path: Path) -> None:
-    _finite(model(**read_tensors(path / PROBE_FILE)).logits.float().numpy(), path / PROBE_FILE)
+    _finite(model(**read_probe(path, model)).logits.float().numpy(), path / PROBE_FILE)
 
 
 def _pruned(path: Path, found: Findings) -> None:
@@ -114,26 +114,10 @@ def _pruned(path: Path, found: Findings) -> None:
         *(hashes_of, manifest, path / PRUNED_FILE, loaded, "prune again"),
     )
     _files(path, hashes or {}, "prune again", found)
-    found.check("model.safetensors: header, and all shapes against config.json", _fits, path)
+    found.check("model.safetensors: header, and all shapes against config.json", refuse_unfit, path)
     found.check("tokenizer", open_tokenizer, path)
-
-
-def _fits(path: Path) -> None:
-    """Compare the tensors of a pruned directory with its configuration; `ArtifactError` where they differ."""
-    file = path / "model.safetensors"
-    got = tensor_shapes(file)
-    model = empty_model(path, most_layers=len(got))
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    odd = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))
-    if odd:
-        told = "; ".join(
-            f"{name} is {_shape(got.get(name))}, expected {_shape(wanted.get(name))}" for name in odd[:SHOWN]
-        )
-        raise ArtifactError(f"{file}: {len(odd)} tensors do not fit config.json ({told}); prune again")
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "absent" if shape is None else str(list(shape))
+    if not found.faults:
+        found.check(_TRIED, _finite_on_tokens, path)
 
 
 def _onnx(path: Path, found: Findings) -> None:
@@ -154,13 +138,13 @@ def _onnx(path: Path, found: Findings) -> None:
     if not found.faults:
         found.check(f"{file.name}: graph, weights beside it, inputs and operator set", _graph, file, manifest)
     if not found.faults:
-        found.check(f"logits of {TRIED[0]} x {TRIED[1]} tokens: finite", _finite_in_onnx, path)
+        found.check(_TRIED, _finite_on_tokens, path)
 
 
 def _graph(file: Path, manifest: dict[str, Any] | None) -> None:
     """Compare a graph with its manifest, if it has one; `ArtifactError` where they differ."""
     model = read_graph(file)
-    beside = check_external(model, file.parent)
+    beside = check_graph(model, file.parent)
     if manifest is None:
         return
     hashes_of(manifest, file.parent / ONNX_FILE, sorted(beside), "export again")
@@ -171,7 +155,7 @@ def _graph(file: Path, manifest: dict[str, Any] | None) -> None:
             raise ArtifactError(f"{file}: {key} is {value}, its manifest says {manifest[key]}; export again")
 
 
-def _finite_in_onnx(path: Path) -> None:
+def _finite_on_tokens(path: Path) -> None:
     _finite(open_runner(path).logits({"input_ids": np.full(TRIED, COUNTED_TOKEN)}), path)
 
 
