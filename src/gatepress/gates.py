@@ -49,8 +49,7 @@ class Gate(nn.Module):
 
     def forward(self) -> Tensor:
         """Return z [size * repeat]."""
-        z = self._of_each()
-        return z if self.repeat == 1 else z.repeat_interleave(self.repeat)
+        return self._repeated(self._of_each())
 
     def _of_each(self) -> Tensor:
         value = self.mu + 0.5
@@ -72,8 +71,11 @@ class Gate(nn.Module):
     def values(self) -> Tensor:
         """Return z [size * repeat] as evaluation uses it, in float32."""
         value = (self.mu + 0.5).float()
-        z = self.mask.float() * (value.clamp(0, 1) if self.noise else value)
-        return z if self.repeat == 1 else z.repeat_interleave(self.repeat)
+        return self._repeated(self.mask.float() * (value.clamp(0, 1) if self.noise else value))
+
+    def _repeated(self, z: Tensor) -> Tensor:
+        """Return z [size * repeat], each value `repeat` times; views, which every ONNX exporter can translate."""
+        return z if self.repeat == 1 else z[:, None].expand(-1, self.repeat).reshape(-1)
 
 
 class GatedLinear(nn.Module):
