@@ -47,6 +47,7 @@ from gatepress.bench import endtoend, render
 from gatepress.checkpoint import RunManifest, RunWriter, model_files, open_base, open_tokenizer, versions
 from gatepress.config import DataSettings, Granularity, Layout, Target, TrainSettings
 from gatepress.export import export
+from gatepress.files import sha256_of
 from gatepress.inject import attach_gates_, gated_linear
 from gatepress.machine import cpu_name
 from gatepress.pruning import prune
@@ -230,9 +231,20 @@ def grid(work: Path) -> None:
         run = random_run(shape, work, granularity="matrix", sparsity=sparsity)
         targets = forms_of(run, target, (*FIXED, "auto"))
         records = endtoend.run(targets, batch_sizes=BATCHES, seq_lens=LENGTHS, repetitions=REPETITIONS)
+        chosen = {**key, "auto_is": _twin(targets)}
         with done.open("a") as file:
             for record in records:
-                file.write(json.dumps({**key, "record": record.to_json()}) + "\n")
+                file.write(json.dumps({**chosen, "record": record.to_json()}) + "\n")
+
+
+def _twin(targets: dict[str, Path]) -> str | None:
+    """Return the fixed layout whose weights or graph are those of `auto`, byte by byte, or None."""
+    digests = {name: [sha256_of(file) for file in _contents(path)] for name, path in targets.items()}
+    return next((name for name in FIXED if digests[name] == digests["auto"]), None)
+
+
+def _contents(path: Path) -> list[Path]:
+    return sorted([*path.glob("model.onnx"), *path.glob("*.safetensors")])
 
 
 def fusions(work: Path) -> None:
@@ -305,13 +317,14 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, default=Path("work"))
     parser.add_argument("--run", type=Path, help="a run directory with matrix gates, for `trained`")
+    parser.add_argument("--suffix", default="", help="of the result's name, for `base` and `trained` on other machines")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     work = options.work.absolute()
     if options.what == "trained":
-        compare(options.run, "trained")
+        compare(options.run, f"trained{options.suffix}")
     elif options.what == "base":
-        compare(random_run("roberta-base", work, granularity="matrix", sparsity=0.3), "base")
+        compare(random_run("roberta-base", work, granularity="matrix", sparsity=0.3), f"base{options.suffix}")
     else:
         {
             "table": table,

@@ -15,7 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiny
-from gatepress import bench, runtime
+from gatepress import bench, machine, runtime
 from gatepress.bench import endtoend, matmul, render, tables, timing
 from gatepress.bench.record import MAX_SAMPLES, Record, latencies, relative_to
 from gatepress.config import DataSettings
@@ -387,6 +387,22 @@ def test_macs_of_another_form_are_not_known(tiny_classifier_dir, monkeypatch):
 
 
 # --- records -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ("flags : fpu avx2 sha_ni", "Fast 9 (AVX2)"),
+        ("flags : fpu avx2 avx512f avx512_vnni", "Fast 9 (AVX-512 VNNI)"),
+        ("Features : fp asimd asimddp", "Fast 9 (NEON dot product)"),
+        ("flags : fpu", "Fast 9"),
+    ],
+)
+def test_processors_of_one_model_are_told_apart_by_their_instructions(flags, name, tmp_path, monkeypatch):
+    told = tmp_path / "cpuinfo"
+    told.write_text(f"processor : 0\nmodel name : Fast 9\n{flags}\n")
+    monkeypatch.setattr(machine, "_CPUINFO", told)
+    assert machine.cpu_name() == name
 
 
 def test_statistics_are_of_all_samples_and_few_are_kept():

@@ -13,12 +13,12 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertConfig
 
 import tiny
 from forms import PROBE_ROWS, save_run
 from gatepress import export as exporting
-from gatepress.checkpoint import load_pruned, load_run
+from gatepress.checkpoint import load_pruned, load_run, save_tokenizer
 from gatepress.config import Granularity, Layout
 from gatepress.errors import ModelError, OutputError, ParityError, UsageError
 from gatepress.export import export, operators, write_onnx
@@ -138,6 +138,14 @@ def test_operators_are_those_of_the_optimized_graph(bert, tmp_path: Path) -> Non
 def test_tokenizer_lies_beside_the_graph(bert) -> None:
     text = "anda boro belu"
     assert AutoTokenizer.from_pretrained(bert.output)(text) == AutoTokenizer.from_pretrained(bert.source)(text)
+
+
+def test_settings_of_a_tokenizer_name_what_it_hands_to_the_model(tmp_path: Path) -> None:
+    """They must not hang on a class that some releases of transformers pick by a model type unknown to them."""
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nanda\n")
+    save_tokenizer(AutoTokenizer.from_pretrained(tmp_path, config=BertConfig()), tmp_path / "saved")
+    settings = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+    assert settings["model_input_names"] == ["input_ids", "token_type_ids", "attention_mask"]
 
 
 def test_result_says_what_was_written(bert) -> None:

@@ -509,5 +509,7 @@ def _class_of(directory: Path) -> Any:
 
 def save_tokenizer(tokenizer: Any, directory: Path) -> dict[str, str]:
     """Write a tokenizer's files into a directory and return their sha256 by name."""
+    # Else these would follow from the class, and some releases pick that by the model type, which ours is unknown to.
+    tokenizer.init_kwargs["model_input_names"] = list(tokenizer.model_input_names)
     written = {Path(name).name for name in tokenizer.save_pretrained(directory)}
     return {name: sha256_of(directory / name) for name in sorted(written) if (directory / name).is_file()}

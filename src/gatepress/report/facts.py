@@ -29,6 +29,7 @@ from gatepress.manifests import (
 
 BYTES_A_PARAMETER = 4  # float32
 SHORT = 12  # characters of a hash that people compare
+NO_TASK, NO_METRIC = "no task", "metric"  # what the page says where a manifest names none
 
 Manifest = dict[str, Any]
 
@@ -60,8 +61,8 @@ class Item:
     kind: str  # run, pruned, onnx, sweep
     name: str
     dtype: str = "float32"
-    task: str = ""
-    metric_name: str = "metric"
+    task: str = NO_TASK
+    metric_name: str = NO_METRIC
     metric: float | None = None
     spread: tuple[float, float] | None = None  # least and most over seeds
     before: float | None = None  # the metric before, whatever `before_is` says
@@ -298,7 +299,7 @@ def _trained(manifest: Manifest, report: dict[str, Any]) -> dict[str, Any]:
 def _task(manifest: Manifest) -> tuple[str, str]:
     """Return the names of task and metric."""
     task = manifest.get("task") or {}
-    return str(task.get("name") or "no task"), str(task.get("metric") or "metric")
+    return str(task.get("name") or NO_TASK), str(task.get("metric") or NO_METRIC)
 
 
 def _counted(report: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,96 @@
+"""What the fields of a JSON file may hold, as plain values, and the check of a file by it. No torch here.
+
+A schema is a leaf of `LEAVES`, a list of one schema, an object of schemas ("*": any other key), or
+(schema,), which may be null. A key may be missing, which whoever needs it finds; unknown keys are left
+alone, as later releases may add some.
+"""
+
+import dataclasses
+import math
+import re
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from gatepress.errors import ArtifactError
+
+MAX_DEPTH = 32  # levels of a JSON value
+_UNSOUND = re.compile("[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]")  # control characters, halves of characters
+
+Schema = Any
+
+LEAVES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "text": ("a text", lambda value: isinstance(value, str)),
+    "bool": ("true or false", lambda value: isinstance(value, bool)),
+    "int": ("a whole number", lambda value: type(value) is int),
+    "size": ("a whole number from 1 on", lambda value: type(value) is int and value > 0),
+    "number": ("a number", lambda value: type(value) in (int, float)),
+    "scalar": ("a text or a number", lambda value: value is None or isinstance(value, str | int | float)),
+}
+_HINTS = {str: "text", bool: "bool", int: "int", float: "number"}
+
+
+def every(names: str, schema: Schema) -> dict[str, Schema]:
+    """Return one schema for each of some names, which blanks part."""
+    return dict.fromkeys(names.split(), schema)
+
+
+def schema_of(kind: type) -> dict[str, Schema]:
+    """Return the schema of a settings class by its annotations."""
+    return {name: _schema_of_hint(hint) for name, hint in typing.get_type_hints(kind).items()}
+
+
+def _schema_of_hint(hint: Any) -> Schema:
+    if dataclasses.is_dataclass(hint):
+        return schema_of(typing.cast("type", hint))
+    inner = typing.get_args(hint)
+    if type(None) in inner:
+        return (_schema_of_hint(inner[0]),)
+    return ["text"] if typing.get_origin(hint) is tuple else "text" if inner else _HINTS[hint]
+
+
+def check_fields(path: Path, value: dict[str, Any], schema: Schema) -> None:
+    """Raise `ArtifactError` at the first field of the file at `path` that is not what its schema says."""
+    fault = next(_unsound(value), None) or next(_faults(value, schema, ""), None)
+    if fault:
+        raise ArtifactError(f"{path}: {fault}; it is damaged, or not written by gatepress")
+
+
+def _unsound(value: Any, where: str = "it", depth: int = 0) -> Iterator[str]:
+    """Yield what no field may hold: numbers that are not finite or beyond 64 bits, text that no terminal can show."""
+    if depth > MAX_DEPTH:
+        yield f"{where} is nested deeper than {MAX_DEPTH} levels"
+    elif isinstance(value, dict):
+        for key, one in value.items():
+            yield from _unsound(key, f"a key of {where}")
+            yield from _unsound(one, key, depth + 1)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _unsound(one, where, depth + 1)
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"{where} is {value}, expected a finite number"
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        yield f"{where} is a number beyond 64 bits"
+    elif isinstance(value, str) and _UNSOUND.search(value):
+        yield f"{where} holds a control character or half of a character"
+
+
+def _faults(value: Any, schema: Schema, where: str) -> Iterator[str]:
+    """Yield where a value is not what its schema says."""
+    if isinstance(schema, tuple):
+        if value is not None:
+            yield from _faults(value, schema[0], where)
+    elif isinstance(schema, str):
+        name, fits = LEAVES[schema]
+        if not fits(value):
+            yield f"{where} is {repr(value)[:80]}, expected {name}"
+    elif not isinstance(value, type(schema)):
+        yield f"{where} is {repr(value)[:80]}, expected {'an object' if isinstance(schema, dict) else 'a list'}"
+    elif isinstance(schema, list):
+        for one in value:
+            yield from _faults(one, schema[0], where)
+    else:
+        for key, one in value.items():
+            if (inner := schema.get(key, schema.get("*"))) is not None:
+                yield from _faults(one, inner, f"{where}.{key}" if where else key)
