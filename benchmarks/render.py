@@ -8,6 +8,7 @@ Nothing in a rendered file is typed by hand; running this twice changes nothing.
 import json
 import re
 import statistics
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ def grid_table(rows: list[dict[str, Any]]) -> str:
             f"| {times['dense'] / times['auto']:.2f}x | {against} |"
         )
     above = sum(1 for one in behind if one > TOLERATED)
+    together = _over_all_sizes(cells)
     return (
         "# Is the chosen layout ever slower than a fixed one?\n\n`python benchmarks/speed.py grid`. Matrix gates "
         "closed at random, on both axes of every matrix. Medians in milliseconds, each row one interleaved run. The "
@@ -84,11 +86,24 @@ def grid_table(rows: list[dict[str, Any]]) -> str:
         "a fixed one. What was measured between such twins is the noise of this machine: half of them differ by up to "
         f"{statistics.median(noise):.1%}, the worst by {max(noise):.1%}. Of the other {len(behind)} rows {above} are "
         f"more than {TOLERATED:.0%} behind the fastest, the worst {max(behind):.1%}; the median is "
-        f"{statistics.median(behind):+.1%}.\n\n| shape | runtime | closed | batch x length | dense | inner | index "
+        f"{statistics.median(behind):+.1%}. Over the batches and lengths of one shape, runtime and sparsity together "
+        f"(geometric mean), {sum(1 for one in together if one > TOLERATED)} of {len(together)} are more than "
+        f"{TOLERATED:.0%} behind, the worst {max(together):.1%}; the median is {statistics.median(together):+.1%}."
+        "\n\n| shape | runtime | closed | batch x length | dense | inner | index "
         "| auto | auto against dense | auto against the best |\n|---|---|--:|---|--:|--:|--:|--:|--:|--:|\n"
         + "\n".join(lines)
         + "\n"
     )
+
+
+def _over_all_sizes(cells: dict[tuple[Any, ...], dict[str, Record]]) -> list[float]:
+    """Return how far the chosen layout is behind the best fixed one, over the batches and lengths of each model."""
+    times: dict[tuple[Any, ...], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for key, found in cells.items():
+        for name, record in found.items():
+            times[key[:3]][name].append(record.latency_ms_median)
+    means = [{name: statistics.geometric_mean(each) for name, each in one.items()} for one in times.values()]
+    return [one["auto"] / min(mean for name, mean in one.items() if name != "auto") - 1 for one in means]
 
 
 def collapse_table(result: dict[str, Any]) -> str:

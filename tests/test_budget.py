@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import tiny
-from gatepress.budget import Budget, GateVector, Masks, Ranking, gate_vectors, gates_to_close
-from gatepress.config import BudgetUnit, Controller, Granularity
+from gatepress.budget import INSIDE_HEADS, Budget, GateVector, Masks, Ranking, budget_of, gate_vectors, gates_to_close
+from gatepress.config import BudgetUnit, Controller, DataSettings, Granularity, TrainSettings
 from gatepress.gates import Gate
 from gatepress.inject import attach_gates_, mark_trainable_, trainable
 
@@ -70,12 +70,14 @@ def test_gates_are_fixed_for_the_recovery(controller: Controller) -> None:
     assert all(torch.equal(mask, v.gate.mask) for mask, v in zip(masks, budget.vectors, strict=True))
 
 
-def test_each_head_of_a_layer_keeps_the_same_width() -> None:
-    budget = run_budget("structured", "importance", 0.5)
-    for vector in budget.vectors:
-        if vector.heads > 1:
-            widths = vector.gate.mask.view(vector.heads, -1).sum(1)
-            assert widths.max() - widths.min() <= 1  # one more where slots leave a remainder
+@pytest.mark.parametrize(("granularity", "sites"), [("structured", 2), ("matrix", 4)])
+def test_each_head_of_a_layer_keeps_the_same_width(granularity: Granularity, sites: int) -> None:
+    """Closure pads every head to the widest: a dimension more in one head is one more in all of them."""
+    inside = [vector for vector in run_budget(granularity, "importance", 0.4).vectors if vector.heads > 1]
+    assert len(inside) == tiny.LAYERS * sites
+    for vector in inside:
+        widths = vector.gate.mask.view(vector.heads, -1).sum(1)
+        assert widths.max() - widths.min() <= 1  # one more where slots leave a remainder
 
 
 def test_the_paper_s_projection_closes_the_same_share_of_each_vector() -> None:
@@ -120,6 +122,17 @@ def test_a_gate_closed_too_early_comes_back() -> None:
         if step == 29:
             assert neuron.mask[0] == 0
     assert neuron.mask[0] == 1
+
+
+@pytest.mark.parametrize(("controller", "heads"), [("importance", tiny.HEADS), ("penalty", 1)])
+def test_the_paper_s_gates_know_no_heads(controller: Controller, heads: int) -> None:
+    model = tiny.build_classifier("bert")
+    layers = attach_gates_(model, granularity="matrix", controller=controller)
+    settings = TrainSettings(
+        data=DataSettings(task="sst2"), model="any", granularity="matrix", controller=controller, sparsity=0.3
+    )
+    budget = budget_of(model, layers, settings, steps=10, tokens=8)
+    assert {vector.heads for vector in budget.vectors if (vector.role, vector.axis) in INSIDE_HEADS} == {heads}
 
 
 def test_heads_go_whole_and_neurons_make_up_the_rest() -> None:

@@ -1,5 +1,6 @@
 """Many trainings as one picture: what is finished stays, what is measured is summed up rightly."""
 
+import contextlib
 import json
 import os
 import re
@@ -261,26 +262,38 @@ def test_a_process_that_dies_is_an_error_with_a_remedy(settings, tmp_path, monke
         sweep.train_apart(settings, tmp_path / "run")
 
 
-def test_ctrl_c_ends_both_processes_and_clears_away(settings, tmp_path):
+@pytest.fixture
+def endless(settings, tmp_path):
+    """A sweep in a process of its own whose first training has begun and never ends."""
     line = [sys.executable, "-m", "gatepress", "sweep", "--model", settings.model, "--epochs", "5000", "-o", "sweep"]
     line += ["--train-file", settings.data.train_file, "--validation-file", settings.data.validation_file, "--json"]
     process = subprocess.Popen(
         line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )
-    try:
-        until = time.monotonic() + 120
-        while not list(tmp_path.glob("sweep/runs/*")) and process.poll() is None and time.monotonic() < until:
-            time.sleep(0.1)
-        os.killpg(process.pid, signal.SIGINT)
-        out, err = process.communicate(timeout=120)  # the end of what all processes write to: none is left
-    finally:
-        process.kill()
-        process.communicate()
-    assert process.returncode == 130, err
+    until = time.monotonic() + 120
+    while not list(tmp_path.glob("sweep/runs/*")) and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.1)
+    yield process
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def test_ctrl_c_ends_both_processes_and_clears_away(endless, tmp_path):
+    os.killpg(endless.pid, signal.SIGINT)
+    out, err = endless.communicate(timeout=120)  # the end of what all processes write to: none is left
+    assert endless.returncode == 130, err
     assert json.loads(out)["error"]["type"] == "Interrupted"
     assert b"Traceback" not in err
     assert b"nothing was written" in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_training_ends_with_the_sweep_that_was_killed(endless, sent, code):
+    os.kill(endless.pid, sent)
+    endless.communicate(timeout=120)  # returns when no process is left that could write
+    assert endless.returncode == code
 
 
 # --- figures of the summary -----------------------------------------------------------------------

@@ -14,7 +14,8 @@ Two controllers over the same gates say which of them close.
 squared gradient (dL/dz)^2, the diagonal of the Fisher information of the gates; every few steps all
 gates of the encoder are ranked by average / multiply-accumulates saved, and the best stay open. What
 may stay open falls on a cubic schedule to the exact budget; closed gates still receive gradients, so a
-gate closed too early comes back. Layers share the loss where it hurts least.
+gate closed too early comes back. Layers share the loss where it hurts least. All heads of a layer keep the
+same width.
 
 `penalty` (the paper): the loss gets lambda * mean over gate vectors of |mean(P) - (1 - s)|, eq. (9).
 The penalty alone does not close gates (all settle near the target value, hardly any at 0), so at the
@@ -44,6 +45,8 @@ ROUNDING = 1e-6  # of a gate: what a product of a fraction and a whole number ma
 AVERAGE_KEEPS = 0.98  # of the moving average, per step
 TOLERANCE = 5e-4  # of a budget that is not counted in gates: how far the search goes on
 
+INSIDE_HEADS = (("q", "out"), ("k", "out"), ("v", "out"), ("o", "in"))  # sites of dimensions of heads
+
 Unit = tuple[float, int, Tensor]  # importance, vector, the elements that close together
 Masks = list[Tensor]  # one a gate vector, 1 open, 0 closed
 
@@ -60,13 +63,16 @@ class GateVector:
     axis: str = ""
 
 
-def gate_vectors(model: nn.Module, layers: list[Layer], granularity: Granularity) -> list[GateVector]:
+def gate_vectors(
+    model: nn.Module, layers: list[Layer], granularity: Granularity, *, equal_heads: bool = True
+) -> list[GateVector]:
     """Return the model's gate vectors with costs.
 
     A structured gate removes a row and a column (two matrices), a matrix gate one row or column, a head
-    as much as all of its dimensions.
+    as much as all of its dimensions. With `equal_heads` the dimensions of heads close alike in every head.
     """
     alone = granularity == "matrix"
+    of_heads = INSIDE_HEADS if equal_heads and granularity != "heads" else ()
     vectors = []
     for number, layer in enumerate(layers):
         for role in ROLES:
@@ -76,12 +82,11 @@ def gate_vectors(model: nn.Module, layers: list[Layer], granularity: Granularity
                     continue
                 rows, columns = layer.shapes[role]
                 across = rows if axis == "in" else columns
-                of_heads = granularity == "structured" and role in ("q", "o")
                 vectors.append(
                     GateVector(
                         gate=gate,
                         macs=float(across * (1 if alone else 2) * gate.counts),
-                        heads=layer.heads if of_heads else 1,
+                        heads=layer.heads if (role, axis) in of_heads else 1,
                         layer=number,
                         role=role,
                         axis=axis,
@@ -334,7 +339,9 @@ class Budget:
 
 def budget_of(model: nn.Module, layers: list[Layer], settings: TrainSettings, *, steps: int, tokens: int) -> Budget:
     """Return the budget of a prepared model as `settings` asks for it; `macs` count attention at `tokens` tokens."""
-    vectors = gate_vectors(model, layers, settings.granularity)
+    # The paper's gates know no heads; closure pads each of them to the widest.
+    paper = settings.granularity == "matrix" and settings.controller == "penalty"
+    vectors = gate_vectors(model, layers, settings.granularity, equal_heads=not paper)
     removed = None
     if settings.unit not in ("gates", "vectors"):
         removed = removed_by(model, layers, vectors, settings.unit, tokens=tokens, costs=analytic(DEFAULT_TARGET))

@@ -9,10 +9,13 @@ import contextlib
 import json
 import logging
 import multiprocessing
+import os
 import shutil
 import signal
 import sys
 import tempfile
+import threading
+import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -222,9 +225,11 @@ def train_apart(settings: TrainSettings, output: Path) -> dict[str, Any]:
             "out of memory does); lower --batch-size or --max-length, and run the same command again"
         ) from None
     except BaseException:
-        process.terminate()
-        process.join(PATIENCE_S)
-        process.kill()
+        try:
+            process.terminate()
+            process.join(PATIENCE_S)
+        finally:  # a second signal must not leave it behind
+            process.kill()
         raise
     finally:
         process.join()
@@ -238,6 +243,7 @@ def train_apart(settings: TrainSettings, output: Path) -> dict[str, Any]:
 def _train(settings: TrainSettings, output: Path, end: "Connection[Any, Any]") -> None:
     """Train and send the report, or the error; runs in the other process."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what is staged is cleared away
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     warnings.simplefilter("ignore")  # libraries talk to a terminal that is not theirs
     with contextlib.redirect_stdout(sys.stderr):
         try:
@@ -246,6 +252,16 @@ def _train(settings: TrainSettings, output: Path, end: "Connection[Any, Any]") -
             error.add_note(traceback.format_exc())
             answer = error
     end.send(answer)
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that asked is gone, killed without a chance to say so."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(PATIENCE_S)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @contextlib.contextmanager
