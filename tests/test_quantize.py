@@ -89,6 +89,21 @@ def test_any_shape_is_near_what_torch_computes(
     assert 0 < np.concatenate(apart).mean() < 0.25 * np.concatenate(spread).std()
 
 
+def test_no_sum_of_two_products_leaves_16_bits(made) -> None:
+    """Processors without VNNI cut off what does; word embeddings are not added up and use all 8 bits."""
+    graph = onnx.load(made.onnx / "model.onnx").graph
+    values = {one.name: one for one in graph.initializer}
+
+    def largest(name: str) -> int:
+        return int(np.abs(onnx.numpy_helper.to_array(values[name]).astype(int)).max())
+
+    products = [largest(node.input[1]) for node in graph.node if node.op_type == "MatMulInteger"]
+    assert len(products) == PRODUCTS
+    assert 2 * 255 * max(products) < 2**15
+    words = next(node for node in graph.node if node.op_type == "Gather" and node.input[1] == "input_ids")
+    assert largest(words.input[0]) > 64
+
+
 def test_result_and_manifest_say_what_is_quantized(made) -> None:
     quantized = made.result["quantized"]
     assert quantized["operators"] == {
