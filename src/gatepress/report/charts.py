@@ -28,6 +28,7 @@ SHAPES = (
 )
 BAR_ROW, BAR_TOP, BAR_HEIGHT = 44, 20, 10  # px
 PLOT_HEIGHT, PLOT_TOP, PLOT_BOTTOM = 300, 12, 44
+LABEL_BELOW, LABEL_ABOVE = 16, -8  # baseline of a point's label, from the point
 HEAT_ROW, HEAT_TOP = 30, 26
 DEEP_FROM = 0.8  # fraction from which letters in the colour of ink are hard to read
 
@@ -252,7 +253,9 @@ def _mark(point: Point, place: tuple[str, float], index: int, up: _Scale) -> str
     if point.low is not None and point.high is not None:
         whisker = _line(f"path h{index % HUES}", ("0", up(point.low) - y), ("0", up(point.high) - y))
     ring = '<circle class="ring" r="11"/>' if point.ring else ""
-    label = _text("9" if not point.ring else "15", 16, point.label, "tick") if point.label else ""
+    fits_below = y + LABEL_BELOW < PLOT_HEIGHT - PLOT_BOTTOM  # else it would stand on the ticks
+    down = LABEL_BELOW if fits_below else LABEL_ABOVE
+    label = _text("9" if not point.ring else "15", down, point.label, "tick") if point.label else ""
     parts = f"{_title(point.title)}{whisker}{_shape(index)}{ring}{label}"
     return f'<svg x="{x}" y="{y:.1f}" overflow="visible"><g>{parts}</g></svg>'
 
