@@ -239,12 +239,8 @@ def grid(work: Path) -> None:
 
 def _twin(targets: dict[str, Path]) -> str | None:
     """Return the fixed layout whose weights or graph are those of `auto`, byte by byte, or None."""
-    digests = {name: [sha256_of(file) for file in _contents(path)] for name, path in targets.items()}
+    digests = {name: [sha256_of(file) for file in sorted(path.glob("model.*"))] for name, path in targets.items()}
     return next((name for name in FIXED if digests[name] == digests["auto"]), None)
-
-
-def _contents(path: Path) -> list[Path]:
-    return sorted([*path.glob("model.onnx"), *path.glob("*.safetensors")])
 
 
 def fusions(work: Path) -> None:
