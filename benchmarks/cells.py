@@ -18,7 +18,10 @@ from gatepress.files import replace_file
 from gatepress.machine import cpu_name
 
 RESULTS = Path(__file__).parent / "results"
-TASKS = ("sst2", "cola", "stsb", "rte")  # those that small encoders can be tried on in minutes
+EPOCHS = {"sst2": 3, "cola": 5, "stsb": 5, "rte": 8}  # tasks that small encoders can be tried on in minutes
+TASKS = tuple(EPOCHS)
+ROWS = ("--max-train-samples", 10_000)
+FULL = ("--method", "full")
 COUNTED = (
     *("metric_name", "metric_value", "examples", "asked_sparsity", "budget", "total_gates", "closed_gates"),
     *("removed_of_budget", "encoder_macs_removed", "dense_params", "total_params", "trainable_params"),
@@ -43,6 +46,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--model", action="append", default=[], metavar="NAME=DIRECTORY|HUB-ID")
     made.add_argument("--task", action="append")
     made.add_argument("--seed", action="append", type=int)
+    made.add_argument("--epochs", type=int, help="default: sst2 3, cola and stsb 5, rte 8, others as gatepress train")
     made.add_argument("--work", type=Path, help="where runs are kept between starts")
     made.add_argument("--precision", default="bf16")
     made.add_argument("--device", default="cpu")
@@ -74,6 +78,21 @@ def train(run: Path, name: str, model: str, words: Sequence[object], options: ar
         "cores": os.cpu_count(),
         "command": f"gatepress train --model {name.upper()} --data-dir GLUE " + " ".join(map(str, words)),
     }
+
+
+def finetuned(
+    encoder: str, model: str, task: str, seed: int, options: argparse.Namespace
+) -> tuple[Path, dict[str, Any]]:
+    """Return the run of full finetuning that others start from, and what it says; trained unless it is there."""
+    run = options.work / "full" / f"{encoder}-{task}-{seed}"
+    words = ("--task", task, *ROWS, *FULL, "--seed", seed, *common(task, options))
+    return run, train(run, encoder, model, words, options)
+
+
+def common(task: str, options: argparse.Namespace) -> tuple[object, ...]:
+    """Return the words of a training that do not tell arms apart."""
+    epochs = options.epochs or EPOCHS.get(task)
+    return ("--precision", options.precision, "--device", options.device, *(("--epochs", epochs) if epochs else ()))
 
 
 def sweep(

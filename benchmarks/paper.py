@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cells import RESULTS, TASKS, gatepress, models_of, parser, sweep, train
+from cells import FULL, RESULTS, ROWS, TASKS, common, finetuned, gatepress, models_of, parser, sweep, train
 
 from gatepress.files import replace_file
 
@@ -27,13 +27,11 @@ PAPER_MODELS = {"roberta-base": "FacebookAI/roberta-base", "roberta-large": "Fac
 PAPER_GATES = ("--granularity", "matrix", "--controller", "penalty")
 PAPER_RANK = ("--lora-rank", 8)
 WITHOUT_FFN = ("--matrices", "q,k,v,o", "--gate-axes", "out")
-FULL = ("--method", "full")
 FACTORS = {"2x": 0.5, "4x": 0.75, "8x": 0.875}  # fewer multiply-accumulates of the encoder -> fraction removed
 SEEDS = 5
 FINETUNED = "full"  # the arm that others are measured by
 FROM_FINETUNED = "<full>"  # among the words of an arm: it starts from what that arm trained
 KEY = ("encoder", "task", "arm", "seed")
-DEFAULT_WORDS = ("--max-train-samples", 10_000)
 
 Words = tuple[object, ...]
 
@@ -45,7 +43,7 @@ class Experiment:
     title: str
     arms: dict[str, Words]
     tasks: tuple[str, ...] = PAPER_TASKS  # of the paper's size
-    words: Words = DEFAULT_WORDS
+    words: Words = ROWS
     line: str | None = None  # what the arms are points of, for a figure
     models: dict[str, str] = field(default_factory=lambda: PAPER_MODELS)
 
@@ -218,7 +216,6 @@ def main() -> None:
     made.add_argument("experiment", choices=(*EXPERIMENTS, "figure3a", "figure3b"))
     made.add_argument("--size", choices=("laptop", "paper"), default="laptop")
     made.add_argument("--arm", action="append")
-    made.add_argument("--epochs", type=int)
     options = made.parse_args()
     if options.experiment not in EXPERIMENTS:
         figure_3(options.experiment, options)
@@ -239,15 +236,14 @@ def main() -> None:
 
     def cell(key: tuple[Any, ...]) -> dict[str, Any]:
         encoder, task, arm, seed = key
-        words = ["--task", task, *experiment.words, *experiment.arms[arm], "--seed", seed]
-        words += ["--precision", options.precision, "--device", options.device]
-        words += ["--epochs", options.epochs] if options.epochs else []
-        runs = options.work / options.experiment
-        shown, model = encoder, models[encoder]
+        words, start = experiment.arms[arm], (encoder, models[encoder])
+        if words == FULL and experiment.words == ROWS:
+            return finetuned(encoder, models[encoder], task, seed, options)[1]
         if FROM_FINETUNED in words:
-            words.remove(FROM_FINETUNED)
-            shown, model = "run_of_full", str(runs / _directory((encoder, task, FINETUNED, seed)))
-        return train(runs / _directory(key), shown, model, words, options)
+            run, _ = finetuned(encoder, models[encoder], task, seed, options)
+            words, start = [word for word in words if word != FROM_FINETUNED], ("run_of_full", str(run))
+        words = ("--task", task, *experiment.words, *words, "--seed", seed, *common(task, options))
+        return train(options.work / options.experiment / _directory(key), *start, words, options)
 
     path = RESULTS / f"paper_{options.experiment}.json"
     cells = sweep(path, keys, KEY, cell, lambda done: render(experiment, done))

@@ -10,9 +10,10 @@ multiply-accumulates (MACs) is left; the best head and the best neuron of each l
 - `taylor`: Torch-Pruning (`pip install torch-pruning==1.6.1`): its dependency graph, its group Taylor importance and
   its pruning functions, ranked over the whole encoder, heads among heads and neurons among neurons, in five steps.
 
-Every cut is checked: the smaller model must agree with the full one whose removed parts are set to zero. The full
-models stay in `--work` and are used again; a record that is there is not run again. With fewer than all training rows
-(`--max-train-samples`) the records go to `--work`. The table beside the JSON is rendered from it:
+Every cut is checked: the smaller model must agree with the full one whose removed parts are set to zero. It starts
+from the run of full finetuning in `--work` that `paper.py accuracy` starts from too, and is finetuned again for as
+many epochs as gates are closed in there. A record that is there is not run again. The table beside the JSON is
+rendered from it:
 
     python benchmarks/pruning_baselines.py --render
 """
@@ -21,7 +22,6 @@ import argparse
 import copy
 import importlib
 import importlib.metadata
-import json
 import logging
 import os
 import statistics
@@ -29,12 +29,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from cells import TASKS
+from cells import RESULTS, ROWS, TASKS, finetuned, models_of, parser, sweep
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import get_linear_schedule_with_warmup
@@ -43,20 +44,15 @@ from gatepress.batches import make_loader, probe_batch, tokenize
 from gatepress.checkpoint import open_base, open_tokenizer, versions
 from gatepress.collapse import parameters_of
 from gatepress.config import DataSettings
-from gatepress.errors import ArtifactError, GatepressError, MissingExtraError, ParityError, UsageError
+from gatepress.errors import GatepressError, MissingExtraError, ParityError, UsageError
 from gatepress.evaluation import MAX_LENGTH, evaluate_model
-from gatepress.files import json_text, new_directory, read_json, replace_file
 from gatepress.machine import cpu_name
 from gatepress.modeling_gatepress import VERSION, shrink_
 from gatepress.resolve import Layer, resolve
 from gatepress.tasks import TaskSpec, task_named
 from gatepress.tasks.sources import load_rows
 
-RESULTS = Path(__file__).parent / "results" / "pruning_baselines.json"
 KEY = ("encoder", "task", "seed", "method", "asked_kept")
-FULL_FILE = "finetuned.json"  # beside the full model's weights: how it was trained, what it reaches
-EPOCHS = {"sst2": 3, "cola": 5, "stsb": 5, "rte": 8}
-ALL_ROWS = 10_000  # training rows of a record, at most
 BATCH, LEARNING_RATE, WEIGHT_DECAY, WARMUP = 32, 5e-5, 0.01, 0.06
 MAX_GRADIENT_NORM = 1.0
 VALIDATION_BATCH = 64
@@ -70,17 +66,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """One encoder on one task: rows as tokens, and what training them takes."""
+    """One finetuned encoder on its task: rows as tokens, and what training them takes."""
 
     encoder: str
     source: Path
+    finetuned: dict[str, Any]  # what its training said of itself
     spec: TaskSpec
     tokenizer: Any
     train_rows: Any
     validation: dict[str, Any]  # split name -> loader
     probe: dict[str, Tensor]
-    full_epochs: int
-    recovery_epochs: int
     precision: str
 
     def loader(self, seed: int) -> Any:
@@ -115,15 +110,16 @@ class Units:
     neurons: list[int]
 
 
-def load_job(encoder: str, task: str, options: argparse.Namespace) -> Job:
-    """Read rows and tokenizer of one encoder on one task."""
-    source = Path(options.models[encoder])
-    rows = load_rows(DataSettings(task=task, data_dir=str(options.data_dir), max_train_samples=options.rows))
-    tokenizer = open_tokenizer(source)
+def load_job(encoder: str, task: str, seed: int, options: argparse.Namespace) -> Job:
+    """Return an encoder finetuned on a task, with the task's rows."""
+    run, told = finetuned(encoder, models_of(options)[encoder], task, seed, options)
+    rows = load_rows(DataSettings(task=task, data_dir=str(options.data_dir), max_train_samples=ROWS[1]))
+    tokenizer = open_tokenizer(run)
     validation = {name: tokenize(split, tokenizer, MAX_LENGTH) for name, split in rows.validation.items()}
     return Job(
         encoder=encoder,
-        source=source,
+        source=run,
+        finetuned=told,
         spec=rows.spec,
         tokenizer=tokenizer,
         train_rows=tokenize(rows.train, tokenizer, MAX_LENGTH),
@@ -132,8 +128,6 @@ def load_job(encoder: str, task: str, options: argparse.Namespace) -> Job:
             for name, split in validation.items()
         },
         probe=probe_batch(next(iter(validation.values())), tokenizer),
-        full_epochs=options.full_epochs or EPOCHS[task],
-        recovery_epochs=options.recovery_epochs or EPOCHS[task],
         precision=options.precision,
     )
 
@@ -161,29 +155,6 @@ def finetune_(model: Any, job: Job, epochs: int, seed: int) -> float:
         logger.info("%s %s: epoch %d of %d", job.encoder, job.spec.name, epoch + 1, epochs)
     model.eval()
     return round(time.perf_counter() - started, 1)
-
-
-def full_model(job: Job, seed: int, work: Path) -> tuple[Any, dict[str, Any]]:
-    """Return the fully finetuned model, from `work` where it lies there, and what is known of it.
-
-    Raises `ArtifactError` where the one that lies there was trained otherwise than asked.
-    """
-    directory = work / "full" / f"{job.encoder}-{job.spec.name}-{seed}"
-    asked = {"epochs": job.full_epochs, "train_examples": len(job.train_rows), "precision": job.precision}
-    if not directory.exists():
-        torch.manual_seed(seed)  # of the head
-        model = open_base(job.source, job.spec)
-        seconds = finetune_(model, job, job.full_epochs, seed)
-        with new_directory(directory) as staged:
-            model.save_pretrained(staged)
-            job.tokenizer.save_pretrained(staged)
-            known = {**asked, "seconds": seconds, "metric": job.metric(model)["metric_value"]}
-            (staged / FULL_FILE).write_text(json_text(known), encoding="utf-8")
-    known = read_json(directory / FULL_FILE)
-    found = {name: known.get(name) for name in asked}
-    if found != asked:
-        raise ArtifactError(f"{directory}: was trained with {found}, asked is {asked}; remove it, or change --work")
-    return open_base(directory, job.spec).eval(), known
 
 
 def macs_of(model: Any) -> int:
@@ -514,32 +485,31 @@ def zeroed(full: Any, layers: list[Layer], units: list[Units]) -> Any:
     return model
 
 
-def cell(job: Job, seed: int, method: str, kept: float, options: argparse.Namespace) -> dict[str, Any]:
-    """Prune one full model one way, finetune it again, and return what was asked, counted and measured."""
-    full, known = full_model(job, seed, options.work)
+def cell(key: tuple[Any, ...], load: Callable[[str, str, int], Job]) -> dict[str, Any]:
+    """Prune one finetuned model one way, finetune it again, and return what was asked, counted and measured."""
+    encoder, task, seed, method, kept = key
+    job = load(encoder, task, seed)
+    full = open_base(job.source, job.spec).eval()
     started = time.perf_counter()
     model, counted = pruned(full, method, kept, job, seed)
     prune_seconds = round(time.perf_counter() - started, 1)
     at_once = job.metric(model)["metric_value"]
-    seconds = finetune_(model, job, job.recovery_epochs, seed)
+    epochs = job.finetuned["epochs"]
+    seconds = finetune_(model, job, epochs, seed)
     measured = job.metric(model)
-    words = f"--model {job.encoder}={job.encoder.upper()} --task {job.spec.name} --seed {seed} --method {method}"
-    words += f" --kept {kept:g} --full-epochs {job.full_epochs} --recovery-epochs {job.recovery_epochs}"
-    words += f" --precision {job.precision} --threads {torch.get_num_threads()}"
+    words = f"--model {encoder}={encoder.upper()} --task {task} --seed {seed} --method {method} --kept {kept:g}"
     return {
-        **dict(zip(KEY, (job.encoder, job.spec.name, seed, method, kept), strict=True)),
         "how": METHODS[method][1],
         "metric_name": measured["metric_name"],
         "metric_value": measured["metric_value"],
         "metric_before_recovery": at_once,
-        "full_metric_value": known["metric"],
+        "full_metric_value": job.finetuned["metric_value"],
         "examples": measured["examples"],
         **counted,
         "train_examples": len(job.train_rows),
-        "full_epochs": job.full_epochs,
-        "full_seconds": known["seconds"],
+        "epochs": epochs,  # before and after the cut
+        "full_seconds": job.finetuned["train_seconds"],
         "prune_seconds": prune_seconds,
-        "recovery_epochs": job.recovery_epochs,
         "recovery_seconds": seconds,
         "precision": job.precision,
         "threads": torch.get_num_threads(),
@@ -555,32 +525,15 @@ def tp_version() -> str:
     return importlib.metadata.version("torch-pruning")
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return the records that are there."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-
-
-def key_of(record: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what a record is known by."""
-    return tuple(record[part] for part in KEY)
-
-
 def place(record: dict[str, Any]) -> tuple[Any, ...]:
     """Return what a record is sorted by."""
     method = list(METHODS).index(record["method"])
     return record["encoder"], TASKS.index(record["task"]), record["seed"], -record["asked_kept"], method
 
 
-def save(record: dict[str, Any], path: Path) -> None:
-    """Put a record among those that are there by now, and render them."""
-    others = [one for one in read_records(path) if key_of(one) != key_of(record)]
-    records = sorted([*others, record], key=place)
-    replace_file(path, (json.dumps(records, indent=1) + "\n").encode())
-    replace_file(path.with_suffix(".md"), render(records).encode())
-
-
 def render(records: list[dict[str, Any]]) -> str:
     """Return the tables in Markdown: means over seeds, then every record."""
+    records = sorted(records, key=place)
     fractions = sorted({one["asked_kept"] for one in records}, reverse=True)
     text = "# Finetuned, pruned by a score, finetuned again\n\n"
     text += "| encoder | task | metric | method | full | " + " | ".join(f"{kept:.1%} of MACs" for kept in fractions)
@@ -604,8 +557,7 @@ def render(records: list[dict[str, Any]]) -> str:
             f"| {one['metric_before_recovery']:.4f} | {one['metric_value']:.4f} | {' | '.join(kept)} |\n"
         )
     trained = {
-        f"{one['task']} {one['full_epochs']} + {one['recovery_epochs']} on {one['train_examples']:,} rows": None
-        for one in records
+        f"{one['task']} {one['epochs']} + {one['epochs']} on {one['train_examples']:,} rows": None for one in records
     }
     how = {one["method"]: f"`{one['method']}`: {one['how']}." for one in records}
     machines = sorted({f"{one['precision']} on {one['cpu']}" for one in records})
@@ -633,82 +585,38 @@ def fraction(text: str) -> float:
     return value
 
 
-def count(text: str) -> int:
-    """Read a number that is 1 or more."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"is {text}, expected 1 or more")
-    return value
-
-
-def named(text: str) -> tuple[str, str]:
-    """Read NAME=DIRECTORY."""
-    name, _, directory = text.partition("=")
-    if not (name and Path(directory, "config.json").is_file()):
-        raise argparse.ArgumentTypeError(f"is {text!r}, expected NAME=DIRECTORY with a config.json in the directory")
-    return name, directory
-
-
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--model", action="append", default=[], type=named, metavar="NAME=DIRECTORY")
-    parser.add_argument("--work", type=Path)
-    parser.add_argument("--task", action="append", choices=TASKS)
-    parser.add_argument("--kept", action="append", type=fraction, help="fraction of the encoder's linear MACs")
-    parser.add_argument("--seed", action="append", type=int)
-    parser.add_argument("--method", action="append", choices=METHODS)
-    parser.add_argument("--full-epochs", type=count, help="default: sst2 3, cola and stsb 5, rte 8")
-    parser.add_argument("--recovery-epochs", type=count, help="default: as many as the full model's default")
-    parser.add_argument("--max-train-samples", dest="rows", type=count, default=ALL_ROWS)
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--threads", type=count)
-    parser.add_argument("--render", action="store_true", help="only render the results that are there")
-    options = parser.parse_args()
+    made = parser(__doc__)
+    made.add_argument("--kept", action="append", type=fraction, help="fraction of the encoder's linear MACs")
+    made.add_argument("--method", action="append", choices=METHODS)
+    options = made.parse_args()
     if not options.render and not (options.data_dir and options.model and options.work):
-        parser.error("--data-dir, --model and --work are required, or --render alone")
-    options.models = dict(options.model)
+        made.error("--data-dir, --model and --work are required, or --render alone")
     return options
-
-
-def run(options: argparse.Namespace) -> None:
-    """Run every asked cell that has no record yet."""
-    path = RESULTS if options.rows == ALL_ROWS else options.work / RESULTS.name
-    methods, fractions = options.method or list(METHODS), options.kept or [0.5, 0.25]
-    if "taylor" in methods:
-        torch_pruning()  # what is missing is found out now, not after hours of training
-    for directory in options.models.values():
-        refuse_too_small(open_base(Path(directory), task_named(TASKS[0])), fractions)
-    for seed in options.seed or [0]:
-        for name in options.models:
-            for task in options.task or TASKS:
-                done = {key_of(record) for record in read_records(path)}
-                asked = [(method, kept) for kept in fractions for method in methods]
-                missing = [pair for pair in asked if (name, task, seed, *pair) not in done]
-                if not missing:
-                    continue
-                job = load_job(name, task, options)
-                for method, kept in missing:
-                    record = cell(job, seed, method, kept, options)
-                    save(record, path)
-                    logger.info("%s: %s %.4f", record["command"], record["metric_name"], record["metric_value"])
 
 
 def main() -> None:
     """Run the asked cells, or only render what is there."""
     options = parse()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    methods, fractions = options.method or list(METHODS), options.kept or [0.5, 0.25, 0.125]
+    models = models_of(options)
+    keys = [
+        (encoder, task, seed, method, kept)
+        for seed in options.seed or [0]
+        for encoder in models
+        for task in options.task or TASKS
+        for kept in fractions
+        for method in methods
+    ]
     try:
-        if options.render:
-            records = read_records(RESULTS)
-            if not records:
-                raise ArtifactError(f"{RESULTS}: has no records, so there is nothing to render; run some first")
-            replace_file(RESULTS.with_suffix(".md"), render(records).encode())
-        else:
-            run(options)
+        if keys and "taylor" in methods:
+            torch_pruning()  # what is missing is found out now, not after hours of training
+        for directory in models.values():
+            refuse_too_small(open_base(Path(directory), task_named(TASKS[0])), fractions)
+        load = lru_cache(maxsize=1)(partial(load_job, options=options))
+        sweep(RESULTS / "pruning_baselines.json", keys, KEY, partial(cell, load=load), render)
     except GatepressError as error:
         logger.error("%s", error)  # noqa: TRY400 - one line, no traceback
         sys.exit(error.exit_code)

@@ -82,7 +82,7 @@ def grid_table(rows: list[dict[str, Any]]) -> str:
         "# Is the chosen layout ever slower than a fixed one?\n\n`python benchmarks/speed.py grid`. Matrix gates "
         "closed at random, on both axes of every matrix. Medians in milliseconds, each row one interleaved run. The "
         f"last column compares with the fastest of dense, inner and index. {one.device_name}, {one.threads} threads, "
-        f"{one.repetitions} repetitions.\n\nIn {len(noise)} of {len(lines)} rows the chosen layout is, byte by byte, "
+        f"{_range(cells)} repetitions.\n\nIn {len(noise)} of {len(lines)} rows the chosen layout is, byte by byte, "
         "a fixed one. What was measured between such twins is the noise of this machine: half of them differ by up to "
         f"{statistics.median(noise):.1%}, the worst by {max(noise):.1%}. Of the other {len(behind)} rows {above} are "
         f"more than {TOLERATED:.0%} behind the fastest, the worst {max(behind):.1%}; the median is "
@@ -94,6 +94,11 @@ def grid_table(rows: list[dict[str, Any]]) -> str:
         + "\n".join(lines)
         + "\n"
     )
+
+
+def _range(cells: dict[tuple[Any, ...], dict[str, Record]]) -> str:
+    counts = {record.repetitions for found in cells.values() for record in found.values()}
+    return " to ".join(map(str, dict.fromkeys((min(counts), max(counts)))))
 
 
 def _over_all_sizes(cells: dict[tuple[Any, ...], dict[str, Record]]) -> list[float]:

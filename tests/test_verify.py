@@ -211,7 +211,6 @@ def test_a_manifest_of_odd_values_ends_in_faults(copy: Any, kind: str, odd: Any)
 def test_exit_codes_and_json(made: SimpleNamespace, copy: Any, tmp_path: Path) -> None:
     good = CliRunner().invoke(app, ["verify", str(made.pruned), "--json"])
     assert good.exit_code == 0
-    assert set(json.loads(good.stdout)) == {"ok", "checked", "faults", "skipped"}
     path = copy("pruned")
     weights(path).unlink()
     bad = CliRunner().invoke(app, ["verify", str(path), "--json"])

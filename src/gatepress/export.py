@@ -25,6 +25,7 @@ import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 import torch
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from gatepress import __version__
@@ -33,6 +34,7 @@ from gatepress.errors import GatepressError, MetricDropError, ModelError, Parity
 from gatepress.evaluation import Basis, basis_of, evaluate_runner, probe_rows
 from gatepress.files import check_output, json_text, new_directory, sha256_of
 from gatepress.manifests import ONNX_FILE, ONNX_FORMAT, ONNX_MODEL
+from gatepress.modeling_gatepress import PrunedLinear
 from gatepress.progress import Progress
 from gatepress.quantize import quantize_file
 from gatepress.runtime import (
@@ -178,7 +180,7 @@ def write_onnx(model: PreTrainedModel, file: Path, *, opset: int | None = None) 
     size = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
     try:
         # Plain attention: the fused call is taken apart into more nodes.
-        with plain_attention(model), _silence(), torch.no_grad():
+        with plain_attention(model), _rows_of_zeros(model), _silence(), torch.no_grad():
             torch.onnx.export(
                 _Logits(model, names).eval(),
                 tuple(torch.from_numpy(example[name]).to(model.device) for name in names),
@@ -199,6 +201,21 @@ def write_onnx(model: PreTrainedModel, file: Path, *, opset: int | None = None) 
             f"{type(model).__name__}: torch cannot export it to ONNX ({reason}); --debug shows all of it"
         ) from error
     _slim(file)
+
+
+@contextlib.contextmanager
+def _rows_of_zeros(model: PreTrainedModel) -> Iterator[None]:
+    """Let matrices compute the zeros that closed outputs are: ONNX Runtime takes longer to put some behind a result."""
+    whole = [part for part in model.modules() if isinstance(part, PrunedLinear) and part.out_index is not None]
+    before = [(part, part.weight, part.bias) for part in whole]
+    try:
+        for part, weight, bias in before:
+            part.weight = torch.nn.Parameter(functional.pad(weight.detach(), (0, 0, 0, 1)))
+            part.bias = None if bias is None else torch.nn.Parameter(functional.pad(bias.detach(), (0, 1)))
+        yield
+    finally:
+        for part, weight, bias in before:
+            part.weight, part.bias = weight, bias
 
 
 def random_batches(runner: Runner, *, seed: int = SEED) -> list[Batch]:

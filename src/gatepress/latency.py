@@ -23,7 +23,7 @@ import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from gatepress import costs
+from gatepress import __version__, costs
 from gatepress.config import Target
 from gatepress.costs import Costs, Entry, Op
 from gatepress.errors import ArtifactError, DeviceError, UsageError
@@ -80,7 +80,7 @@ def cache_file(target: Target) -> Path:
     """Return where this machine's table is kept; `XDG_CACHE_HOME` moves it."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name, about = _about(target)
-    digest = hashlib.sha256(repr((name, about, costs.FORMAT)).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(repr((name, about, costs.FORMAT, __version__)).encode()).hexdigest()[:12]
     return root / "gatepress" / "latency" / f"{target}-{digest}.json"
 
 
@@ -159,21 +159,21 @@ def _onnx_calls(target: Target, tokens: int) -> Iterator[tuple[Op, tuple[int, in
         yield "product", (rows, columns), _session(nodes, values, (columns, rows), target, tokens)
     for width, kept in MOVED:
         index = np.linspace(0, width - 1, kept).astype(np.int64)
-        yield "gather", (width, kept), _session(*_rows_moved(width, index, zeros=0), (width, kept), target, tokens)
-        index = np.minimum(np.arange(width), kept).astype(np.int64)
-        yield "scatter", (kept, width), _session(*_rows_moved(kept, index, zeros=1), (kept, width), target, tokens)
+        yield "gather", (width, kept), _session(*_rows_moved(width, index), (width, kept), target, tokens)
+        index = np.minimum(np.arange(width), kept).astype(np.int64)  # the last row: zeros that the product computed
+        yield "scatter", (kept, width), _session(*_rows_moved(kept + 1, index), (kept + 1, width), target, tokens)
 
 
-def _rows_moved(
-    width: int, index: npt.NDArray[np.int64], *, zeros: int
-) -> tuple[list[onnx.NodeProto], dict[str, npt.NDArray[Any]]]:
+def _rows_moved(width: int, index: npt.NDArray[np.int64]) -> tuple[list[onnx.NodeProto], dict[str, npt.NDArray[Any]]]:
     """Return nodes and constants that pick `index` from the last axis by moving rows of the transposed input."""
-    values: dict[str, npt.NDArray[Any]] = {"index": index, "pads": np.array([0, 0, zeros, 0])}
-    values |= {"flat": np.array([-1, width]), "shape": np.array([1, -1, len(index)])}
+    values: dict[str, npt.NDArray[Any]] = {
+        "index": index,
+        "flat": np.array([-1, width]),
+        "shape": np.array([1, -1, len(index)]),
+    }
     steps: list[tuple[str, list[str], dict[str, Any]]] = [
         ("Reshape", ["flat"], {}),
         ("Transpose", [], {"perm": [1, 0]}),
-        *([("Pad", ["pads"], {})] if zeros else []),
         ("Gather", ["index"], {"axis": 0}),
         ("Transpose", [], {"perm": [1, 0]}),
         ("Reshape", ["shape"], {}),

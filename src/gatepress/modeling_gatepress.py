@@ -43,7 +43,8 @@ class PrunedLinear(nn.Linear):
     matrix, the row that computes it, or `rows` where the output is exactly 0.
 
     When exported, both move whole rows of the transposed activations: ONNX Runtime picks from the last
-    axis number by number, which takes four times as long as two transpositions and a copy of rows.
+    axis number by number, which takes four times as long as two transpositions and a copy of rows. Where
+    the weights have a row of zeros behind their `rows`, outputs that are 0 read that one.
     """
 
     def __init__(self, dense: nn.Linear, rows: int, columns: int, *, gathered: bool, scattered: bool) -> None:
@@ -62,15 +63,17 @@ class PrunedLinear(nn.Linear):
         if self.in_index is not None:
             x = pick(x, self.in_index)
         y = functional.linear(x, self.weight, self.bias)
-        return y if self.out_index is None else pick(y, self.out_index, zeros=1)
+        return y if self.out_index is None else pick(y, self.out_index, zeros=self.out_features + 1 - y.shape[-1])
 
 
 def pick(x: Tensor, index: Tensor, zeros: int = 0) -> Tensor:
     """Return `x[..., index]`, with so many zeros behind x; when exported, by way of the transposed x."""
+    if zeros:
+        x = functional.pad(x, (0, zeros))
     if not torch.compiler.is_exporting():
-        return (functional.pad(x, (0, zeros)) if zeros else x).index_select(-1, index)
-    rows = functional.pad(x.flatten(0, -2).t(), (0, 0, 0, zeros))
-    return rows.index_select(0, index).t().reshape(*x.shape[:-1], -1)
+        # gather takes half of the time of index_select, which walks the last of three axes number by number
+        return x.gather(-1, index.expand(*x.shape[:-1], -1))
+    return x.flatten(0, -2).t().index_select(0, index).t().reshape(*x.shape[:-1], -1)
 
 
 class PrunedAttention:

@@ -13,7 +13,6 @@ SUFFIXES = (".html", ".htm")
 TOLD = ("metric_name", "metric", "asked", "closed", "removed", "params", "size_bytes")
 # The keys that other commands give these under.
 KEYS = ("metric_name", "metric_value", "asked_sparsity", "closed_fraction", "encoder_macs_removed", "total_params")
-UNKNOWN = {"task": facts.NO_TASK, "metric_name": facts.NO_METRIC}
 
 
 def report(
@@ -50,5 +49,4 @@ def report(
 def _told(item: facts.Item) -> dict[str, Any]:
     """Return the numbers of one model under the keys of the other commands."""
     values = {key: getattr(item, name) for key, name in zip((*KEYS, "size_bytes"), TOLD, strict=True)}
-    told = {"name": item.name, "kind": item.kind, "task": item.task, **values}
-    return {**told, **{key: None for key, none in UNKNOWN.items() if told[key] == none}}
+    return {"name": item.name, "kind": item.kind, "task": item.task, **values}

@@ -29,7 +29,6 @@ from gatepress.manifests import (
 
 BYTES_A_PARAMETER = 4  # float32
 SHORT = 12  # characters of a hash that people compare
-NO_TASK, NO_METRIC = "no task", "metric"  # what the page says where a manifest names none
 
 Manifest = dict[str, Any]
 
@@ -61,8 +60,8 @@ class Item:
     kind: str  # run, pruned, onnx, sweep
     name: str
     dtype: str = "float32"
-    task: str = NO_TASK
-    metric_name: str = NO_METRIC
+    task: str | None = None
+    metric_name: str | None = None
     metric: float | None = None
     spread: tuple[float, float] | None = None  # least and most over seeds
     before: float | None = None  # the metric before, whatever `before_is` says
@@ -296,10 +295,11 @@ def _trained(manifest: Manifest, report: dict[str, Any]) -> dict[str, Any]:
     return {"task": task, "metric_name": metric, "curve": curve, "before": opened[-1] if opened else None}
 
 
-def _task(manifest: Manifest) -> tuple[str, str]:
+def _task(manifest: Manifest) -> tuple[str | None, str | None]:
     """Return the names of task and metric."""
     task = manifest.get("task") or {}
-    return str(task.get("name") or NO_TASK), str(task.get("metric") or NO_METRIC)
+    name, metric = (str(named) if (named := task.get(key)) else None for key in ("name", "metric"))
+    return name, metric
 
 
 def _counted(report: dict[str, Any]) -> dict[str, Any]:

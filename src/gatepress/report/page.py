@@ -52,7 +52,7 @@ def render(sheet: Sheet, title: str | None = None) -> str:
 
 def title_of(sheet: Sheet) -> str:
     """Return the title that a page has when none is given: its tasks."""
-    return f"gatepress on {_and(dict.fromkeys(item.task for item in sheet.items))}"
+    return f"gatepress on {_and(dict.fromkeys(map(_task, sheet.items)))}"
 
 
 def sections(sheet: Sheet) -> list[Section]:
@@ -65,10 +65,10 @@ def finding(sheet: Sheet) -> Finding:
     item = max(sheet.items, key=lambda one: (one.knee, _LATE.index(one.kind), one.closed or 0.0))
     record = item.timed
     numbers = []
-    said = f"is a model of {item.task}"
+    said = f"is a model of {_task(item)}"
     if item.metric is not None:
-        said = f"reaches {item.metric_name} {_metric(item.metric)} on {item.task}"
-        numbers.append((_metric(item.metric), f"{item.metric_name} on {item.task}"))
+        said = f"reaches {_metric_name(item)} {_metric(item.metric)} on {_task(item)}"
+        numbers.append((_metric(item.metric), f"{_metric_name(item)} on {_task(item)}"))
     sentence = f"{item.label}{', the knee of its curve,' if item.knee else ''} {said}"
     if item.removed:
         sentence += f" with {_share(item.removed)} of the encoder's multiplications removed"
@@ -93,21 +93,21 @@ def _models(sheet: Sheet) -> Iterable[Section]:
     chosen = finding(sheet).item
     columns: dict[str, Callable[[Item], str]] = {
         "model": lambda item: item.label,
-        "task": lambda item: item.task,
-        "metric": lambda item: f"{item.metric_name} {_metric(item.metric)}",
+        "task": _task,
+        "metric": lambda item: f"{_metric_name(item)} {_metric(item.metric)}",
         "asked": lambda item: _or(item.asked, _share),
         "gates closed": lambda item: _or(item.closed, _share),
         "MACs removed": lambda item: _or(item.removed, _share),
         "parameters": lambda item: _or(item.params, "{:,.0f}".format),
         "on disk": lambda item: _or(item.size_bytes, _megabytes),
     }
-    if len({item.task for item in sheet.items}) == 1:
+    if len(set(map(_task, sheet.items))) == 1:
         del columns["task"]  # the heading says it
     columns = {name: show for name, show in columns.items() if any(show(item) != UNKNOWN for item in sheet.items)}
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
     rows = [_row(item, columns.values(), chosen=item is chosen) for item in sheet.items]
     count = f"{len(sheet.items)} models" if len(sheet.items) > 1 else "One model"
-    tasks = _and(dict.fromkeys(item.task for item in sheet.items))
+    tasks = _and(dict.fromkeys(map(_task, sheet.items)))
     note = "Asked is the sparsity; gates closed and multiply-accumulates (MACs) of the encoder's matrices are counted."
     if any(item.kind in ("run", "sweep") and item.size_bytes for item in sheet.items):
         note += " On the disk a run holds what it trained, its base lies elsewhere."
@@ -133,7 +133,7 @@ def _tradeoff(sheet: Sheet) -> Iterable[Section]:
             Series(method, list(_scattered(points, method, timed=timed)), joined=METHODS[method].gated)
             for method in methods
         ]
-        picture = plot(f"{one.metric_name} over {x.name}", series, x, Axis(f"{one.metric_name} on {one.task}"))
+        picture = plot(f"{_metric_name(one)} over {x.name}", series, x, Axis(f"{_metric_name(one)} on {_task(one)}"))
         note = "Beside each point its sparsity; the ring is the knee, where the curve leaves its chord most."
         if one.spread:
             note += " Points are medians over seeds, whiskers the least and the most."
@@ -157,7 +157,7 @@ def _scattered(points: Sequence[Item], method: Method, *, timed: bool) -> Iterab
         if y is not None:
             low, high = point.spread or (None, None)
             label = f"{point.asked:g}" if METHODS[method].gated else ""
-            yield Point(x, y, f"{point.name}: {point.metric_name} {_metric(y)}", label, low, high, point.knee)
+            yield Point(x, y, f"{point.name}: {_metric_name(point)} {_metric(y)}", label, low, high, point.knee)
 
 
 def _traded(points: Sequence[Item]) -> str:
@@ -173,16 +173,16 @@ def _traded(points: Sequence[Item]) -> str:
 def _change(before: Item, after: Item) -> str:
     """Return how the metric differs, in its own unit."""
     if before.metric is None or after.metric is None:
-        return f"its {after.metric_name} is not known"
+        return f"its {_metric_name(after)} is not known"
     lost = before.metric - after.metric
-    return f"{after.metric_name} {_metric(abs(lost))} {'lower' if lost > 0 else 'higher' if lost < 0 else 'apart'}"
+    return f"{_metric_name(after)} {_metric(abs(lost))} {'lower' if lost > 0 else 'higher' if lost < 0 else 'apart'}"
 
 
 def _metrics(sheet: Sheet) -> Iterable[Section]:
     """Yield bars of the metric, before and after, one picture for each task and metric."""
-    kinds = dict.fromkeys((item.task, item.metric_name) for item in sheet.items)
+    kinds = dict.fromkeys((_task(item), _metric_name(item)) for item in sheet.items)
     for number, (task, metric) in enumerate(kinds):
-        items = [item for item in sheet.items if (item.task, item.metric_name) == (task, metric)]
+        items = [item for item in sheet.items if (_task(item), _metric_name(item)) == (task, metric)]
         told: dict[Any, Bar] = {}
         for item in items:
             for key, bar in _before_and_after(item):
@@ -219,7 +219,7 @@ def _moved(items: Sequence[Item]) -> str:
     """Return what became of the metric."""
     measured = [item for item in items if item.metric is not None]
     told = next((item for item in reversed(measured) if item.before is not None), None)
-    name = items[0].metric_name.capitalize()
+    name = _metric_name(items[0]).capitalize()
     if told and told.before is not None:
         return f"{name} of {told.label} goes from {_metric(told.before)} ({told.before_is}) to {_metric(told.metric)}"
     values = sorted({item.metric for item in measured if item.metric is not None})
@@ -289,10 +289,10 @@ def _curves(sheet: Sheet) -> Iterable[Section]:
     if not items:
         return
     closed = max(items, key=lambda item: item.closed or 0.0)
-    heading = f"{closed.label} ends at {closed.metric_name} {_metric(closed.curve[-1].metric)}"
+    heading = f"{closed.label} ends at {_metric_name(closed)} {_metric(closed.curve[-1].metric)}"
     if closed.closed:
         heading += f" with {_share(closed.closed)} of its gates closed"
-    metrics = _and(dict.fromkeys(item.metric_name for item in items))
+    metrics = _and(dict.fromkeys(map(_metric_name, items)))
     both = [
         ("the metric in training", [_curve(item, "metric") for item in items], Axis(metrics)),
         (
@@ -393,6 +393,14 @@ def _and(words: Iterable[str]) -> str:
 
 def _or(value: float | None, show: Callable[[float], str]) -> str:
     return UNKNOWN if value is None else show(value)
+
+
+def _task(item: Item) -> str:
+    return item.task or "no task"
+
+
+def _metric_name(item: Item) -> str:
+    return item.metric_name or "metric"
 
 
 def _metric(value: float | None) -> str:
