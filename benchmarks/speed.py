@@ -50,6 +50,7 @@ from gatepress.export import export
 from gatepress.files import sha256_of
 from gatepress.inject import attach_gates_, gated_linear
 from gatepress.machine import cpu_name
+from gatepress.modeling_gatepress import pick
 from gatepress.pruning import prune
 from gatepress.resolve import resolve
 from gatepress.tasks.sources import load_rows
@@ -179,7 +180,8 @@ def kernels(work: Path) -> None:
             call = latency._session(*latency._rows_moved(768, kept), (768, 544), "ort-cpu", tokens)
             add("gather by rows of the transposed", "ort-cpu", (768, 544), tokens, call)
             x, index = torch.randn(1, tokens, 768), torch.from_numpy(kept)
-            add("gather from the last axis", "torch-cpu", (768, 544), tokens, partial(x.index_select, -1, index))
+            add("index_select from the last axis", "torch-cpu", (768, 544), tokens, partial(x.index_select, -1, index))
+            add("gather from the last axis", "torch-cpu", (768, 544), tokens, partial(pick, x, index))
     (RESULTS / "kernels.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 

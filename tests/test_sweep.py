@@ -267,9 +267,12 @@ def endless(settings, tmp_path):
     """A sweep in a process of its own whose first training has begun and never ends."""
     line = [sys.executable, "-m", "gatepress", "sweep", "--model", settings.model, "--epochs", "5000", "-o", "sweep"]
     line += ["--train-file", settings.data.train_file, "--validation-file", settings.data.validation_file, "--json"]
+    # A shell starts what runs in its background with this signal ignored, and what tests start would inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )
+    signal.signal(signal.SIGINT, before)
     until = time.monotonic() + 120
     while not list(tmp_path.glob("sweep/runs/*")) and process.poll() is None and time.monotonic() < until:
         time.sleep(0.1)
