@@ -5,6 +5,7 @@ stopped sweep goes on where it was. Results are written after every cell.
 """
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -12,15 +13,17 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from gatepress.config import Precision
 from gatepress.files import replace_file
 from gatepress.machine import cpu_name
 
 RESULTS = Path(__file__).parent / "results"
 EPOCHS = {"sst2": 3, "cola": 5, "stsb": 5, "rte": 8}  # tasks that small encoders can be tried on in minutes
 TASKS = tuple(EPOCHS)
-ROWS = ("--max-train-samples", 10_000)
+MAX_ROWS = 10_000  # training rows
+ROWS = ("--max-train-samples", MAX_ROWS)
 FULL = ("--method", "full")
 COUNTED = (
     *("metric_name", "metric_value", "examples", "asked_sparsity", "budget", "total_gates", "closed_gates"),
@@ -43,12 +46,12 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     """Return a parser with the options that all trainings have."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--data-dir", type=Path, metavar="GLUE", help="GLUE files; from the hub unless given")
-    made.add_argument("--model", action="append", default=[], metavar="NAME=DIRECTORY|HUB-ID")
+    made.add_argument("--model", action="append", default=[], type=named, metavar="NAME=DIRECTORY|HUB-ID")
     made.add_argument("--task", action="append")
     made.add_argument("--seed", action="append", type=int)
-    made.add_argument("--epochs", type=int, help="default: sst2 3, cola and stsb 5, rte 8, others as gatepress train")
+    made.add_argument("--epochs", type=count, help="default: those of the benchmark, else of gatepress train")
     made.add_argument("--work", type=Path, help="where runs are kept between starts")
-    made.add_argument("--precision", default="bf16")
+    made.add_argument("--precision", default="bf16", choices=get_args(Precision))
     made.add_argument("--device", default="cpu")
     made.add_argument("--render", action="store_true", help="only render the results that are there")
     return made
@@ -56,11 +59,30 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 def models_of(options: argparse.Namespace) -> dict[str, str]:
     """Return name -> directory or hub id; none where results are only rendered."""
-    return {} if options.render else dict(pair.split("=", 1) for pair in options.model)
+    return {} if options.render else dict(options.model)
+
+
+def named(text: str) -> tuple[str, str]:
+    """Read NAME=DIRECTORY or NAME=HUB-ID."""
+    name, _, model = text.partition("=")
+    if not (name and model):
+        raise argparse.ArgumentTypeError(f"is {text!r}, expected NAME=DIRECTORY or NAME=HUB-ID")
+    return name, model
+
+
+def count(text: str) -> int:
+    """Read a number that is 1 or more."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"is {text}, expected 1 or more")
+    return value
 
 
 def train(run: Path, name: str, model: str, words: Sequence[object], options: argparse.Namespace) -> dict[str, Any]:
-    """Train one run unless it is there and finished, and return what it says of itself, with the command."""
+    """Train one run unless it is there and finished, and return what it says of itself, with the command.
+
+    Exits where the one that is there was trained otherwise than asked.
+    """
     status = _status(run)
     if status in ("training", "interrupted"):
         gatepress("train", "--resume", run)
@@ -70,6 +92,12 @@ def train(run: Path, name: str, model: str, words: Sequence[object], options: ar
         gatepress("train", "--model", model, *where, *words, "-o", run)
     manifest = json.loads((run / "gatepress_run.json").read_text())
     report, settings = manifest["report"], manifest["settings"]
+    asked = dict(itertools.pairwise(words))  # option -> the word behind it
+    found = {"--max-train-samples": settings["data"]["max_train_samples"]}
+    found |= {f"--{name}": settings[name] for name in ("precision", "epochs", "seed")}
+    other = {name: value for name, value in found.items() if name in asked and asked[name] != value}
+    if other:
+        raise SystemExit(f"{run}: was trained with {other}, asked is {' '.join(map(str, words))}; remove it")
     return {
         **{key: report[key] for key in COUNTED if key in report},
         **{key: settings[key] for key in ("granularity", "controller", "method", "lora_rank", "distill", "precision")},
@@ -85,13 +113,13 @@ def finetuned(
 ) -> tuple[Path, dict[str, Any]]:
     """Return the run of full finetuning that others start from, and what it says; trained unless it is there."""
     run = options.work / "full" / f"{encoder}-{task}-{seed}"
-    words = ("--task", task, *ROWS, *FULL, "--seed", seed, *common(task, options))
+    words = ("--task", task, *ROWS, *FULL, "--seed", seed, *common(options, EPOCHS.get(task)))
     return run, train(run, encoder, model, words, options)
 
 
-def common(task: str, options: argparse.Namespace) -> tuple[object, ...]:
-    """Return the words of a training that do not tell arms apart."""
-    epochs = options.epochs or EPOCHS.get(task)
+def common(options: argparse.Namespace, epochs: int | None = None) -> tuple[object, ...]:
+    """Return the words that all trainings of a benchmark have; with so many `epochs` unless others are asked."""
+    epochs = options.epochs or epochs
     return ("--precision", options.precision, "--device", options.device, *(("--epochs", epochs) if epochs else ()))
 
 
@@ -112,8 +140,9 @@ def sweep(
         replace_file(path, (json.dumps(cells, indent=1) + "\n").encode())
         replace_file(path.with_suffix(".md"), render(cells).encode())
     cells = _read(path)
-    if cells:
-        replace_file(path.with_suffix(".md"), render(cells).encode())
+    if not cells:
+        raise SystemExit(f"{path}: has no records, so there is nothing to render; run some first")
+    replace_file(path.with_suffix(".md"), render(cells).encode())
     return cells
 
 

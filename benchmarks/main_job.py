@@ -11,7 +11,7 @@ trained again, so a stopped sweep goes on where it was. The table beside the JSO
 import argparse
 from typing import Any
 
-from cells import RESULTS, TASKS, gatepress, models_of, parser, sweep, train
+from cells import RESULTS, ROWS, TASKS, common, gatepress, models_of, parser, sweep, train
 
 PATH = RESULTS / "main_job.json"
 FORMS = ("run", "pruned", "onnx")
@@ -22,9 +22,7 @@ def cell(key: tuple[Any, ...], options: argparse.Namespace) -> dict[str, Any]:
     """Take one encoder through one task and return what was asked, counted and measured."""
     name, task = key
     places = {form: options.work / form / f"{name}-{task}" for form in FORMS}
-    words = ["--task", task, "--sparsity", options.sparsity, "--max-train-samples", 10_000]
-    words += ["--precision", options.precision, "--device", options.device]
-    words += ["--epochs", options.epochs] if options.epochs else []
+    words = ("--task", task, "--sparsity", options.sparsity, *ROWS, *common(options))
     trained = train(places["run"], name, models_of(options)[name], words, options)
     cut = gatepress("prune", places["run"], "-o", places["pruned"], "--force")
     graph = gatepress("export", places["pruned"], "-o", places["onnx"], "--force")
@@ -69,7 +67,6 @@ def main() -> None:
     """Run the asked cells, or only render what is there."""
     made = parser(__doc__)
     made.add_argument("--sparsity", type=float, default=0.5)
-    made.add_argument("--epochs", type=int)
     options = made.parse_args()
     keys = [(name, task) for name in models_of(options) for task in options.task or TASKS]
     sweep(PATH, keys, KEY, lambda key: cell(key, options), render)

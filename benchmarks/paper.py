@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cells import FULL, RESULTS, ROWS, TASKS, common, finetuned, gatepress, models_of, parser, sweep, train
+from cells import EPOCHS, FULL, RESULTS, ROWS, TASKS, common, finetuned, gatepress, models_of, parser, sweep, train
 
 from gatepress.files import replace_file
 
@@ -242,12 +242,12 @@ def main() -> None:
         if FROM_FINETUNED in words:
             run, _ = finetuned(encoder, models[encoder], task, seed, options)
             words, start = [word for word in words if word != FROM_FINETUNED], ("run_of_full", str(run))
-        words = ("--task", task, *experiment.words, *words, "--seed", seed, *common(task, options))
+        words = ("--task", task, *experiment.words, *words, "--seed", seed, *common(options, EPOCHS.get(task)))
         return train(options.work / options.experiment / _directory(key), *start, words, options)
 
     path = RESULTS / f"paper_{options.experiment}.json"
     cells = sweep(path, keys, KEY, cell, lambda done: render(experiment, done))
-    if experiment.line and cells:
+    if experiment.line:
         draw(experiment, cells, path)
 
 

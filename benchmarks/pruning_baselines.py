@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import RESULTS, ROWS, TASKS, finetuned, models_of, parser, sweep
+from cells import MAX_ROWS, RESULTS, TASKS, finetuned, models_of, parser, sweep
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import get_linear_schedule_with_warmup
@@ -113,7 +113,7 @@ class Units:
 def load_job(encoder: str, task: str, seed: int, options: argparse.Namespace) -> Job:
     """Return an encoder finetuned on a task, with the task's rows."""
     run, told = finetuned(encoder, models_of(options)[encoder], task, seed, options)
-    rows = load_rows(DataSettings(task=task, data_dir=str(options.data_dir), max_train_samples=ROWS[1]))
+    rows = load_rows(DataSettings(task=task, data_dir=str(options.data_dir), max_train_samples=MAX_ROWS))
     tokenizer = open_tokenizer(run)
     validation = {name: tokenize(split, tokenizer, MAX_LENGTH) for name, split in rows.validation.items()}
     return Job(
@@ -591,6 +591,9 @@ def parse() -> argparse.Namespace:
     made.add_argument("--kept", action="append", type=fraction, help="fraction of the encoder's linear MACs")
     made.add_argument("--method", action="append", choices=METHODS)
     options = made.parse_args()
+    unknown = [task for task in options.task or () if task not in TASKS]
+    if unknown:
+        made.error(f"--task is {unknown[0]!r}, expected one of {', '.join(TASKS)}")
     if not options.render and not (options.data_dir and options.model and options.work):
         made.error("--data-dir, --model and --work are required, or --render alone")
     return options

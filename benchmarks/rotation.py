@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from cells import RESULTS, models_of, parser, sweep, train
+from cells import RESULTS, ROWS, common, models_of, parser, sweep, train
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModel
@@ -217,8 +217,7 @@ def cell(key: tuple[Any, ...], options: argparse.Namespace) -> dict[str, Any]:
             found = write_rotated(source, model, batches, by_data=arm == "rotated-data")
             proof.write_text(json.dumps(found) + "\n")
     run = options.work / "run" / f"{name}-{task}-{arm}-{seed}"
-    words = ["--task", task, "--sparsity", options.sparsity, "--max-train-samples", 10_000]
-    words += ["--precision", options.precision, "--device", options.device, "--seed", seed]
+    words = ("--task", task, "--sparsity", options.sparsity, *ROWS, *common(options), "--seed", seed)
     trained = train(run, name, str(model), words, options)
     tensors = json.loads((run / "gatepress_run.json").read_text())["tensors"]["file"]
     return {

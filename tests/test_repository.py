@@ -22,6 +22,8 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands]
 
+BENCHMARKS = [path for path in sorted(ROOT.glob("benchmarks/*.py")) if ".parse_args(" in path.read_text("utf-8")]
+
 IMPORTED_BY_TORCH = {"onnxscript"}  # by its ONNX exporter
 
 HEAVY = PYPROJECT["tool"]["ruff"]["lint"]["flake8-tidy-imports"]["banned-module-level-imports"]
@@ -95,6 +97,14 @@ def test_help_starts_quickly():
 
     # processor time, the best of some: other tests run beside this one
     assert min(seconds() for _ in range(5)) < 0.4
+
+
+@pytest.mark.parametrize("script", BENCHMARKS, ids=lambda script: script.stem)
+def test_every_benchmark_reads_its_command_line(script):
+    """Most share a parser: an option that it gets must not be one of theirs."""
+    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout
 
 
 def test_every_family_has_a_tiny_model():

@@ -206,8 +206,8 @@ def write_onnx(model: PreTrainedModel, file: Path, *, opset: int | None = None) 
 @contextlib.contextmanager
 def _rows_of_zeros(model: PreTrainedModel) -> Iterator[None]:
     """Let matrices compute the zeros that closed outputs are: ONNX Runtime takes longer to put some behind a result."""
-    whole = [part for part in model.modules() if isinstance(part, PrunedLinear) and part.out_index is not None]
-    before = [(part, part.weight, part.bias) for part in whole]
+    scattered = (part for part in model.modules() if isinstance(part, PrunedLinear) and part.out_index is not None)
+    before = [(part, part.weight, part.bias) for part in scattered]
     try:
         for part, weight, bias in before:
             part.weight = torch.nn.Parameter(functional.pad(weight.detach(), (0, 0, 0, 1)))

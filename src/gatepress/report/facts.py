@@ -298,8 +298,8 @@ def _trained(manifest: Manifest, report: dict[str, Any]) -> dict[str, Any]:
 def _task(manifest: Manifest) -> tuple[str | None, str | None]:
     """Return the names of task and metric."""
     task = manifest.get("task") or {}
-    name, metric = (str(named) if (named := task.get(key)) else None for key in ("name", "metric"))
-    return name, metric
+    name, metric = task.get("name"), task.get("metric")
+    return str(name) if name else None, str(metric) if metric else None
 
 
 def _counted(report: dict[str, Any]) -> dict[str, Any]:
