@@ -103,23 +103,35 @@ def removed_by(  # noqa: PLR0913 - each is a part of the measure
     `tokens` is the input length that `macs` counts attention at. Counted is what the plan that closure makes of
     the masks (layout `inner`) leaves out.
     """
-    biased = [{role: gated_linear(model, layer, role).base.bias is not None for role in ROLES} for layer in layers]
+    biased = biases_of(model, layers)
 
     def planned(masks: Masks) -> float:
-        open_sides = [
-            {role: tuple(torch.ones(size, dtype=torch.bool) for size in layer.shapes[role]) for role in ROLES}
-            for layer in layers
-        ]
-        for mask, vector in zip(masks, vectors, strict=True):
-            side = open_sides[vector.layer][vector.role][vector.axis == "in"]
-            side &= mask.cpu().bool().repeat_interleave(vector.gate.repeat)
-        live = [
-            {role: Live(rows, columns, biases[role]) for role, (rows, columns) in sides.items()}
-            for sides, biases in zip(open_sides, biased, strict=True)
-        ]
+        live = open_parts(layers, biased, vectors, masks)
         return make_plan(layers, live, "inner", costs).removed(unit, tokens)
 
     return planned
+
+
+def biases_of(model: nn.Module, layers: list[Layer]) -> list[dict[str, bool]]:
+    """Say which matrices have a bias: role -> bool, per layer."""
+    return [{role: gated_linear(model, layer, role).base.bias is not None for role in ROLES} for layer in layers]
+
+
+def open_parts(
+    layers: list[Layer], biased: list[dict[str, bool]], vectors: list[GateVector], masks: Masks
+) -> list[dict[str, Live]]:
+    """Return what `masks`, one a vector, leave open of each matrix: role -> `Live`, per layer."""
+    open_sides = [
+        {role: tuple(torch.ones(size, dtype=torch.bool) for size in layer.shapes[role]) for role in ROLES}
+        for layer in layers
+    ]
+    for mask, vector in zip(masks, vectors, strict=True):
+        side = open_sides[vector.layer][vector.role][vector.axis == "in"]
+        side &= mask.cpu().bool().repeat_interleave(vector.gate.repeat)
+    return [
+        {role: Live(rows, columns, biases[role]) for role, (rows, columns) in sides.items()}
+        for sides, biases in zip(open_sides, biased, strict=True)
+    ]
 
 
 def gates_to_close(total: int, sparsity: float) -> int:
@@ -261,7 +273,8 @@ class Budget:
     def after_backward(self, step: int) -> None:
         """Update importances from the gradients and close what the schedule asks for at `step`."""
         if self.controller == "importance":
-            self._rank()
+            if not (self.fixed and self.sparsity):  # what was closed for good is not even computed (narrowing.py)
+                self._rank()
             if not self.fixed and step >= self.starts and (step % RERANK_EVERY == 0 or step >= self.ends):
                 self.close(self.target(step))
             # The straight-through gradient of a closed gate ranks it; it must not move its value.
@@ -276,7 +289,7 @@ class Budget:
             self.fixed = True
 
     def _rank(self) -> None:
-        """Let the last gradient count in the moving averages; they go on when gates are fixed, for other budgets."""
+        """Let the last gradient count in the moving averages."""
         for vector in self.vectors:
             gradient = vector.gate.mu.grad
             if gradient is not None:

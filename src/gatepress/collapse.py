@@ -45,9 +45,7 @@ def cut(model: PreTrainedModel, plan: PrunePlan, *, consume: bool = False) -> Pr
     gated model is of no use afterwards. Raises `ModelError` where the activation does not map 0 to 0,
     since a closed neuron would then still say something.
     """
-    activation = getattr(model.config, "hidden_act", None) or getattr(model.config, "activation", "gelu")
-    if float(ACT2FN[activation](torch.zeros(1))) != 0:
-        raise ModelError(f"activation {activation!r} does not map 0 to 0, so closed neurons cannot be removed exactly")
+    refuse_activation(model)
     layers = resolve(model)
     config = _pruned_config(model, layers, plan)
     pruned_class = model_class(family_of(model.config), stock=plan.layout == "stock")
@@ -56,6 +54,13 @@ def cut(model: PreTrainedModel, plan: PrunePlan, *, consume: bool = False) -> Pr
     pruned.load_state_dict(_pruned_state(model, layers, plan, consume=consume), strict=True, assign=True)
     pruned.eval()
     return pruned
+
+
+def refuse_activation(model: PreTrainedModel) -> None:
+    """Raise `ModelError` where a neuron that is closed would still say something."""
+    activation = getattr(model.config, "hidden_act", None) or getattr(model.config, "activation", "gelu")
+    if float(ACT2FN[activation](torch.zeros(1))) != 0:
+        raise ModelError(f"activation {activation!r} does not map 0 to 0, so closed neurons cannot be removed exactly")
 
 
 def _pruned_config(model: PreTrainedModel, layers: list[Layer], plan: PrunePlan) -> Any:

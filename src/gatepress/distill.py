@@ -5,14 +5,16 @@ megabytes and one forward pass more. The student should give its logits, and its
 layer: a layer that lost half of its neurons is told what it should have said, not only what became of it.
 """
 
+import copy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from gatepress.gates import gates_of
+from gatepress.gates import GatedLinear, gates_of
+from gatepress.inject import replace_module_
 from gatepress.tasks import TaskSpec
 
 TEMPERATURE = 2.0  # of the logits of classes
@@ -20,23 +22,37 @@ HIDDEN_WEIGHT = 1.0  # of the hidden states, where logits and labels have 1 each
 
 
 class Teacher:
-    """The model as it is now, for later."""
+    """The gated model as it is now, all gates open, for later; it shares what is frozen.
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.values = {
-            name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad
-        }
-        self.values |= {f"{name}.mask": torch.ones_like(gate.mask) for name, gate in gates_of(model)}
+    `values` are the trained numbers, by name: those of `model`, unless others are given.
+    """
+
+    def __init__(self, model: PreTrainedModel, values: dict[str, Tensor] | None = None) -> None:
+        trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        self.values = values or {name: value.detach().clone() for name, value in trained.items()}
+        frozen = [value for value in model.parameters() if not value.requires_grad]
+        drawn = [gate.random for _, gate in gates_of(model)]
+        self.model = copy.deepcopy(model, {id(shared): shared for shared in (*frozen, *drawn)})
+        self.model.load_state_dict(self.values, strict=False)
+        self.model.requires_grad_(False).eval()
+        for _, gate in gates_of(self.model):
+            gate.mask.fill_(1)
+        _leave_out_(self.model)
 
     @torch.no_grad()
     def __call__(self, inputs: dict[str, Tensor]) -> Any:
-        """Return the outputs of then, logits and hidden states; the model is left in training mode."""
-        self.model.eval()
-        try:
-            return torch.func.functional_call(self.model, self.values, (), {**inputs, "output_hidden_states": True})
-        finally:
-            self.model.train()
+        """Return the outputs of then, logits and hidden states."""
+        return self.model(**inputs, output_hidden_states=True)
+
+
+def _leave_out_(model: nn.Module) -> None:
+    """Take out gates and low rank that do nothing yet, in place: all of them in a teacher that was finetuned."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, GatedLinear):
+            gates = [gate for gate in (module.gate_in, module.gate_out) if gate is not None]
+            updated = module.lora_b is not None and bool(module.lora_b.any())
+            if not updated and all(bool((gate.values() == 1).all()) for gate in gates):
+                replace_module_(model, path, module.base)
 
 
 def distance(student: Any, teacher: Any, mask: Tensor, spec: TaskSpec) -> Tensor:

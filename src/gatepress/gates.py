@@ -106,17 +106,31 @@ class GatedLinear(nn.Module):
             low = weight.new_empty(lora_rank, base.in_features).normal_(std=base.in_features**-0.5)
             self.lora_a = nn.Parameter(low)
             self.lora_b = nn.Parameter(weight.new_zeros(base.out_features, lora_rank))
+        self.rows: Tensor | None = None
+        self.columns: Tensor | None = None
+        self.narrow_weight: Tensor | None = None
+
+    @torch.no_grad()
+    def narrow_(self, rows: Tensor | None, columns: Tensor | None) -> None:
+        """Compute only these `rows` from now on, from inputs that hold only these `columns`, in place; None: all.
+
+        What is trained keeps its shape and its name, so that a checkpoint is the same; only `forward` changes.
+        """
+        self.rows, self.columns = rows, columns
+        self.narrow_weight = _some(_some(self.base.weight.detach(), rows), columns, axis=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x [..., in] to y [..., out], eq. (7) or (8)."""
+        """Map x [..., in] to y [..., out], eq. (7) or (8); narrower where the matrix was narrowed."""
         if self.gate_in is not None:
-            x = x * self.gate_in()
-        y = functional.linear(x, self.base.weight, self.base.bias)
+            x = x * _some(self.gate_in(), self.columns)
+        weight = self.base.weight if self.narrow_weight is None else self.narrow_weight
+        bias = None if self.base.bias is None else _some(self.base.bias, self.rows)
+        y = functional.linear(x, weight, bias)
         if self.lora_a is not None and self.lora_b is not None:
-            low = functional.linear(x, self.lora_a)
-            y = y + functional.linear(low, self.lora_b) * self.LORA_SCALE
+            low = functional.linear(x, _some(self.lora_a, self.columns, axis=1))
+            y = y + functional.linear(low * self.LORA_SCALE, _some(self.lora_b, self.rows))
         if self.gate_out is not None:
-            y = y * self.gate_out()
+            y = y * _some(self.gate_out(), self.rows)
         return y
 
     @torch.no_grad()
@@ -133,6 +147,11 @@ class GatedLinear(nn.Module):
             weight = weight * z[:, None]
             bias = None if bias is None else bias * z
         return weight, bias
+
+
+def _some(values: Tensor, index: Tensor | None, axis: int = 0) -> Tensor:
+    """Return the values at `index` along `axis`; None: all of them."""
+    return values if index is None else values.index_select(axis, index)
 
 
 def gates_of(model: nn.Module) -> Iterator[tuple[str, Gate]]:

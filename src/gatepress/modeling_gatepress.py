@@ -143,9 +143,13 @@ def shrink_(model: Any, gatepress: dict[str, Any]) -> None:
                 raise ValueError(f"config.gatepress: {part[role]} in {path} is no Linear")
         if isinstance(attention, PrunedAttention | nn.Linear) or not hasattr(attention, "dropout"):
             raise ValueError(f"config.gatepress: {path} is a {type(attention).__name__}, expected a self-attention")
-        pruned = type("Pruned" + type(attention).__name__, (PrunedAttention, type(attention)), {})
-        attention.__class__ = pruned
-        attention.gatepress = dict(part)
+        narrow_attention_(attention, part)
+
+
+def narrow_attention_(attention: Any, part: dict[str, Any]) -> None:
+    """Let a self-attention expect the heads and widths that `part` (of `attentions`) names, in place."""
+    attention.__class__ = type("Pruned" + type(attention).__name__, (PrunedAttention, type(attention)), {})
+    attention.gatepress = dict(part)
 
 
 def _submodule(base: nn.Module, path: str) -> nn.Module:

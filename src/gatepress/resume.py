@@ -157,8 +157,7 @@ class Resumable:
         load_trained_(self.gated, manifest.settings, read_tensors(tensors), tensors)
         self._restore_optimizer_(_part(state, "optimizer."), numbers["learning_rates"], manifest.step)
         if values := _part(state, "teacher."):
-            self.teacher = Teacher(self.gated)
-            self.teacher.values = {name: value.to(self.device) for name, value in values.items()}
+            self.teacher = Teacher(self.gated, {name: value.to(self.device) for name, value in values.items()})
         if self.budget:
             self.budget.fixed = numbers["gates_fixed"]
         self.step = manifest.step

@@ -27,7 +27,7 @@ from gatepress.checkpoint import (
     read_run,
     versions,
 )
-from gatepress.collapse import parameters_of, plan_model
+from gatepress.collapse import parameters_of, plan_model, refuse_activation
 from gatepress.config import TrainSettings
 from gatepress.distill import Teacher, distance
 from gatepress.errors import ModelError, UsageError
@@ -37,8 +37,10 @@ from gatepress.gates import gates_of
 from gatepress.hub import locate_model
 from gatepress.inject import mark_trainable_
 from gatepress.methods import Kinds, prepare_, trained
+from gatepress.narrowing import narrow_
 from gatepress.processes import Processes, seed_of
 from gatepress.progress import NoProgress, Progress
+from gatepress.resolve import Layer
 from gatepress.resume import Resumable, make_optimizer, read_state, refuse_other, uninterrupted
 from gatepress.runtime import max_tokens, torch_device
 from gatepress.tasks import TaskSpec
@@ -127,6 +129,8 @@ class _Job(Resumable):
     steps: int
     open_steps: int
     steps_per_epoch: int
+    layers: list[Layer]
+    narrow: bool = False  # what is closed for good is no longer computed
 
 
 def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
@@ -146,6 +150,8 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
     finetuned = is_finetuned(base, rows.spec)
     settings = settings.resolved(finetuned=finetuned)
     model: Any = open_base(base, rows.spec)
+    if settings.gated:
+        refuse_activation(model)  # now, not when it comes to pruning
     tokenizer = open_tokenizer(base)
     dense_params = parameters_of(model)
     layers = prepare_(model, settings)
@@ -215,6 +221,7 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
         steps=steps,
         open_steps=open_steps,
         steps_per_epoch=steps_per_epoch,
+        layers=layers,
         manifest=RunManifest(
             settings=settings,
             task=rows.spec,
@@ -257,6 +264,9 @@ def _step(job: _Job, batch: dict[str, Tensor]) -> Tensor:
     """Take one optimizer step and return its loss."""
     if job.step == job.open_steps and job.settings.distill and job.teacher is None:
         job.teacher = Teacher(job.gated)
+    if job.budget and job.budget.fixed and job.budget.closed_gates and not job.narrow:
+        narrow_(job.gated, job.layers, job.budget.vectors)
+        job.narrow = True
     _seed_step(job)
     # Not accelerate's autocast: it wraps the model itself, and measuring must be in float32.
     bf16 = job.settings.precision == "bf16"

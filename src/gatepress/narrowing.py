@@ -1,0 +1,60 @@
+"""Train on at the size that is left: once gates are fixed, what they closed is no longer computed.
+
+A closed inner dimension gives exact zeros and takes no gradient, so leaving it out changes neither the function nor
+what is learnt, only the time of a step. Masks, trained numbers and their names stay as they are: a checkpoint does not
+know of it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gatepress.budget import GateVector, biases_of, open_parts
+from gatepress.collapse import describe
+from gatepress.config import DEFAULT_TARGET
+from gatepress.costs import analytic
+from gatepress.inject import gated_linear
+from gatepress.modeling_gatepress import narrow_attention_
+from gatepress.plan import ZERO_ROW, Axis, make_plan
+from gatepress.resolve import Layer
+
+# The side of each matrix that inner dimensions lie on: rows 0, columns 1.
+INNER_SIDES = {"q": 0, "k": 0, "v": 0, "o": 1, "up": 0, "down": 1}
+
+
+@torch.no_grad()
+def narrow_(model: nn.Module, layers: list[Layer], vectors: list[GateVector]) -> None:
+    """Leave out of the gated `model` the inner dimensions that its masks have closed, in place.
+
+    For training only: the masks must not change any more, and the model cannot be pruned in memory; what is
+    written of it can.
+    """
+    masks = [vector.gate.mask for vector in vectors]
+    live = open_parts(layers, biases_of(model, layers), vectors, masks)
+    plan = make_plan(layers, live, "inner", analytic(DEFAULT_TARGET))
+    attentions = describe(layers, plan)["attentions"]
+    base: Any = model.base_model
+    for layer, part in zip(layers, plan.layers, strict=True):
+        for role, side in INNER_SIDES.items():
+            linear = gated_linear(model, layer, role)
+            axis = (part.matrices[role].rows, part.matrices[role].columns)[side]
+            size = layer.shapes[role][side]
+            blocks, width = ([0], size) if role in ("up", "down") else (part.heads, layer.head_width)
+            index = _index(axis, blocks, width).to(linear.base.weight.device) if axis != list(range(size)) else None
+            linear.narrow_(*((index, None) if side == 0 else (None, index)))
+        narrow_attention_(base.get_submodule(layer.attention), attentions[layer.attention])
+
+
+def _index(axis: Axis, blocks: list[int], width: int) -> Tensor:
+    """Return the positions of `axis`, made of a part for each of `blocks` (heads) of so many dense dimensions.
+
+    Where a plan pads a narrow head with zeros, one of the head's closed dimensions stands in: it gives zeros too.
+    """
+    positions = []
+    share = len(axis) // len(blocks)
+    for number, block in enumerate(blocks):
+        part = axis[number * share : (number + 1) * share]
+        closed = iter(sorted(set(range(block * width, (block + 1) * width)) - set(part)))
+        positions += [next(closed) if position == ZERO_ROW else position for position in part]
+    return torch.tensor(positions, dtype=torch.long)

@@ -1,0 +1,105 @@
+"""What is closed for good is not computed any more, and nothing else changes."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import tiny
+from conftest import TaskFiles
+from forms import draw_, settings_for
+from gatepress import training
+from gatepress.budget import gate_vectors
+from gatepress.checkpoint import read_run
+from gatepress.config import Controller, Granularity
+from gatepress.errors import ModelError
+from gatepress.gates import GatedLinear, gates_of
+from gatepress.inject import attach_gates_, mark_trainable_, trainable
+from gatepress.narrowing import narrow_
+from gatepress.training import train
+
+ModelDir = Callable[[str], Path]
+CLOSED = 0.6
+
+
+def logits_and_gradients(model: torch.nn.Module, family: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return what a step without dropout would see; gradients of gates count where they are open."""
+    model.zero_grad()
+    logits = model(**tiny.random_batch(family)).logits
+    logits.square().sum().backward()
+    gradients = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+    for name, gate in gates_of(model):
+        gradients[f"{name}.mu"] *= gate.mask
+    return logits.detach(), gradients
+
+
+@pytest.mark.parametrize("controller", ["importance", "penalty"])
+@pytest.mark.parametrize("granularity", ["structured", "matrix", "heads"])
+def test_a_step_sees_the_same_model(family: str, granularity: Granularity, controller: Controller) -> None:
+    # Masks are drawn one by one, so heads keep different widths and the narrower ones are padded.
+    model = tiny.build_classifier(family, num_labels=3)
+    layers = attach_gates_(model, granularity=granularity, controller=controller, lora_rank=2)
+    draw_(model, CLOSED)
+    mark_trainable_(trainable(model, biases=True, layer_norms=True))
+    model.eval()
+    wanted, gradients = logits_and_gradients(model, family)
+    names = list(model.state_dict())
+    narrow_(model, layers, gate_vectors(model, layers, granularity))
+    assert list(model.state_dict()) == names
+    got, narrow = logits_and_gradients(model, family)
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+    assert narrow.keys() == gradients.keys()
+    largest = max(float(value.abs().max()) for value in gradients.values())
+    for name, value in gradients.items():
+        torch.testing.assert_close(
+            narrow[name], value, atol=1e-5 * largest, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    assert any(linear.narrow_weight.shape != linear.base.weight.shape for linear in linears(model))
+
+
+def linears(model: torch.nn.Module) -> list[GatedLinear]:
+    return [module for module in model.modules() if isinstance(module, GatedLinear)]
+
+
+def test_encoders_with_everything_closed_still_train() -> None:
+    model = tiny.build_classifier("bert")
+    layers = attach_gates_(model, granularity="structured", controller="importance")
+    for _, gate in gates_of(model):
+        gate.mask.zero_()
+    wanted = model.eval()(**tiny.random_batch("bert")).logits
+    narrow_(model, layers, gate_vectors(model, layers, "structured"))
+    torch.testing.assert_close(model(**tiny.random_batch("bert")).logits, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"distill": True}, {"granularity": "matrix", "budget": "macs"}])
+def test_training_ends_in_the_same_numbers(
+    changes: dict[str, str],
+    tiny_model_dir: ModelDir,
+    tiny_task_files: TaskFiles,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = settings_for(tiny_model_dir("bert"), tiny_task_files, sparsity=0.5, **changes)
+    train(settings, tmp_path / "narrow")
+    monkeypatch.setattr(training, "narrow_", lambda *_: None)
+    train(settings, tmp_path / "wide")
+    narrow, wide = (
+        load_file(path / read_run(path).tensors["file"]) for path in (tmp_path / "narrow", tmp_path / "wide")
+    )
+    assert narrow.keys() == wide.keys()
+    for name, value in wide.items():
+        torch.testing.assert_close(narrow[name], value, atol=1e-3, rtol=1e-2, msg=name)
+        if name.endswith(".mask"):
+            assert torch.equal(narrow[name], value)
+
+
+def test_an_activation_that_cannot_be_pruned_is_refused_before_training(
+    tmp_path: Path, tiny_task_files: TaskFiles
+) -> None:
+    model = tiny.save_model(tiny.build_classifier("bert", hidden_act="sigmoid"), "bert", tmp_path / "model")
+    with pytest.raises(ModelError, match="sigmoid"):
+        train(settings_for(model, tiny_task_files), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
