@@ -222,6 +222,7 @@ def test_train_options_become_settings(library):
         "matrices": ("q", "down"),
         "lora_rank": 4,
         "open_epochs": 1,
+        "closing": 0.5,
         "start": "runs/x",
         "penalty_weight": 7.0,
         "epochs": 2,

@@ -193,6 +193,8 @@ def test_matrices_that_take_no_part_are_as_they_were() -> None:
         ({"method": "prune"}, "--method is 'prune', expected one of gates"),
         ({"budget": "flops"}, "--budget is 'flops', expected one of gates"),
         ({"open_epochs": -1}, "--open-epochs is -1"),
+        ({"closing": 0.0}, "--closing is 0, expected a fraction above 0 and of at most 1"),
+        ({"closing": 1.5}, "--closing is 1.5"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -208,11 +210,11 @@ def test_gates_that_would_stand_nowhere_are_refused() -> None:
 
 def test_manifests_from_before_there_were_methods_are_read() -> None:
     old = SETTINGS.to_json()
-    for name in ("method", "budget", "gate_axes", "matrices", "distill", "open_epochs", "start"):
+    for name in ("method", "budget", "gate_axes", "matrices", "distill", "open_epochs", "closing", "start"):
         del old[name]
     assert TrainSettings.from_json({**old, "lora_rank": 0}).method == "gates"
     read = TrainSettings.from_json({**old, "lora_rank": 4, "controller": "penalty"})
-    assert (read.method, read.rank, read.unit) == ("gates+lora", 4, "vectors")
+    assert (read.method, read.rank, read.unit, read.closing) == ("gates+lora", 4, "vectors", 0.6)
 
 
 def test_gates_close_in_a_model_that_was_finetuned_and_it_teaches_itself(
@@ -228,6 +230,7 @@ def test_gates_close_in_a_model_that_was_finetuned_and_it_teaches_itself(
     assert report["dense_params"] == before["total_params"]
     resolved = read_run(tmp_path / "run").settings
     assert (resolved.lora_rank, resolved.learning_rate) == (32, 1e-5)  # more rank in a finetuned model
+    assert resolved.closing == 0.35  # and more steps behind the closing
     assert read_run(tmp_path / "full").settings.lora_rank is None
     assert evaluate(tmp_path / "run")["metric_value"] == report["metric_value"]
     assert prune(tmp_path / "run", tmp_path / "pruned")["max_abs_logit_diff"] <= 1e-4

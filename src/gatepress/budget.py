@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gatepress.config import DEFAULT_TARGET, BudgetUnit, Controller, Granularity, TrainSettings
+from gatepress.config import DEFAULT_TARGET, BudgetUnit, Controller, Granularity, MethodSpec, TrainSettings
 from gatepress.costs import Costs, analytic
 from gatepress.errors import UsageError
 from gatepress.families import ROLES
@@ -38,8 +38,7 @@ from gatepress.inject import gated_linear
 from gatepress.plan import Live, make_plan
 from gatepress.resolve import Layer
 
-CLOSING_STARTS = 0.08  # fractions of all steps
-CLOSING_ENDS = 0.60
+CLOSING_STARTS = 0.08  # of all steps
 RERANK_EVERY = 10  # steps
 ROUNDING = 1e-6  # of a gate: what a product of a fraction and a whole number may be off
 AVERAGE_KEEPS = 0.98  # of the moving average, per step
@@ -216,6 +215,7 @@ class Budget:
         sparsity: float,
         controller: Controller,
         steps: int,
+        closing: float = MethodSpec.closing,  # part of the steps by which all is closed
         penalty_weight: float = 0.0,
         unit: BudgetUnit = "gates",
         removed: Callable[[Masks], float] | None = None,  # of `removed_by`, for units that are not counted in gates
@@ -226,7 +226,7 @@ class Budget:
         self.penalty_weight = penalty_weight
         self.unit: BudgetUnit = unit
         self.starts = int(CLOSING_STARTS * steps)
-        self.ends = max(self.starts, int(CLOSING_ENDS * steps))
+        self.ends = max(self.starts, int(closing * steps))
         self.fixed = sparsity == 0
         self._removed = removed
         if removed is not None:
@@ -363,6 +363,7 @@ def budget_of(model: nn.Module, layers: list[Layer], settings: TrainSettings, *,
         sparsity=settings.sparsity,
         controller=settings.controller,
         steps=steps,
+        closing=settings.closing or MethodSpec.closing,
         penalty_weight=settings.penalty_weight,
         unit=settings.unit,
         removed=removed,

@@ -31,6 +31,7 @@ class MethodSpec:
     gated: bool
     learning_rate: float
     rank: int = 0  # 0: it has no low-rank update
+    closing: float = 0.60  # part of the steps in which gates close; in the rest what is left recovers
 
 
 METHODS: dict[str, MethodSpec] = {
@@ -43,8 +44,9 @@ METHODS: dict[str, MethodSpec] = {
     "lora-xs": MethodSpec(gated=False, learning_rate=1e-3, rank=25),
 }
 
-# Of gates with low rank in a model that knows the task: at a high sparsity most of it is learnt anew.
-FINETUNED = MethodSpec(gated=True, learning_rate=5e-4, rank=32)
+# Of gates with low rank in a model that knows the task: at a high sparsity most of it is learnt anew, so a longer part
+# of the steps is for what is left.
+FINETUNED = MethodSpec(gated=True, learning_rate=5e-4, rank=32, closing=0.35)
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class TrainSettings:
     lora_rank: int | None = None  # None: the method's own, more in a finetuned model
     train_biases: bool = True
     train_layer_norms: bool = True
+    closing: float | None = None  # part of the steps by which gates have closed; None: as for the rank
     open_epochs: int | None = None  # with all gates open, before any closes; None: none, or a third to teach
     start: str | None = None  # run directory to go on from: its gates are closed at once, and all else recovers
     distill: bool = False  # what the open model knew teaches the one that closes
@@ -140,6 +143,8 @@ class TrainSettings:
                 problems.append(f"{_option(name)} is {value}, expected 1 or more")
         if self.open_epochs is not None and self.open_epochs < 0:
             problems.append(f"--open-epochs is {self.open_epochs}, expected 0 or more")
+        if self.closing is not None and not 0 < self.closing <= 1:
+            problems.append(f"--closing is {self.closing:g}, expected a fraction above 0 and of at most 1")
         for name in ("learning_rate", "gate_learning_rate"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -178,11 +183,15 @@ class TrainSettings:
         return self.budget or ("vectors" if self.controller == "penalty" else "gates")
 
     def resolved(self, *, finetuned: bool) -> "TrainSettings":
-        """Return the settings with rank and rate as they will be: a manifest must not hang on later defaults."""
+        """Return the settings with what a method chooses: a manifest must not hang on later defaults."""
         own = METHODS[self.method]
         own = FINETUNED if finetuned and own.gated and own.rank else own
-        rank = (self.lora_rank or own.rank) if own.rank else None
-        return replace(self, lora_rank=rank, learning_rate=self.learning_rate or own.learning_rate)
+        return replace(
+            self,
+            lora_rank=(self.lora_rank or own.rank) if own.rank else None,
+            learning_rate=self.learning_rate or own.learning_rate,
+            closing=(self.closing or own.closing) if own.gated else None,
+        )
 
     def absolute(self) -> "TrainSettings":
         """Return the settings with local paths made absolute: a run is used from anywhere."""
@@ -204,9 +213,11 @@ class TrainSettings:
         method = {} if "method" in value else _method_of_old(value)
         try:
             matrices = tuple(value.get("matrices", ROLES))
-            return cls(**{**value, **method, "matrices": matrices, "data": DataSettings(**value["data"])})
+            settings = cls(**{**value, **method, "matrices": matrices, "data": DataSettings(**value["data"])})
         except (TypeError, KeyError) as error:
             raise ArtifactError(f"settings in the manifest are not understood ({error})") from None
+        before = "closing" not in value and settings.gated  # it could be chosen; then it was that of a pretrained model
+        return replace(settings, closing=MethodSpec.closing) if before else settings
 
 
 def _method_of_old(value: dict[str, Any]) -> dict[str, Any]:

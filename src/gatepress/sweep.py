@@ -306,7 +306,7 @@ def _meaningless(method: Method) -> dict[str, Any]:
     spec = METHODS.get(method)
     unset: dict[str, Any] = {}
     if spec and not spec.gated:
-        unset |= {"distill": False, "open_epochs": None, "start": None}
+        unset |= {"distill": False, "open_epochs": None, "closing": None, "start": None}
     if spec and not spec.rank:
         unset |= {"lora_rank": None}
     return unset

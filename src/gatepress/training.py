@@ -61,9 +61,9 @@ def train(
 ) -> dict[str, Any]:
     """Train gates, biases, layer norms, low rank and head on a frozen base; write a run directory.
 
-    The asked sparsity is delivered exactly, 60 % of the way, and the rest of the steps recover. After
-    every epoch the metric is measured and a checkpoint written; Ctrl-C writes one more. Returns the
-    report, whose keys docs/json-contract.md lists. Raises leaves of `GatepressError`.
+    The asked sparsity is delivered exactly, part of the way (`settings.closing`), and in the rest of the steps what is
+    left recovers. After every epoch the metric is measured and a checkpoint written; Ctrl-C writes one more. Returns
+    the report, whose keys docs/json-contract.md lists. Raises leaves of `GatepressError`.
     """
     check_output(output, force=force)
     return _run(_prepare(settings.absolute()), output, progress or NoProgress())

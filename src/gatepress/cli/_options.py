@@ -227,6 +227,15 @@ OpenEpochs = Annotated[
         rich_help_panel=TRAINING,
     ),
 ]
+Closing = Annotated[
+    float | None,
+    typer.Option(
+        metavar="FRACTION",
+        help="Part of the steps by which the gates have closed; in the rest what is left recovers, in steps that are "
+        "the quicker the less is left. Unless given: 0.6, or 0.35 in a model that was finetuned for the task.",
+        rich_help_panel=TRAINING,
+    ),
+]
 TrainBiases = Annotated[
     bool,
     typer.Option(
