@@ -18,7 +18,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cells import EPOCHS, FULL, RESULTS, ROWS, TASKS, common, finetuned, gatepress, models_of, parser, sweep, train
+from cells import (
+    EPOCHS,
+    FULL,
+    PRESSED_EPOCHS,
+    RESULTS,
+    ROWS,
+    TASKS,
+    common,
+    finetuned,
+    gatepress,
+    models_of,
+    parser,
+    sweep,
+    train,
+)
 
 from gatepress.files import replace_file
 
@@ -29,8 +43,6 @@ PAPER_RANK = ("--lora-rank", 8)
 WITHOUT_FFN = ("--matrices", "q,k,v,o", "--gate-axes", "out")
 FACTORS = {"2x": 0.5, "4x": 0.75, "8x": 0.875}  # fewer multiply-accumulates of the encoder -> fraction removed
 SEEDS = 5
-# Of arms that start from a finetuned model, in about the time of full finetuning: most steps are of a small model.
-PRESSED_EPOCHS = {"sst2": 5, "cola": 8, "stsb": 8, "rte": 13}
 FINETUNED = "full"  # the arm that others are measured by
 FROM_FINETUNED = "<full>"  # among the words of an arm: it starts from what that arm trained
 KEY = ("encoder", "task", "arm", "seed")

@@ -12,7 +12,7 @@ multiply-accumulates (MACs) is left; the best head and the best neuron of each l
 
 Every cut is checked: the smaller model must agree with the full one whose removed parts are set to zero. It starts
 from the run of full finetuning in `--work` that `paper.py accuracy` starts from too, and is finetuned again for as
-many epochs as gates are closed in there. A record that is there is not run again. The table beside the JSON is
+many epochs as gates close and recover in there. A record that is there is not run again. The table beside the JSON is
 rendered from it:
 
     python benchmarks/pruning_baselines.py --render
@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import MAX_ROWS, RESULTS, TASKS, finetuned, models_of, parser, sweep
+from cells import MAX_ROWS, PRESSED_EPOCHS, RESULTS, TASKS, finetuned, models_of, parser, sweep
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import get_linear_schedule_with_warmup
@@ -77,6 +77,7 @@ class Job:
     validation: dict[str, Any]  # split name -> loader
     probe: dict[str, Tensor]
     precision: str
+    epochs: int  # of finetuning what is left
 
     def loader(self, seed: int) -> Any:
         """Return shuffled batches of the training rows."""
@@ -129,6 +130,7 @@ def load_job(encoder: str, task: str, seed: int, options: argparse.Namespace) ->
         },
         probe=probe_batch(next(iter(validation.values())), tokenizer),
         precision=options.precision,
+        epochs=options.epochs or PRESSED_EPOCHS[task],
     )
 
 
@@ -494,8 +496,7 @@ def cell(key: tuple[Any, ...], load: Callable[[str, str, int], Job]) -> dict[str
     model, counted = pruned(full, method, kept, job, seed)
     prune_seconds = round(time.perf_counter() - started, 1)
     at_once = job.metric(model)["metric_value"]
-    epochs = job.finetuned["epochs"]
-    seconds = finetune_(model, job, epochs, seed)
+    seconds = finetune_(model, job, job.epochs, seed)
     measured = job.metric(model)
     words = f"--model {encoder}={encoder.upper()} --task {task} --seed {seed} --method {method} --kept {kept:g}"
     return {
@@ -507,7 +508,8 @@ def cell(key: tuple[Any, ...], load: Callable[[str, str, int], Job]) -> dict[str
         "examples": measured["examples"],
         **counted,
         "train_examples": len(job.train_rows),
-        "epochs": epochs,  # before and after the cut
+        "full_epochs": job.finetuned["epochs"],
+        "epochs": job.epochs,  # behind the cut
         "full_seconds": job.finetuned["train_seconds"],
         "prune_seconds": prune_seconds,
         "recovery_seconds": seconds,
@@ -557,7 +559,8 @@ def render(records: list[dict[str, Any]]) -> str:
             f"| {one['metric_before_recovery']:.4f} | {one['metric_value']:.4f} | {' | '.join(kept)} |\n"
         )
     trained = {
-        f"{one['task']} {one['epochs']} + {one['epochs']} on {one['train_examples']:,} rows": None for one in records
+        f"{one['task']} {one['full_epochs']} + {one['epochs']} on {one['train_examples']:,} rows": None
+        for one in records
     }
     how = {one["method"]: f"`{one['method']}`: {one['how']}." for one in records}
     machines = sorted({f"{one['precision']} on {one['cpu']}" for one in records})
