@@ -21,8 +21,8 @@ from gatepress.machine import cpu_name
 
 RESULTS = Path(__file__).parent / "results"
 EPOCHS = {"sst2": 3, "cola": 5, "stsb": 5, "rte": 8}  # tasks that small encoders can be tried on in minutes
-# Of what starts from a finetuned model, in about the time of full finetuning: most steps are of a small model.
-PRESSED_EPOCHS = {"sst2": 5, "cola": 8, "stsb": 8, "rte": 13}
+MORE_EPOCHS = {"sst2": 5, "cola": 8, "stsb": 8, "rte": 13}  # of models so small that these take no longer
+HALF = 0.5  # of the multiply-accumulates
 TASKS = tuple(EPOCHS)
 MAX_ROWS = 10_000  # training rows
 ROWS = ("--max-train-samples", MAX_ROWS)
@@ -117,6 +117,14 @@ def finetuned(
     run = options.work / "full" / f"{encoder}-{task}-{seed}"
     words = ("--task", task, *ROWS, *FULL, "--seed", seed, *common(options, EPOCHS.get(task)))
     return run, train(run, encoder, model, words, options)
+
+
+def pressed_epochs(task: str, removed: float) -> int | None:
+    """Return for how long a finetuned model is pressed, or finetuned again behind a cut.
+
+    It should take no longer than full finetuning, so there are more where most of the encoder goes.
+    """
+    return (EPOCHS if removed <= HALF else MORE_EPOCHS).get(task)
 
 
 def common(options: argparse.Namespace, epochs: int | None = None) -> tuple[object, ...]:

@@ -13,6 +13,7 @@ median over seeds; they and the figures are rendered from the JSON:
 
 import argparse
 import io
+import itertools
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,6 @@ from typing import Any
 from cells import (
     EPOCHS,
     FULL,
-    PRESSED_EPOCHS,
     RESULTS,
     ROWS,
     TASKS,
@@ -30,6 +30,7 @@ from cells import (
     gatepress,
     models_of,
     parser,
+    pressed_epochs,
     sweep,
     train,
 )
@@ -256,7 +257,7 @@ def main() -> None:
         if FROM_FINETUNED in words:
             run, _ = finetuned(encoder, models[encoder], task, seed, options)
             words, start = [word for word in words if word != FROM_FINETUNED], ("run_of_full", str(run))
-            epochs = PRESSED_EPOCHS.get(task)
+            epochs = pressed_epochs(task, dict(itertools.pairwise(words))["--sparsity"])
         words = ("--task", task, *experiment.words, *words, "--seed", seed, *common(options, epochs))
         return train(options.work / options.experiment / _directory(key), *start, words, options)
 

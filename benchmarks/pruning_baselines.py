@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import MAX_ROWS, PRESSED_EPOCHS, RESULTS, TASKS, finetuned, models_of, parser, sweep
+from cells import MAX_ROWS, RESULTS, TASKS, finetuned, models_of, parser, pressed_epochs, sweep
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import get_linear_schedule_with_warmup
@@ -77,7 +77,7 @@ class Job:
     validation: dict[str, Any]  # split name -> loader
     probe: dict[str, Tensor]
     precision: str
-    epochs: int  # of finetuning what is left
+    asked_epochs: int | None  # of finetuning what is left; None: as for gates
 
     def loader(self, seed: int) -> Any:
         """Return shuffled batches of the training rows."""
@@ -130,7 +130,7 @@ def load_job(encoder: str, task: str, seed: int, options: argparse.Namespace) ->
         },
         probe=probe_batch(next(iter(validation.values())), tokenizer),
         precision=options.precision,
-        epochs=options.epochs or PRESSED_EPOCHS[task],
+        asked_epochs=options.epochs,
     )
 
 
@@ -496,7 +496,8 @@ def cell(key: tuple[Any, ...], load: Callable[[str, str, int], Job]) -> dict[str
     model, counted = pruned(full, method, kept, job, seed)
     prune_seconds = round(time.perf_counter() - started, 1)
     at_once = job.metric(model)["metric_value"]
-    seconds = finetune_(model, job, job.epochs, seed)
+    epochs = job.asked_epochs or pressed_epochs(task, 1 - kept)
+    seconds = finetune_(model, job, epochs, seed)
     measured = job.metric(model)
     words = f"--model {encoder}={encoder.upper()} --task {task} --seed {seed} --method {method} --kept {kept:g}"
     return {
@@ -509,7 +510,7 @@ def cell(key: tuple[Any, ...], load: Callable[[str, str, int], Job]) -> dict[str
         **counted,
         "train_examples": len(job.train_rows),
         "full_epochs": job.finetuned["epochs"],
-        "epochs": job.epochs,  # behind the cut
+        "epochs": epochs,  # behind the cut
         "full_seconds": job.finetuned["train_seconds"],
         "prune_seconds": prune_seconds,
         "recovery_seconds": seconds,
