@@ -3,6 +3,9 @@
 The teacher is the same frozen model with the numbers that were trained so far, all gates open: a copy of a few
 megabytes and one forward pass more. The student should give its logits, and its hidden states behind every
 layer: a layer that lost half of its neurons is told what it should have said, not only what became of it.
+
+A teacher answers for any text, labelled or not. So in most rows some words are exchanged for others of the batch: the
+student sees more than the training rows, which it would soon know by heart.
 """
 
 import copy
@@ -19,6 +22,7 @@ from gatepress.tasks import TaskSpec
 
 TEMPERATURE = 2.0  # of the logits of classes
 HIDDEN_WEIGHT = 1.0  # of the hidden states, where logits and labels have 1 each
+VARIED_ROWS, VARIED_WORDS = 0.7, 0.25  # rows in which words are exchanged, and how many of theirs
 
 
 class Teacher:
@@ -53,6 +57,23 @@ def _leave_out_(model: nn.Module) -> None:
             updated = module.lora_b is not None and bool(module.lora_b.any())
             if not updated and all(bool((gate.values() == 1).all()) for gate in gates):
                 replace_module_(model, path, module.base)
+
+
+def varied(inputs: dict[str, Tensor], special: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Return `inputs` with words of most rows exchanged for others of the batch, and which rows are as they were.
+
+    `special` holds the ids of tokens that stay where they are. Only the labels of rows that are as they were
+    ([batch] bool) still hold.
+    """
+    ids = inputs["input_ids"]
+    is_word = ~torch.isin(ids, special)
+    words = ids[is_word]
+    same = torch.rand(len(ids), device=ids.device) >= VARIED_ROWS
+    if not len(words):
+        return inputs, torch.ones_like(same)
+    here = is_word & ~same[:, None] & (torch.rand(ids.shape, device=ids.device) < VARIED_WORDS)
+    others = words[torch.randint(len(words), ids.shape, device=ids.device)]
+    return {**inputs, "input_ids": torch.where(here, others, ids)}, same
 
 
 def distance(student: Any, teacher: Any, mask: Tensor, spec: TaskSpec) -> Tensor:

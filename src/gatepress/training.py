@@ -29,7 +29,7 @@ from gatepress.checkpoint import (
 )
 from gatepress.collapse import parameters_of, plan_model, refuse_activation
 from gatepress.config import TrainSettings
-from gatepress.distill import Teacher, distance
+from gatepress.distill import Teacher, distance, varied
 from gatepress.errors import ModelError, UsageError
 from gatepress.evaluation import evaluate_model
 from gatepress.files import check_output
@@ -130,6 +130,7 @@ class _Job(Resumable):
     open_steps: int
     steps_per_epoch: int
     layers: list[Layer]
+    special: Tensor  # ids of tokens that are no words
     narrow: bool = False  # what is closed for good is no longer computed
 
 
@@ -222,6 +223,7 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
         open_steps=open_steps,
         steps_per_epoch=steps_per_epoch,
         layers=layers,
+        special=torch.tensor(tokenizer.all_special_ids, device=processes.device),
         manifest=RunManifest(
             settings=settings,
             task=rows.spec,
@@ -300,15 +302,19 @@ def _seed_step(job: _Job) -> None:
 def _loss(job: _Job, batch: dict[str, Tensor]) -> Tensor:
     """Return the task loss (mean squared error of a number, cross entropy of classes), and the teacher's if any."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    outputs = job.gated(**inputs, output_hidden_states=job.teacher is not None)
-    logits = outputs.logits.float()
-    if job.spec.label_names is None:
-        loss = functional.mse_loss(logits[:, 0], batch["labels"].float())
-    else:
-        loss = functional.cross_entropy(logits, batch["labels"])
     if job.teacher is None:
-        return loss
-    return loss + distance(outputs, job.teacher(inputs), batch["attention_mask"], job.spec)
+        return _task_losses(job, job.gated(**inputs).logits, batch["labels"]).mean()
+    inputs, same = varied(inputs, job.special)
+    outputs = job.gated(**inputs, output_hidden_states=True)
+    labelled = _task_losses(job, outputs.logits, batch["labels"]) * same
+    return labelled.mean() + distance(outputs, job.teacher(inputs), batch["attention_mask"], job.spec)
+
+
+def _task_losses(job: _Job, logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the loss of each row [batch]."""
+    if job.spec.label_names is None:
+        return functional.mse_loss(logits[:, 0].float(), labels.float(), reduction="none")
+    return functional.cross_entropy(logits.float(), labels, reduction="none")
 
 
 def _figures(job: _Job, loss: Tensor) -> dict[str, float]:
