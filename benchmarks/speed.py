@@ -110,7 +110,7 @@ def random_run(shape: str, work: Path, *, granularity: Granularity, sparsity: fl
                 continue
             layer = heads_at.get(id(module)) if granularity == "structured" else None
             groups = layer.heads if layer else 1
-            gate.mask.copy_(_closed(gate.size, groups, sparsity, whole=heads))
+            gate.mask.copy_(closed_mask(gate.size, groups, sparsity, whole=heads))
     probe = {"input_ids": torch.randint(5, 90, (8, 16)), "attention_mask": torch.ones(8, 16, dtype=torch.long)}
     manifest = RunManifest(
         settings=settings,
@@ -128,7 +128,7 @@ def random_run(shape: str, work: Path, *, granularity: Granularity, sparsity: fl
     return run
 
 
-def _closed(size: int, groups: int, sparsity: float, *, whole: bool) -> torch.Tensor:
+def closed_mask(size: int, groups: int, sparsity: float, *, whole: bool) -> torch.Tensor:
     """Return a mask [size] with `sparsity` zeros: at random in each group, or whole groups from the last on."""
     mask = torch.ones(groups, size // groups)
     if whole and groups > 1:

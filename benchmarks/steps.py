@@ -1,0 +1,148 @@
+"""What a step of training costs: everything finetuned, gates that still close, gates that are fixed.
+
+    python benchmarks/steps.py
+
+MiniLM's shape with random weights and gates closed at random, alike in every head; forward, backward and optimizer on
+one batch, all forms by turns. `teacher` adds what `--distill` asks in a step. Wants a quiet machine. The table beside
+the JSON is rendered from it:
+
+    python benchmarks/steps.py --render
+"""
+
+import argparse
+import json
+import os
+import statistics
+from typing import Any
+
+import torch
+from cells import RESULTS
+from speed import SHAPES, closed_mask
+
+from gatepress.bench.timing import Call, interleave, wall_clock
+from gatepress.budget import gate_vectors
+from gatepress.checkpoint import versions
+from gatepress.config import FINETUNED
+from gatepress.distill import Teacher, distance
+from gatepress.files import replace_file
+from gatepress.inject import attach_gates_, mark_trainable_, trainable
+from gatepress.machine import cpu_name
+from gatepress.narrowing import narrow_
+from gatepress.progress import NoProgress
+from gatepress.tasks import TaskSpec, task_named
+
+PATH = RESULTS / "steps.json"
+SHAPE, BATCH, LENGTH = "minilm", 32, 32
+REPETITIONS, BLOCK, WARMUP = 40, 2, 2
+LEFT = {"2x": 0.5, "4x": 0.25, "8x": 0.125}
+FULL_NAME = "full finetuning"
+
+
+def full_step(batch: dict[str, torch.Tensor]) -> Call:
+    """Return a step in which all weights are trained."""
+    torch.manual_seed(0)
+    return stepping(SHAPES[SHAPE]().train(), batch, None)
+
+
+def gated_step(batch: dict[str, torch.Tensor], left: float, *, taught: bool, narrow: bool) -> Call:
+    """Return a step with gates and the low rank of a finetuned start, `left` of every vector open."""
+    torch.manual_seed(0)
+    model = SHAPES[SHAPE]().train()
+    layers = attach_gates_(model, granularity="structured", controller="importance", lora_rank=FINETUNED.rank)
+    mark_trainable_(trainable(model, biases=True, layer_norms=True))
+    teacher = Teacher(model) if taught else None
+    vectors = gate_vectors(model, layers, "structured")
+    for vector in vectors:
+        vector.gate.mask.copy_(closed_mask(vector.gate.size, vector.heads, 1 - left, whole=False))
+    if narrow:
+        narrow_(model, layers, vectors)
+    return stepping(model, batch, teacher)
+
+
+def stepping(model: Any, batch: dict[str, torch.Tensor], teacher: Teacher | None) -> Call:
+    """Return forward, backward and optimizer as one call."""
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-6)
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    spec: TaskSpec = task_named("sst2")
+
+    def step() -> None:
+        outputs = model(**inputs, output_hidden_states=teacher is not None)
+        loss = torch.nn.functional.cross_entropy(outputs.logits, batch["labels"])
+        if teacher:
+            loss = loss + distance(outputs, teacher(inputs), batch["attention_mask"], spec)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def measure(threads: int) -> dict[str, Any]:
+    """Time all forms by turns."""
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(0)
+    batch = {
+        "input_ids": torch.randint(1000, 30000, (BATCH, LENGTH), generator=generator),
+        "attention_mask": torch.ones(BATCH, LENGTH, dtype=torch.long),
+        "labels": torch.randint(2, (BATCH,), generator=generator),
+    }
+    calls = {FULL_NAME: full_step(batch)}
+    for taught in (False, True):
+        end = ", teacher" if taught else ""
+        calls[f"closing{end}"] = gated_step(batch, LEFT["2x"], taught=taught, narrow=False)
+        calls |= {
+            f"fixed at {name}{end}": gated_step(batch, left, taught=taught, narrow=True) for name, left in LEFT.items()
+        }
+    samples = interleave(
+        calls,
+        wall_clock,
+        repetitions=REPETITIONS,
+        warmup=WARMUP,
+        block=BLOCK,
+        progress=NoProgress(),
+        description="steps",
+    )
+    return {
+        "shape": SHAPE,
+        "batch": BATCH,
+        "length": LENGTH,
+        "repetitions": REPETITIONS,
+        "rank": FINETUNED.rank,
+        "threads": threads,
+        "cpu": cpu_name(),
+        "versions": versions(),
+        "samples_ms": {name: [round(value, 3) for value in values] for name, values in samples.items()},
+    }
+
+
+def render(record: dict[str, Any]) -> str:
+    """Return the table in Markdown."""
+    samples = record["samples_ms"]
+    full = statistics.median(samples[FULL_NAME])
+    text = "# What a step of training costs\n\n| step | median, ms | middle half, ms | of full finetuning |\n"
+    text += "|---|--:|--:|--:|\n"
+    for name, values in samples.items():
+        low, middle, high = statistics.quantiles(values, n=4)
+        text += f"| {name} | {middle:.1f} | {low:.1f} to {high:.1f} | {middle / full:.0%} |\n"
+    return text + (
+        f"\n{record['shape']} shape, batch {record['batch']} x {record['length']} tokens, rank {record['rank']}, "
+        f"float32, {record['threads']} threads of {record['cpu']}, {record['repetitions']} repetitions by turns, torch "
+        f"{record['versions']['torch']}. *closing*: nothing is left out yet. *fixed at 4x*: gates leave a quarter of "
+        "the encoder, and the rest is not computed. *teacher*: the open model's answers and hidden states, as "
+        "`--distill` asks.\n"
+    )
+
+
+def main() -> None:
+    """Measure, or only render."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--render", action="store_true")
+    options = parser.parse_args()
+    if not options.render:
+        replace_file(PATH, (json.dumps(measure(options.threads), indent=1) + "\n").encode())
+    replace_file(PATH.with_suffix(".md"), render(json.loads(PATH.read_text())).encode())
+
+
+if __name__ == "__main__":
+    main()
