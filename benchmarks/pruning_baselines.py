@@ -491,7 +491,7 @@ def cell(key: tuple[Any, ...], load: Callable[[str, str, int], Job]) -> dict[str
     """Prune one finetuned model one way, finetune it again, and return what was asked, counted and measured."""
     encoder, task, seed, method, kept = key
     job = load(encoder, task, seed)
-    full = open_base(job.source, job.spec).eval()
+    full = open_base(job.source, job.spec).requires_grad_(requires_grad=True).eval()  # a run opens frozen
     started = time.perf_counter()
     model, counted = pruned(full, method, kept, job, seed)
     prune_seconds = round(time.perf_counter() - started, 1)
