@@ -33,7 +33,7 @@ from gatepress.tasks import TaskSpec, task_named
 
 PATH = RESULTS / "steps.json"
 SHAPE, BATCH, LENGTH = "minilm", 32, 32
-REPETITIONS, BLOCK, WARMUP = 40, 2, 2
+REPETITIONS, BLOCK, WARMUP = 20, 4, 1
 LEFT = {"2x": 0.5, "4x": 0.25, "8x": 0.125}
 FULL_NAME = "full finetuning"
 
