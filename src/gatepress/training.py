@@ -131,7 +131,7 @@ class _Job(Resumable):
     steps_per_epoch: int
     layers: list[Layer]
     special: Tensor  # ids of tokens that are no words
-    narrow: bool = False  # what is closed for good is no longer computed
+    narrow: bool = False  # what is closed for good is no longer computed; counting it is for one step, not for all
 
 
 def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
@@ -266,9 +266,10 @@ def _step(job: _Job, batch: dict[str, Tensor]) -> Tensor:
     """Take one optimizer step and return its loss."""
     if job.step == job.open_steps and job.settings.distill and job.teacher is None:
         job.teacher = Teacher(job.gated)
-    if job.budget and job.budget.fixed and job.budget.closed_gates and not job.narrow:
-        narrow_(job.gated, job.layers, job.budget.vectors)
+    if job.budget and job.budget.fixed and not job.narrow:
         job.narrow = True
+        if job.budget.closed_gates:
+            narrow_(job.gated, job.layers, job.budget.vectors)
     _seed_step(job)
     # Not accelerate's autocast: it wraps the model itself, and measuring must be in float32.
     bf16 = job.settings.precision == "bf16"
