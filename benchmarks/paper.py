@@ -135,7 +135,8 @@ def render(experiment: Experiment, cells: list[dict[str, Any]]) -> str:
     """Return the table in Markdown: a row for each encoder and arm, medians over seeds by task."""
     tasks = sorted({c["task"] for c in cells}, key=[*PAPER_TASKS].index)
     text = f"# {experiment.title}\n\n| encoder | arm | trained, without head | MACs removed | "
-    text += " | ".join(tasks) + " | steps | seconds | peak memory |\n" + "|---" * (len(tasks) + 7) + "|\n"
+    text += " | ".join(tasks) + " | kept on average | steps | seconds | peak memory |\n"
+    text += "|---" * (len(tasks) + 8) + "|\n"
     for encoder in sorted({c["encoder"] for c in cells}):
         full = {task: _median(cells, encoder, task, FINETUNED) for task in tasks}
         for arm in experiment.arms:
@@ -149,6 +150,7 @@ def render(experiment: Experiment, cells: list[dict[str, Any]]) -> str:
                 f"{counted['total'] - counted['head']:,}",
                 _range(rows, "encoder_macs_removed", "{:.1%}"),
                 *(_shown([c for c in rows if c["task"] == task], full[task]) for task in tasks),
+                _kept(cells, encoder, arm, full),
                 _range(rows, "steps"),
                 _range(rows, "train_seconds"),
                 f"{max(c['peak_memory_bytes'] for c in rows) / 1e9:.1f} GB",
@@ -174,6 +176,13 @@ def _shown(rows: list[dict[str, Any]], full: float | None) -> str:
     value = statistics.median(c["metric_value"] for c in rows)
     part = "" if not full or rows[0]["arm"] == FINETUNED else f" ({value / full:.1%})"
     return f"{value:.4f}{part}" + (f" [{len(rows)}]" if len(rows) != SEEDS else "")
+
+
+def _kept(cells: list[dict[str, Any]], encoder: str, arm: str, full: dict[str, float | None]) -> str:
+    """Return the mean over tasks of the part of full finetuning's metric; nothing where a task is missing."""
+    values = {task: _median(cells, encoder, task, arm) for task in full}
+    parts = [value / whole for task, whole in full.items() if whole and (value := values[task]) is not None]
+    return f"{statistics.mean(parts):.1%}" if arm != FINETUNED and len(parts) == len(full) else ""
 
 
 def _range(rows: list[dict[str, Any]], key: str, form: str = "{:,.0f}") -> str:

@@ -141,7 +141,7 @@ def finetune_(model: Any, job: Job, epochs: int, seed: int) -> float:
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE)
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=True)
     steps = epochs * len(loader)
     schedule = get_linear_schedule_with_warmup(optimizer, int(WARMUP * steps), steps)
     started = time.perf_counter()

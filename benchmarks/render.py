@@ -67,9 +67,10 @@ def grid_table(rows: list[dict[str, Any]]) -> str:
         times = {name: record.latency_ms_median for name, record in found.items()}
         twin = twins[key]
         if twin is None:
-            behind.append(times["auto"] / min(time for name, time in times.items() if name != "auto") - 1)
+            best = min(found.keys() - {"auto"}, key=times.__getitem__)
+            behind.append(_ratio(found["auto"], found[best]) - 1)
         else:
-            noise.append(abs(times["auto"] / times[twin] - 1))
+            noise.append(abs(_ratio(found["auto"], found[twin]) - 1))
         shown = " | ".join(f"{times[name]:.2f}" for name in ("dense", "inner", "index", "auto"))
         against = f"is {twin}" if twin else f"{behind[-1]:+.1%}"
         lines.append(
@@ -81,8 +82,9 @@ def grid_table(rows: list[dict[str, Any]]) -> str:
     return (
         "# Is the chosen layout ever slower than a fixed one?\n\n`python benchmarks/speed.py grid`. Matrix gates "
         "closed at random, on both axes of every matrix. Medians in milliseconds, each row one interleaved run. The "
-        f"last column compares with the fastest of dense, inner and index. {one.device_name}, {one.threads} threads, "
-        f"{_range(cells)} repetitions.\n\nIn {len(noise)} of {len(lines)} rows the chosen layout is, byte by byte, "
+        "last column compares with the one of dense, inner and index whose median is the lowest: calls that took turns "
+        f"in pairs, and the median of their ratios. {one.device_name}, {one.threads} threads, {_range(cells)} "
+        f"repetitions.\n\nIn {len(noise)} of {len(lines)} rows the chosen layout is, byte by byte, "
         "a fixed one. What was measured between such twins is the noise of this machine: half of them differ by up to "
         f"{statistics.median(noise):.1%}, the worst by {max(noise):.1%}. Of the other {len(behind)} rows {above} are "
         f"more than {TOLERATED:.0%} behind the fastest, the worst {max(behind):.1%}; the median is "
@@ -103,12 +105,21 @@ def _range(cells: dict[tuple[Any, ...], dict[str, Record]]) -> str:
 
 def _over_all_sizes(cells: dict[tuple[Any, ...], dict[str, Record]]) -> list[float]:
     """Return how far the chosen layout is behind the best fixed one, over the batches and lengths of each model."""
-    times: dict[tuple[Any, ...], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    by_model: dict[tuple[Any, ...], list[dict[str, Record]]] = defaultdict(list)
     for key, found in cells.items():
-        for name, record in found.items():
-            times[key[:3]][name].append(record.latency_ms_median)
-    means = [{name: statistics.geometric_mean(each) for name, each in one.items()} for one in times.values()]
-    return [one["auto"] / min(mean for name, mean in one.items() if name != "auto") - 1 for one in means]
+        by_model[key[:3]].append(found)
+    behind = []
+    for sizes in by_model.values():
+        fixed = sizes[0].keys() - {"auto"}
+        times = {name: statistics.geometric_mean(one[name].latency_ms_median for one in sizes) for name in fixed}
+        best = min(fixed, key=times.__getitem__)
+        behind.append(statistics.geometric_mean(_ratio(one["auto"], one[best]) for one in sizes) - 1)
+    return behind
+
+
+def _ratio(one: Record, other: Record) -> float:
+    """Return the time of `one` in parts of that of `other`: in each pair of calls that took turns, then the median."""
+    return statistics.median(a / b for a, b in zip(one.samples_ms, other.samples_ms, strict=True))
 
 
 def collapse_table(result: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from gatepress.bench.timing import Call, interleave, wall_clock
 from gatepress.budget import gate_vectors
 from gatepress.checkpoint import versions
 from gatepress.config import FINETUNED
-from gatepress.distill import Teacher, distance
+from gatepress.distill import Teacher, distance, learn_from_teacher_
 from gatepress.files import replace_file
 from gatepress.inject import attach_gates_, mark_trainable_, trainable
 from gatepress.machine import cpu_name
@@ -51,6 +51,8 @@ def gated_step(batch: dict[str, torch.Tensor], left: float, *, taught: bool, nar
     layers = attach_gates_(model, granularity="structured", controller="importance", lora_rank=FINETUNED.rank)
     mark_trainable_(trainable(model, biases=True, layer_norms=True))
     teacher = Teacher(model) if taught else None
+    if taught:
+        learn_from_teacher_(model)
     vectors = gate_vectors(model, layers, "structured")
     for vector in vectors:
         vector.gate.mask.copy_(closed_mask(vector.gate.size, vector.heads, 1 - left, whole=False))
@@ -61,15 +63,18 @@ def gated_step(batch: dict[str, torch.Tensor], left: float, *, taught: bool, nar
 
 def stepping(model: Any, batch: dict[str, torch.Tensor], teacher: Teacher | None) -> Call:
     """Return forward, backward and optimizer as one call."""
-    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-6)
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-6, fused=True
+    )
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     spec: TaskSpec = task_named("sst2")
+    same = torch.ones(BATCH, dtype=torch.bool)
 
     def step() -> None:
         outputs = model(**inputs, output_hidden_states=teacher is not None)
         loss = torch.nn.functional.cross_entropy(outputs.logits, batch["labels"])
         if teacher:
-            loss = loss + distance(outputs, teacher(inputs), batch["attention_mask"], spec)
+            loss = loss + distance(outputs, teacher(inputs), batch["attention_mask"], same, spec)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -5,7 +5,8 @@ megabytes and one forward pass more. The student should give its logits, and its
 layer: a layer that lost half of its neurons is told what it should have said, not only what became of it.
 
 A teacher answers for any text, labelled or not. So in most rows some words are exchanged for others of the batch: the
-student sees more than the training rows, which it would soon know by heart.
+student sees more than the training rows, which it would soon know by heart. Of such rows only the hidden states are
+asked for: a row of other words may be of another class more often than texts are, and a student would learn that too.
 """
 
 import copy
@@ -59,38 +60,47 @@ def _leave_out_(model: nn.Module) -> None:
                 replace_module_(model, path, module.base)
 
 
+def learn_from_teacher_(model: nn.Module) -> None:
+    """Set the mode of a student, in place: gates learn, nothing drops out, for no teacher's answer holds that noise."""
+    model.eval()
+    for _, gate in gates_of(model):
+        gate.train()
+
+
 def varied(inputs: dict[str, Tensor], special: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """Return `inputs` with words of most rows exchanged for others of the batch, and which rows are as they were.
 
-    `special` holds the ids of tokens that stay where they are. Only the labels of rows that are as they were
-    ([batch] bool) still hold.
+    `special` holds the ids of tokens that stay where they are. Labels hold only where nothing was exchanged
+    ([batch] bool).
     """
     ids = inputs["input_ids"]
     is_word = ~torch.isin(ids, special)
     words = ids[is_word]
-    same = torch.rand(len(ids), device=ids.device) >= VARIED_ROWS
+    rows = torch.rand(len(ids), device=ids.device) < VARIED_ROWS
     if not len(words):
-        return inputs, torch.ones_like(same)
-    here = is_word & ~same[:, None] & (torch.rand(ids.shape, device=ids.device) < VARIED_WORDS)
+        return inputs, torch.ones_like(rows)
+    here = is_word & rows[:, None] & (torch.rand(ids.shape, device=ids.device) < VARIED_WORDS)
     others = words[torch.randint(len(words), ids.shape, device=ids.device)]
-    return {**inputs, "input_ids": torch.where(here, others, ids)}, same
+    return {**inputs, "input_ids": torch.where(here, others, ids)}, ~here.any(1)
 
 
-def distance(student: Any, teacher: Any, mask: Tensor, spec: TaskSpec) -> Tensor:
+def distance(student: Any, teacher: Any, mask: Tensor, same: Tensor, spec: TaskSpec) -> Tensor:
     """Return how far a student lies from its teacher, on the tokens of `mask` [batch, length].
 
-    Kullback-Leibler divergence of classes at a temperature (squared error of a number), plus the mean over
-    layers of the squared error of hidden states, over the variance of the teacher's.
+    Kullback-Leibler divergence of classes at a temperature (squared error of a number) over the rows of `same` [batch],
+    plus the mean over layers of the squared error of hidden states, over the variance of the teacher's.
     """
+    rows: Tensor
     ours, theirs = student.logits.float(), teacher.logits.float()
     if spec.label_names is None:
-        logits = functional.mse_loss(ours, theirs)
+        rows = (ours - theirs).square().mean(-1)
     else:
         soft, wanted = ((value / TEMPERATURE).log_softmax(-1) for value in (ours, theirs))
-        logits = TEMPERATURE**2 * functional.kl_div(soft, wanted, log_target=True, reduction="batchmean")
+        rows = TEMPERATURE**2 * functional.kl_div(soft, wanted, log_target=True, reduction="none").sum(-1)
     pairs = zip(student.hidden_states[1:], teacher.hidden_states[1:], strict=True)
-    layers = [_relative(x[mask.bool()].float(), y[mask.bool()].float()) for x, y in pairs]
-    return logits + HIDDEN_WEIGHT * torch.stack(layers).mean()
+    tokens = mask.flatten().nonzero()[:, 0]
+    layers = [_relative(*(z.flatten(0, 1).index_select(0, tokens).float() for z in pair)) for pair in pairs]
+    return (rows * same).mean() + HIDDEN_WEIGHT * torch.stack(layers).mean()
 
 
 def _relative(x: Tensor, y: Tensor) -> Tensor:

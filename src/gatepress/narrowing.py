@@ -19,9 +19,6 @@ from gatepress.modeling_gatepress import narrow_attention_
 from gatepress.plan import ZERO_ROW, Axis, make_plan
 from gatepress.resolve import Layer
 
-# The side of each matrix that inner dimensions lie on: rows 0, columns 1.
-INNER_SIDES = {"q": 0, "k": 0, "v": 0, "o": 1, "up": 0, "down": 1}
-
 
 @torch.no_grad()
 def narrow_(model: nn.Module, layers: list[Layer], vectors: list[GateVector]) -> None:
@@ -36,13 +33,14 @@ def narrow_(model: nn.Module, layers: list[Layer], vectors: list[GateVector]) ->
     attentions = describe(layers, plan)["attentions"]
     base: Any = model.base_model
     for layer, part in zip(layers, plan.layers, strict=True):
-        for role, side in INNER_SIDES.items():
-            linear = gated_linear(model, layer, role)
-            axis = (part.matrices[role].rows, part.matrices[role].columns)[side]
-            size = layer.shapes[role][side]
-            blocks, width = ([0], size) if role in ("up", "down") else (part.heads, layer.head_width)
-            index = _index(axis, blocks, width).to(linear.base.weight.device) if axis != list(range(size)) else None
-            linear.narrow_(*((index, None) if side == 0 else (None, index)))
+        for role, matrix in part.matrices.items():
+            linear, shape = gated_linear(model, layer, role), layer.shapes[role]
+            blocks, width = ([0], layer.shapes["up"][0]) if role in ("up", "down") else (part.heads, layer.head_width)
+            indices = [
+                None if axis == list(range(size)) else _index(axis, blocks, width).to(linear.base.weight.device)
+                for axis, size in zip((matrix.rows, matrix.columns), shape, strict=True)  # the residual side is whole
+            ]
+            linear.narrow_(*indices)
         narrow_attention_(base.get_submodule(layer.attention), attentions[layer.attention])
 
 

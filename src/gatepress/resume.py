@@ -92,7 +92,7 @@ def make_optimizer(kinds: Kinds, settings: TrainSettings, *, stages: list[int]) 
         }
         for kind, group in kinds.items()
     ]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
     rate = partial(_rate, stages, settings.warmup_ratio)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
 

@@ -29,7 +29,7 @@ from gatepress.checkpoint import (
 )
 from gatepress.collapse import parameters_of, plan_model, refuse_activation
 from gatepress.config import TrainSettings
-from gatepress.distill import Teacher, distance, varied
+from gatepress.distill import Teacher, distance, learn_from_teacher_, varied
 from gatepress.errors import ModelError, UsageError
 from gatepress.evaluation import evaluate_model
 from gatepress.files import check_output
@@ -252,7 +252,9 @@ def _open_epochs(settings: TrainSettings, epochs: int, *, finetuned: bool) -> in
 
 def _one_epoch(job: _Job, epoch: int, writer: RunWriter | None, progress: Progress) -> None:
     """Take every step that is left of one pass over the training rows."""
-    job.gated.train()
+    if job.step == job.open_steps and job.settings.distill and job.teacher is None:
+        job.teacher = Teacher(job.gated)
+    learn_from_teacher_(job.gated) if job.teacher else job.gated.train()
     for batch in left_of_epoch(job.loader, epoch, job.step % job.steps_per_epoch):
         loss = _step(job, {name: value.to(job.device) for name, value in batch.items()})
         progress.advance(1, **(_figures(job, loss) if job.step % LOSS_EVERY == 0 else {}))
@@ -264,8 +266,6 @@ def _one_epoch(job: _Job, epoch: int, writer: RunWriter | None, progress: Progre
 @uninterrupted()
 def _step(job: _Job, batch: dict[str, Tensor]) -> Tensor:
     """Take one optimizer step and return its loss."""
-    if job.step == job.open_steps and job.settings.distill and job.teacher is None:
-        job.teacher = Teacher(job.gated)
     if job.budget and job.budget.fixed and not job.narrow:
         job.narrow = True
         if job.budget.closed_gates:
@@ -308,7 +308,7 @@ def _loss(job: _Job, batch: dict[str, Tensor]) -> Tensor:
     inputs, same = varied(inputs, job.special)
     outputs = job.gated(**inputs, output_hidden_states=True)
     labelled = _task_losses(job, outputs.logits, batch["labels"]) * same
-    return labelled.mean() + distance(outputs, job.teacher(inputs), batch["attention_mask"], job.spec)
+    return labelled.mean() + distance(outputs, job.teacher(inputs), batch["attention_mask"], same, job.spec)
 
 
 def _task_losses(job: _Job, logits: Tensor, labels: Tensor) -> Tensor:
