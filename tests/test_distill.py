@@ -13,7 +13,7 @@ import tiny
 from conftest import TaskFiles
 from forms import settings_for
 from gatepress import distill
-from gatepress.distill import Teacher, distance, varied
+from gatepress.distill import Teacher, answered_as, distance, varied
 from gatepress.gates import GatedLinear, gates_of
 from gatepress.inject import attach_gates_, mark_trainable_, trainable
 from gatepress.tasks import task_named
@@ -61,7 +61,7 @@ def test_a_batch_without_words_is_left_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("task", ["sst2", "stsb"])
-def test_logits_count_where_no_word_was_exchanged_and_hidden_states_on_all_tokens(task: str) -> None:
+def test_logits_count_in_the_asked_rows_and_hidden_states_on_all_tokens(task: str) -> None:
     spec = task_named(task)
     generator = torch.Generator().manual_seed(0)
 
@@ -89,6 +89,13 @@ def test_logits_count_where_no_word_was_exchanged_and_hidden_states_on_all_token
     student.logits[0] += torch.arange(spec.num_labels) + 1.0
     assert apart(one) == pytest.approx(0, abs=1e-6)
     assert apart(all_rows) > 0
+
+
+def test_a_teacher_names_the_class_of_some_rows_and_of_all_rows_of_a_number() -> None:
+    answers = SimpleNamespace(logits=torch.tensor([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]]))
+    assert answered_as(answers, torch.tensor([0, 1, 1]), task_named("sst2")).tolist() == [True, True, False]
+    numbers = SimpleNamespace(logits=torch.tensor([[4.0], [0.5]]))
+    assert answered_as(numbers, torch.tensor([1.0, 0.5]), task_named("stsb")).all()
 
 
 @pytest.mark.parametrize("update", [0.0, 0.1])

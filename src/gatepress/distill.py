@@ -5,8 +5,9 @@ megabytes and one forward pass more. The student should give its logits, and its
 layer: a layer that lost half of its neurons is told what it should have said, not only what became of it.
 
 A teacher answers for any text, labelled or not. So in most rows some words are exchanged for others of the batch: the
-student sees more than the training rows, which it would soon know by heart. Of such rows only the hidden states are
-asked for: a row of other words may be of another class more often than texts are, and a student would learn that too.
+student sees more than the training rows, which it would soon know by heart. Where that gives a row another class,
+only hidden states are asked for: sentences of exchanged words are seldom acceptable ones, and a student would learn
+that of sentences.
 """
 
 import copy
@@ -84,11 +85,19 @@ def varied(inputs: dict[str, Tensor], special: Tensor) -> tuple[dict[str, Tensor
     return {**inputs, "input_ids": torch.where(here, others, ids)}, ~here.any(1)
 
 
-def distance(student: Any, teacher: Any, mask: Tensor, same: Tensor, spec: TaskSpec) -> Tensor:
+def answered_as(teacher: Any, labels: Tensor, spec: TaskSpec) -> Tensor:
+    """Return for which rows [batch] a teacher's outputs name the class of `labels` [batch]; all rows of a number."""
+    if spec.label_names is None:
+        return torch.ones_like(labels, dtype=torch.bool)
+    named: Tensor = teacher.logits.argmax(-1) == labels
+    return named
+
+
+def distance(student: Any, teacher: Any, mask: Tensor, asked: Tensor, spec: TaskSpec) -> Tensor:
     """Return how far a student lies from its teacher, on the tokens of `mask` [batch, length].
 
-    Kullback-Leibler divergence of classes at a temperature (squared error of a number) over the rows of `same` [batch],
-    plus the mean over layers of the squared error of hidden states, over the variance of the teacher's.
+    Kullback-Leibler divergence of classes at a temperature (squared error of a number) over the rows of `asked`
+    [batch], plus the mean over layers of the squared error of hidden states, over the variance of the teacher's.
     """
     rows: Tensor
     ours, theirs = student.logits.float(), teacher.logits.float()
@@ -100,7 +109,7 @@ def distance(student: Any, teacher: Any, mask: Tensor, same: Tensor, spec: TaskS
     pairs = zip(student.hidden_states[1:], teacher.hidden_states[1:], strict=True)
     tokens = mask.flatten().nonzero()[:, 0]
     layers = [_relative(*(z.flatten(0, 1).index_select(0, tokens).float() for z in pair)) for pair in pairs]
-    return (rows * same).mean() + HIDDEN_WEIGHT * torch.stack(layers).mean()
+    return (rows * asked).mean() + HIDDEN_WEIGHT * torch.stack(layers).mean()
 
 
 def _relative(x: Tensor, y: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from gatepress.checkpoint import (
 )
 from gatepress.collapse import parameters_of, plan_model, refuse_activation
 from gatepress.config import TrainSettings
-from gatepress.distill import Teacher, distance, learn_from_teacher_, varied
+from gatepress.distill import Teacher, answered_as, distance, learn_from_teacher_, varied
 from gatepress.errors import ModelError, UsageError
 from gatepress.evaluation import evaluate_model
 from gatepress.files import check_output
@@ -306,9 +306,10 @@ def _loss(job: _Job, batch: dict[str, Tensor]) -> Tensor:
     if job.teacher is None:
         return _task_losses(job, job.gated(**inputs).logits, batch["labels"]).mean()
     inputs, same = varied(inputs, job.special)
-    outputs = job.gated(**inputs, output_hidden_states=True)
+    outputs, answers = job.gated(**inputs, output_hidden_states=True), job.teacher(inputs)
     labelled = _task_losses(job, outputs.logits, batch["labels"]) * same
-    return labelled.mean() + distance(outputs, job.teacher(inputs), batch["attention_mask"], same, job.spec)
+    asked = same | answered_as(answers, batch["labels"], job.spec)
+    return labelled.mean() + distance(outputs, answers, batch["attention_mask"], asked, job.spec)
 
 
 def _task_losses(job: _Job, logits: Tensor, labels: Tensor) -> Tensor:
