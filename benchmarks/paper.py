@@ -180,9 +180,9 @@ def _shown(rows: list[dict[str, Any]], full: float | None) -> str:
 
 def _kept(cells: list[dict[str, Any]], encoder: str, arm: str, full: dict[str, float | None]) -> str:
     """Return the mean over tasks of the part of full finetuning's metric; nothing where a task is missing."""
-    values = {task: _median(cells, encoder, task, arm) for task in full}
-    parts = [value / whole for task, whole in full.items() if whole and (value := values[task]) is not None]
-    return f"{statistics.mean(parts):.1%}" if arm != FINETUNED and len(parts) == len(full) else ""
+    pairs = [(_median(cells, encoder, task, arm), whole) for task, whole in full.items()]
+    parts = [value / whole for value, whole in pairs if value is not None and whole]
+    return f"{statistics.mean(parts):.1%}" if arm != FINETUNED and len(parts) == len(pairs) else ""
 
 
 def _range(rows: list[dict[str, Any]], key: str, form: str = "{:,.0f}") -> str:

@@ -254,7 +254,10 @@ def _one_epoch(job: _Job, epoch: int, writer: RunWriter | None, progress: Progre
     """Take every step that is left of one pass over the training rows."""
     if job.step == job.open_steps and job.settings.distill and job.teacher is None:
         job.teacher = Teacher(job.gated)
-    learn_from_teacher_(job.gated) if job.teacher else job.gated.train()
+    if job.teacher:
+        learn_from_teacher_(job.gated)
+    else:
+        job.gated.train()
     for batch in left_of_epoch(job.loader, epoch, job.step % job.steps_per_epoch):
         loss = _step(job, {name: value.to(job.device) for name, value in batch.items()})
         progress.advance(1, **(_figures(job, loss) if job.step % LOSS_EVERY == 0 else {}))
