@@ -134,9 +134,11 @@ EXPERIMENTS = {
 def render(experiment: Experiment, cells: list[dict[str, Any]]) -> str:
     """Return the table in Markdown: a row for each encoder and arm, medians over seeds by task."""
     tasks = sorted({c["task"] for c in cells}, key=[*PAPER_TASKS].index)
-    text = f"# {experiment.title}\n\n| encoder | arm | trained, without head | MACs removed | "
-    text += " | ".join(tasks) + " | kept on average | steps | seconds | peak memory |\n"
-    text += "|---" * (len(tasks) + 8) + "|\n"
+    measured = FINETUNED in experiment.arms
+    average = ["kept on average"] if measured else []
+    names = ["encoder", "arm", "trained, without head", "MACs removed", *tasks, *average]
+    names += ["steps", "seconds", "peak memory"]
+    text = f"# {experiment.title}\n\n| {' | '.join(names)} |\n" + "|---" * len(names) + "|\n"
     for encoder in sorted({c["encoder"] for c in cells}):
         full = {task: _median(cells, encoder, task, FINETUNED) for task in tasks}
         for arm in experiment.arms:
@@ -150,7 +152,7 @@ def render(experiment: Experiment, cells: list[dict[str, Any]]) -> str:
                 f"{counted['total'] - counted['head']:,}",
                 _range(rows, "encoder_macs_removed", "{:.1%}"),
                 *(_shown([c for c in rows if c["task"] == task], full[task]) for task in tasks),
-                _kept(cells, encoder, arm, full),
+                *([_kept(cells, encoder, arm, full)] if measured else []),
                 _range(rows, "steps"),
                 _range(rows, "train_seconds"),
                 f"{max(c['peak_memory_bytes'] for c in rows) / 1e9:.1f} GB",

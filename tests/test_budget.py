@@ -22,7 +22,13 @@ STEPS = 30
 def choose_closed(
     scores: list[Tensor], macs: list[float], heads: list[int], count: int, counts: list[int] | None = None
 ) -> Masks:
-    return Ranking.of(scores, macs, heads, counts).closing(count)
+    vectors = []
+    for score, cost, n_heads, each in zip(scores, macs, heads, counts or [1] * len(scores), strict=True):
+        gate = Gate(len(score), counts=each)
+        gate.score.copy_(score)
+        vectors.append(GateVector(gate, cost, n_heads))
+    among = [torch.ones(len(score), dtype=torch.bool) for score in scores]
+    return Ranking.of(vectors, among, per_mac=True).closing(count)
 
 
 def run_budget(granularity: Granularity, controller: Controller, sparsity: float, steps: int = STEPS) -> Budget:
@@ -108,20 +114,44 @@ def test_any_number_of_gates_can_be_closed_exactly(count: int) -> None:
     assert sum(int((mask == 0).sum()) for mask in masks) == count
 
 
-def test_a_gate_closed_too_early_comes_back() -> None:
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("unit", ["gates", "macs"])
+def test_what_is_closed_stays_closed_and_keeps_its_score(granularity: Granularity, unit: BudgetUnit) -> None:
     model = tiny.build_classifier("bert")
-    layers = attach_gates_(model, granularity="structured", controller="importance")
-    vectors = gate_vectors(model, layers, "structured")
-    budget = Budget(vectors, sparsity=0.3, controller="importance", steps=100, penalty_weight=0.0)
-    neuron = next(vector.gate for vector in vectors if vector.heads == 1)
-    for step in range(1, 61):
-        for vector in vectors:
-            vector.gate.mu.grad = torch.ones_like(vector.gate.mu)
-        neuron.mu.grad[0] = 0.0 if step < 30 else 50.0
+    layers = attach_gates_(model, granularity=granularity, controller="importance")
+    settings = TrainSettings(
+        data=DataSettings(task="sst2"), model="any", granularity=granularity, sparsity=0.6, budget=unit
+    )
+    budget = budget_of(model, layers, settings, steps=STEPS, tokens=8)
+    draw = torch.Generator().manual_seed(0)
+    last = [(vector.gate.mask.clone(), vector.gate.score.clone()) for vector in budget.vectors]
+    for step in range(1, STEPS + 1):
+        for vector in budget.vectors:
+            vector.gate.mu.grad = torch.rand(vector.gate.size, generator=draw) * 10.0 ** (step % 5)
         budget.after_backward(step)
-        if step == 29:
-            assert neuron.mask[0] == 0
-    assert neuron.mask[0] == 1
+        for (mask, score), vector in zip(last, budget.vectors, strict=True):
+            closed = mask == 0
+            assert not vector.gate.mask[closed].any()
+            assert torch.equal(vector.gate.score[closed], score[closed])
+        last = [(vector.gate.mask.clone(), vector.gate.score.clone()) for vector in budget.vectors]
+    assert budget.closed_gates
+    assert 0 <= budget.removed - 0.6 <= 0.06  # whole heads of a tiny encoder are coarse
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("controller", CONTROLLERS)
+@pytest.mark.parametrize("asked", [0.0, 0.2, 0.4, 0.41, 0.9])
+def test_closing_anew_meets_any_fraction_and_keeps_to_what_is_closed(
+    granularity: Granularity, controller: Controller, asked: float
+) -> None:
+    """Fewer are a part of what was closed, more hold all of it; the same again is the same."""
+    budget = run_budget(granularity, controller, 0.4)
+    before = [vector.gate.mask.clone() for vector in budget.vectors]
+    budget.close_anew(asked)
+    assert budget.closed_gates == gates_to_close(budget.total_gates, asked)
+    for mask, vector in zip(before, budget.vectors, strict=True):
+        assert (vector.gate.mask >= mask).all() if asked <= 0.4 else (vector.gate.mask <= mask).all()
+        assert asked != 0.4 or torch.equal(vector.gate.mask, mask)
 
 
 @pytest.mark.parametrize(("controller", "heads"), [("importance", tiny.HEADS), ("penalty", 1)])

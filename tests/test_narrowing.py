@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 import tiny
 from conftest import TaskFiles
 from forms import draw_, settings_for
-from gatepress import training
+from gatepress import budget, training
 from gatepress.budget import gate_vectors
 from gatepress.checkpoint import read_run
 from gatepress.config import Controller, Granularity
@@ -94,6 +95,23 @@ def test_training_ends_in_the_same_numbers(
         torch.testing.assert_close(narrow[name], value, atol=1e-3, rtol=1e-2, msg=name)
         if name.endswith(".mask"):
             assert torch.equal(narrow[name], value)
+
+
+def test_steps_shrink_while_gates_close(
+    tiny_model_dir: ModelDir, tiny_task_files: TaskFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed = []
+
+    def count(model: Any, *others: Any) -> None:
+        narrow_(model, *others)
+        computed.append(sum(linear.narrow_weight.numel() for linear in linears(model)))
+
+    monkeypatch.setattr(training, "narrow_", count)
+    monkeypatch.setattr(budget, "RERANK_EVERY", 1)
+    train(settings_for(tiny_model_dir("bert"), tiny_task_files, sparsity=0.8), tmp_path / "run")
+    assert len(computed) > 2
+    assert computed == sorted(computed, reverse=True)
+    assert computed[-1] < 0.3 * computed[0]
 
 
 def test_an_activation_that_cannot_be_pruned_is_refused_before_training(

@@ -11,11 +11,11 @@
 Two controllers over the same gates say which of them close.
 
 `importance` (the default): closing is gradual and by rank. Every gate keeps a moving average of its
-squared gradient (dL/dz)^2, the diagonal of the Fisher information of the gates; every few steps all
-gates of the encoder are ranked by average / multiply-accumulates saved, and the best stay open. What
-may stay open falls on a cubic schedule to the exact budget; closed gates still receive gradients, so a
-gate closed too early comes back. Layers share the loss where it hurts least. All heads of a layer keep the
-same width.
+squared gradient (dL/dz)^2, the diagonal of the Fisher information of the gates; every few steps all open
+gates of the encoder are ranked by average / multiply-accumulates saved, and the last of them close. What
+may stay open falls on a cubic schedule to the exact budget. What is closed stays closed, so that the
+steps that follow need not compute it (narrowing.py). Layers share the loss where it hurts least. All heads
+of a layer keep the same width.
 
 `penalty` (the paper): the loss gets lambda * mean over gate vectors of |mean(P) - (1 - s)|, eq. (9).
 The penalty alone does not close gates (all settle near the target value, hardly any at 0), so at the
@@ -147,58 +147,71 @@ class Ranking:
     """
 
     units: list[Unit]  # the least important first
-    sizes: list[int]  # elements of each vector
+    masks: Masks  # as they are: those of elements that are not ranked stay so
     counts: list[int]  # dimensions that each element of a vector stands for
 
     @classmethod
-    def of(
-        cls, scores: list[Tensor], macs: list[float], heads: list[int], counts: list[int] | None = None
-    ) -> "Ranking":
-        """Rank by score for each multiply-accumulate saved; `scores` holds one vector a gate vector."""
+    def of(cls, vectors: list[GateVector], among: list[Tensor], *, per_mac: bool) -> "Ranking":
+        """Rank the elements of `among` (bool, one a vector; all of them open) by score.
+
+        With `per_mac` it is the score for each multiply-accumulate saved.
+        """
         units: list[Unit] = []
-        for index, (score, cost, n_heads) in enumerate(zip(scores, macs, heads, strict=True)):
-            ranked, order = score.detach().float().cpu().view(n_heads, -1).sort(dim=1, descending=True)
-            offsets = torch.arange(n_heads)[:, None] * order.shape[1]
-            members = (order + offsets).T  # [slots, heads]
-            for value, slot in zip((ranked.mean(0) / cost).tolist(), members, strict=True):
-                units.append((value, index, slot))
+        for index, (vector, taking) in enumerate(zip(vectors, among, strict=True)):
+            standing = vector.gate.score.detach().float().masked_fill(~taking, -math.inf).cpu()
+            ranked, order = standing.view(vector.heads, -1).sort(dim=1, descending=True)  # what is not ranked is last
+            members = (order + torch.arange(vector.heads)[:, None] * order.shape[1]).T  # [slots, heads]
+            there = ranked.T.isfinite()
+            values = ranked.T.where(there, 0).sum(1) / there.sum(1) / (vector.macs if per_mac else 1.0)
+            slots = zip(values[there.any(1)].tolist(), members, there, strict=False)
+            units += [(value, index, slot if vector.heads == 1 else slot[own]) for value, slot, own in slots]
         units.sort(key=lambda unit: unit[0])
-        return cls(units, [score.numel() for score in scores], counts or [1] * len(scores))
+        masks = [vector.gate.mask.detach().float().cpu() for vector in vectors]
+        return cls(units, masks, [vector.gate.counts for vector in vectors])
+
+    @property
+    def closed(self) -> int:
+        """Dimensions that are closed already."""
+        pairs = zip(self.masks, self.counts, strict=True)
+        return sum(int((mask == 0).sum()) * count for mask, count in pairs)
 
     def closing(self, count: int) -> Masks:
-        """Return masks that close `count` dimensions, the least important first.
+        """Return masks that close `count` dimensions in all, the least important first.
 
         What is left too small for whole heads is taken from single dimensions; where none is open any more,
         one head more goes and single dimensions open again.
         """
-        masks = [torch.ones(size) for size in self.sizes]
-        left = count
+        masks = [mask.clone() for mask in self.masks]
+        left = count - self.closed
         for _, index, slot in self.units:
-            if left == 0:
+            if left <= 0:
                 break
             if len(slot) * self.counts[index] <= left:
                 masks[index][slot] = 0
                 left -= len(slot) * self.counts[index]
-        if left:  # slots of several heads leave a remainder, and so do whole heads
-            _close_single_(masks, self.units, self.counts, left)
+        if left > 0:  # slots of several heads leave a remainder, and so do whole heads
+            self._close_single_(masks, left)
         return masks
 
+    def _close_single_(self, masks: Masks, left: int) -> None:
+        """Close elements for `left` dimensions more, in place, still the least important first.
 
-def _close_single_(masks: Masks, units: list[Unit], counts: list[int], left: int) -> None:
-    """Close elements for `left` dimensions more, in place, still the least important first.
-
-    Where only larger elements are open, one of them goes, and smaller ones open again for the excess.
-    """
-    elements = [(index, element) for _, index, slot in units for element in slot.tolist()]
-    for larger in (False, True):
-        for index, element in elements:
-            if left > 0 and masks[index][element] and (larger or counts[index] <= left):
-                masks[index][element] = 0
-                left -= counts[index]
-    for index, element in reversed(elements):
-        if counts[index] <= -left and not masks[index][element]:
-            masks[index][element] = 1
-            left += counts[index]
+        Where only larger elements are open, one of them goes, and smaller ones open again for the excess: the last that
+        closed, and where these do not do, any.
+        """
+        elements = [(index, element) for _, index, slot in self.units for element in slot.tolist()]
+        for larger in (False, True):
+            for index, element in elements:
+                if left > 0 and masks[index][element] and (larger or self.counts[index] <= left):
+                    masks[index][element] = 0
+                    left -= self.counts[index]
+        before = [
+            (index, at) for index, mask in enumerate(self.masks) for at in (mask == 0).nonzero().flatten().tolist()
+        ]
+        for index, element in [*reversed(elements), *before]:
+            if self.counts[index] <= -left and not masks[index][element]:
+                masks[index][element] = 1
+                left += self.counts[index]
 
 
 class Budget:
@@ -228,6 +241,7 @@ class Budget:
         self.starts = int(CLOSING_STARTS * steps)
         self.ends = max(self.starts, int(closing * steps))
         self.fixed = sparsity == 0
+        self.moved = True  # whether masks may be others than when they were last looked at (training.py)
         self._removed = removed
         if removed is not None:
             most = removed([torch.zeros_like(vector.gate.mask) for vector in vectors])
@@ -273,14 +287,9 @@ class Budget:
     def after_backward(self, step: int) -> None:
         """Update importances from the gradients and close what the schedule asks for at `step`."""
         if self.controller == "importance":
-            if not (self.fixed and self.sparsity):  # what was closed for good is not even computed (narrowing.py)
-                self._rank()
+            self._rank()
             if not self.fixed and step >= self.starts and (step % RERANK_EVERY == 0 or step >= self.ends):
                 self.close(self.target(step))
-            # The straight-through gradient of a closed gate ranks it; it must not move its value.
-            for vector in self.vectors:
-                if vector.gate.mu.grad is not None:
-                    vector.gate.mu.grad.mul_(vector.gate.mask)
         elif not self.fixed and step >= self.ends:
             for vector in self.vectors:
                 vector.gate.score.copy_(vector.gate.mu)
@@ -289,33 +298,46 @@ class Budget:
             self.fixed = True
 
     def _rank(self) -> None:
-        """Let the last gradient count in the moving averages."""
+        """Let the last gradient count in the moving averages; a closed gate keeps the one that closed it."""
         for vector in self.vectors:
-            gradient = vector.gate.mu.grad
+            gradient, score = vector.gate.mu.grad, vector.gate.score
             if gradient is not None:
-                vector.gate.score.mul_(AVERAGE_KEEPS).addcmul_(gradient, gradient, value=1 - AVERAGE_KEEPS)
+                score.add_((gradient.square() - score) * vector.gate.mask, alpha=1 - AVERAGE_KEEPS)
 
     @torch.no_grad()
     def close(self, fraction: float) -> None:
-        """Close the gates with the lowest scores until `fraction` of the unit is gone, and open all others."""
-        if self.unit == "vectors":
-            self._close_in_each_vector(fraction)
+        """Close the open gates with the lowest scores until `fraction` of the unit is gone; none opens again."""
+        self._close(fraction, [vector.gate.mask.bool() for vector in self.vectors])
+
+    @torch.no_grad()
+    def close_anew(self, fraction: float) -> None:
+        """Close more gates until `fraction` of the unit is gone, or open those of the best scores until no more is."""
+        if self.removed < fraction:
+            self.close(fraction)
             return
-        cheap = self.controller == "penalty"  # mu is a value, not a loss that a saving could be weighed against
-        ranking = Ranking.of(
-            [vector.gate.score for vector in self.vectors],
-            [1.0 if cheap else vector.macs for vector in self.vectors],
-            [vector.heads for vector in self.vectors],
-            [vector.gate.counts for vector in self.vectors],
-        )
-        for mask, vector in zip(self._masks(ranking, fraction), self.vectors, strict=True):
+        closed = [vector.gate.mask == 0 for vector in self.vectors]
+        for vector in self.vectors:
+            vector.gate.mask.fill_(1)
+        self._close(fraction, closed)
+
+    def _close(self, fraction: float, among: list[Tensor]) -> None:
+        """Close gates of `among` (bool, one a vector), all of which are open."""
+        self.moved = True
+        if self.unit == "vectors":
+            self._close_in_each_vector(fraction, among)
+            return
+        for mask, vector in zip(self._masks(self._ranking(self.vectors, among), fraction), self.vectors, strict=True):
             vector.gate.mask.copy_(mask)
+
+    def _ranking(self, vectors: list[GateVector], among: list[Tensor]) -> Ranking:
+        # With the penalty a score is mu, a value: no loss that a saving could be weighed against.
+        return Ranking.of(vectors, among, per_mac=self.controller == "importance")
 
     def _masks(self, ranking: Ranking, fraction: float) -> Masks:
         """Return masks that remove `fraction`, never less and as little more as whole gates allow."""
         if self._removed is None:
             return ranking.closing(gates_to_close(self.total_gates, fraction))
-        few, many = 0, self.total_gates
+        few, many = ranking.closed, self.total_gates
         best = ranking.closing(many)
         while many - few > 1:
             count = (few + many) // 2
@@ -329,25 +351,30 @@ class Budget:
                 break
         return best
 
-    def _close_in_each_vector(self, fraction: float) -> None:
-        whole = [vector for vector in self.vectors if vector.gate.counts > 1]
-        single = [vector for vector in self.vectors if vector.gate.counts == 1]
+    def _close_in_each_vector(self, fraction: float, among: list[Tensor]) -> None:
+        pairs = list(zip(self.vectors, among, strict=True))
+        whole = [(vector, own) for vector, own in pairs if vector.gate.counts > 1]
+        single = [(vector, own) for vector, own in pairs if vector.gate.counts == 1]
         carried = 0.0  # dimensions that rounding left to the vectors that follow; single ones come last
-        for vector in whole:
+        for vector, own in whole:
             exact = fraction * vector.gate.size + carried / vector.gate.counts
             count = math.floor(exact + ROUNDING)
             carried = (exact - count) * vector.gate.counts
-            _close_lowest(vector, count)
-        open_heads = [vector.gate for vector in whole if vector.gate.mask.any()]
-        if open_heads and carried > (1 - fraction) * sum(vector.gate.size for vector in single) + ROUNDING:
+            self._close_lowest(vector, own, count * vector.gate.counts)
+        open_heads = [vector.gate for vector, _ in whole if vector.gate.mask.any()]
+        if open_heads and carried > (1 - fraction) * sum(vector.gate.size for vector, _ in single) + ROUNDING:
             last = min(open_heads, key=lambda gate: float(gate.score[gate.mask == 1].min()))
             last.mask[last.score.masked_fill(last.mask == 0, math.inf).argmin()] = 0
             carried -= last.counts
-        for vector in single:
+        for vector, own in single:
             exact = fraction * vector.gate.size + carried
             count = min(vector.gate.size, max(0, math.ceil(exact - ROUNDING)))
             carried = exact - count
-            _close_lowest(vector, count)
+            self._close_lowest(vector, own, count)
+
+    def _close_lowest(self, vector: GateVector, among: Tensor, count: int) -> None:
+        """Close gates of `among` until `count` dimensions of a vector are closed."""
+        vector.gate.mask.copy_(self._ranking([vector], [among]).closing(count)[0])
 
 
 def budget_of(model: nn.Module, layers: list[Layer], settings: TrainSettings, *, steps: int, tokens: int) -> Budget:
@@ -368,8 +395,3 @@ def budget_of(model: nn.Module, layers: list[Layer], settings: TrainSettings, *,
         unit=settings.unit,
         removed=removed,
     )
-
-
-def _close_lowest(vector: GateVector, count: int) -> None:
-    """Close `count` gates of a vector, by rank of their score, and open its others."""
-    vector.gate.mask.copy_(Ranking.of([vector.gate.score], [1.0], [vector.heads]).closing(count)[0])

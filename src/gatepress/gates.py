@@ -25,8 +25,7 @@ from torch.nn import functional
 class Gate(nn.Module):
     """A vector of `size` gates, open at the start (value 1).
 
-    `noise` is sigma of eq. (5); 0 gives the deterministic gate, whose value is not clipped and
-    whose closed elements still receive their gradient, so that a budget can reopen them. Each gate
+    `noise` is sigma of eq. (5); 0 gives the deterministic gate, whose value is not clipped. Each gate
     stands before `repeat` neighbouring rows or columns (a head's), and in a budget for `counts` dimensions.
     """
 
@@ -58,9 +57,6 @@ class Gate(nn.Module):
                 drawn = torch.randn(value.shape, generator=self.random, device=value.device, dtype=value.dtype)
                 value = value + self.noise * drawn
             return self.mask * value.clamp(0, 1)
-        if self.training:
-            # Exactly 0 where closed, yet with derivative 1: dL/dz of a closed gate lands in mu.grad.
-            return self.mask * value + (1 - self.mask) * (value - value.detach())
         return self.mask * value
 
     def probability_open(self) -> Tensor:

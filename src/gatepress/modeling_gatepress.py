@@ -148,7 +148,8 @@ def shrink_(model: Any, gatepress: dict[str, Any]) -> None:
 
 def narrow_attention_(attention: Any, part: dict[str, Any]) -> None:
     """Let a self-attention expect the heads and widths that `part` (of `attentions`) names, in place."""
-    attention.__class__ = type("Pruned" + type(attention).__name__, (PrunedAttention, type(attention)), {})
+    if not isinstance(attention, PrunedAttention):
+        attention.__class__ = type("Pruned" + type(attention).__name__, (PrunedAttention, type(attention)), {})
     attention.gatepress = dict(part)
 
 

@@ -1,8 +1,8 @@
-"""Train on at the size that is left: once gates are fixed, what they closed is no longer computed.
+"""Train on at the size that is left: what gates have closed is no longer computed, from the next step on.
 
 A closed inner dimension gives exact zeros and takes no gradient, so leaving it out changes neither the function nor
 what is learnt, only the time of a step. Masks, trained numbers and their names stay as they are: a checkpoint does not
-know of it.
+know of it, and a run that goes on makes the same of its masks.
 """
 
 from typing import Any
@@ -24,8 +24,8 @@ from gatepress.resolve import Layer
 def narrow_(model: nn.Module, layers: list[Layer], vectors: list[GateVector]) -> None:
     """Leave out of the gated `model` the inner dimensions that its masks have closed, in place.
 
-    For training only: the masks must not change any more, and the model cannot be pruned in memory; what is
-    written of it can.
+    For training only, and again whenever masks have changed: the model cannot be pruned in memory; what is written
+    of it can.
     """
     masks = [vector.gate.mask for vector in vectors]
     live = open_parts(layers, biases_of(model, layers), vectors, masks)

@@ -142,7 +142,7 @@ def _close_anew_(
             "trained with --sparsity 0); train again, or leave out --sparsity"
         )
     tokens = int(manifest.report.get("tokens", settings.max_length))
-    budget_of(model, layers, settings, steps=1, tokens=tokens).close(sparsity)
+    budget_of(model, layers, settings, steps=1, tokens=tokens).close_anew(sparsity)
     return replace(manifest, settings=settings)
 
 

@@ -131,7 +131,6 @@ class _Job(Resumable):
     steps_per_epoch: int
     layers: list[Layer]
     special: Tensor  # ids of tokens that are no words
-    narrow: bool = False  # what is closed for good is no longer computed; counting it is for one step, not for all
 
 
 def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
@@ -179,7 +178,7 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
     for _, gate in gates_of(model):
         gate.random = noise
     if budget and start:
-        budget.close(settings.sparsity)
+        budget.close_anew(settings.sparsity)
         budget.fixed = True
     report = {
         "task": rows.spec.name,
@@ -269,8 +268,8 @@ def _one_epoch(job: _Job, epoch: int, writer: RunWriter | None, progress: Progre
 @uninterrupted()
 def _step(job: _Job, batch: dict[str, Tensor]) -> Tensor:
     """Take one optimizer step and return its loss."""
-    if job.budget and job.budget.fixed and not job.narrow:
-        job.narrow = True
+    if job.budget and job.budget.moved:
+        job.budget.moved = False
         if job.budget.closed_gates:
             narrow_(job.gated, job.layers, job.budget.vectors)
     _seed_step(job)
