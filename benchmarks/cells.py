@@ -21,8 +21,10 @@ from gatepress.machine import cpu_name
 
 RESULTS = Path(__file__).parent / "results"
 EPOCHS = {"sst2": 3, "cola": 5, "stsb": 5, "rte": 8}  # tasks that small encoders can be tried on in minutes
-MORE_EPOCHS = {"sst2": 4, "cola": 6, "stsb": 6, "rte": 10}  # of models so small that these take no longer
-HALF = 0.5  # of the multiply-accumulates
+MORE_EPOCHS = {  # of models so small that these take no longer: fraction removed from which on -> epochs
+    0.75: {"sst2": 4, "cola": 6, "stsb": 6, "rte": 10},
+    0.875: {"sst2": 5, "cola": 8, "stsb": 8, "rte": 12},
+}
 TASKS = tuple(EPOCHS)
 MAX_ROWS = 10_000  # training rows
 ROWS = ("--max-train-samples", MAX_ROWS)
@@ -122,9 +124,10 @@ def finetuned(
 def pressed_epochs(task: str, removed: float) -> int | None:
     """Return for how long a finetuned model is pressed, or finetuned again behind a cut.
 
-    It should take no longer than full finetuning, so there are more where most of the encoder goes.
+    It should take no longer than full finetuning, so there are more where less of the encoder is left.
     """
-    return (EPOCHS if removed <= HALF else MORE_EPOCHS).get(task)
+    smaller = [epochs for least, epochs in MORE_EPOCHS.items() if removed >= least]
+    return (smaller or [EPOCHS])[-1].get(task)
 
 
 def common(options: argparse.Namespace, epochs: int | None = None) -> tuple[object, ...]:

@@ -68,13 +68,13 @@ def stepping(model: Any, batch: dict[str, torch.Tensor], teacher: Teacher | None
     )
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     spec: TaskSpec = task_named("sst2")
-    same = torch.ones(BATCH, dtype=torch.bool)
+    weights = torch.ones(BATCH)
 
     def step() -> None:
         outputs = model(**inputs, output_hidden_states=teacher is not None)
         loss = torch.nn.functional.cross_entropy(outputs.logits, batch["labels"])
         if teacher:
-            loss = loss + distance(outputs, teacher(inputs), batch["attention_mask"], same, spec)
+            loss = loss + distance(outputs, teacher(inputs), batch["attention_mask"], weights, spec)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

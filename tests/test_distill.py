@@ -13,7 +13,7 @@ import tiny
 from conftest import TaskFiles
 from forms import settings_for
 from gatepress import distill
-from gatepress.distill import Teacher, answered_as, distance, varied
+from gatepress.distill import MOST, Teacher, balanced, distance, varied
 from gatepress.gates import GatedLinear, gates_of
 from gatepress.inject import attach_gates_, mark_trainable_, trainable
 from gatepress.tasks import task_named
@@ -63,7 +63,7 @@ def test_a_batch_without_words_is_left_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("task", ["sst2", "stsb"])
-def test_logits_count_in_the_asked_rows_and_hidden_states_on_all_tokens(task: str) -> None:
+def test_logits_count_by_row_and_hidden_states_on_all_tokens(task: str) -> None:
     spec = task_named(task)
     generator = torch.Generator().manual_seed(0)
 
@@ -74,12 +74,10 @@ def test_logits_count_in_the_asked_rows_and_hidden_states_on_all_tokens(task: st
     student, teacher = outputs(), outputs()
     mask = torch.ones(4, 6, dtype=torch.long)
     mask[1, 3:] = 0
-    all_rows, no_rows = torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.bool)
-    one = no_rows.clone()
-    one[2] = True
+    all_rows, no_rows, one = torch.ones(4), torch.zeros(4), torch.tensor([0.0, 0.0, 1.0, 0.0])
 
-    def apart(same: torch.Tensor) -> float:
-        return float(distance(student, teacher, mask, same, spec))
+    def apart(weights: torch.Tensor) -> float:
+        return float(distance(student, teacher, mask, weights, spec))
 
     hidden = [
         float(functional.mse_loss(x[mask.bool()], y[mask.bool()]) / y[mask.bool()].var())
@@ -93,11 +91,28 @@ def test_logits_count_in_the_asked_rows_and_hidden_states_on_all_tokens(task: st
     assert apart(all_rows) > 0
 
 
-def test_a_teacher_names_the_class_of_some_rows_and_of_all_rows_of_a_number() -> None:
-    answers = SimpleNamespace(logits=torch.tensor([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]]))
-    assert answered_as(answers, torch.tensor([0, 1, 1]), task_named("sst2")).tolist() == [True, True, False]
-    numbers = SimpleNamespace(logits=torch.tensor([[4.0], [0.5]]))
-    assert answered_as(numbers, torch.tensor([1.0, 0.5]), task_named("stsb")).all()
+def test_classes_are_as_frequent_among_exchanged_rows_as_among_labels() -> None:
+    """Of eight rows six are exchanged; the teacher calls two of these the class that half of the labels are."""
+    classes = torch.tensor([0, 1, 0, 0, 0, 0, 1, 1])
+    answers = SimpleNamespace(logits=functional.one_hot(classes, 2).float())
+    same = torch.tensor([True, True, *[False] * 6])
+    labels = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    weights = balanced(answers, labels, same, task_named("sst2"))
+    assert weights[same].tolist() == [1, 1]
+    for number in (0, 1):
+        assert float(weights[~same & (classes == number)].sum()) == pytest.approx(3)
+    assert torch.equal(balanced(answers, labels, torch.ones_like(same), task_named("sst2")), torch.ones(8))
+    numbers = SimpleNamespace(logits=torch.rand(8, 1))
+    assert torch.equal(balanced(numbers, torch.rand(8), same, task_named("stsb")), torch.ones(8))
+
+
+def test_no_exchanged_row_counts_for_a_crowd() -> None:
+    classes = torch.tensor([1] + [0] * 31)
+    answers = SimpleNamespace(logits=functional.one_hot(classes, 2).float())
+    labels, exchanged = torch.ones(32, dtype=torch.long), torch.zeros(32, dtype=torch.bool)
+    weights = balanced(answers, labels, exchanged, task_named("sst2"))
+    assert float(weights.max()) == MOST
+    assert not weights[1:].any()  # a class that no label names
 
 
 @pytest.mark.parametrize("update", [0.0, 0.1])

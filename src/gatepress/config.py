@@ -46,7 +46,7 @@ METHODS: dict[str, MethodSpec] = {
 
 # Of gates with low rank in a model that knows the task: at a high sparsity most of it is learnt anew, so a longer part
 # of the steps is for what is left.
-FINETUNED = MethodSpec(gated=True, learning_rate=5e-4, rank=32, closing=0.35)
+FINETUNED = MethodSpec(gated=True, learning_rate=1e-3, rank=32, closing=0.35)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ megabytes and one forward pass more. The student should give its logits, and its
 layer: a layer that lost half of its neurons is told what it should have said, not only what became of it.
 
 A teacher answers for any text, labelled or not. So in most rows some words are exchanged for others of the batch: the
-student sees more than the training rows, which it would soon know by heart. Where that gives a row another class,
-only hidden states are asked for: sentences of exchanged words are seldom acceptable ones, and a student would learn
-that of sentences.
+student sees more than the training rows, which it would soon know by heart. Sentences of exchanged words are seldom
+acceptable ones, and a student should not learn that of sentences: the logits of such rows count so that classes are as
+frequent among them as among labels.
 """
 
 import copy
@@ -25,6 +25,7 @@ from gatepress.tasks import TaskSpec
 TEMPERATURE = 2.0  # of the logits of classes
 HIDDEN_WEIGHT = 1.0  # of the hidden states, where logits and labels have 1 each
 VARIED_ROWS, VARIED_WORDS = 0.7, 0.25  # rows in which words are exchanged, and how many of theirs
+MOST = 4.0  # that one such row counts: classes are counted in a batch, where a rare one may stand once
 
 
 class Teacher:
@@ -85,18 +86,24 @@ def varied(inputs: dict[str, Tensor], special: Tensor) -> tuple[dict[str, Tensor
     return {**inputs, "input_ids": torch.where(here, others, ids)}, ~here.any(1)
 
 
-def answered_as(teacher: Any, labels: Tensor, spec: TaskSpec) -> Tensor:
-    """Return for which rows [batch] a teacher's outputs name the class of `labels` [batch]; all rows of a number."""
-    if spec.label_names is None:
-        return torch.ones_like(labels, dtype=torch.bool)
-    named: Tensor = teacher.logits.argmax(-1) == labels
-    return named
+def balanced(teacher: Any, labels: Tensor, same: Tensor, spec: TaskSpec) -> Tensor:
+    """Return how much the logits of each row count [batch], from a teacher's outputs and `labels` [batch].
+
+    Rows that are not the `same` any more count so that a class has the share among them that it has among labels; those
+    of a class that is rarer than a quarter of that, less. With numbers all rows count alike.
+    """
+    rows = torch.ones(len(labels), device=labels.device)
+    if spec.label_names is None or bool(same.all()):
+        return rows
+    classes = teacher.logits.argmax(-1)
+    wanted, got = (torch.bincount(of, minlength=spec.num_labels) / len(of) for of in (labels, classes[~same]))
+    return torch.where(same, rows, (wanted / got)[classes].clamp(max=MOST))
 
 
-def distance(student: Any, teacher: Any, mask: Tensor, asked: Tensor, spec: TaskSpec) -> Tensor:
+def distance(student: Any, teacher: Any, mask: Tensor, weights: Tensor, spec: TaskSpec) -> Tensor:
     """Return how far a student lies from its teacher, on the tokens of `mask` [batch, length].
 
-    Kullback-Leibler divergence of classes at a temperature (squared error of a number) over the rows of `asked`
+    Kullback-Leibler divergence of classes at a temperature (squared error of a number), rows weighted by `weights`
     [batch], plus the mean over layers of the squared error of hidden states, over the variance of the teacher's.
     """
     rows: Tensor
@@ -109,7 +116,7 @@ def distance(student: Any, teacher: Any, mask: Tensor, asked: Tensor, spec: Task
     pairs = zip(student.hidden_states[1:], teacher.hidden_states[1:], strict=True)
     tokens = mask.flatten().nonzero()[:, 0]
     layers = [_relative(*(z.flatten(0, 1).index_select(0, tokens).float() for z in pair)) for pair in pairs]
-    return (rows * asked).mean() + HIDDEN_WEIGHT * torch.stack(layers).mean()
+    return (rows * weights).mean() + HIDDEN_WEIGHT * torch.stack(layers).mean()
 
 
 def _relative(x: Tensor, y: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from gatepress.checkpoint import (
 )
 from gatepress.collapse import parameters_of, plan_model, refuse_activation
 from gatepress.config import TrainSettings
-from gatepress.distill import Teacher, answered_as, distance, learn_from_teacher_, varied
+from gatepress.distill import Teacher, balanced, distance, learn_from_teacher_, varied
 from gatepress.errors import ModelError, UsageError
 from gatepress.evaluation import evaluate_model
 from gatepress.files import check_output
@@ -310,8 +310,8 @@ def _loss(job: _Job, batch: dict[str, Tensor]) -> Tensor:
     inputs, same = varied(inputs, job.special)
     outputs, answers = job.gated(**inputs, output_hidden_states=True), job.teacher(inputs)
     labelled = _task_losses(job, outputs.logits, batch["labels"]) * same
-    asked = same | answered_as(answers, batch["labels"], job.spec)
-    return labelled.mean() + distance(outputs, answers, batch["attention_mask"], asked, job.spec)
+    weights = balanced(answers, batch["labels"], same, job.spec)
+    return labelled.mean() + distance(outputs, answers, batch["attention_mask"], weights, job.spec)
 
 
 def _task_losses(job: _Job, logits: Tensor, labels: Tensor) -> Tensor:
