@@ -21,7 +21,7 @@ from gatepress.machine import cpu_name
 
 RESULTS = Path(__file__).parent / "results"
 EPOCHS = {"sst2": 3, "cola": 5, "stsb": 5, "rte": 8}  # tasks that small encoders can be tried on in minutes
-MORE_EPOCHS = {  # of models so small that these take no longer: fraction removed from which on -> epochs
+MORE_EPOCHS = {  # of models so small that these take about as long: fraction removed from which on -> epochs
     0.75: {"sst2": 5, "cola": 8, "stsb": 6, "rte": 10},
     0.875: {"sst2": 5, "cola": 8, "stsb": 8, "rte": 12},
 }
@@ -124,7 +124,7 @@ def finetuned(
 def pressed_epochs(task: str, removed: float) -> int | None:
     """Return for how long a finetuned model is pressed, or finetuned again behind a cut.
 
-    It should take no longer than full finetuning, so there are more where less of the encoder is left.
+    It should take about as long as full finetuning, so there are more where less of the encoder is left.
     """
     smaller = [epochs for least, epochs in MORE_EPOCHS.items() if removed >= least]
     return (smaller or [EPOCHS])[-1].get(task)
