@@ -161,7 +161,7 @@ class Ranking:
             standing = vector.gate.score.detach().float().masked_fill(~taking, -math.inf).cpu()
             ranked, order = standing.view(vector.heads, -1).sort(dim=1, descending=True)  # what is not ranked is last
             members = (order + torch.arange(vector.heads)[:, None] * order.shape[1]).T  # [slots, heads]
-            there = ranked.T > -math.inf
+            there = ~ranked.T.isneginf()
             values = ranked.T.where(there, 0).sum(1) / there.sum(1) / (vector.macs if per_mac else 1.0)
             slots = zip(values[there.any(1)].tolist(), members, there, strict=False)
             units += [(value, index, slot if vector.heads == 1 else slot[own]) for value, slot, own in slots]
