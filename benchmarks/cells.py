@@ -61,9 +61,12 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def models_of(options: argparse.Namespace) -> dict[str, str]:
-    """Return name -> directory or hub id; none where results are only rendered."""
-    return {} if options.render else dict(options.model)
+def models_of(options: argparse.Namespace, others: dict[str, str] | None = None) -> dict[str, str]:
+    """Return name -> directory or hub id, `others` unless some are given; none where results are only rendered."""
+    models = {} if options.render else dict(options.model) or others or {}
+    if not (models or options.render):
+        raise SystemExit("no model: give --model NAME=DIRECTORY, or --render for the table of what was measured")
+    return models
 
 
 def named(text: str) -> tuple[str, str]:
@@ -136,6 +139,18 @@ def common(options: argparse.Namespace, epochs: int | None = None) -> tuple[obje
     return ("--precision", options.precision, "--device", options.device, *(("--epochs", epochs) if epochs else ()))
 
 
+def keep(path: Path, measured: Any, render: Callable[[Any], str]) -> Any:
+    """Write what was `measured` to `path` as JSON and its table beside it; None: the table only. Return the JSON."""
+    if measured is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, (json.dumps(measured, indent=1) + "\n").encode())
+    found = _read(path)
+    if not found:
+        raise SystemExit(f"{path}: has no records, so there is nothing to render; run some first")
+    replace_file(path.with_suffix(".md"), render(found).encode())
+    return found
+
+
 def sweep(
     path: Path,
     keys: Iterable[tuple[Any, ...]],
@@ -149,17 +164,11 @@ def sweep(
             continue
         done = {**dict(zip(names, key, strict=True)), **cell(key)}
         cells = [*_read(path), done]  # read anew: another process may have added cells meanwhile
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, (json.dumps(cells, indent=1) + "\n").encode())
-        replace_file(path.with_suffix(".md"), render(cells).encode())
-    cells = _read(path)
-    if not cells:
-        raise SystemExit(f"{path}: has no records, so there is nothing to render; run some first")
-    replace_file(path.with_suffix(".md"), render(cells).encode())
-    return cells
+        keep(path, cells, render)
+    return keep(path, None, render)
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def _read(path: Path) -> Any:
     return json.loads(path.read_text()) if path.exists() else []
 
 

@@ -212,6 +212,24 @@ def draw(experiment: Experiment, cells: list[dict[str, Any]], path: Path) -> Non
         replace_file(path.with_suffix(f".{suffix}"), file.getvalue())
 
 
+def trained(
+    name: str, key: tuple[Any, ...], models: dict[str, str], options: argparse.Namespace
+) -> tuple[Path, dict[str, Any]]:
+    """Return the run of one cell of an experiment and what it says of itself; trained unless it is there."""
+    encoder, task, arm, seed = key
+    experiment = EXPERIMENTS[name]
+    words, start, epochs = experiment.arms[arm], (encoder, models[encoder]), EPOCHS.get(task)
+    if words == FULL and experiment.words == ROWS:
+        return finetuned(encoder, models[encoder], task, seed, options)
+    if FROM_FINETUNED in words:
+        full, _ = finetuned(encoder, models[encoder], task, seed, options)
+        words, start = [word for word in words if word != FROM_FINETUNED], ("run_of_full", str(full))
+        epochs = pressed_epochs(task, dict(itertools.pairwise(words))["--sparsity"])
+    words = ("--task", task, *experiment.words, *words, "--seed", seed, *common(options, epochs))
+    run = options.work / name / _directory(key)
+    return run, train(run, *start, words, options)
+
+
 def figure_3(name: str, options: argparse.Namespace) -> None:
     """Time one weight (3a), or passes over CoLA's validation rows with what Figure 2 trained (3b)."""
     path = RESULTS / f"paper_{name}"
@@ -221,7 +239,7 @@ def figure_3(name: str, options: argparse.Namespace) -> None:
         gatepress("bench", "--shape", "768x768,3072x768", "--repetitions", repetitions, *files)
         return
     experiment = EXPERIMENTS["figure2"]
-    encoder = next(iter(models_of(options) or PAPER_MODELS))
+    encoder = next(iter(models_of(options, PAPER_MODELS)))
     target = "cuda" if options.device == "cuda" else "torch-cpu"
     pruned = []
     for arm in experiment.arms:
@@ -248,7 +266,7 @@ def main() -> None:
         return
     experiment = EXPERIMENTS[options.experiment]
     paper = options.size == "paper" and not options.render
-    models = models_of(options) or (experiment.models if paper else {})
+    models = models_of(options, experiment.models if paper else {})
     tasks = options.task or (
         experiment.tasks if paper else [t for t in TASKS if t in experiment.tasks or paper] or TASKS
     )
@@ -260,19 +278,11 @@ def main() -> None:
         for arm in options.arm or experiment.arms
     ]
 
-    def cell(key: tuple[Any, ...]) -> dict[str, Any]:
-        encoder, task, arm, seed = key
-        words, start, epochs = experiment.arms[arm], (encoder, models[encoder]), EPOCHS.get(task)
-        if words == FULL and experiment.words == ROWS:
-            return finetuned(encoder, models[encoder], task, seed, options)[1]
-        if FROM_FINETUNED in words:
-            run, _ = finetuned(encoder, models[encoder], task, seed, options)
-            words, start = [word for word in words if word != FROM_FINETUNED], ("run_of_full", str(run))
-            epochs = pressed_epochs(task, dict(itertools.pairwise(words))["--sparsity"])
-        words = ("--task", task, *experiment.words, *words, "--seed", seed, *common(options, epochs))
-        return train(options.work / options.experiment / _directory(key), *start, words, options)
-
     path = RESULTS / f"paper_{options.experiment}.json"
+
+    def cell(key: tuple[Any, ...]) -> dict[str, Any]:
+        return trained(options.experiment, key, models, options)[1]
+
     cells = sweep(path, keys, KEY, cell, lambda done: render(experiment, done))
     if experiment.line:
         draw(experiment, cells, path)

@@ -10,13 +10,12 @@ the JSON is rendered from it:
 """
 
 import argparse
-import json
 import os
 import statistics
 from typing import Any
 
 import torch
-from cells import RESULTS
+from cells import RESULTS, keep
 from speed import SHAPES, closed_mask
 
 from gatepress.bench.timing import Call, interleave, wall_clock
@@ -24,7 +23,6 @@ from gatepress.budget import gate_vectors
 from gatepress.checkpoint import versions
 from gatepress.config import FINETUNED
 from gatepress.distill import Teacher, distance, learn_from_teacher_
-from gatepress.files import replace_file
 from gatepress.inject import attach_gates_, mark_trainable_, trainable
 from gatepress.machine import cpu_name
 from gatepress.narrowing import narrow_
@@ -144,9 +142,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--render", action="store_true")
     options = parser.parse_args()
-    if not options.render:
-        replace_file(PATH, (json.dumps(measure(options.threads), indent=1) + "\n").encode())
-    replace_file(PATH.with_suffix(".md"), render(json.loads(PATH.read_text())).encode())
+    keep(PATH, None if options.render else measure(options.threads), render)
 
 
 if __name__ == "__main__":

@@ -9,18 +9,16 @@ machine. The table beside the JSON is rendered from it:
     python benchmarks/training_time.py --render
 """
 
-import json
 import os
 import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from cells import EPOCHS, FULL, RESULTS, common, gatepress, models_of, parser, pressed_epochs
+from cells import EPOCHS, FULL, RESULTS, common, gatepress, keep, models_of, parser, pressed_epochs
 from paper import FACTORS, FINETUNED
 
 from gatepress.checkpoint import versions
-from gatepress.files import replace_file
 from gatepress.machine import cpu_name
 
 PATH = RESULTS / "training_time.json"
@@ -77,11 +75,9 @@ def render(records: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Measure, or only render."""
     options = parser(__doc__).parse_args()
-    if not options.render:
-        models = models_of(options)
-        records = [measure(*model, task, options) for model in models.items() for task in options.task or EPOCHS]
-        replace_file(PATH, (json.dumps(records, indent=1) + "\n").encode())
-    replace_file(PATH.with_suffix(".md"), render(json.loads(PATH.read_text())).encode())
+    models, tasks = models_of(options), options.task or EPOCHS
+    records = [measure(*model, task, options) for model in models.items() for task in tasks]
+    keep(PATH, records or None, render)
 
 
 if __name__ == "__main__":

@@ -149,6 +149,7 @@ class Ranking:
     units: list[Unit]  # the least important first
     masks: Masks  # as they are: those of elements that are not ranked stay so
     counts: list[int]  # dimensions that each element of a vector stands for
+    closed: int  # dimensions that are closed already
 
     @classmethod
     def of(cls, vectors: list[GateVector], among: list[Tensor], *, per_mac: bool) -> "Ranking":
@@ -167,13 +168,8 @@ class Ranking:
             units += [(value, index, slot if vector.heads == 1 else slot[own]) for value, slot, own in slots]
         units.sort(key=lambda unit: unit[0])
         masks = [vector.gate.mask.detach().float().cpu() for vector in vectors]
-        return cls(units, masks, [vector.gate.counts for vector in vectors])
-
-    @property
-    def closed(self) -> int:
-        """Dimensions that are closed already."""
-        pairs = zip(self.masks, self.counts, strict=True)
-        return sum(int((mask == 0).sum()) * count for mask, count in pairs)
+        _, closed = counted(vector.gate for vector in vectors)
+        return cls(units, masks, [vector.gate.counts for vector in vectors], closed)
 
     def closing(self, count: int) -> Masks:
         """Return masks that close `count` dimensions in all, the least important first.

@@ -35,12 +35,13 @@ class Teacher:
     """
 
     def __init__(self, model: PreTrainedModel, values: dict[str, Tensor] | None = None) -> None:
-        trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
-        self.values = values or {name: value.detach().clone() for name, value in trained.items()}
+        trained = {name for name, value in model.named_parameters() if value.requires_grad}
         frozen = [value for value in model.parameters() if not value.requires_grad]
         drawn = [gate.random for _, gate in gates_of(model)]
         self.model = copy.deepcopy(model, {id(shared): shared for shared in (*frozen, *drawn)})
-        self.model.load_state_dict(self.values, strict=False)
+        if values:
+            self.model.load_state_dict(values, strict=False)
+        self.values = {name: value.detach() for name, value in self.model.named_parameters() if name in trained}
         self.model.requires_grad_(False).eval()
         for _, gate in gates_of(self.model):
             gate.mask.fill_(1)
