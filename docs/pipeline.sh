@@ -25,7 +25,7 @@ step() {
 }
 
 step full train --model "$MODEL" $DATA $TRAIN --method full -o "$OUT/full"
-step press train --model "$OUT/full" $DATA $TRAIN --sparsity "$SPARSITY" --distill -o "$OUT/run"
+step press train --model "$OUT/full" $DATA $TRAIN --sparsity "$SPARSITY" -o "$OUT/run"
 step prune prune "$OUT/run" -o "$OUT/pruned"
 step dense export "$OUT/full" -o "$OUT/dense"
 step export export "$OUT/pruned" -o "$OUT/onnx" --quantize int8 --max-metric-drop "$MAX_INT8"

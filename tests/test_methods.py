@@ -208,6 +208,25 @@ def test_gates_that_would_stand_nowhere_are_refused() -> None:
         attach_gates_(model, granularity="structured", controller="importance", matrices=("k", "up"))
 
 
+@pytest.mark.parametrize(
+    ("finetuned", "changes", "taught"),
+    [
+        (True, {}, True),
+        (True, {"distill": False}, False),
+        (True, {"method": "gates"}, False),
+        (True, {"method": "full"}, False),
+        (True, {"start": "runs/before"}, False),  # what recovers is cut already: open, it is no model that was trained
+        (False, {}, False),
+        (False, {"distill": True}, True),
+    ],
+)
+def test_a_finetuned_model_teaches_unless_it_is_told_not_to(
+    *, finetuned: bool, changes: dict[str, Any], taught: bool
+) -> None:
+    settings = replace(SETTINGS, method="gates+lora", lora_rank=None)
+    assert replace(settings, **changes).resolved(finetuned=finetuned).distill is taught
+
+
 def test_manifests_from_before_there_were_methods_are_read() -> None:
     old = SETTINGS.to_json()
     for name in ("method", "budget", "gate_axes", "matrices", "distill", "open_epochs", "closing", "start"):
@@ -215,6 +234,7 @@ def test_manifests_from_before_there_were_methods_are_read() -> None:
     assert TrainSettings.from_json({**old, "lora_rank": 0}).method == "gates"
     read = TrainSettings.from_json({**old, "lora_rank": 4, "controller": "penalty"})
     assert (read.method, read.rank, read.unit, read.closing) == ("gates+lora", 4, "vectors", 0.6)
+    assert read.distill is False  # going on, it stays what it was
 
 
 def test_gates_close_in_a_model_that_was_finetuned_and_it_teaches_itself(
@@ -222,15 +242,14 @@ def test_gates_close_in_a_model_that_was_finetuned_and_it_teaches_itself(
 ) -> None:
     full = settings_for(tiny_model_dir("bert"), tiny_task_files, method="full", epochs=4)
     before = train(full, tmp_path / "full")
-    settings = settings_for(
-        tmp_path / "full", tiny_task_files, distill=True, sparsity=0.5, epochs=3, learning_rate=1e-5
-    )
+    settings = settings_for(tmp_path / "full", tiny_task_files, sparsity=0.5, epochs=3, learning_rate=1e-5)
     report = train(settings, tmp_path / "run")
     assert report["curve"][0]["closed_fraction"] > 0  # no epoch is needed to learn the task first
     assert report["dense_params"] == before["total_params"]
     resolved = read_run(tmp_path / "run").settings
     assert (resolved.lora_rank, resolved.learning_rate) == (32, 1e-5)  # more rank in a finetuned model
     assert resolved.closing == 0.35  # and more steps behind the closing
+    assert resolved.distill is True
     assert read_run(tmp_path / "full").settings.lora_rank is None
     assert evaluate(tmp_path / "run")["metric_value"] == report["metric_value"]
     assert prune(tmp_path / "run", tmp_path / "pruned")["max_abs_logit_diff"] <= 1e-4

@@ -32,6 +32,7 @@ class MethodSpec:
     learning_rate: float
     rank: int = 0  # 0: it has no low-rank update
     closing: float = 0.60  # part of the steps in which gates close; in the rest what is left recovers
+    distill: bool = False  # whether the open model teaches the one that closes
 
 
 METHODS: dict[str, MethodSpec] = {
@@ -45,8 +46,8 @@ METHODS: dict[str, MethodSpec] = {
 }
 
 # Of gates with low rank in a model that knows the task: at a high sparsity most of it is learnt anew, so a longer part
-# of the steps is for what is left.
-FINETUNED = MethodSpec(gated=True, learning_rate=1e-3, rank=32, closing=0.35)
+# of the steps is for what is left, and what the model knew teaches it.
+FINETUNED = MethodSpec(gated=True, learning_rate=1e-3, rank=32, closing=0.35, distill=True)
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class TrainSettings:
     closing: float | None = None  # part of the steps by which gates have closed; None: as for the rank
     open_epochs: int | None = None  # with all gates open, before any closes; None: none, or a third to teach
     start: str | None = None  # run directory to go on from: its gates are closed at once, and all else recovers
-    distill: bool = False  # what the open model knew teaches the one that closes
+    distill: bool | None = None  # what the open model knew teaches the one that closes; None: where it was finetuned
     epochs: int | None = None  # None: enough for about 1,500 steps, 3 at least, 20 at most
     batch_size: int = 32
     max_length: int = 128  # tokens
@@ -191,6 +192,7 @@ class TrainSettings:
             lora_rank=(self.lora_rank or own.rank) if own.rank else None,
             learning_rate=self.learning_rate or own.learning_rate,
             closing=(self.closing or own.closing) if own.gated else None,
+            distill=own.distill and not self.start if self.distill is None else self.distill,
         )
 
     def absolute(self) -> "TrainSettings":
@@ -213,7 +215,9 @@ class TrainSettings:
         method = {} if "method" in value else _method_of_old(value)
         try:
             matrices = tuple(value.get("matrices", ROLES))
-            settings = cls(**{**value, **method, "matrices": matrices, "data": DataSettings(**value["data"])})
+            settings = cls(
+                **{"distill": False, **value, **method, "matrices": matrices, "data": DataSettings(**value["data"])}
+            )
         except (TypeError, KeyError) as error:
             raise ArtifactError(f"settings in the manifest are not understood ({error})") from None
         before = "closing" not in value and settings.gated  # it could be chosen; then it was that of a pretrained model

@@ -202,10 +202,11 @@ Matrices = Annotated[
     ),
 ]
 Distill = Annotated[
-    bool,
+    bool | None,
     typer.Option(
-        help="Let what the model knows with open gates, logits and hidden states, teach the one whose gates close. A "
-        "model that is not finetuned for the task learns it first. One more forward pass a step.",
+        help="Let what the model knows with open gates, logits and hidden states, teach the one whose gates close, for "
+        "one more forward pass a step. Unless given: where a model was finetuned for the task and has a low-rank "
+        "update. A pretrained one that is to teach learns the task first.",
         rich_help_panel=TRAINING,
     ),
 ]

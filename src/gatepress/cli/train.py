@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 EXAMPLES = opt.examples(
     "gatepress train --task demo --model demo -o runs/demo",
     "gatepress train --task sst2 --sparsity 0.5 --max-train-samples 10000",
+    "gatepress train --task sst2 --method full -o runs/full",
+    "gatepress train --task sst2 --model runs/full --sparsity 0.75",
     "gatepress train --resume runs/sst2-roberta-base-s0.5",
     "gatepress train --task stsb --data-dir glue --model ./my-encoder",
     "gatepress train --train-file train.csv --validation-file dev.csv --label-column topic",
