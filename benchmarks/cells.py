@@ -119,9 +119,20 @@ def finetuned(
     encoder: str, model: str, task: str, seed: int, options: argparse.Namespace
 ) -> tuple[Path, dict[str, Any]]:
     """Return the run of full finetuning that others start from, and what it says; trained unless it is there."""
-    run = options.work / "full" / f"{encoder}-{task}-{seed}"
+    run = run_of_full(encoder, task, seed, options)
     words = ("--task", task, *ROWS, *FULL, "--seed", seed, *common(options, EPOCHS.get(task)))
     return run, train(run, encoder, model, words, options)
+
+
+def run_of_full(encoder: str, task: str, seed: int, options: argparse.Namespace) -> Path:
+    """Return where full finetuning of a cell is kept."""
+    run: Path = options.work / "full" / f"{encoder}-{task}-{seed}"
+    return run
+
+
+def is_finished(run: Path) -> bool:
+    """Say whether a run directory holds a training that came to its end."""
+    return _status(run) == "finished"
 
 
 def pressed_epochs(task: str, removed: float) -> int | None:

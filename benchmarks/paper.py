@@ -31,6 +31,7 @@ from cells import (
     models_of,
     parser,
     pressed_epochs,
+    run_of_full,
     sweep,
     train,
 )
@@ -226,8 +227,16 @@ def trained(
         words, start = [word for word in words if word != FROM_FINETUNED], ("run_of_full", str(full))
         epochs = pressed_epochs(task, dict(itertools.pairwise(words))["--sparsity"])
     words = ("--task", task, *experiment.words, *words, "--seed", seed, *common(options, epochs))
-    run = options.work / name / _directory(key)
+    run = run_of(name, key, options)
     return run, train(run, *start, words, options)
+
+
+def run_of(name: str, key: tuple[Any, ...], options: argparse.Namespace) -> Path:
+    """Return where one cell of an experiment is kept."""
+    encoder, task, arm, seed = key
+    if EXPERIMENTS[name].arms[arm] == FULL and EXPERIMENTS[name].words == ROWS:
+        return run_of_full(encoder, task, seed, options)
+    return options.work / name / _directory(key)
 
 
 def figure_3(name: str, options: argparse.Namespace) -> None:
