@@ -283,7 +283,7 @@ def with_one_more(part: Any) -> Any:
 
 
 def of_another_type(part: Any) -> Any:
-    return 0 if isinstance(part, bool) else True
+    return 0 if isinstance(part, bool) else [None] if part is None else True
 
 
 @pytest.mark.parametrize("part", ["closed_fraction", "asked_sparsity", "metric_value", "train_seconds", "total_gates"])

@@ -4,10 +4,10 @@ The teacher is the same frozen model with the numbers that were trained so far, 
 megabytes and one forward pass more. The student should give its logits, and its hidden states behind every
 layer: a layer that lost half of its neurons is told what it should have said, not only what became of it.
 
-A teacher answers for any text, labelled or not. So most rows end as another row of the batch does: the student sees
-more than the training rows, which it would soon know by heart, and what it sees is still made of phrases. Two halves of
-sentences seldom make an acceptable one, and a student should not learn that of sentences: the logits of such rows count
-so that classes are as frequent among them as among labels.
+A teacher answers for any text, labelled or not. So in most rows some words are exchanged for others of the batch: the
+student sees more than the training rows, which it would soon know by heart. Sentences of exchanged words are seldom
+acceptable ones, and a student should not learn that of sentences: the logits of such rows count so that classes are as
+frequent among them as among labels.
 """
 
 import copy
@@ -24,7 +24,7 @@ from gatepress.tasks import TaskSpec
 
 TEMPERATURE = 2.0  # of the logits of classes
 HIDDEN_WEIGHT = 1.0  # of the hidden states, where logits and labels have 1 each
-VARIED_ROWS = 0.7  # whose end is exchanged for that of another
+VARIED_ROWS, VARIED_WORDS = 0.7, 0.25  # rows in which words are exchanged, and how many of theirs
 MOST = 4.0  # that one such row counts: classes are counted in a batch, where a rare one may stand once
 
 
@@ -71,18 +71,20 @@ def learn_from_teacher_(model: nn.Module) -> None:
 
 
 def varied(inputs: dict[str, Tensor], special: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Return `inputs` with the words behind a random place of most rows from another row, and which are as they were.
+    """Return `inputs` with words of most rows exchanged for others of the batch, and which rows are as they were.
 
-    `special` holds the ids of tokens that stay where they are. Labels hold only where nothing changed ([batch] bool).
+    `special` holds the ids of tokens that stay where they are. Labels hold only where nothing was exchanged
+    ([batch] bool).
     """
     ids = inputs["input_ids"]
     is_word = ~torch.isin(ids, special)
-    other = torch.randperm(len(ids), device=ids.device)
-    chosen, kept = torch.rand(2, len(ids), 1, device=ids.device)
-    behind = torch.arange(ids.shape[1], device=ids.device) > kept * is_word.sum(1, keepdim=True)
-    here = behind & is_word & is_word[other] & (chosen < VARIED_ROWS)
-    mixed = torch.where(here, ids[other], ids)
-    return {**inputs, "input_ids": mixed}, (mixed == ids).all(1)
+    words = ids[is_word]
+    rows = torch.rand(len(ids), device=ids.device) < VARIED_ROWS
+    if not len(words):
+        return inputs, torch.ones_like(rows)
+    here = is_word & rows[:, None] & (torch.rand(ids.shape, device=ids.device) < VARIED_WORDS)
+    others = words[torch.randint(len(words), ids.shape, device=ids.device)]
+    return {**inputs, "input_ids": torch.where(here, others, ids)}, ~here.any(1)
 
 
 def balanced(teacher: Any, labels: Tensor, same: Tensor, spec: TaskSpec) -> Tensor:

@@ -1,0 +1,159 @@
+"""What a finetuned encoder becomes where it is deployed: its metric against its latency, whole and pressed.
+
+    python benchmarks/deployed.py --data-dir GLUE --model minilm=DIRECTORY --model mpnet=DIRECTORY --work DIR
+
+Takes the runs of `paper.py accuracy` in `--work` and trains those that are missing: full finetuning, and what it gave
+pressed to a half, a quarter and an eighth. Each is pruned, exported to ONNX in float32 and in int8, measured on all
+validation rows and timed by turns with all others. Wants a quiet machine; what is built is kept in `--work`. Table and
+figure are rendered from the JSON:
+
+    python benchmarks/deployed.py --render
+"""
+
+import argparse
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cells import RESULTS, gatepress, is_finished, keep, models_of, parser
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from paper import FINETUNED, KEY, run_of, trained
+
+from gatepress.bench import endtoend
+from gatepress.bench.figures import BLUE, FAINT, ORANGE, STYLE
+from gatepress.bench.record import Record, relative_to
+from gatepress.files import replace_file
+
+PATH = RESULTS / "deployed.json"
+TASK, SEED = "sst2", 0
+DTYPES = ("float32", "int8")
+BATCHES, LENGTHS = (1, 8), (32, 128)
+SHOWN = ((1, 32), (8, 128))  # batch x length, in the table and the figure
+ARMS = {FINETUNED: "all", "2x": "half", "4x": "a quarter", "8x": "an eighth"}  # and what is left of the encoder
+
+Row = dict[str, Any]  # what one form of one model is, what it gives, and how long it takes
+
+
+def measure(task: str, seed: int, options: argparse.Namespace) -> list[Row]:
+    """Build every form of every model, measure its metric, and time all of them in one run."""
+    forms: dict[str, Row] = {}
+    places: dict[str, Path] = {}
+    models = models_of(options)
+    for key in ((encoder, task, arm, seed) for encoder in models for arm in ARMS):
+        if options.finished and not is_finished(run_of("accuracy", key, options)):
+            continue
+        run, report = trained("accuracy", key, models, options)
+        for dtype, directory in _export(run, options.work / "deployed" / run.name, key[2]):
+            name = f"{key[0]} {key[2]} {dtype}"
+            scored = gatepress("evaluate", directory)
+            forms[name] = {
+                **dict(zip((*KEY, "dtype"), (*key, dtype), strict=True)),
+                **{name: report[name] for name in ("command", "encoder_macs_removed", "steps")},
+                **{name: scored[name] for name in ("metric_name", "metric_value", "examples")},
+            }
+            places[name] = directory
+    records = endtoend.run(places, batch_sizes=BATCHES, seq_lens=LENGTHS)
+    cells = {(one.name, one.batch_size, one.seq_len): one for one in records}
+    return [
+        {**forms[name], "record": relative_to(one, cells[_whole(forms[name]), *size]).to_json()}
+        for (name, *size), one in cells.items()
+    ]
+
+
+def _whole(row: Row) -> str:
+    """Return the name of what a form is compared with: the same encoder, finetuned, in float32."""
+    return f"{row['encoder']} {FINETUNED} {DTYPES[0]}"
+
+
+def _export(run: Path, place: Path, arm: str) -> Iterator[tuple[str, Path]]:
+    """Write the ONNX forms of a run beneath `place`, unless they are there; yield (dtype, directory)."""
+    source = run if arm == FINETUNED else place / "pruned"
+    if not source.exists():
+        gatepress("prune", run, "-o", source)
+    for dtype, words in zip(DTYPES, ((), ("--quantize", "int8")), strict=True):
+        if not (place / dtype).exists():
+            gatepress("export", source, "-o", place / dtype, *words)
+        yield dtype, place / dtype
+
+
+def at(rows: list[Row], batch: int, length: int, **facts: Any) -> list[tuple[Row, Record]]:
+    """Return the rows of one batch and length that have these `facts`, each with its record."""
+    pairs = [(row, Record.from_json(row["record"])) for row in rows if facts.items() <= row.items()]
+    return [(row, record) for row, record in pairs if (record.batch_size, record.seq_len) == (batch, length)]
+
+
+def render(rows: list[Row]) -> str:
+    """Return the table in Markdown: a line for each model, float32 beside int8."""
+    one, first = rows[0], Record.from_json(rows[0]["record"])
+    sizes = [f"{batch} x {length}" for batch, length in SHOWN]
+    columns = ["encoder", "left of it", "parameters"]
+    columns += [f"{what}, {dtype}" for dtype in DTYPES for what in (one["metric_name"], "file", *sizes)]
+    text = f"# {one['task']}: what is deployed\n\n| {' | '.join(columns)} |\n|---|---{'|--:' * (len(columns) - 2)}|\n"
+    for encoder in dict.fromkeys(row["encoder"] for row in rows):
+        for arm, left in ARMS.items():
+            line = [encoder, left]
+            for dtype in DTYPES:
+                found = [pair for size in SHOWN for pair in at(rows, *size, encoder=encoder, arm=arm, dtype=dtype)]
+                if not found:
+                    break
+                row, record = found[0]
+                if dtype == DTYPES[0]:
+                    line.append(f"{(record.parameters or 0) / 1e6:.1f} M")
+                line += [f"{row['metric_value']:.4f}", f"{(record.size_bytes or 0) / 1e6:.1f} MB"]
+                line += [f"{r.latency_ms_median:.1f} ms ({r.relative_time_factor:.2f}x)" for _, r in found]
+            text += f"| {' | '.join(line)} |\n" if len(line) == len(columns) else ""
+    return text + (
+        f"\nONNX Runtime, {first.threads} threads of {first.device_name}, all by turns in one run, median of "
+        f"{first.repetitions}; batch x tokens, in brackets how many times as fast as the whole model in float32. "
+        f"*all*: full finetuning; the others: what it gave, pressed with its teacher to so much of the encoder's "
+        f"multiply-accumulates. {one['metric_name']} of each ONNX form on all {one['examples']:,} validation rows, "
+        f"seed {one['seed']}. All batches and lengths, spreads and commands: the JSON.\n"
+    )
+
+
+def draw(rows: list[Row], suffix: str) -> bytes:
+    """Return metric against latency as the bytes of a `png` or `svg` file: a panel for each batch and length."""
+    file = io.BytesIO()
+    encoders = list(dict.fromkeys(row["encoder"] for row in rows))
+    with rc_context(STYLE):
+        figure = Figure(figsize=(8.4, 3.9), layout="constrained")
+        panels = figure.subplots(1, len(SHOWN), sharey=True)
+        for axes, size in zip(panels, SHOWN, strict=True):
+            for encoder, color in zip(encoders, (BLUE, ORANGE, "#009e73"), strict=False):
+                for dtype, style in zip(DTYPES, ("-", "--"), strict=True):
+                    _curve(axes, at(rows, *size, encoder=encoder, dtype=dtype), f"{encoder}, {dtype}", color, style)
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+            axes.xaxis.set_minor_formatter(lambda value, _: f"{value:,g}" if f"{value:e}"[0] in "25" else "")
+            axes.margins(y=0.12)
+            axes.grid(color=FAINT, linewidth=0.8)
+            axes.set(xlabel=f"one batch of {size[0]} x {size[1]} tokens in ONNX Runtime (ms)")
+        panels[0].set_ylabel(f"{rows[0]['metric_name']} on {rows[0]['task']}")
+        panels[0].legend(frameon=False, fontsize=8.5)
+        figure.savefig(file, format=suffix, dpi=160, metadata={"Date": None} if suffix == "svg" else {"Software": None})
+    return file.getvalue()
+
+
+def _curve(axes: Axes, points: list[tuple[Row, Record]], label: str, color: str, style: str) -> None:
+    xs, ys = [record.latency_ms_median for _, record in points], [row["metric_value"] for row, _ in points]
+    axes.plot(xs, ys, style, color=color, marker="o", markersize=4, linewidth=1.5, label=label)
+    for x, y, (row, _) in zip(xs, ys, points, strict=True):
+        axes.annotate(row["arm"], (x, y), (0, -11), textcoords="offset points", ha="center", color=color, fontsize=7.5)
+
+
+def main() -> None:
+    """Measure, or only render."""
+    made = parser(__doc__)
+    made.add_argument("--finished", action="store_true", help="only models whose training is in --work: train none")
+    options = made.parse_args()
+    task, seed = (options.task or [TASK])[0], (options.seed or [SEED])[0]
+    rows = keep(PATH, None if options.render else measure(task, seed, options), render)
+    for suffix in ("png", "svg"):
+        replace_file(PATH.with_suffix(f".{suffix}"), draw(rows, suffix))
+
+
+if __name__ == "__main__":
+    main()
