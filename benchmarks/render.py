@@ -241,7 +241,7 @@ def readme_figures() -> str:
         f"Measured: {lead}\n\n{head} |\n|---|{'--:|' * len(deployed.ARMS)}\n{table}\n\n"
         f"ONNX Runtime on {record.device_name}, {record.threads} threads, median of {record.repetitions} repetitions "
         f"by turns; {whole[0]['examples']} validation rows, one of which is 0.1 %; one seed. Before: full finetuning. "
-        "After: `gatepress train --model` on what that gave. Other lengths and a larger encoder: "
+        "After: `gatepress train --model runs/full` on what that gave. Other lengths and a larger encoder: "
         "[what is deployed](benchmarks/results/deployed.md).\n"
     )
 
