@@ -220,8 +220,6 @@ def trained(
     encoder, task, arm, seed = key
     experiment = EXPERIMENTS[name]
     words, start, epochs = experiment.arms[arm], (encoder, models[encoder]), EPOCHS.get(task)
-    if words == FULL and experiment.words == ROWS:
-        return finetuned(encoder, models[encoder], task, seed, options)
     if FROM_FINETUNED in words:
         full, _ = finetuned(encoder, models[encoder], task, seed, options)
         words, start = [word for word in words if word != FROM_FINETUNED], ("run_of_full", str(full))
@@ -248,7 +246,7 @@ def figure_3(name: str, options: argparse.Namespace) -> None:
         gatepress("bench", "--shape", "768x768,3072x768", "--repetitions", repetitions, *files)
         return
     experiment = EXPERIMENTS["figure2"]
-    encoder = next(iter(models_of(options, PAPER_MODELS)))
+    encoder = next(iter(dict(options.model) or PAPER_MODELS))
     target = "cuda" if options.device == "cuda" else "torch-cpu"
     pruned = []
     for arm in experiment.arms:

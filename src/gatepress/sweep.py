@@ -48,12 +48,7 @@ logger = logging.getLogger(__name__)
 
 PATIENCE_S = 10.0  # for a training that is told to end
 IN_TORCH = ("torch-cpu", "cuda")  # targets that are timed without ONNX
-LEFT_OPEN = (
-    "lora_rank",
-    "closing",
-    "learning_rate",
-    "distill",
-)  # settings that a training decides unless they are given
+LEFT_OPEN = ("lora_rank", "closing", "learning_rate", "distill")  # what a training decides unless it is given
 GRID = ("methods", "sparsities", "seeds")  # may grow; all else must stay for figures to be comparable
 OPTIONS = {"target": "for", "batch_sizes": "bench-batch-size", "seq_lens": "bench-seq-len"}
 KEPT = (
