@@ -27,7 +27,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check
 
 types: $(VENV)/.installed-dev
-	$(BIN)/mypy src
+	$(BIN)/mypy
 
 layers: $(VENV)/.installed-dev
 	$(BIN)/lint-imports --no-logo

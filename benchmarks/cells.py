@@ -176,7 +176,8 @@ def sweep(
         done = {**dict(zip(names, key, strict=True)), **cell(key)}
         cells = [*_read(path), done]  # read anew: another process may have added cells meanwhile
         keep(path, cells, render)
-    return keep(path, None, render)
+    there: list[dict[str, Any]] = keep(path, None, render)
+    return there
 
 
 def _read(path: Path) -> Any:

@@ -58,8 +58,8 @@ def measure(task: str, seed: int, options: argparse.Namespace) -> list[Row]:
     records = endtoend.run(places, batch_sizes=BATCHES, seq_lens=LENGTHS)
     cells = {(one.name, one.batch_size, one.seq_len): one for one in records}
     return [
-        {**forms[name], "record": relative_to(one, cells[_whole(forms[name]), *size]).to_json()}
-        for (name, *size), one in cells.items()
+        {**forms[name], "record": relative_to(one, cells[_whole(forms[name]), batch, length]).to_json()}
+        for (name, batch, length), one in cells.items()
     ]
 
 

@@ -13,7 +13,6 @@ median over seeds; they and the figures are rendered from the JSON:
 
 import argparse
 import io
-import itertools
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,7 +140,6 @@ def render(experiment: Experiment, cells: list[dict[str, Any]]) -> str:
     names += ["steps", "seconds", "peak memory"]
     text = f"# {experiment.title}\n\n| {' | '.join(names)} |\n" + "|---" * len(names) + "|\n"
     for encoder in sorted({c["encoder"] for c in cells}):
-        full = {task: _median(cells, encoder, task, FINETUNED) for task in tasks}
         for arm in experiment.arms:
             rows = [c for c in cells if (c["encoder"], c["arm"]) == (encoder, arm)]
             if not rows:
@@ -152,8 +150,8 @@ def render(experiment: Experiment, cells: list[dict[str, Any]]) -> str:
                 arm,
                 f"{counted['total'] - counted['head']:,}",
                 _range(rows, "encoder_macs_removed", "{:.1%}"),
-                *(_shown([c for c in rows if c["task"] == task], full[task]) for task in tasks),
-                *([_kept(cells, encoder, arm, full)] if measured else []),
+                *(_shown(cells, encoder, task, arm) for task in tasks),
+                *([_kept([_part(cells, encoder, task, arm) for task in tasks])] if measured else []),
                 _range(rows, "steps"),
                 _range(rows, "train_seconds"),
                 f"{max(c['peak_memory_bytes'] for c in rows) / 1e9:.1f} GB",
@@ -162,30 +160,41 @@ def render(experiment: Experiment, cells: list[dict[str, Any]]) -> str:
     one = cells[0]
     return text + (
         f"\nMedian over seeds, their number in square brackets where it is not {SEEDS}; in round ones the part of "
-        f"full finetuning's metric, where the table has it. Trained in {one['precision']}, measured in float32 on all "
+        "full finetuning's metric with the same seeds, where the table has it. "
+        f"Trained in {one['precision']}, measured in float32 on all "
         f"validation rows; {one['cores']} cores of {one['cpu']}, seconds with measuring and whatever else ran. "
         "Commands, curves and versions stand in the JSON.\n"
     )
 
 
-def _median(cells: list[dict[str, Any]], encoder: str, task: str, arm: str) -> float | None:
-    values = [c["metric_value"] for c in cells if (c["encoder"], c["task"], c["arm"]) == (encoder, task, arm)]
-    return statistics.median(values) if values else None
+def _values(cells: list[dict[str, Any]], encoder: str, task: str, arm: str) -> dict[int, float]:
+    """Return the metric by seed."""
+    wanted = (encoder, task, arm)
+    return {c["seed"]: c["metric_value"] for c in cells if (c["encoder"], c["task"], c["arm"]) == wanted}
 
 
-def _shown(rows: list[dict[str, Any]], full: float | None) -> str:
-    if not rows:
+def _part(cells: list[dict[str, Any]], encoder: str, task: str, arm: str) -> float | None:
+    """Return the median over the median of full finetuning with the same seeds; None where one of them is missing."""
+    values = _values(cells, encoder, task, arm)
+    full = _values(cells, encoder, task, FINETUNED)
+    if arm == FINETUNED or not values or not values.keys() <= full.keys():
+        return None
+    return statistics.median(values.values()) / statistics.median(full[seed] for seed in values)
+
+
+def _shown(cells: list[dict[str, Any]], encoder: str, task: str, arm: str) -> str:
+    values = _values(cells, encoder, task, arm)
+    if not values:
         return ""
-    value = statistics.median(c["metric_value"] for c in rows)
-    part = "" if not full or rows[0]["arm"] == FINETUNED else f" ({value / full:.1%})"
-    return f"{value:.4f}{part}" + (f" [{len(rows)}]" if len(rows) != SEEDS else "")
+    part = _part(cells, encoder, task, arm)
+    shown = f"{statistics.median(values.values()):.4f}" + ("" if part is None else f" ({part:.1%})")
+    return shown + (f" [{len(values)}]" if len(values) != SEEDS else "")
 
 
-def _kept(cells: list[dict[str, Any]], encoder: str, arm: str, full: dict[str, float | None]) -> str:
+def _kept(parts: list[float | None]) -> str:
     """Return the mean over tasks of the part of full finetuning's metric; nothing where a task is missing."""
-    pairs = [(_median(cells, encoder, task, arm), whole) for task, whole in full.items()]
-    parts = [value / whole for value, whole in pairs if value is not None and whole]
-    return f"{statistics.mean(parts):.1%}" if arm != FINETUNED and len(parts) == len(pairs) else ""
+    there = [part for part in parts if part is not None]
+    return f"{statistics.mean(there):.1%}" if len(there) == len(parts) else ""
 
 
 def _range(rows: list[dict[str, Any]], key: str, form: str = "{:,.0f}") -> str:
@@ -201,9 +210,9 @@ def draw(experiment: Experiment, cells: list[dict[str, Any]], path: Path) -> Non
     figure = Figure(figsize=(4 * len(tasks), 3.2), layout="constrained")
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         for encoder in sorted({c["encoder"] for c in cells}):
-            arms = [arm for arm in experiment.arms if _median(cells, encoder, task, arm) is not None]
-            values = [_median(cells, encoder, task, arm) for arm in arms]
-            axes.plot(arms, values, marker="o", label=encoder)
+            values = {arm: _values(cells, encoder, task, arm).values() for arm in experiment.arms}
+            medians = {arm: statistics.median(found) for arm, found in values.items() if found}
+            axes.plot(list(medians), list(medians.values()), marker="o", label=encoder)
         axes.set(title=task, xlabel=experiment.line, ylabel=cells[0]["metric_name"] if len(tasks) == 1 else "metric")
         axes.legend()
         axes.grid(alpha=0.3)
@@ -222,8 +231,8 @@ def trained(
     words, start, epochs = experiment.arms[arm], (encoder, models[encoder]), EPOCHS.get(task)
     if FROM_FINETUNED in words:
         full, _ = finetuned(encoder, models[encoder], task, seed, options)
-        words, start = [word for word in words if word != FROM_FINETUNED], ("run_of_full", str(full))
-        epochs = pressed_epochs(task, dict(itertools.pairwise(words))["--sparsity"])
+        words, start = tuple(word for word in words if word != FROM_FINETUNED), ("run_of_full", str(full))
+        epochs = pressed_epochs(task, FACTORS[arm])
     words = ("--task", task, *experiment.words, *words, "--seed", seed, *common(options, epochs))
     run = run_of(name, key, options)
     return run, train(run, *start, words, options)
@@ -234,7 +243,8 @@ def run_of(name: str, key: tuple[Any, ...], options: argparse.Namespace) -> Path
     encoder, task, arm, seed = key
     if EXPERIMENTS[name].arms[arm] == FULL and EXPERIMENTS[name].words == ROWS:
         return run_of_full(encoder, task, seed, options)
-    return options.work / name / _directory(key)
+    run: Path = options.work / name / _directory(key)
+    return run
 
 
 def figure_3(name: str, options: argparse.Namespace) -> None:

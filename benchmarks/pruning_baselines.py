@@ -9,11 +9,13 @@ multiply-accumulates (MACs) is left; the best head and the best neuron of each l
 - `magnitude`: L2 norm per parameter of what a neuron or head holds, ranked over the whole encoder, one cut.
 - `taylor`: Torch-Pruning (`pip install torch-pruning==1.6.1`): its dependency graph, its group Taylor importance and
   its pruning functions, ranked over the whole encoder, heads among heads and neurons among neurons, in five steps.
+- `taylor-taught`: the same cut, finetuned again with the teacher that gates have: what is left of the difference is
+  that of gates.
 
 Every cut is checked: the smaller model must agree with the full one whose removed parts are set to zero. It starts
 from the run of full finetuning in `--work` that `paper.py accuracy` starts from too, and is finetuned again for as
 many epochs as gates close and recover in there. A record that is there is not run again. The table beside the JSON is
-rendered from it:
+rendered from it, with what `paper.py accuracy` has of gates at the same size:
 
     python benchmarks/pruning_baselines.py --render
 """
@@ -22,6 +24,7 @@ import argparse
 import copy
 import importlib
 import importlib.metadata
+import json
 import logging
 import os
 import statistics
@@ -29,23 +32,25 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from cells import MAX_ROWS, RESULTS, TASKS, finetuned, models_of, parser, pressed_epochs, sweep
+from cells import EPOCHS, MAX_ROWS, RESULTS, TASKS, finetuned, models_of, parser, pressed_epochs, sweep
+from paper import FACTORS
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import get_linear_schedule_with_warmup
 
 from gatepress.batches import make_loader, probe_batch, tokenize
 from gatepress.checkpoint import open_base, open_tokenizer, versions
 from gatepress.collapse import parameters_of
 from gatepress.config import DataSettings
+from gatepress.distill import Teacher, learn_from_teacher_, taught_loss
 from gatepress.errors import GatepressError, MissingExtraError, ParityError, UsageError
 from gatepress.evaluation import MAX_LENGTH, evaluate_model
+from gatepress.losses import task_losses
 from gatepress.machine import cpu_name
 from gatepress.modeling_gatepress import VERSION, shrink_
 from gatepress.resolve import Layer, resolve
@@ -53,7 +58,9 @@ from gatepress.tasks import TaskSpec, task_named
 from gatepress.tasks.sources import load_rows
 
 KEY = ("encoder", "task", "seed", "method", "asked_kept")
+GATES = "gates"
 BATCH, LEARNING_RATE, WEIGHT_DECAY, WARMUP = 32, 5e-5, 0.01, 0.06
+TAUGHT_RATE = 3e-4  # better than 1e-4 (notes/accuracy.md)
 MAX_GRADIENT_NORM = 1.0
 VALIDATION_BATCH = 64
 TOLERANCE = 0.005  # of the asked MACs
@@ -83,14 +90,18 @@ class Job:
         """Return shuffled batches of the training rows."""
         return make_loader(self.train_rows, self.tokenizer, BATCH, shuffle=True, seed=seed)
 
-    def loss(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
-        """Return the task loss of a batch in the asked precision."""
-        inputs = {name: values for name, values in batch.items() if name != "labels"}
+    @cached_property
+    def special(self) -> Tensor:
+        """Return the ids of tokens that are no words."""
+        return torch.tensor(self.tokenizer.all_special_ids)
+
+    def loss(self, model: Any, batch: dict[str, Tensor], teacher: Teacher | None = None) -> Tensor:
+        """Return the task loss of a batch, and the teacher's if there is one, in the asked precision."""
         with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
-            logits = model(**inputs).logits.float()
-        if self.spec.label_names is None:
-            return functional.mse_loss(logits[:, 0], batch["labels"].float())
-        return functional.cross_entropy(logits, batch["labels"])
+            if teacher:
+                return taught_loss(model, teacher, batch, self.special, self.spec)
+            inputs = {name: values for name, values in batch.items() if name != "labels"}
+            return task_losses(model(**inputs).logits, batch["labels"], self.spec).mean()
 
     def metric(self, model: Any) -> dict[str, Any]:
         """Return the metric on all validation rows, in float32."""
@@ -134,22 +145,24 @@ def load_job(encoder: str, task: str, seed: int, options: argparse.Namespace) ->
     )
 
 
-def finetune_(model: Any, job: Job, epochs: int, seed: int) -> float:
-    """Train all parameters, in place; return the seconds it took."""
+def finetune_(model: Any, job: Job, epochs: int, seed: int, teacher: Teacher | None = None) -> float:
+    """Train all parameters, in place, with what a `teacher` says if there is one; return the seconds it took."""
     torch.manual_seed(seed)
     loader = job.loader(seed)
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=TAUGHT_RATE if teacher else LEARNING_RATE, fused=True)
     steps = epochs * len(loader)
     schedule = get_linear_schedule_with_warmup(optimizer, int(WARMUP * steps), steps)
     started = time.perf_counter()
     for epoch in range(epochs):
         loader.batch_sampler.set_epoch(epoch)
         model.train()
+        if teacher:
+            learn_from_teacher_(model)
         for batch in loader:
-            job.loss(model, batch).backward()
+            job.loss(model, batch, teacher).backward()
             nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
             optimizer.step()
             schedule.step()
@@ -433,14 +446,26 @@ def without(numbers: list[int], places: set[int]) -> list[int]:
     return [number for place, number in enumerate(numbers) if place not in places]
 
 
-METHODS: dict[str, tuple[Callable[[Any, list[Layer], float, Job, int], list[Units]], str]] = {
-    "magnitude": (magnitude_, "L2 norm per parameter, global over heads and neurons, one cut"),
-    "taylor": (
-        taylor_,
-        (
-            "Torch-Pruning, DepGraph with GroupTaylorImportance, global, heads among heads and neurons among neurons, "
-            f"{TAYLOR_STEPS} steps, gradients of {TAYLOR_BATCHES} batches; traced with embeddings frozen"
-        ),
+TAYLOR = (
+    "Torch-Pruning, DepGraph with GroupTaylorImportance, global, heads among heads and neurons among neurons, "
+    f"{TAYLOR_STEPS} steps, gradients of {TAYLOR_BATCHES} batches; traced with embeddings frozen"
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """How parts are chosen, and whether what is left is finetuned with the full model as its teacher."""
+
+    prune_: Callable[[Any, list[Layer], float, Job, int], list[Units]]
+    how: str
+    taught: bool = False
+
+
+METHODS = {
+    "magnitude": Method(magnitude_, "L2 norm per parameter, global over heads and neurons, one cut"),
+    "taylor": Method(taylor_, TAYLOR),
+    "taylor-taught": Method(
+        taylor_, f"the same cut, finetuned again with the teacher that gates have, at {TAUGHT_RATE:g}", taught=True
     ),
 }
 
@@ -454,7 +479,7 @@ def pruned(full: Any, method: str, kept: float, job: Job, seed: int) -> tuple[An
     layers = resolve(full)
     dense = macs_of(full)
     model = prunable(full, layers)
-    units = METHODS[method][0](model, layers, kept * dense, job, seed)
+    units = METHODS[method].prune_(model, layers, kept * dense, job, seed)
     name_heads_(model, layers, units)
     left = macs_of(model)
     if not abs(left / dense - kept) <= TOLERANCE * kept:
@@ -496,12 +521,13 @@ def cell(key: tuple[Any, ...], load: Callable[[str, str, int], Job]) -> dict[str
     model, counted = pruned(full, method, kept, job, seed)
     prune_seconds = round(time.perf_counter() - started, 1)
     at_once = job.metric(model)["metric_value"]
-    epochs = job.asked_epochs or pressed_epochs(task, 1 - kept)
-    seconds = finetune_(model, job, epochs, seed)
+    epochs = job.asked_epochs or pressed_epochs(task, 1 - kept) or EPOCHS[task]
+    teacher = Teacher(full.requires_grad_(requires_grad=False)) if METHODS[method].taught else None
+    seconds = finetune_(model, job, epochs, seed, teacher)
     measured = job.metric(model)
     words = f"--model {encoder}={encoder.upper()} --task {task} --seed {seed} --method {method} --kept {kept:g}"
     return {
-        "how": METHODS[method][1],
+        "how": METHODS[method].how,
         "metric_name": measured["metric_name"],
         "metric_value": measured["metric_value"],
         "metric_before_recovery": at_once,
@@ -516,7 +542,7 @@ def cell(key: tuple[Any, ...], load: Callable[[str, str, int], Job]) -> dict[str
         "recovery_seconds": seconds,
         "precision": job.precision,
         "threads": torch.get_num_threads(),
-        "versions": {**versions(), **({"torch-pruning": tp_version()} if method == "taylor" else {})},
+        "versions": {**versions(), **({"torch-pruning": tp_version()} if method != "magnitude" else {})},
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "command": f"python benchmarks/pruning_baselines.py --data-dir GLUE --work WORK {words}",
@@ -535,19 +561,21 @@ def place(record: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def render(records: list[dict[str, Any]]) -> str:
-    """Return the tables in Markdown: means over seeds, then every record."""
+    """Return the tables in Markdown: means over seeds with those of gates, then every record."""
     records = sorted(records, key=place)
     fractions = sorted({one["asked_kept"] for one in records}, reverse=True)
+    gates = of_gates(records)
     text = "# Finetuned, pruned by a score, finetuned again\n\n"
     text += "| encoder | task | metric | method | full | " + " | ".join(f"{kept:.1%} of MACs" for kept in fractions)
     text += " |\n" + "|---" * (5 + len(fractions)) + "|\n"
     rows: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for one in records:
+    for one in sorted([*records, *gates], key=lambda one: (one["encoder"], TASKS.index(one["task"]))):
         rows.setdefault((one["encoder"], one["task"], one["metric_name"], one["method"]), []).append(one)
     for words, cells in rows.items():
         full = list({one["seed"]: one["full_metric_value"] for one in cells}.values())
         values = [[one["metric_value"] for one in cells if one["asked_kept"] == kept] for kept in fractions]
         text += f"| {' | '.join(words)} | {' | '.join(map(mean, [full, *values]))} |\n"
+    text += f"\n{won(records, gates)}\n"
     text += (
         "\n| encoder | task | seed | method | asked | MACs left | parameters | full | pruned | finetuned again "
         "| heads kept, by layer | neurons kept, by layer |\n" + "|---" * 12 + "|\n"
@@ -570,8 +598,40 @@ def render(records: list[dict[str, Any]]) -> str:
         f"\nAll parameters trained (AdamW, {LEARNING_RATE:g}, batch {BATCH}) in {'; '.join(machines)}, measured in "
         "float32 on all validation rows. Epochs before and after: "
         f"{', '.join(trained)}. {' '.join(how.values())} Largest difference of a logit between a pruned model "
-        f"and the full one with zeros in place: {largest:.0e}. Commands stand in the JSON.\n"
+        f"and the full one with zeros in place: {largest:.0e}. `{GATES}`: `paper.py accuracy`, the same start, rows "
+        "and epochs, low rank and a teacher. Commands stand in the JSON.\n"
     )
+
+
+def of_gates(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what gates gave where `records` have another method: the same encoder, task, seed and size."""
+    path = RESULTS / "paper_accuracy.json"
+    arms = {name: round(1 - removed, 6) for name, removed in FACTORS.items()}
+    full = {same(one): one["full_metric_value"] for one in records}
+    cells = [
+        {**one, "method": GATES, "asked_kept": arms[one["arm"]]}
+        for one in (json.loads(path.read_text()) if path.exists() else [])
+        if one["arm"] in arms
+    ]
+    return [{**one, "full_metric_value": full[same(one)]} for one in cells if same(one) in full]
+
+
+def same(record: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what records have in common that differ in the method only."""
+    return tuple(record[name] for name in KEY if name != "method")
+
+
+def won(records: list[dict[str, Any]], gates: list[dict[str, Any]]) -> str:
+    """Say where gates are ahead of every other method, and where not."""
+    behind = []
+    for one in gates:
+        better = [
+            other for other in records if same(other) == same(one) and other["metric_value"] >= one["metric_value"]
+        ]
+        names = ", ".join(f"{other['method']} by {other['metric_value'] - one['metric_value']:.4f}" for other in better)
+        behind += [f"{one['encoder']} {one['task']} at {one['asked_kept']:.1%} ({names})"] if better else []
+    where = f"; behind: {'; '.join(behind)}" if behind else ""
+    return f"`{GATES}` are ahead of all others in {len(gates) - len(behind)} of {len(gates)} cells{where}."
 
 
 def mean(values: list[float]) -> str:
@@ -618,7 +678,7 @@ def main() -> None:
         for method in methods
     ]
     try:
-        if keys and "taylor" in methods:
+        if keys and {"taylor", "taylor-taught"} & set(methods):
             torch_pruning()  # what is missing is found out now, not after hours of training
         for directory in models.values():
             refuse_too_small(open_base(Path(directory), task_named(TASKS[0])), fractions)

@@ -264,7 +264,8 @@ def main() -> None:
             render.plot(records, RESULTS / f"{name}.{suffix}", force=True)
     for mark, text in (("figures", readme_figures()), ("speed", speed_figures())):
         marked = rf"(?s)(<!-- {mark} -->\n).*?(<!-- /{mark} -->)"
-        README.write_text(re.sub(marked, lambda m, text=text: m[1] + text + m[2], README.read_text()))
+        plain = text.replace("\\", r"\\")
+        README.write_text(re.sub(marked, rf"\g<1>{plain}\g<2>", README.read_text()))
 
 
 if __name__ == "__main__":

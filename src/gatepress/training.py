@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from gatepress.batches import left_of_epoch, make_loader, probe_batch, tokenize
@@ -29,13 +28,14 @@ from gatepress.checkpoint import (
 )
 from gatepress.collapse import parameters_of, plan_model, refuse_activation
 from gatepress.config import TrainSettings
-from gatepress.distill import Teacher, balanced, distance, learn_from_teacher_, varied
+from gatepress.distill import Teacher, learn_from_teacher_, taught_loss
 from gatepress.errors import ModelError, UsageError
 from gatepress.evaluation import evaluate_model
 from gatepress.files import check_output
 from gatepress.gates import gates_of
 from gatepress.hub import locate_model
 from gatepress.inject import mark_trainable_
+from gatepress.losses import task_losses
 from gatepress.methods import Kinds, prepare_, trained
 from gatepress.narrowing import narrow_
 from gatepress.processes import Processes, seed_of
@@ -303,22 +303,11 @@ def _seed_step(job: _Job) -> None:
 
 
 def _loss(job: _Job, batch: dict[str, Tensor]) -> Tensor:
-    """Return the task loss (mean squared error of a number, cross entropy of classes), and the teacher's if any."""
+    """Return the task loss, and the teacher's if there is one."""
+    if job.teacher:
+        return taught_loss(job.gated, job.teacher, batch, job.special, job.spec)
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    if job.teacher is None:
-        return _task_losses(job, job.gated(**inputs).logits, batch["labels"]).mean()
-    inputs, same = varied(inputs, job.special)
-    outputs, answers = job.gated(**inputs, output_hidden_states=True), job.teacher(inputs)
-    labelled = _task_losses(job, outputs.logits, batch["labels"]) * same
-    weights = balanced(answers, batch["labels"], same, job.spec)
-    return labelled.mean() + distance(outputs, answers, batch["attention_mask"], weights, job.spec)
-
-
-def _task_losses(job: _Job, logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the loss of each row [batch]."""
-    if job.spec.label_names is None:
-        return functional.mse_loss(logits[:, 0].float(), labels.float(), reduction="none")
-    return functional.cross_entropy(logits.float(), labels, reduction="none")
+    return task_losses(job.gated(**inputs).logits, batch["labels"], job.spec).mean()
 
 
 def _figures(job: _Job, loss: Tensor) -> dict[str, float]:
