@@ -622,16 +622,19 @@ def same(record: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def won(records: list[dict[str, Any]], gates: list[dict[str, Any]]) -> str:
-    """Say where gates are ahead of every other method, and where not."""
-    behind = []
-    for one in gates:
-        better = [
-            other for other in records if same(other) == same(one) and other["metric_value"] >= one["metric_value"]
+    """Say in how many cells gates are ahead of each other method, and where not."""
+    ours = {same(one): one["metric_value"] for one in gates}
+    sentences = []
+    for method in METHODS:
+        pairs = [(one, ours[same(one)]) for one in records if one["method"] == method and same(one) in ours]
+        behind = [
+            f"{one['encoder']} {one['task']} at {one['asked_kept']:.1%}, {value:.4f} to {one['metric_value']:.4f}"
+            for one, value in pairs
+            if value <= one["metric_value"]
         ]
-        names = ", ".join(f"{other['method']} by {other['metric_value'] - one['metric_value']:.4f}" for other in better)
-        behind += [f"{one['encoder']} {one['task']} at {one['asked_kept']:.1%} ({names})"] if better else []
-    where = f"; behind: {'; '.join(behind)}" if behind else ""
-    return f"`{GATES}` are ahead of all others in {len(gates) - len(behind)} of {len(gates)} cells{where}."
+        where = f", not on {'; '.join(behind)}" if behind else ""
+        sentences += [f"of `{method}` in {len(pairs) - len(behind)} of {len(pairs)} cells{where}"] if pairs else []
+    return f"`{GATES}` are ahead " + ("; ".join(sentences) or "of nothing yet") + "."
 
 
 def mean(values: list[float]) -> str:
