@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import deployed
+import pruning_baselines
+from cells import TASKS
 from main_job import render as main_job_table
+from paper import FACTORS
 
 from gatepress.bench import render
 from gatepress.bench.record import Record
@@ -246,6 +249,41 @@ def readme_figures() -> str:
     )
 
 
+def readme_pruned() -> str:
+    """Return what is kept at equal multiply-accumulates by gates and by other ways to prune, in Markdown."""
+    records = json.loads((RESULTS / "pruning_baselines.json").read_text())
+    records = [one for one in records if one["encoder"] == ENCODER]
+    gates = pruning_baselines.of_gates(records)
+    names = {pruning_baselines.GATES: "gates", "taylor": "Taylor", "magnitude": "magnitude"}
+    values = defaultdict(list)
+    for one in (*records, *gates):
+        values[one["task"], one["method"], one["asked_kept"]].append(one["metric_value"])
+        if one in gates:
+            values[one["task"], "full", 1.0].append(one["full_metric_value"])
+    columns = [("full", 1.0), *itertools.product(names, sorted({one["asked_kept"] for one in records}, reverse=True))]
+    columns = [columns[0], *sorted(columns[1:], key=lambda column: -column[1])]
+    left = {round(1 - removed, 6): deployed.ARMS[arm] for arm, removed in FACTORS.items()}
+    titles = ["full finetuning", *(f"{left[kept]}: {names[method]}" for method, kept in columns[1:])]
+    metrics = {one["task"]: one["metric_name"] for one in records}
+    rows = [
+        f"| {task} ({metrics[task]}) | {' | '.join(_median(values[task, *column]) for column in columns)} |"
+        for task in TASKS
+        if task in metrics
+    ]
+    return (
+        f"| MiniLM | {' | '.join(titles)} |\n|---|{'--:|' * len(columns)}\n"
+        + "\n".join(rows)
+        + "\n\nAt equal multiply-accumulates, one seed; all start from one finetuned model and take as many "
+        "epochs, gates with a teacher, as is their default. Taylor: Torch-Pruning. "
+        f"{pruning_baselines.won(records, gates)} "
+        "[How, and with a teacher for the others](benchmarks/results/pruning_baselines.md).\n"
+    )
+
+
+def _median(values: list[float]) -> str:
+    return f"{statistics.median(values):.3f}" if values else ""
+
+
 def main() -> None:
     """Write every rendered file."""
     (RESULTS / "main_job.md").write_text(main_job_table(json.loads((RESULTS / "main_job.json").read_text())))
@@ -262,7 +300,7 @@ def main() -> None:
         render.write(records, RESULTS / f"{name}.md", force=True)
         for suffix in ("svg", "png"):
             render.plot(records, RESULTS / f"{name}.{suffix}", force=True)
-    for mark, text in (("figures", readme_figures()), ("speed", speed_figures())):
+    for mark, text in (("figures", readme_figures()), ("speed", speed_figures()), ("pruned", readme_pruned())):
         marked = rf"(?s)(<!-- {mark} -->\n).*?(<!-- /{mark} -->)"
         plain = text.replace("\\", r"\\")
         README.write_text(re.sub(marked, rf"\g<1>{plain}\g<2>", README.read_text()))
