@@ -15,7 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiny
-from gatepress import bench, machine, runtime
+from gatepress import bench, machine
 from gatepress.bench import endtoend, matmul, render, tables, timing
 from gatepress.bench.record import MAX_SAMPLES, Record, latencies, relative_to
 from gatepress.config import DataSettings
@@ -29,6 +29,8 @@ from gatepress.errors import (
 )
 from gatepress.machine import cpu_name
 from gatepress.progress import NoProgress
+from gatepress.runners import TorchRunner, plain_attention
+from gatepress.runtime import open_runner
 
 SMALL = {"repetitions": 3, "warmup": 1, "threads": 1}
 
@@ -249,7 +251,7 @@ def fakes(monkeypatch):
             calls.append((target, options))
             return left.pop(0)
 
-        monkeypatch.setattr(endtoend.runtime, "open_runner", open_runner)
+        monkeypatch.setattr(endtoend, "open_runner", open_runner)
         monkeypatch.setattr(endtoend, "SETTLE_MS", 0.0)
         return calls
 
@@ -368,21 +370,21 @@ def test_macs_of_a_small_bert_are_those_on_paper(tiny_classifier_dir):
     token = tiny.LAYERS * (4 * h * h + 2 * h * i)  # four matrices of attention, two of the feed-forward part
     pair = tiny.LAYERS * 2 * h  # scores, and what they weigh
     row = h * h + h * labels  # pooler and classifier
-    runner = runtime.open_runner(tiny_classifier_dir("bert", labels))
+    runner = open_runner(tiny_classifier_dir("bert", labels))
     assert runner.mac_terms == {"token": token, "pair": pair, "row": row}
     assert runner.macs(3, 17) == 3 * (17 * token + 17 * 17 * pair + row)
 
 
 def test_macs_are_those_of_a_whole_pass(family, tiny_classifier_dir):
-    runner = runtime.open_runner(tiny_classifier_dir(family))
-    with runtime.plain_attention(runner.model), FlopCounterMode(display=False) as counter:
+    runner = open_runner(tiny_classifier_dir(family))
+    with plain_attention(runner.model), FlopCounterMode(display=False) as counter:
         runner.run(runner.prepare({"input_ids": np.full((3, 17), 7)}))
     assert runner.macs(3, 17) == counter.get_total_flops() // 2
 
 
 def test_macs_of_another_form_are_not_known(tiny_classifier_dir, monkeypatch):
-    runner = runtime.open_runner(tiny_classifier_dir("bert"))
-    monkeypatch.setattr(runtime.TorchRunner, "_counted", lambda _self, length: length**3)
+    runner = open_runner(tiny_classifier_dir("bert"))
+    monkeypatch.setattr(TorchRunner, "_counted", lambda _self, length: length**3)
     assert runner.macs(1, 8) is None
 
 

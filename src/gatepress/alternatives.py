@@ -22,7 +22,7 @@ from gatepress.export import export
 from gatepress.hub import locate_model
 from gatepress.progress import NoProgress, Progress
 from gatepress.pruning import prune
-from gatepress.runtime import max_tokens
+from gatepress.runners import max_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable

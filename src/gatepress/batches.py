@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from gatepress.errors import ModelError
 from gatepress.processes import ALONE, Processes
+from gatepress.runners import INPUTS
 
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 PROBE_ROWS = 32
 _CHUNK_ROWS = 4096  # rows tokenised at a time: bounds the memory that Python lists take
 _GROUP_BATCHES = 50  # batches whose rows are sorted together: little padding, still well shuffled

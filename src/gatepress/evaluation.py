@@ -19,7 +19,8 @@ from gatepress.errors import ArtifactError, ModelError, UsageError
 from gatepress.metrics import compute_metric
 from gatepress.processes import ALONE, Processes
 from gatepress.progress import NoProgress, Progress
-from gatepress.runtime import INPUTS, Runner, open_runner
+from gatepress.runners import INPUTS, Runner
+from gatepress.runtime import open_runner
 from gatepress.tasks import TaskSpec
 from gatepress.tasks.sources import Rows, load_rows
 

@@ -37,13 +37,8 @@ from gatepress.manifests import ONNX_FILE, ONNX_FORMAT, ONNX_MODEL
 from gatepress.modeling_gatepress import PrunedLinear
 from gatepress.progress import Progress
 from gatepress.quantize import quantize_file
-from gatepress.runtime import (
-    Runner,
-    TorchRunner,
-    input_names,
-    open_runner,
-    plain_attention,
-)
+from gatepress.runners import Runner, TorchRunner, input_names, plain_attention
+from gatepress.runtime import open_runner
 
 logger = logging.getLogger(__name__)
 

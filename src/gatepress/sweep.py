@@ -39,7 +39,7 @@ from gatepress.hub import locate_model
 from gatepress.manifests import SWEEP_FILE, SWEEP_FORMAT, read_manifest
 from gatepress.progress import NoProgress, Progress
 from gatepress.pruning import prune
-from gatepress.runtime import max_tokens
+from gatepress.runners import max_tokens
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection

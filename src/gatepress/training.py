@@ -42,7 +42,8 @@ from gatepress.processes import Processes, seed_of
 from gatepress.progress import NoProgress, Progress
 from gatepress.resolve import Layer
 from gatepress.resume import Resumable, make_optimizer, read_state, refuse_other, uninterrupted
-from gatepress.runtime import max_tokens, torch_device
+from gatepress.runners import max_tokens
+from gatepress.runtime import torch_device
 from gatepress.tasks import TaskSpec
 from gatepress.tasks.sources import load_rows
 

@@ -27,7 +27,8 @@ from gatepress.manifests import (
     written_form,
 )
 from gatepress.ondisk import base_of, offline
-from gatepress.runtime import COUNTED_TOKEN, open_runner
+from gatepress.runners import COUNTED_TOKEN
+from gatepress.runtime import open_runner
 
 TRIED = (2, 8)  # rows and tokens that a model is run on
 _TRIED = f"logits of {TRIED[0]} x {TRIED[1]} tokens: finite"

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gatepress import runtime
-from gatepress.batches import INPUTS, make_loader, tokenize
+from gatepress.batches import make_loader, tokenize
 from gatepress.bench import timing
 from gatepress.bench.record import Record, latencies, now, relative_to, versions
 from gatepress.checkpoint import open_tokenizer
@@ -25,6 +24,8 @@ from gatepress.config import DataSettings
 from gatepress.errors import GatepressError, ModelError
 from gatepress.machine import device_name
 from gatepress.progress import NoProgress, Progress
+from gatepress.runners import INPUTS, Runner
+from gatepress.runtime import open_runner, torch_device
 from gatepress.tasks.sources import Rows, load_rows
 
 REPETITIONS = 20  # of one batch
@@ -49,7 +50,7 @@ class _Cell:
 
     batch_size: int
     seq_len: int | None
-    batches: Callable[[runtime.Runner], list[Batch]]
+    batches: Callable[[Runner], list[Batch]]
     facts: dict[str, Any]
 
     def __str__(self) -> str:
@@ -63,7 +64,7 @@ class _Cell:
 class _Timed:
     """One target in one cell."""
 
-    runner: runtime.Runner
+    runner: Runner
     call: Callable[[], None]
     macs: int | None  # of one call
 
@@ -172,17 +173,17 @@ def check(  # noqa: PLR0913 - those of `run` that can be wrong by themselves
     timing.refuse(problems)
     timing.refuse_below(1, repetitions=repetitions, threads=threads, max_length=max_length)
     timing.refuse_below(0, warmup=warmup)
-    return torch.device(runtime.torch_device(device))
+    return torch.device(torch_device(device))
 
 
-def _open(targets: Targets, device: str, threads: int, *, trust_remote_code: bool) -> dict[str, runtime.Runner]:
+def _open(targets: Targets, device: str, threads: int, *, trust_remote_code: bool) -> dict[str, Runner]:
     """Open all targets at once (they take turns later), under their names or under such that tell them apart."""
-    opening = partial(runtime.open_runner, device=device, threads=threads, trust_remote_code=trust_remote_code)
+    opening = partial(open_runner, device=device, threads=threads, trust_remote_code=trust_remote_code)
     if isinstance(targets, Mapping):
         return {name: opening(target) for name, target in targets.items()}
     opened = [opening(target) for target in targets]
     shared = Counter(runner.name for runner in opened)
-    runners: dict[str, runtime.Runner] = {}
+    runners: dict[str, Runner] = {}
     for target, runner in zip(targets, opened, strict=True):
         name = base = runner.name if shared[runner.name] == 1 else str(target)
         again = 1
@@ -199,7 +200,7 @@ def refuse_longer(name: str, max_tokens: int | None, seq_len: int) -> None:
         raise ModelError(f"{name}: takes at most {max_tokens} tokens, --seq-len asks for {seq_len}")
 
 
-def _timed(name: str, runner: runtime.Runner, cell: _Cell) -> _Timed:
+def _timed(name: str, runner: Runner, cell: _Cell) -> _Timed:
     """Return what is timed: all batches of the cell through one runner, on the device before."""
     refuse_longer(name, runner.max_tokens, cell.seq_len or 0)
     batches = cell.batches(runner)
@@ -233,7 +234,7 @@ def _grid(batch_sizes: Sequence[int], seq_lens: Sequence[int], seed: int) -> Ite
             yield _Cell(batch_size, seq_len, partial(_same, [batch]), {"seed": seed})
 
 
-def _same(batches: list[Batch], _runner: runtime.Runner) -> list[Batch]:
+def _same(batches: list[Batch], _runner: Runner) -> list[Batch]:
     return batches
 
 
@@ -254,7 +255,7 @@ def _batches(
     batch_size: int,
     max_length: int,
     trust_remote_code: bool,  # noqa: FBT001 - bound by `_passes` only
-    runner: runtime.Runner,
+    runner: Runner,
 ) -> list[Batch]:
     """Return the validation rows as batches, the longest rows first, each padded to its longest."""
     if runner.tokenizer_dir is None:
