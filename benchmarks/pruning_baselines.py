@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup
 
 from gatepress.batches import make_loader, probe_batch, tokenize
-from gatepress.checkpoint import open_base, open_tokenizer, versions
+from gatepress.checkpoint import open_base, versions
 from gatepress.collapse import parameters_of
 from gatepress.config import DataSettings
 from gatepress.distill import Teacher, learn_from_teacher_, taught_loss
@@ -53,6 +53,7 @@ from gatepress.evaluation import MAX_LENGTH, evaluate_model
 from gatepress.losses import task_losses
 from gatepress.machine import cpu_name
 from gatepress.modeling_gatepress import VERSION, shrink_
+from gatepress.models import open_tokenizer
 from gatepress.resolve import Layer, resolve
 from gatepress.tasks import TaskSpec, task_named
 from gatepress.tasks.sources import load_rows

@@ -33,9 +33,9 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from gatepress.batches import make_loader, tokenize
-from gatepress.checkpoint import open_tokenizer
 from gatepress.config import DataSettings
 from gatepress.files import new_directory
+from gatepress.models import open_tokenizer
 from gatepress.resolve import Layer, resolve
 from gatepress.tasks.sources import load_rows
 

@@ -44,13 +44,14 @@ from transformers import (
 from gatepress import latency
 from gatepress.alternatives import run as against_alternatives
 from gatepress.bench import endtoend, render
-from gatepress.checkpoint import RunManifest, RunWriter, model_files, open_base, open_tokenizer, versions
+from gatepress.checkpoint import RunManifest, RunWriter, open_base, versions
 from gatepress.config import DataSettings, Granularity, Layout, Target, TrainSettings
 from gatepress.export import export
 from gatepress.files import sha256_of
 from gatepress.inject import attach_gates_, gated_linear
 from gatepress.machine import cpu_name
 from gatepress.modeling_gatepress import pick
+from gatepress.models import model_files, open_tokenizer
 from gatepress.pruning import prune
 from gatepress.resolve import resolve
 from gatepress.tasks.sources import load_rows

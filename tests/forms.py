@@ -6,10 +6,11 @@ from typing import Any
 import torch
 
 from gatepress.batches import make_loader, tokenize
-from gatepress.checkpoint import RunManifest, RunWriter, model_files, open_base, open_tokenizer, versions
+from gatepress.checkpoint import RunManifest, RunWriter, open_base, versions
 from gatepress.config import DataSettings, Granularity, TrainSettings
 from gatepress.gates import gates_of
 from gatepress.inject import attach_gates_, trainable
+from gatepress.models import model_files, open_tokenizer
 from gatepress.tasks.sources import load_rows
 
 PROBE_ROWS = 16

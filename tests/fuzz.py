@@ -152,13 +152,13 @@ def read_logits(path: Path) -> Any:
 
 
 def read_pruned(path: Path) -> Any:
-    from gatepress.checkpoint import load_pruned
+    from gatepress.models import load_pruned
 
     return sum(float(value.double().sum()) for value in load_pruned(path).state_dict().values()).hex()
 
 
 def read_tokens(path: Path) -> Any:
-    from gatepress.checkpoint import open_tokenizer
+    from gatepress.models import open_tokenizer
 
     tokenizer = open_tokenizer(path)
     cut = tokenizer(TEXTS, truncation=True, max_length=7, padding=False)

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gatepress.checkpoint import read_tensors
 from gatepress.config import TrainSettings
 from gatepress.evaluation import evaluate
 from gatepress.inspecting import inspect
+from gatepress.models import read_tensors
 from gatepress.pruning import prune
 from gatepress.runtime import open_runner
 from gatepress.training import resume, train

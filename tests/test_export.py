@@ -18,10 +18,11 @@ from transformers import AutoTokenizer
 import tiny
 from forms import PROBE_ROWS, save_run
 from gatepress import export as exporting
-from gatepress.checkpoint import load_pruned, load_run, save_tokenizer
+from gatepress.checkpoint import load_run
 from gatepress.config import Granularity, Layout
 from gatepress.errors import ModelError, OutputError, ParityError, UsageError
 from gatepress.export import export, operators, write_onnx
+from gatepress.models import load_pruned, save_tokenizer
 from gatepress.pruning import prune
 from gatepress.runtime import open_runner
 

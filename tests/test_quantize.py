@@ -21,11 +21,11 @@ import tiny
 from forms import PROBE_ROWS, save_run
 from gatepress import export as exporting
 from gatepress import quantize
-from gatepress.checkpoint import load_pruned
 from gatepress.cli.app import app
 from gatepress.errors import DataError, MetricDropError, ModelError, ParityError, UsageError
 from gatepress.evaluation import evaluate
 from gatepress.export import export
+from gatepress.models import load_pruned
 from gatepress.pruning import prune
 from gatepress.quantize import quantize_file
 from gatepress.runtime import open_runner

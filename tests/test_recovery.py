@@ -9,12 +9,13 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from forms import settings_for
-from gatepress.checkpoint import load_pruned, read_run
+from gatepress.checkpoint import read_run
 from gatepress.cli.app import app
 from gatepress.config import BudgetUnit, Granularity
 from gatepress.errors import ArtifactError, UsageError
 from gatepress.evaluation import evaluate
 from gatepress.files import sha256_of
+from gatepress.models import load_pruned
 from gatepress.pruning import prune
 from gatepress.recovery import prune_each
 from gatepress.training import train

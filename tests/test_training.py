@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 
 from conftest import TaskFiles
 from forms import settings_for
-from gatepress.checkpoint import PROBE_FILE, load_pruned, load_run, read_run
+from gatepress.checkpoint import PROBE_FILE, load_run, read_run
 from gatepress.config import DataSettings, Granularity, TrainSettings
 from gatepress.errors import ArtifactError
 from gatepress.evaluation import evaluate
 from gatepress.export import export
 from gatepress.gates import gates_of
+from gatepress.models import load_pruned
 from gatepress.pruning import prune
 from gatepress.training import train
 

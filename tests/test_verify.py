@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from forms import save_run
-from gatepress.checkpoint import load_pruned, open_tokenizer
 from gatepress.cli.app import app
 from gatepress.errors import ArtifactError, GatepressError
 from gatepress.export import export
 from gatepress.files import sha256_of
+from gatepress.models import load_pruned, open_tokenizer
 from gatepress.pruning import prune
 from gatepress.runtime import open_runner
 from gatepress.verifying import verify

@@ -14,7 +14,7 @@ __all__ = ["__version__", "load_pruned"]
 def __getattr__(name: str) -> Any:
     """Import what is heavy only when it is asked for (PEP 562): `gatepress --help` must not need torch."""
     if name == "load_pruned":
-        from gatepress.checkpoint import load_pruned
+        from gatepress.models import load_pruned
 
         return load_pruned
     raise AttributeError(f"module 'gatepress' has no attribute {name!r}")

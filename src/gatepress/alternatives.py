@@ -15,11 +15,12 @@ import torch
 
 from gatepress.bench import endtoend
 from gatepress.bench.record import Record
-from gatepress.checkpoint import open_base, open_tokenizer, read_run
+from gatepress.checkpoint import open_base, read_run
 from gatepress.config import Layout, Target
 from gatepress.errors import UsageError
 from gatepress.export import export
 from gatepress.hub import locate_model
+from gatepress.models import open_tokenizer
 from gatepress.progress import NoProgress, Progress
 from gatepress.pruning import prune
 from gatepress.runners import max_tokens

@@ -1,4 +1,4 @@
-"""Run and pruned directories: what stands in them, written whole, read with suspicion.
+"""Run directories: what stands in them, written whole, read with suspicion.
 
 A run directory holds what was trained and never the base model:
 
@@ -12,52 +12,39 @@ A run directory holds what was trained and never the base model:
 directory holds the last complete checkpoint.
 """
 
-import contextlib
 import importlib.metadata
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from gatepress import __version__
 from gatepress.config import RUN_FILE, TrainSettings
-from gatepress.errors import ArtifactError, GatepressError, ModelError, UsageError
-from gatepress.families import FAMILIES
+from gatepress.errors import ArtifactError, ModelError, UsageError
 from gatepress.files import explained, json_text, lock, publish, read_json, replace_file, sha256_of
 from gatepress.hub import locate_model
 from gatepress.manifests import (
-    PRUNED_FILE,
-    PRUNED_FORMAT,
     RUN_FORMAT,
     check_beside,
     check_files,
-    form_of,
-    hashes_of,
-    read_config,
     read_manifest,
     tensor_shapes,
 )
 from gatepress.methods import kept, merge_, prepare_
-from gatepress.resolve import family_named, family_of, model_class
+from gatepress.models import model_errors, model_files, read_tensors, refuse_missing, save_tokenizer
+from gatepress.resolve import family_named, family_of
 from gatepress.tasks import TaskSpec
 
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
-    *("vocab.txt", "vocab.json"),
-)
-PANIC = "PanicException"  # of tokenizers, written in Rust: no Exception, and no name to import
 PROBE_FILE = "probe.safetensors"
-SHOWN = 3  # of the tensors that do not fit
 
 
 @dataclass(frozen=True)
@@ -138,15 +125,6 @@ def _refuse_beyond(manifest: RunManifest, tensors: Path) -> None:
             raise ArtifactError(f"{tensors}: the manifest says {size} {what}, no tensor is so large; train again")
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file; `ArtifactError` where it is missing or broken, or of no kind that torch knows."""
-    tensor_shapes(path)
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError, KeyError) as error:
-        raise ArtifactError(f"{path}: not readable as safetensors ({error})") from None
-
-
 def read_probe(directory: Path, model: PreTrainedModel) -> dict[str, Tensor]:
     """Read the rows that all forms of a run are compared on, each input [rows, length] int64.
 
@@ -168,11 +146,6 @@ def read_probe(directory: Path, model: PreTrainedModel) -> dict[str, Tensor]:
     if shape[1] > config.max_position_embeddings - first:
         raise ArtifactError(f"{path}: rows of {shape[1]} tokens are longer than the model takes; train again")
     return probe
-
-
-def model_files(directory: Path) -> dict[str, str]:
-    """Return the sha256 of each safetensors file of a model directory, by name."""
-    return {path.name: sha256_of(path) for path in sorted(directory.glob("*.safetensors"))}
 
 
 def open_base(directory: Path, spec: TaskSpec) -> PreTrainedModel:
@@ -236,62 +209,6 @@ def is_finetuned(directory: Path, spec: TaskSpec) -> bool:
     config = read_json(directory / "config.json")
     headed = any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or ())
     return headed and len(config.get("id2label") or (0, 1)) == spec.num_labels  # absent: the two of transformers
-
-
-def refuse_missing(shown: Path | str, model: PreTrainedModel, missing: Iterable[str]) -> None:
-    """Raise `ModelError` where weights of the encoder itself are missing; a head or pooler may be fresh."""
-    prefix = f"{model.base_model_prefix}."
-    lost = sorted(name for name in missing if name.startswith(prefix) and ".pooler." not in name)
-    if lost:
-        raise ModelError(f"{shown}: weights are missing ({', '.join(lost[:3])}, ...); the checkpoint is not whole")
-
-
-@contextlib.contextmanager
-def model_errors(directory: Path | str) -> Iterator[None]:
-    """Turn what transformers raises on an unreadable model into one `ModelError`."""
-    try:
-        yield
-    except (GatepressError, MemoryError):
-        raise
-    except BaseException as error:  # transformers raises what its many parts raise, without a common base
-        if not isinstance(error, Exception) and type(error).__name__ != PANIC:
-            raise
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"{directory}: cannot be loaded as a model ({reason})") from error
-
-
-def has_tokenizer(directory: Path) -> bool:
-    """Say whether a vocabulary lies in a directory; a tokenizer_config.json alone is none."""
-    return any((directory / name).is_file() for name in TOKENIZER_FILES)
-
-
-def open_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
-    """Load the tokenizer of a model directory; `ModelError` where it has none.
-
-    Without its files transformers makes one up that knows no word.
-    """
-    if not has_tokenizer(directory):
-        raise ModelError(f"{directory}: has no tokenizer (none of {', '.join(TOKENIZER_FILES)})")
-    ours = form_of(directory) is not None
-    if ours:
-        check_beside(directory)
-        _refuse_unwanted(directory)
-    with model_errors(directory):
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-        if ours:
-            tokenizer(["a"])  # what is wrong in its settings shows here first
-    return tokenizer
-
-
-def _refuse_unwanted(directory: Path) -> None:
-    """Raise `ArtifactError` where the settings beside a tokenizer of ours name files, or are no settings of ours."""
-    if (directory / "config.json").is_file():
-        read_config(directory / "config.json")
-    settings = directory / "tokenizer_config.json"
-    named = [name for name, value in (read_json(settings) if settings.is_file() else {}).items() if value is not None]
-    files = [name for name in named if name.endswith("_file") or name == "auto_map"]
-    if files:
-        raise ArtifactError(f"{settings}: has {', '.join(files)}, which gatepress never writes; remove it")
 
 
 def load_trained_(model: PreTrainedModel, settings: TrainSettings, state: dict[str, Tensor], where: Path) -> None:
@@ -432,84 +349,3 @@ class RunWriter:
 def _release(handle: int | None) -> None:
     if handle is not None:
         os.close(handle)
-
-
-def load_pruned(directory: str | Path) -> PreTrainedModel:
-    """Load a pruned directory: no registration, no remote code, evaluation mode, float32.
-
-    Raises `ArtifactError` where the directory is incomplete, corrupted or of a newer version.
-    """
-    path = Path(directory)
-    if not (path / PRUNED_FILE).is_file():
-        raise ArtifactError(f"{path}: has no {PRUNED_FILE}, expected a directory written by `gatepress prune`")
-    manifest = read_manifest(path / PRUNED_FILE, PRUNED_FORMAT)
-    hashes = hashes_of(manifest, path / PRUNED_FILE, ("config.json", "model.safetensors"), "prune again")
-    check_files(path, hashes.items(), "prune again")
-    return open_pruned(path)
-
-
-@torch.inference_mode()
-def open_pruned(path: Path) -> PreTrainedModel:
-    """Load the model of a pruned directory as it lies there, manifest or not.
-
-    Raises `ArtifactError` where weights do not fit the configuration, before anything of their size is built, and
-    `ModelError` where it cannot be loaded or run.
-    """
-    refuse_unfit(path)
-    with model_errors(path):
-        model: PreTrainedModel = _class_of(path).from_pretrained(path, dtype=torch.float32, use_safetensors=True)
-        model.eval()
-        model(torch.zeros(1, 2, dtype=torch.int64))  # widths and indices that do not fit show here
-    return model
-
-
-def refuse_unfit(path: Path) -> None:
-    """Compare the tensors of a pruned directory with its configuration; `ArtifactError` where they differ."""
-    file = path / "model.safetensors"
-    got = tensor_shapes(file)
-    read_config(path / "config.json")
-    model = empty_model(path, most_layers=len(got))
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    odd = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))
-    if odd:
-        told = "; ".join(
-            f"{name} is {_shape(got.get(name))}, expected {_shape(wanted.get(name))}" for name in odd[:SHOWN]
-        )
-        raise ArtifactError(f"{file}: {len(odd)} tensors do not fit config.json ({told}); prune again")
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "absent" if shape is None else str(list(shape))
-
-
-def empty_model(directory: Path, *, most_layers: int | None = None) -> PreTrainedModel:
-    """Return the model of a directory, dense or pruned, by its configuration: shapes without values.
-
-    Raises `ArtifactError` above `most_layers`, so that nothing is built that no file could fill, and `ModelError`
-    where the configuration is of no known family or makes no model.
-    """
-    kind = _class_of(directory)
-    with model_errors(directory):
-        config = kind.config_class.from_pretrained(directory)
-        if most_layers is not None and config.num_hidden_layers > most_layers:
-            raise ArtifactError(
-                f"{directory / 'config.json'}: asks for {config.num_hidden_layers} layers, its weights are "
-                f"{most_layers} tensors"
-            )
-        with torch.device("meta"):
-            model: PreTrainedModel = kind(config)
-    return model
-
-
-def _class_of(directory: Path) -> Any:
-    """Return the class of a dense or pruned model by its configuration; `ModelError` where it is of no known family."""
-    model_type = str(read_json(directory / "config.json").get("model_type"))
-    return model_class(family_named(model_type), stock=model_type in FAMILIES)
-
-
-def save_tokenizer(tokenizer: Any, directory: Path) -> dict[str, str]:
-    """Write a tokenizer's files into a directory and return their sha256 by name."""
-    # Else these would follow from the class, and some releases pick that by the model type, which ours is unknown to.
-    tokenizer.init_kwargs["model_input_names"] = list(tokenizer.model_input_names)
-    written = {Path(name).name for name in tokenizer.save_pretrained(directory)}
-    return {name: sha256_of(directory / name) for name in sorted(written) if (directory / name).is_file()}

@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gatepress.batches import PROBE_ROWS, make_loader, probe_batch, tokenize
-from gatepress.checkpoint import open_tokenizer
 from gatepress.config import DataSettings
 from gatepress.errors import ArtifactError, ModelError, UsageError
 from gatepress.metrics import compute_metric
+from gatepress.models import open_tokenizer
 from gatepress.processes import ALONE, Processes
 from gatepress.progress import NoProgress, Progress
 from gatepress.runners import INPUTS, Runner

@@ -29,12 +29,13 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from gatepress import __version__
-from gatepress.checkpoint import PROBE_FILE, model_errors, open_tokenizer, read_probe, save_tokenizer
+from gatepress.checkpoint import PROBE_FILE, read_probe
 from gatepress.errors import GatepressError, MetricDropError, ModelError, ParityError, UsageError
 from gatepress.evaluation import Basis, basis_of, evaluate_runner, probe_rows
 from gatepress.files import check_output, json_text, new_directory, sha256_of
 from gatepress.manifests import ONNX_FILE, ONNX_FORMAT, ONNX_MODEL
 from gatepress.modeling_gatepress import PrunedLinear
+from gatepress.models import model_errors, open_tokenizer, save_tokenizer
 from gatepress.progress import Progress
 from gatepress.quantize import quantize_file
 from gatepress.runners import Runner, TorchRunner, input_names, plain_attention

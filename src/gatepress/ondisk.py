@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import constants
 
-from gatepress.checkpoint import dense_base, empty_model, model_errors, read_run, read_tensors
+from gatepress.checkpoint import dense_base, read_run
 from gatepress.config import DEFAULT_TARGET, TrainSettings
 from gatepress.costs import analytic
 from gatepress.errors import GatepressError
@@ -16,6 +16,7 @@ from gatepress.gates import GatedLinear
 from gatepress.hub import locate_model
 from gatepress.inject import gated_linear
 from gatepress.methods import prepare_
+from gatepress.models import empty_model, model_errors, read_tensors
 from gatepress.plan import Live, PrunePlan, make_plan
 
 

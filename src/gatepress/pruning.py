@@ -11,15 +11,7 @@ from transformers import PreTrainedModel
 
 from gatepress.budget import budget_of
 from gatepress.card import CARD_FILE, card
-from gatepress.checkpoint import (
-    RunManifest,
-    load_run,
-    open_pruned,
-    open_tokenizer,
-    read_probe,
-    save_tokenizer,
-    versions,
-)
+from gatepress.checkpoint import RunManifest, load_run, read_probe, versions
 from gatepress.collapse import cut, live_parts, parameters_of, ship_code
 from gatepress.config import DEFAULT_TARGET, Layout, Target
 from gatepress.costs import Costs, analytic
@@ -28,6 +20,7 @@ from gatepress.files import check_output, json_text, new_directory, read_json, s
 from gatepress.gates import counted, gates_of
 from gatepress.latency import for_target
 from gatepress.manifests import PRUNED_FILE, PRUNED_FORMAT
+from gatepress.models import open_pruned, open_tokenizer, save_tokenizer
 from gatepress.plan import Live, chooses, make_plan
 from gatepress.progress import Progress
 from gatepress.resolve import Layer, resolve

@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gatepress.budget import Budget
-from gatepress.checkpoint import RunManifest, load_trained_, read_tensors
+from gatepress.checkpoint import RunManifest, load_trained_
 from gatepress.config import TrainSettings
 from gatepress.distill import Teacher
 from gatepress.errors import ArtifactError
 from gatepress.machine import peak_memory
 from gatepress.manifests import check_files
 from gatepress.methods import Kinds
+from gatepress.models import read_tensors
 
 NUMBERS = {"learning_rates", "gates_fixed", "train_seconds", "peak_memory_bytes"}  # beside the file and its sha256
 

@@ -12,13 +12,7 @@ import onnxruntime as ort
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from gatepress.checkpoint import (
-    has_tokenizer,
-    load_pruned,
-    load_run,
-    model_errors,
-    refuse_missing,
-)
+from gatepress.checkpoint import load_run
 from gatepress.config import RUN_FILE
 from gatepress.errors import ArtifactError, DeviceError, ModelError, UsageError
 from gatepress.files import read_json
@@ -35,6 +29,7 @@ from gatepress.manifests import (
     read_config,
     read_manifest,
 )
+from gatepress.models import has_tokenizer, load_pruned, model_errors, refuse_missing
 from gatepress.runners import INPUTS, Kind, OnnxRunner, Runner, TorchRunner
 
 logger = logging.getLogger(__name__)

@@ -20,9 +20,7 @@ from gatepress.checkpoint import (
     clear_,
     is_finetuned,
     load_start_,
-    model_files,
     open_base,
-    open_tokenizer,
     read_run,
     versions,
 )
@@ -37,6 +35,7 @@ from gatepress.hub import locate_model
 from gatepress.inject import mark_trainable_
 from gatepress.losses import task_losses
 from gatepress.methods import Kinds, prepare_, trained
+from gatepress.models import model_files, open_tokenizer
 from gatepress.narrowing import narrow_
 from gatepress.processes import Processes, seed_of
 from gatepress.progress import NoProgress, Progress

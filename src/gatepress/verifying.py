@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gatepress.checkpoint import PROBE_FILE, load_run, open_tokenizer, read_probe, read_run, refuse_unfit
+from gatepress.checkpoint import PROBE_FILE, load_run, read_probe, read_run
 from gatepress.config import RUN_FILE
 from gatepress.errors import ArtifactError, GatepressError
 from gatepress.graph import check_graph, describe, read_graph
@@ -26,6 +26,7 @@ from gatepress.manifests import (
     tensor_shapes,
     written_form,
 )
+from gatepress.models import open_tokenizer, refuse_unfit
 from gatepress.ondisk import base_of, offline
 from gatepress.runners import COUNTED_TOKEN
 from gatepress.runtime import open_runner

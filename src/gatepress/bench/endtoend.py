@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from gatepress.batches import make_loader, tokenize
 from gatepress.bench import timing
 from gatepress.bench.record import Record, latencies, now, relative_to, versions
-from gatepress.checkpoint import open_tokenizer
 from gatepress.config import DataSettings
 from gatepress.errors import GatepressError, ModelError
 from gatepress.machine import device_name
+from gatepress.models import open_tokenizer
 from gatepress.progress import NoProgress, Progress
 from gatepress.runners import INPUTS, Runner
 from gatepress.runtime import open_runner, torch_device
