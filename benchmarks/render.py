@@ -10,14 +10,20 @@ import json
 import re
 import statistics
 from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import deployed
+import main_job
+import paper
 import pruning_baselines
+import resume
+import rotation
+import steps
+import training_time
 from cells import TASKS
-from main_job import render as main_job_table
-from paper import FACTORS
 
 from gatepress.bench import render
 from gatepress.bench.record import Record
@@ -262,7 +268,7 @@ def readme_pruned() -> str:
             values[one["task"], "full", 1.0].append(one["full_metric_value"])
     columns = [("full", 1.0), *itertools.product(names, sorted({one["asked_kept"] for one in records}, reverse=True))]
     columns = [columns[0], *sorted(columns[1:], key=lambda column: -column[1])]
-    left = {round(1 - removed, 6): deployed.ARMS[arm] for arm, removed in FACTORS.items()}
+    left = {round(1 - removed, 6): deployed.ARMS[arm] for arm, removed in paper.FACTORS.items()}
     titles = ["full finetuning", *(f"{left[kept]}: {names[method]}" for method, kept in columns[1:])]
     metrics = {one["task"]: one["metric_name"] for one in records}
     rows = [
@@ -284,26 +290,52 @@ def _median(values: list[float]) -> str:
     return f"{statistics.median(values):.3f}" if values else ""
 
 
+TABLES: dict[str, Callable[[Any], str]] = {
+    "defaults": defaults_table,
+    "deployed": deployed.render,
+    "fusions": fusions_table,
+    "kernels": kernels_table,
+    "main_job": main_job.render,
+    **{f"paper_{name}": partial(paper.render, experiment) for name, experiment in paper.EXPERIMENTS.items()},
+    "pruning_baselines": pruning_baselines.render,
+    "resume": resume.render,
+    "rotation": rotation.render,
+    "speed_collapse": collapse_table,
+    "steps": steps.render,
+    "training_time": training_time.render,
+}
+BLOCKS = {"figures": readme_figures, "speed": speed_figures, "pruned": readme_pruned}
+
+
+def tables() -> Iterator[tuple[Path, str]]:
+    """Yield every table that is rendered from one file here, and where it belongs."""
+    for name, table in TABLES.items():
+        source = RESULTS / f"{name}.json"
+        if source.exists():
+            yield source.with_suffix(".md"), table(json.loads(source.read_text()))
+    grid = RESULTS / "speed_grid.jsonl"
+    yield grid.with_suffix(".md"), grid_table([json.loads(line) for line in grid.read_text().splitlines()])
+
+
+def readme() -> str:
+    """Return README with the figures between its marks rendered anew."""
+    text = README.read_text()
+    for mark, block in BLOCKS.items():
+        plain = block().replace("\\", r"\\")
+        text = re.sub(rf"(?s)(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", rf"\g<1>{plain}\g<2>", text)
+    return text
+
+
 def main() -> None:
     """Write every rendered file."""
-    (RESULTS / "main_job.md").write_text(main_job_table(json.loads((RESULTS / "main_job.json").read_text())))
-    (RESULTS / "defaults.md").write_text(defaults_table(json.loads((RESULTS / "defaults.json").read_text())))
-    (RESULTS / "fusions.md").write_text(fusions_table(json.loads((RESULTS / "fusions.json").read_text())))
-    (RESULTS / "kernels.md").write_text(kernels_table(json.loads((RESULTS / "kernels.json").read_text())))
-    grid = [json.loads(line) for line in (RESULTS / "speed_grid.jsonl").read_text().splitlines()]
-    (RESULTS / "speed_grid.md").write_text(grid_table(grid))
-    (RESULTS / "speed_collapse.md").write_text(
-        collapse_table(json.loads((RESULTS / "speed_collapse.json").read_text()))
-    )
+    for path, text in tables():
+        path.write_text(text)
     for name in TIMINGS:
         records = render.read(RESULTS / f"{name}.json")
         render.write(records, RESULTS / f"{name}.md", force=True)
         for suffix in ("svg", "png"):
             render.plot(records, RESULTS / f"{name}.{suffix}", force=True)
-    for mark, text in (("figures", readme_figures()), ("speed", speed_figures()), ("pruned", readme_pruned())):
-        marked = rf"(?s)(<!-- {mark} -->\n).*?(<!-- /{mark} -->)"
-        plain = text.replace("\\", r"\\")
-        README.write_text(re.sub(marked, rf"\g<1>{plain}\g<2>", README.read_text()))
+    README.write_text(readme())
 
 
 if __name__ == "__main__":

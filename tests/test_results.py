@@ -1,0 +1,43 @@
+"""What stands in benchmarks/results and in README as a figure is rendered from the measurements beside it."""
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def render(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import render
+
+    return render
+
+
+def test_tables_are_those_of_their_measurements(render):
+    stale = [path.name for path, text in render.tables() if path.read_text(encoding="utf-8") != text]
+    assert stale == [], "python benchmarks/render.py"
+
+
+def test_figures_of_the_readme_are_those_of_the_measurements(render):
+    assert (ROOT / "README.md").read_text(encoding="utf-8") == render.readme(), "python benchmarks/render.py"
+
+
+def test_parts_of_full_finetuning_compare_the_same_seeds(render):
+    cells = [
+        {"encoder": "e", "task": "sst2", "arm": arm, "seed": seed, "metric_value": value}
+        for arm, seed, value in (("full", 0, 0.8), ("full", 1, 0.4), ("4x", 0, 0.8), ("8x", 2, 0.4))
+    ]
+    assert render.paper._part(cells, "e", "sst2", "4x") == 1.0
+    assert render.paper._part(cells, "e", "sst2", "8x") is None
+
+
+def test_gates_are_ahead_where_they_are(render):
+    pruned = render.pruning_baselines
+    place = {"encoder": "e", "task": "sst2", "seed": 0, "asked_kept": 0.25}
+    ours = [{**place, "method": pruned.GATES, "metric_value": 0.8}]
+    others = [{**place, "method": "magnitude", "metric_value": 0.7}, {**place, "method": "taylor", "metric_value": 0.8}]
+    told = pruned.won(others, ours)
+    assert "of `magnitude` in 1 of 1 cells" in told
+    assert "of `taylor` in 0 of 1 cells, not on e sst2 at 25.0%, 0.8000 to 0.8000" in told
