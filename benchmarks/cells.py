@@ -174,8 +174,9 @@ def sweep(
         if key in {tuple(one[name] for name in names) for one in _read(path)}:
             continue
         done = {**dict(zip(names, key, strict=True)), **cell(key)}
-        cells = [*_read(path), done]  # read anew: another process may have added cells meanwhile
-        keep(path, cells, render)
+        # Read anew: another process may have added cells meanwhile, this one too.
+        others = [one for one in _read(path) if tuple(one[name] for name in names) != key]
+        keep(path, [*others, done], render)
     there: list[dict[str, Any]] = keep(path, None, render)
     return there
 

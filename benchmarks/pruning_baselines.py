@@ -26,6 +26,7 @@ import importlib
 import importlib.metadata
 import json
 import logging
+import operator
 import os
 import statistics
 import sys
@@ -628,14 +629,18 @@ def won(records: list[dict[str, Any]], gates: list[dict[str, Any]]) -> str:
     sentences = []
     for method in METHODS:
         pairs = [(one, ours[same(one)]) for one in records if one["method"] == method and same(one) in ours]
-        behind = [
-            f"{one['encoder']} {one['task']} at {one['asked_kept']:.1%}, {value:.4f} to {one['metric_value']:.4f}"
-            for one, value in pairs
-            if value <= one["metric_value"]
-        ]
-        where = f", not on {'; '.join(behind)}" if behind else ""
-        sentences += [f"of `{method}` in {len(pairs) - len(behind)} of {len(pairs)} cells{where}"] if pairs else []
-    return f"`{GATES}` are ahead " + ("; ".join(sentences) or "of nothing yet") + "."
+        told = {
+            word: [
+                f"{one['encoder']} {one['task']} at {one['asked_kept']:.1%} ({value:.4f} to {one['metric_value']:.4f})"
+                for one, value in pairs
+                if order(value, one["metric_value"])
+            ]
+            for word, order in (("level on", operator.eq), ("behind on", operator.lt))
+        }
+        ahead = len(pairs) - sum(map(len, told.values()))
+        others = [f"{word} {', '.join(cells)}" for word, cells in told.items() if cells]
+        sentences += ["; ".join([f"of `{method}` in {ahead} of {len(pairs)} cells", *others])] if pairs else []
+    return f"`{GATES}` are ahead " + (". They are ahead ".join(sentences) or "of nothing yet") + "."
 
 
 def mean(values: list[float]) -> str:

@@ -40,4 +40,4 @@ def test_gates_are_ahead_where_they_are(render):
     others = [{**place, "method": "magnitude", "metric_value": 0.7}, {**place, "method": "taylor", "metric_value": 0.8}]
     told = pruned.won(others, ours)
     assert "of `magnitude` in 1 of 1 cells" in told
-    assert "of `taylor` in 0 of 1 cells, not on e sst2 at 25.0%, 0.8000 to 0.8000" in told
+    assert "of `taylor` in 0 of 1 cells; level on e sst2 at 25.0% (0.8000 to 0.8000)" in told
