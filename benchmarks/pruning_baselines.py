@@ -48,10 +48,10 @@ from gatepress.batches import make_loader, probe_batch, tokenize
 from gatepress.checkpoint import open_base, versions
 from gatepress.collapse import parameters_of
 from gatepress.config import DataSettings
-from gatepress.distill import Teacher, learn_from_teacher_, taught_loss
+from gatepress.distill import Teacher, learn_from_teacher_
 from gatepress.errors import GatepressError, MissingExtraError, ParityError, UsageError
 from gatepress.evaluation import MAX_LENGTH, evaluate_model
-from gatepress.losses import task_losses
+from gatepress.losses import batch_loss
 from gatepress.machine import cpu_name
 from gatepress.modeling_gatepress import VERSION, shrink_
 from gatepress.models import open_tokenizer
@@ -100,10 +100,7 @@ class Job:
     def loss(self, model: Any, batch: dict[str, Tensor], teacher: Teacher | None = None) -> Tensor:
         """Return the task loss of a batch, and the teacher's if there is one, in the asked precision."""
         with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
-            if teacher:
-                return taught_loss(model, teacher, batch, self.special, self.spec)
-            inputs = {name: values for name, values in batch.items() if name != "labels"}
-            return task_losses(model(**inputs).logits, batch["labels"], self.spec).mean()
+            return batch_loss(model, batch, self.spec, teacher, self.special)
 
     def metric(self, model: Any) -> dict[str, Any]:
         """Return the metric on all validation rows, in float32."""
@@ -544,7 +541,7 @@ def cell(key: tuple[Any, ...], load: Callable[[str, str, int], Job]) -> dict[str
         "recovery_seconds": seconds,
         "precision": job.precision,
         "threads": torch.get_num_threads(),
-        "versions": {**versions(), **({"torch-pruning": tp_version()} if method != "magnitude" else {})},
+        "versions": {**versions(), **({"torch-pruning": tp_version()} if METHODS[method].prune_ is taylor_ else {})},
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "command": f"python benchmarks/pruning_baselines.py --data-dir GLUE --work WORK {words}",
@@ -687,7 +684,7 @@ def main() -> None:
         for method in methods
     ]
     try:
-        if keys and {"taylor", "taylor-taught"} & set(methods):
+        if keys and any(METHODS[method].prune_ is taylor_ for method in methods):
             torch_pruning()  # what is missing is found out now, not after hours of training
         for directory in models.values():
             refuse_too_small(open_base(Path(directory), task_named(TASKS[0])), fractions)

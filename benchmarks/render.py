@@ -264,10 +264,10 @@ def readme_pruned() -> str:
     values = defaultdict(list)
     for one in (*records, *gates):
         values[one["task"], one["method"], one["asked_kept"]].append(one["metric_value"])
-        if one in gates:
-            values[one["task"], "full", 1.0].append(one["full_metric_value"])
-    columns = [("full", 1.0), *itertools.product(names, sorted({one["asked_kept"] for one in records}, reverse=True))]
-    columns = [columns[0], *sorted(columns[1:], key=lambda column: -column[1])]
+    for one in gates:
+        values[one["task"], "full", 1.0].append(one["full_metric_value"])
+    fractions = sorted({one["asked_kept"] for one in records}, reverse=True)
+    columns = [("full", 1.0), *((method, kept) for kept in fractions for method in names)]
     left = {round(1 - removed, 6): deployed.ARMS[arm] for arm, removed in paper.FACTORS.items()}
     titles = ["full finetuning", *(f"{left[kept]}: {names[method]}" for method, kept in columns[1:])]
     metrics = {one["task"]: one["metric_name"] for one in records}

@@ -22,9 +22,9 @@ from gatepress.bench.timing import Call, interleave, wall_clock
 from gatepress.budget import gate_vectors
 from gatepress.checkpoint import versions
 from gatepress.config import FINETUNED
-from gatepress.distill import Teacher, learn_from_teacher_, taught_loss
+from gatepress.distill import Teacher, learn_from_teacher_
 from gatepress.inject import attach_gates_, mark_trainable_, trainable
-from gatepress.losses import task_losses
+from gatepress.losses import batch_loss
 from gatepress.machine import cpu_name
 from gatepress.narrowing import narrow_
 from gatepress.progress import NoProgress
@@ -33,7 +33,7 @@ from gatepress.tasks import TaskSpec, task_named
 PATH = RESULTS / "steps.json"
 SHAPE, BATCH, LENGTH = "minilm", 32, 32
 REPETITIONS, BLOCK, WARMUP = 20, 4, 1
-NO_WORDS = torch.tensor([0, 101, 102])  # ids that are not exchanged
+SPECIAL = torch.tensor([0, 101, 102])  # ids of tokens that are no words
 LEFT = {"2x": 0.5, "4x": 0.25, "8x": 0.125}
 FULL_NAME = "full finetuning"
 
@@ -66,15 +66,10 @@ def stepping(model: Any, batch: dict[str, torch.Tensor], teacher: Teacher | None
     optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-6, fused=True
     )
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
     spec: TaskSpec = task_named("sst2")
 
     def step() -> None:
-        if teacher:
-            loss = taught_loss(model, teacher, batch, NO_WORDS, spec)
-        else:
-            loss = task_losses(model(**inputs).logits, batch["labels"], spec).mean()
-        loss.backward()
+        batch_loss(model, batch, spec, teacher, SPECIAL).backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 
 from gatepress.gates import GatedLinear, gates_of
 from gatepress.inject import replace_module_
-from gatepress.losses import task_losses
 from gatepress.tasks import TaskSpec
 
 TEMPERATURE = 2.0  # of the logits of classes
@@ -69,19 +68,6 @@ def learn_from_teacher_(model: nn.Module) -> None:
     model.eval()
     for _, gate in gates_of(model):
         gate.train()
-
-
-def taught_loss(student: Any, teacher: Teacher, batch: dict[str, Tensor], special: Tensor, spec: TaskSpec) -> Tensor:
-    """Return the loss of a batch whose words are partly exchanged: that of labels, where these hold, and the distance.
-
-    `special` holds the ids of tokens that stay where they are.
-    """
-    labels = batch["labels"]
-    inputs, same = varied({name: value for name, value in batch.items() if name != "labels"}, special)
-    outputs, answers = student(**inputs, output_hidden_states=True), teacher(inputs)
-    labelled = task_losses(outputs.logits, labels, spec) * same
-    weights = balanced(answers, labels, same, spec)
-    return labelled.mean() + distance(outputs, answers, inputs["attention_mask"], weights, spec)
 
 
 def varied(inputs: dict[str, Tensor], special: Tensor) -> tuple[dict[str, Tensor], Tensor]:

@@ -1,13 +1,35 @@
-"""What a task punishes: squared error of a number, cross entropy of classes."""
+"""What a step presses down: the task's loss, and how far the model is from its teacher, if it has one."""
+
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional
 
+from gatepress.distill import Teacher, balanced, distance, varied
 from gatepress.tasks import TaskSpec
 
 
-def task_losses(logits: Tensor, labels: Tensor, spec: TaskSpec) -> Tensor:
-    """Return the loss of each row [batch], in float32, from `logits` [batch, labels] and `labels` [batch]."""
+def batch_loss(
+    model: Any, batch: dict[str, Tensor], spec: TaskSpec, teacher: Teacher | None, special: Tensor
+) -> Tensor:
+    """Return the loss of a batch of inputs [batch, length] and `labels` [batch].
+
+    Behind a teacher words are partly exchanged: labels count where they still hold, and the distance everywhere.
+    `special` holds the ids of tokens that stay where they are.
+    """
+    labels = batch["labels"]
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    if teacher is None:
+        return _task_losses(model(**inputs).logits, labels, spec).mean()
+    inputs, same = varied(inputs, special)
+    outputs, answers = model(**inputs, output_hidden_states=True), teacher(inputs)
+    labelled = _task_losses(outputs.logits, labels, spec) * same
+    weights = balanced(answers, labels, same, spec)
+    return labelled.mean() + distance(outputs, answers, inputs["attention_mask"], weights, spec)
+
+
+def _task_losses(logits: Tensor, labels: Tensor, spec: TaskSpec) -> Tensor:
+    """Return the loss of each row [batch] from `logits` [batch, labels]: squared error or cross entropy."""
     if spec.label_names is None:
         return functional.mse_loss(logits[:, 0].float(), labels.float(), reduction="none")
     return functional.cross_entropy(logits.float(), labels, reduction="none")

@@ -26,14 +26,14 @@ from gatepress.checkpoint import (
 )
 from gatepress.collapse import parameters_of, plan_model, refuse_activation
 from gatepress.config import TrainSettings
-from gatepress.distill import Teacher, learn_from_teacher_, taught_loss
+from gatepress.distill import Teacher, learn_from_teacher_
 from gatepress.errors import ModelError, UsageError
 from gatepress.evaluation import evaluate_model
 from gatepress.files import check_output
 from gatepress.gates import gates_of
 from gatepress.hub import locate_model
 from gatepress.inject import mark_trainable_
-from gatepress.losses import task_losses
+from gatepress.losses import batch_loss
 from gatepress.methods import Kinds, prepare_, trained
 from gatepress.models import model_files, open_tokenizer
 from gatepress.narrowing import narrow_
@@ -276,7 +276,7 @@ def _step(job: _Job, batch: dict[str, Tensor]) -> Tensor:
     # Not accelerate's autocast: it wraps the model itself, and measuring must be in float32.
     bf16 = job.settings.precision == "bf16"
     with torch.autocast(job.device.type, torch.bfloat16, enabled=bf16):
-        loss = _loss(job, batch)
+        loss = batch_loss(job.gated, batch, job.spec, job.teacher, job.special)
     closing = job.budget if job.step >= job.open_steps else None
     penalty = closing.penalty(job.step - job.open_steps) if closing else None
     batches: Any = job.loader.batch_sampler
@@ -300,14 +300,6 @@ def _seed_step(job: _Job) -> None:
     """
     job.noise.manual_seed(seed_of(job.settings.seed, job.step))
     torch.manual_seed(seed_of(job.settings.seed, job.step, job.processes.index))
-
-
-def _loss(job: _Job, batch: dict[str, Tensor]) -> Tensor:
-    """Return the task loss, and the teacher's if there is one."""
-    if job.teacher:
-        return taught_loss(job.gated, job.teacher, batch, job.special, job.spec)
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    return task_losses(job.gated(**inputs).logits, batch["labels"], job.spec).mean()
 
 
 def _figures(job: _Job, loss: Tensor) -> dict[str, float]:
