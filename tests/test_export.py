@@ -18,13 +18,15 @@ from transformers import AutoTokenizer
 import tiny
 from forms import PROBE_ROWS, save_run
 from gatepress import export as exporting
+from gatepress import tracing
 from gatepress.checkpoint import load_run
 from gatepress.config import Granularity, Layout
 from gatepress.errors import ModelError, OutputError, ParityError, UsageError
-from gatepress.export import export, operators, write_onnx
+from gatepress.export import export
 from gatepress.models import load_pruned, save_tokenizer
 from gatepress.pruning import prune
 from gatepress.runtime import open_runner
+from gatepress.tracing import FUSED, operators, write_onnx
 
 # None of these is among the shapes that export itself compares.
 UNSEEN = [(1, 2), (2, 1), (3, 11), (7, 40)]
@@ -86,7 +88,7 @@ def test_run_and_pruned_directory_export_to_what_torch_computes(  # noqa: PLR091
     result = export(tmp_path / "pruned", tmp_path / "onnx")
     dense = dense_operators(family)
     fused = result["fused_operators"]
-    assert all(fused.get(name, 0) >= dense[name] for name in dense if name in exporting.FUSED), (dense, fused)
+    assert all(fused.get(name, 0) >= dense[name] for name in dense if name in FUSED), (dense, fused)
     assert fused["LayerNormalization"] == dense["LayerNormalization"] >= 2 * tiny.LAYERS
     assert "Pad" not in result["operators"]  # zeros of closed outputs are computed
     assert result["source_kind"] == "pruned"
@@ -227,7 +229,7 @@ def test_large_models_keep_their_weights_in_a_file_of_their_own(
     tiny_model_dir, tmp_path: Path, monkeypatch, capfd
 ) -> None:
     """With the oldest operator set, of an encoder without a head, and without a word on stdout."""
-    monkeypatch.setattr(exporting, "EXTERNAL_DATA_BYTES", 0)
+    monkeypatch.setattr(tracing, "EXTERNAL_DATA_BYTES", 0)
     result = export(tiny_model_dir("distilbert"), tmp_path / "onnx", opset=17)
     assert (result["opset"], result["head_is_random"]) == (17, True)
     assert capfd.readouterr().out == ""

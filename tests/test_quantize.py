@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import tiny
 from forms import PROBE_ROWS, save_run
 from gatepress import export as exporting
-from gatepress import quantize
+from gatepress import quantize, tracing
 from gatepress.cli.app import app
 from gatepress.errors import DataError, MetricDropError, ModelError, ParityError, UsageError
 from gatepress.evaluation import evaluate
@@ -172,7 +172,7 @@ def test_same_source_gives_the_same_bytes(made, tmp_path: Path) -> None:
 
 def test_weights_in_a_file_of_their_own_stay_there(made, tmp_path: Path, monkeypatch, capfd) -> None:
     """And the quantizer says not a word, nor leaves a handler that lets others speak."""
-    monkeypatch.setattr(exporting, "EXTERNAL_DATA_BYTES", 0)
+    monkeypatch.setattr(tracing, "EXTERNAL_DATA_BYTES", 0)
     handlers = list(logging.getLogger().handlers)
     result = export(made.pruned, tmp_path / "onnx", quantize="int8")
     assert logging.getLogger().handlers == handlers

@@ -1,0 +1,165 @@
+"""From a model in torch to a graph in an ONNX file, with free batch and length.
+
+Why torch's graph exporter writes it, with attention as plain products and without intermediate shapes:
+`benchmarks/notes/onnx-exporters.md`.
+"""
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import onnxruntime as ort
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from gatepress.agreement import Batch, random_rows
+from gatepress.errors import ModelError
+from gatepress.modeling_gatepress import PrunedLinear
+from gatepress.runners import input_names, plain_attention
+
+EXTERNAL_DATA_BYTES = 1_500_000_000  # a protobuf file ends at 2 GiB: above this, weights get their own file
+# What ONNX Runtime makes of several operators, and whole operators that exporters may take apart.
+FUSED = (
+    *("Attention", "MultiHeadAttention", "BiasSoftmax"),
+    *("BiasGelu", "FastGelu", "Gelu", "QuickGelu"),
+    *("FusedGemm", "FusedMatMul", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"),
+    *("LayerNormalization", "SkipLayerNormalization", "EmbedLayerNormalization"),
+)
+EXAMPLE = (2, 7)  # the shape that torch exports with; none of those that are checked afterwards
+
+
+def write_onnx(model: PreTrainedModel, file: Path, *, opset: int | None = None) -> None:
+    """Write a model's logits as a graph with free batch and length; `ModelError` where torch cannot."""
+    names = input_names(model)
+    example = random_rows(model, *EXAMPLE, padded=True)
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
+    size = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
+    try:
+        # Plain attention: the fused call is taken apart into more nodes.
+        with plain_attention(model), _rows_of_zeros(model), _silence(), torch.no_grad():
+            torch.onnx.export(
+                _Logits(model, names).eval(),
+                tuple(torch.from_numpy(example[name]).to(model.device) for name in names),
+                file,
+                dynamo=True,
+                verbose=False,
+                input_names=names,
+                output_names=["logits"],
+                dynamic_shapes=(tuple({0: batch, 1: length} for _ in names),),
+                external_data=size > EXTERNAL_DATA_BYTES,
+                opset_version=opset,
+            )
+    except (OSError, MemoryError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # the exporter's stages raise what they like
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise ModelError(
+            f"{type(model).__name__}: torch cannot export it to ONNX ({reason}); --debug shows all of it"
+        ) from error
+    slim(file)
+
+
+def operators(file: Path, batch: Batch) -> dict[str, int]:
+    """Return what ONNX Runtime makes of a graph: how many of each operator it runs, its own ones among them.
+
+    Read from its profile of one run: saving the optimized graph would write all weights once more.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    options.enable_profiling = True
+    with tempfile.TemporaryDirectory() as directory:
+        options.profile_file_prefix = str(Path(directory) / "profile")
+        session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        session.run(None, {one.name: batch[one.name] for one in session.get_inputs()})
+        profile = Path(session.end_profiling())
+        try:
+            events = json.loads(profile.read_text(encoding="utf-8"))
+        except ValueError:  # it was cut short, which ONNX Runtime does not tell
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(profile)) from None
+    ran = Counter(one["args"]["op_name"] for one in events if one["name"].endswith("_kernel_time"))
+    return dict(sorted(ran.items()))
+
+
+def opset_of(file: Path) -> int:
+    """Return the version of ONNX's own operators that a file asks for."""
+    imports = onnx.load(file, load_external_data=False).opset_import
+    return next(int(one.version) for one in imports if one.domain in ("", "ai.onnx"))
+
+
+@contextlib.contextmanager
+def _rows_of_zeros(model: PreTrainedModel) -> Iterator[None]:
+    """Let matrices compute the zeros that closed outputs are: ONNX Runtime takes longer to put some behind a result."""
+    scattered = (part for part in model.modules() if isinstance(part, PrunedLinear) and part.out_index is not None)
+    before = [(part, part.weight, part.bias) for part in scattered]
+    try:
+        for part, weight, bias in before:
+            part.weight = torch.nn.Parameter(functional.pad(weight.detach(), (0, 0, 0, 1)))
+            part.bias = None if bias is None else torch.nn.Parameter(functional.pad(bias.detach(), (0, 1)))
+        yield
+    finally:
+        for part, weight, bias in before:
+            part.weight, part.bias = weight, bias
+
+
+class _Logits(torch.nn.Module):
+    """The model as a function from its inputs, in order, to its logits."""
+
+    def __init__(self, model: PreTrainedModel, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self.names = names
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """Map inputs [batch, length] to logits [batch, labels]."""
+        logits: torch.Tensor = self.model(**dict(zip(self.names, inputs, strict=True))).logits
+        return logits
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep back what the exporter warns of: its own deprecations, packages that nobody asked for."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [one.level for one in loggers]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for one in loggers:
+                one.setLevel(logging.ERROR)
+            yield
+    finally:
+        for one, level in zip(loggers, levels, strict=True):
+            one.setLevel(level)
+
+
+def slim(file: Path) -> None:
+    """Drop what the exporter notes beside the graph.
+
+    Its notes hold source paths of the machine that exported. Its intermediate shapes let ONNX Runtime
+    see that a residual sum can be fused with the layer norm behind it, and on a CPU that fused
+    operator is slower than the two it replaces.
+    """
+    model = onnx.load(file, load_external_data=False)
+    graph = model.graph
+    del graph.value_info[:]
+    for part in (
+        model,
+        graph,
+        *graph.node,
+        *graph.input,
+        *graph.output,
+        *graph.initializer,
+        *model.functions,
+    ):
+        del part.metadata_props[:]
+        part.doc_string = ""
+    onnx.save(model, file)
