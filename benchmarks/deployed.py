@@ -20,7 +20,7 @@ from cells import RESULTS, gatepress, is_finished, keep, models_of, parser
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from paper import FINETUNED, KEY, run_of, trained
+from paper import FINETUNED, KEY, place_of, trained
 
 from gatepress.bench import endtoend
 from gatepress.bench.figures import BLUE, FAINT, ORANGE, STYLE
@@ -43,7 +43,7 @@ def measure(task: str, seed: int, options: argparse.Namespace) -> list[Row]:
     places: dict[str, Path] = {}
     models = models_of(options)
     for key in ((encoder, task, arm, seed) for encoder in models for arm in ARMS):
-        if options.finished and not is_finished(run_of("accuracy", key, options)):
+        if options.finished and not is_finished(place_of("accuracy", key, options)):
             continue
         run, report = trained("accuracy", key, models, options)
         for dtype, directory in _export(run, options.work / "deployed" / run.name, key[2]):

@@ -30,7 +30,7 @@ from cells import (
     models_of,
     parser,
     pressed_epochs,
-    run_of_full,
+    run_of,
     sweep,
     train,
 )
@@ -234,17 +234,15 @@ def trained(
         words, start = tuple(word for word in words if word != FROM_FINETUNED), ("run_of_full", str(full))
         epochs = pressed_epochs(task, FACTORS[arm])
     words = ("--task", task, *experiment.words, *words, "--seed", seed, *common(options, epochs))
-    run = run_of(name, key, options)
+    run = place_of(name, key, options)
     return run, train(run, *start, words, options)
 
 
-def run_of(name: str, key: tuple[Any, ...], options: argparse.Namespace) -> Path:
-    """Return where one cell of an experiment is kept."""
+def place_of(name: str, key: tuple[Any, ...], options: argparse.Namespace) -> Path:
+    """Return where the run of one cell of an experiment is kept."""
     encoder, task, arm, seed = key
-    if EXPERIMENTS[name].arms[arm] == FULL and EXPERIMENTS[name].words == ROWS:
-        return run_of_full(encoder, task, seed, options)
-    run: Path = options.work / name / _directory(key)
-    return run
+    experiment = EXPERIMENTS[name]
+    return run_of(encoder, task, seed, (*experiment.words, *experiment.arms[arm]), options)
 
 
 def figure_3(name: str, options: argparse.Namespace) -> None:
@@ -260,15 +258,11 @@ def figure_3(name: str, options: argparse.Namespace) -> None:
     target = "cuda" if options.device == "cuda" else "torch-cpu"
     pruned = []
     for arm in experiment.arms:
-        run = options.work / "figure2" / _directory((encoder, "cola", arm, 0))
+        run = place_of("figure2", (encoder, "cola", arm, 0), options)
         pruned.append(options.work / "figure3b" / arm.strip("%"))
         gatepress("prune", run, "-o", pruned[-1], "--for", target, "--force")
     where = [] if options.data_dir is None else ["--data-dir", options.data_dir]
     gatepress("bench", *pruned, "--task", "cola", *where, "--device", options.device, "--repetitions", 10, *files)
-
-
-def _directory(key: tuple[Any, ...]) -> str:
-    return "-".join(str(part) for part in key).replace(" ", "_").replace(",", "").replace("/", "_").replace("%", "")
 
 
 def main() -> None:

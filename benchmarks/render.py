@@ -276,11 +276,13 @@ def readme_pruned() -> str:
         for task in TASKS
         if task in metrics
     ]
+    seeds = len({one["seed"] for one in records})
+    median = "one seed" if seeds == 1 else f"median of {seeds} seeds"
     return (
         f"| MiniLM | {' | '.join(titles)} |\n|---|{'--:|' * len(columns)}\n"
         + "\n".join(rows)
-        + "\n\nAt equal multiply-accumulates, one seed; all start from one finetuned model and take as many "
-        "epochs, gates with a teacher, as is their default. Taylor: Torch-Pruning. "
+        + f"\n\nAt equal multiply-accumulates, {median}; all start from one finetuned model and take as many epochs, "
+        "gates with a teacher, as is their default. Taylor: Torch-Pruning. "
         f"{pruning_baselines.won(records, gates)} "
         "[How, and with a teacher for the others](benchmarks/results/pruning_baselines.md).\n"
     )
