@@ -107,7 +107,10 @@ def train(run: Path, name: str, model: str, words: Sequence[object], options: ar
         raise SystemExit(f"{run}: was trained with {other}, asked is {' '.join(map(str, words))}; remove it")
     return {
         **{key: report[key] for key in COUNTED if key in report},
-        **{key: settings[key] for key in ("granularity", "controller", "method", "lora_rank", "distill", "precision")},
+        **{
+            key: settings[key]
+            for key in ("granularity", "controller", "method", "lora_rank", "learning_rate", "distill", "precision")
+        },
         "versions": manifest["versions"],
         "cpu": cpu_name(),
         "cores": os.cpu_count(),

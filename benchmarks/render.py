@@ -34,8 +34,10 @@ README = HERE.parent / "README.md"
 TIMINGS = (
     "matmul",
     "speed_base",
+    "speed_base_xeon",
     "speed_base_avx2",
     "speed_trained",
+    "speed_trained_xeon",
     "speed_trained_avx2",
     "speed_structured_minilm",
     "speed_structured_roberta-base",
@@ -187,20 +189,18 @@ def kernels_table(rows: list[dict[str, Any]]) -> str:
 
 def speed_figures() -> str:
     """Return what pruning buys against what a user would deploy instead, on each machine in one interleaved run."""
-    machines = [_largest(render.read(RESULTS / f"{name}.json")) for name in ("speed_base", "speed_base_avx2")]
+    names = ("speed_base", "speed_base_xeon", "speed_base_avx2")
+    machines = [_largest(render.read(RESULTS / f"{name}.json")) for name in names]
     rows = "\n".join(
         f"| {same[0].name} "
-        + "".join(
-            f"| {one.latency_ms_median:,.0f} ms | {one.relative_time_factor:.2f}x | {(one.macs or 0) / 1e9:.1f} G "
-            for one in same
-        )
+        + "".join(f"| {one.latency_ms_median:,.0f} ms | {one.relative_time_factor:.2f}x " for one in same)
         + "|"
         for same in zip(*machines, strict=True)
     )
-    names = "".join(f"| {records[0].device_name} | factor | MACs " for records in machines)
+    titles = "".join(f"| {records[0].device_name.replace('(R)', '')} | factor " for records in machines)
     dense = machines[0][0]
     return (
-        f"| {BATCH} x {LENGTH} tokens {names}|\n|---|{'--:|' * (3 * len(machines))}\n{rows}\n\n"
+        f"| {BATCH} x {LENGTH} tokens {titles}|\n|---|{'--:|' * (2 * len(machines))}\n{rows}\n\n"
         f"RoBERTa-base shape, gates of the paper, 30 % closed on both axes; {dense.threads} threads, median of "
         f"{dense.repetitions}, on each machine one interleaved run (`gatepress bench RUN --alternatives`); random "
         "weights and gates. All batches and lengths, a trained run, structured gates: "

@@ -237,6 +237,14 @@ def test_manifests_from_before_there_were_methods_are_read() -> None:
     assert read.distill is False  # going on, it stays what it was
 
 
+@pytest.mark.parametrize(("sparsity", "rate"), [(0.5, 5e-4), (0.75, 5e-4), (0.8, 1e-3), (0.875, 1e-3)])
+def test_where_little_of_a_finetuned_model_is_left_it_learns_at_a_higher_rate(sparsity: float, rate: float) -> None:
+    asked = replace(SETTINGS, method="gates+lora", sparsity=sparsity)
+    assert asked.resolved(finetuned=True).learning_rate == rate
+    assert asked.resolved(finetuned=False).learning_rate == METHODS["gates+lora"].learning_rate
+    assert replace(asked, learning_rate=2e-4).resolved(finetuned=True).learning_rate == 2e-4
+
+
 def test_gates_close_in_a_model_that_was_finetuned_and_it_teaches_itself(
     tiny_model_dir: Any, tiny_task_files: Any, tmp_path: Any
 ) -> None:

@@ -144,9 +144,12 @@ class TokenRows(Dataset[Row]):
 
 
 class PadToLongest:
-    """Stack rows into one batch of int64 tensors `[batch, longest]`, padded on the right."""
+    """Stack rows into one batch of int64 tensors `[batch, longest]`, padded on the right.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, multiple_of: int = 1) -> None:
+    The longest of the batch is rounded up to `multiple_of`, but not above `most`, which a model still takes.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, multiple_of: int, most: int) -> None:
         if tokenizer.pad_token_id is None:
             raise ModelError("the tokenizer has no padding token, so rows cannot share a batch; set its pad_token")
         self._padding = {
@@ -155,11 +158,12 @@ class PadToLongest:
             "token_type_ids": tokenizer.pad_token_type_id,
         }
         self._multiple_of = multiple_of
+        self._most = most
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
         """Return the batch, with `labels` as int64 ids or float32 numbers."""
         longest = max(len(row["input_ids"]) for row in rows)
-        width = -(-longest // self._multiple_of) * self._multiple_of
+        width = min(self._most, math.ceil(longest / self._multiple_of) * self._multiple_of)
         batch: Batch = {}
         for name in rows[0]:
             if name == "labels":
@@ -188,7 +192,7 @@ def make_loader(  # noqa: PLR0913 - each is a dial of the batches
     """
     rows = TokenRows(dataset)
     batches = GroupedBatches(rows.lengths, batch_size, shuffle=shuffle, seed=seed, processes=processes)
-    collate = PadToLongest(tokenizer, pad_to_multiple_of)
+    collate = PadToLongest(tokenizer, pad_to_multiple_of, most=int(rows.lengths.max()))
     return DataLoader(rows, batch_sampler=batches, collate_fn=collate)
 
 

@@ -45,9 +45,10 @@ METHODS: dict[str, MethodSpec] = {
     "lora-xs": MethodSpec(gated=False, learning_rate=1e-3, rank=25),
 }
 
-# Of gates with low rank in a model that knows the task: at a high sparsity most of it is learnt anew, so a longer part
-# of the steps is for what is left, and what the model knew teaches it.
-FINETUNED = MethodSpec(gated=True, learning_rate=1e-3, rank=32, closing=0.35, distill=True)
+# Of gates with low rank in a model that knows the task: a longer part of the steps is for what is left, and what the
+# model knew teaches it. Where little is left, most of it is learnt anew, at a higher rate.
+FINETUNED = MethodSpec(gated=True, learning_rate=5e-4, rank=32, closing=0.35, distill=True)
+LITTLE_LEFT, RATE_OF_LITTLE = 0.8, 1e-3  # from that sparsity on
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,9 @@ class TrainSettings:
     def resolved(self, *, finetuned: bool) -> "TrainSettings":
         """Return the settings with what a method chooses: a manifest must not hang on later defaults."""
         own = METHODS[self.method]
-        own = FINETUNED if finetuned and own.gated and own.rank else own
+        if finetuned and own.gated and own.rank:
+            little = self.sparsity >= LITTLE_LEFT
+            own = replace(FINETUNED, learning_rate=RATE_OF_LITTLE) if little else FINETUNED
         return replace(
             self,
             lora_rank=(self.lora_rank or own.rank) if own.rank else None,

@@ -53,6 +53,7 @@ MIN_STEPS, MIN_EPOCHS, MAX_EPOCHS = 1_500, 3, 20  # what an absent --epochs aims
 OPEN_SHARE = 3  # a third of the epochs makes a teacher of a model that does not know the task yet
 MAX_GRADIENT_NORM = 1.0
 LOSS_EVERY = 5  # steps: reading the loss waits for the device
+BF16_LENGTHS = 8  # lengths are multiples of it in bf16: CPUs compile each shape, GPUs have units of that size
 SHORT = 512  # tokens that any encoder takes, where its configuration names no limit
 
 
@@ -163,8 +164,15 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
     tokens = min(settings.max_length, max_tokens(model.config.to_dict()) or SHORT, int(tokenizer.model_max_length))
     train_rows = tokenize(_present(rows.train), tokenizer, tokens)
     validation_rows = {name: tokenize(split, tokenizer, tokens) for name, split in rows.validation.items()}
-    order: dict[str, Any] = {"shuffle": True, "seed": settings.seed, "processes": processes}
-    loader = make_loader(train_rows, tokenizer, settings.batch_size, **order)
+    loader = make_loader(
+        train_rows,
+        tokenizer,
+        settings.batch_size,
+        shuffle=True,
+        seed=settings.seed,
+        pad_to_multiple_of=BF16_LENGTHS if settings.precision == "bf16" else 1,
+        processes=processes,
+    )
     steps_per_epoch = len(loader)
     epochs = settings.epochs or min(MAX_EPOCHS, max(MIN_EPOCHS, math.ceil(MIN_STEPS / steps_per_epoch)))
     steps = epochs * steps_per_epoch
