@@ -157,12 +157,12 @@ def render(experiment: Experiment, cells: list[dict[str, Any]]) -> str:
                 f"{max(c['peak_memory_bytes'] for c in rows) / 1e9:.1f} GB",
             ]
             text += f"| {' | '.join(columns)} |\n"
-    one = cells[0]
+    machines = sorted({f"{c['precision']} on {c['cores']} cores of {c['cpu']}" for c in cells})
     return text + (
         f"\nMedian over seeds, their number in square brackets where it is not {SEEDS}; in round ones the part of "
         "full finetuning's metric with the same seeds, where the table has it. "
-        f"Trained in {one['precision']}, measured in float32 on all "
-        f"validation rows; {one['cores']} cores of {one['cpu']}, seconds with measuring and whatever else ran. "
+        f"Trained in {', and in '.join(machines)}; a seed's arms on one machine. Measured in float32 on all "
+        "validation rows; seconds with measuring and whatever else ran. "
         "Commands, curves and versions stand in the JSON.\n"
     )
 

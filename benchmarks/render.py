@@ -248,18 +248,19 @@ def readme_figures() -> str:
     record = whole[1]
     return (
         f"Measured: {lead}\n\n{head} |\n|---|{'--:|' * len(deployed.ARMS)}\n{table}\n\n"
-        f"ONNX Runtime on {record.device_name}, {record.threads} threads, median of {record.repetitions} repetitions "
-        f"by turns; {whole[0]['examples']} validation rows, one of which is 0.1 %; one seed. Before: full finetuning. "
-        "After: `gatepress train --model runs/full` on what that gave. Other lengths and a larger encoder: "
-        "[what is deployed](benchmarks/results/deployed.md).\n"
+        f"gatepress {record.versions['gatepress']}, ONNX Runtime on {record.device_name}, {record.threads} threads, "
+        f"median of {record.repetitions} repetitions by turns; {whole[0]['examples']} validation rows, one of which "
+        "is 0.1 %; one seed. Before: full finetuning. After: `gatepress train --model runs/full` on what that gave. "
+        "Other lengths and a larger encoder: [what is deployed](benchmarks/results/deployed.md).\n"
     )
 
 
 def readme_pruned() -> str:
     """Return what is kept at equal multiply-accumulates by gates and by other ways to prune, in Markdown."""
     records = json.loads((RESULTS / "pruning_baselines.json").read_text())
-    records = [one for one in records if one["encoder"] == ENCODER]
-    gates = pruning_baselines.of_gates(records)
+    gates = pruning_baselines.of_gates([one for one in records if one["encoder"] == ENCODER])
+    compared = {pruning_baselines.same(one) for one in gates}
+    records = [one for one in records if pruning_baselines.same(one) in compared]
     names = {pruning_baselines.GATES: "gates", "taylor": "Taylor", "magnitude": "magnitude"}
     values = defaultdict(list)
     for one in (*records, *gates):
@@ -276,8 +277,8 @@ def readme_pruned() -> str:
         for task in TASKS
         if task in metrics
     ]
-    seeds = len({one["seed"] for one in records})
-    median = "one seed" if seeds == 1 else f"median of {seeds} seeds"
+    seeds = max(len(found) for (_, method, _), found in values.items() if method != "full")
+    median = "one seed" if seeds == 1 else f"median of up to {seeds} seeds"
     return (
         f"| MiniLM | {' | '.join(titles)} |\n|---|{'--:|' * len(columns)}\n"
         + "\n".join(rows)
