@@ -99,7 +99,7 @@ def make_artefacts(root: Path) -> Path:
 
     import tiny
     from forms import save_run
-    from gatepress import export
+    from gatepress import export, tracing
     from gatepress.files import sha256_of
     from gatepress.pruning import prune
 
@@ -126,11 +126,11 @@ def make_artefacts(root: Path) -> Path:
         prune(source, root / f"pruned-{layout}", layout=layout)
     export.export(root / "pruned-inner", root / "onnx")
     export.export(root / "pruned-inner", root / "onnx-int8", quantize="int8", measure=False)
-    limit, export.EXTERNAL_DATA_BYTES = export.EXTERNAL_DATA_BYTES, 0
+    limit, tracing.EXTERNAL_DATA_BYTES = tracing.EXTERNAL_DATA_BYTES, 0
     try:
         export.export(root / "pruned-index", root / "onnx-external")
     finally:
-        export.EXTERNAL_DATA_BYTES = limit
+        tracing.EXTERNAL_DATA_BYTES = limit
     for kind, source in (("bare", "onnx-int8"), ("bare-external", "onnx-external")):
         (root / kind).mkdir()
         for file in (root / source).glob("model.onnx*"):  # under their names: the graph names its weights
