@@ -161,7 +161,7 @@ def render(experiment: Experiment, cells: list[dict[str, Any]]) -> str:
     return text + (
         f"\nMedian over seeds, their number in square brackets where it is not {SEEDS}; in round ones the part of "
         "full finetuning's metric with the same seeds, where the table has it. "
-        f"Trained in {', and in '.join(machines)}; a seed's arms on one machine. Measured in float32 on all "
+        f"Trained in {', and in '.join(machines)}; measured in float32 on all "
         "validation rows; seconds with measuring and whatever else ran. "
         "Commands, curves and versions stand in the JSON.\n"
     )

@@ -197,7 +197,7 @@ def speed_figures() -> str:
         + "|"
         for same in zip(*machines, strict=True)
     )
-    titles = "".join(f"| {records[0].device_name.replace('(R)', '')} | factor " for records in machines)
+    titles = "".join(f"| {records[0].device_name} | factor " for records in machines)
     dense = machines[0][0]
     return (
         f"| {BATCH} x {LENGTH} tokens {titles}|\n|---|{'--:|' * (2 * len(machines))}\n{rows}\n\n"
@@ -265,8 +265,9 @@ def readme_pruned() -> str:
     values = defaultdict(list)
     for one in (*records, *gates):
         values[one["task"], one["method"], one["asked_kept"]].append(one["metric_value"])
-    for one in gates:
-        values[one["task"], "full", 1.0].append(one["full_metric_value"])
+    full = {(one["task"], one["seed"]): one["full_metric_value"] for one in gates}  # one, whatever the sizes
+    for (task, _), value in full.items():
+        values[task, "full", 1.0].append(value)
     fractions = sorted({one["asked_kept"] for one in records}, reverse=True)
     columns = [("full", 1.0), *((method, kept) for kept in fractions for method in names)]
     left = {round(1 - removed, 6): deployed.ARMS[arm] for arm, removed in paper.FACTORS.items()}

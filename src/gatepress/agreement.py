@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from transformers import PreTrainedModel
 
 from gatepress.errors import ParityError
-from gatepress.runners import Runner, TorchRunner, input_names
+from gatepress.runners import Batch, Runner, TorchRunner, input_names
 
 LONGEST_TRIED = 512  # tokens
 SEED = 0
@@ -22,8 +21,6 @@ SHAPES = (
     (1, LONGEST_TRIED, False),
 )
 
-Batch = dict[str, npt.NDArray[np.int64]]
-
 
 @dataclass(frozen=True)
 class Agreement:
@@ -33,14 +30,12 @@ class Agreement:
     difference: float
 
 
-def random_batches(runner: Runner, *, seed: int = SEED) -> list[Batch]:
+def random_batches(runner: TorchRunner) -> list[Batch]:
     """Return the batches that a form of this model is compared on: `SHAPES`, cut to what the model takes."""
-    if not isinstance(runner, TorchRunner):
-        raise TypeError("only a torch model knows its vocabulary")
     longest = min(runner.max_tokens or LONGEST_TRIED, LONGEST_TRIED)
     shapes = dict.fromkeys((rows, min(length, longest), padded) for rows, length, padded in SHAPES)
     return [
-        random_rows(runner.model, rows, length, padded=padded, seed=seed + number)
+        random_rows(runner.model, rows, length, padded=padded, seed=SEED + number)
         for number, (rows, length, padded) in enumerate(shapes)
     ]
 

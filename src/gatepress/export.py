@@ -13,7 +13,7 @@ import onnx
 from transformers import PreTrainedModel
 
 from gatepress import __version__
-from gatepress.agreement import Batch, compare, quantized_difference, random_batches
+from gatepress.agreement import compare, quantized_difference, random_batches
 from gatepress.checkpoint import PROBE_FILE, read_probe
 from gatepress.errors import GatepressError, MetricDropError, UsageError
 from gatepress.evaluation import Basis, basis_of, evaluate_runner, probe_rows
@@ -22,7 +22,7 @@ from gatepress.manifests import ONNX_FILE, ONNX_FORMAT, ONNX_MODEL
 from gatepress.models import model_errors, open_tokenizer, save_tokenizer
 from gatepress.progress import Progress
 from gatepress.quantize import quantize_file
-from gatepress.runners import Runner, TorchRunner
+from gatepress.runners import Batch, Runner, TorchRunner
 from gatepress.runtime import open_runner
 from gatepress.tracing import FUSED, operators, opset_of, slim, write_onnx
 
@@ -61,7 +61,7 @@ def export(  # noqa: PLR0913 - every option of the command is one
     basis = _basis(runner, source, required=max_metric_drop is not None) if quantize and measure else None
     kept = runner.kind == "run" and (Path(source) / PROBE_FILE).is_file()
     random = random_batches(runner)
-    real = [_kept_rows(runner, Path(source))] if kept else [probe_rows(basis, runner)] if basis else []
+    real: list[Batch] = [_kept_rows(runner, Path(source))] if kept else [probe_rows(basis, runner)] if basis else []
     with new_directory(output, force=force) as staged:
         model_file = staged / ONNX_MODEL
         write_onnx(runner.model, model_file, opset=opset)

@@ -21,10 +21,10 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from gatepress.agreement import Batch, random_rows
+from gatepress.agreement import random_rows
 from gatepress.errors import ModelError
 from gatepress.modeling_gatepress import PrunedLinear
-from gatepress.runners import input_names, plain_attention
+from gatepress.runners import Batch, input_names, plain_attention
 
 EXTERNAL_DATA_BYTES = 1_500_000_000  # a protobuf file ends at 2 GiB: above this, weights get their own file
 # What ONNX Runtime makes of several operators, and whole operators that exporters may take apart.
