@@ -118,15 +118,6 @@ def train(run: Path, name: str, model: str, words: Sequence[object], options: ar
     }
 
 
-def finetuned(
-    encoder: str, model: str, task: str, seed: int, options: argparse.Namespace
-) -> tuple[Path, dict[str, Any]]:
-    """Return the run of full finetuning that others start from, and what it says; trained unless it is there."""
-    run = run_of(encoder, task, seed, (*ROWS, *FULL), options)
-    words = ("--task", task, *ROWS, *FULL, "--seed", seed, *common(options, EPOCHS.get(task)))
-    return run, train(run, encoder, model, words, options)
-
-
 def run_of(encoder: str, task: str, seed: int, words: Sequence[object], options: argparse.Namespace) -> Path:
     """Return where the run of a cell is kept: by what is trained, so that whatever else asks for the same finds it."""
     named = "_".join(str(word).strip("-<>").replace(",", "") for word in words)

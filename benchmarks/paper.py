@@ -25,7 +25,6 @@ from cells import (
     ROWS,
     TASKS,
     common,
-    finetuned,
     gatepress,
     models_of,
     parser,
@@ -230,7 +229,7 @@ def trained(
     experiment = EXPERIMENTS[name]
     words, start, epochs = experiment.arms[arm], (encoder, models[encoder]), EPOCHS.get(task)
     if FROM_FINETUNED in words:
-        full, _ = finetuned(encoder, models[encoder], task, seed, options)
+        full, _ = trained(name, (encoder, task, FINETUNED, seed), models, options)
         words, start = tuple(word for word in words if word != FROM_FINETUNED), ("run_of_full", str(full))
         epochs = pressed_epochs(task, FACTORS[arm])
     words = ("--task", task, *experiment.words, *words, "--seed", seed, *common(options, epochs))
@@ -254,11 +253,11 @@ def figure_3(name: str, options: argparse.Namespace) -> None:
         gatepress("bench", "--shape", "768x768,3072x768", "--repetitions", repetitions, *files)
         return
     experiment = EXPERIMENTS["figure2"]
-    encoder = next(iter(dict(options.model) or PAPER_MODELS))
+    encoder, seed = next(iter(dict(options.model) or PAPER_MODELS)), next(iter(options.seed or (0,)))
     target = "cuda" if options.device == "cuda" else "torch-cpu"
     pruned = []
     for arm in experiment.arms:
-        run = place_of("figure2", (encoder, "cola", arm, 0), options)
+        run = place_of("figure2", (encoder, "cola", arm, seed), options)
         pruned.append(options.work / "figure3b" / arm.strip("%"))
         gatepress("prune", run, "-o", pruned[-1], "--for", target, "--force")
     where = [] if options.data_dir is None else ["--data-dir", options.data_dir]

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import MAX_ROWS, finetuned, models_of
+from cells import MAX_ROWS, models_of
+from paper import FINETUNED, trained
 from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup
 
@@ -21,6 +22,7 @@ from gatepress.losses import batch_loss
 from gatepress.models import open_tokenizer
 from gatepress.tasks import TaskSpec
 from gatepress.tasks.sources import load_rows
+from gatepress.training import BF16_LENGTHS
 
 BATCH, LEARNING_RATE, WEIGHT_DECAY, WARMUP = 32, 5e-5, 0.01, 0.06
 TAUGHT_RATE = 3e-4  # better than 1e-4 (notes/accuracy.md)
@@ -47,7 +49,10 @@ class Job:
 
     def loader(self, seed: int) -> Any:
         """Return shuffled batches of the training rows."""
-        return make_loader(self.train_rows, self.tokenizer, BATCH, shuffle=True, seed=seed)
+        multiple_of = BF16_LENGTHS if self.precision == "bf16" else 1
+        return make_loader(
+            self.train_rows, self.tokenizer, BATCH, shuffle=True, seed=seed, pad_to_multiple_of=multiple_of
+        )
 
     @cached_property
     def special(self) -> Tensor:
@@ -72,7 +77,7 @@ class Job:
 
 def load_job(encoder: str, task: str, seed: int, options: argparse.Namespace) -> Job:
     """Return an encoder finetuned on a task, with the task's rows."""
-    run, told = finetuned(encoder, models_of(options)[encoder], task, seed, options)
+    run, told = trained("accuracy", (encoder, task, FINETUNED, seed), models_of(options), options)
     rows = load_rows(DataSettings(task=task, data_dir=str(options.data_dir), max_train_samples=MAX_ROWS))
     tokenizer = open_tokenizer(run)
     validation = {name: tokenize(split, tokenizer, MAX_LENGTH) for name, split in rows.validation.items()}

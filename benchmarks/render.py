@@ -265,28 +265,28 @@ def readme_pruned() -> str:
     values = defaultdict(list)
     for one in (*records, *gates):
         values[one["task"], one["method"], one["asked_kept"]].append(one["metric_value"])
-    full = {(one["task"], one["seed"]): one["full_metric_value"] for one in gates}  # one, whatever the sizes
-    for (task, _), value in full.items():
-        values[task, "full", 1.0].append(value)
+    for one in gates:
+        values[one["task"], "full", one["asked_kept"]].append(one["full_metric_value"])
     fractions = sorted({one["asked_kept"] for one in records}, reverse=True)
-    columns = [("full", 1.0), *((method, kept) for kept in fractions for method in names)]
+    columns = [(method, kept) for kept in fractions for method in ("full", *names)]
     left = {round(1 - removed, 6): deployed.ARMS[arm] for arm, removed in paper.FACTORS.items()}
-    titles = ["full finetuning", *(f"{left[kept]}: {names[method]}" for method, kept in columns[1:])]
+    titles = ["full finetuning" if method == "full" else f"{left[kept]}: {names[method]}" for method, kept in columns]
     metrics = {one["task"]: one["metric_name"] for one in records}
     rows = [
         f"| {task} ({metrics[task]}) | {' | '.join(_median(values[task, *column]) for column in columns)} |"
         for task in TASKS
         if task in metrics
     ]
-    seeds = max(len(found) for (_, method, _), found in values.items() if method != "full")
+    seeds = max(len(found) for found in values.values())
     median = "one seed" if seeds == 1 else f"median of up to {seeds} seeds"
     return (
         f"| MiniLM | {' | '.join(titles)} |\n|---|{'--:|' * len(columns)}\n"
         + "\n".join(rows)
-        + f"\n\nAt equal multiply-accumulates, {median}; all start from one finetuned model and take as many epochs, "
+        + f"\n\nAt equal multiply-accumulates, {median}; a size's columns start from the full finetuning before them "
+        "and train for equally many epochs, "
         "gates with a teacher, as is their default. Taylor: Torch-Pruning. "
         f"{pruning_baselines.won(records, gates)} "
-        "[How, and with a teacher for the others](benchmarks/results/pruning_baselines.md).\n"
+        "[How](benchmarks/results/pruning_baselines.md).\n"
     )
 
 

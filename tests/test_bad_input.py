@@ -22,6 +22,8 @@ from typer.testing import CliRunner
 
 import tiny
 from gatepress.cli.app import app
+from gatepress.errors import OutputError
+from gatepress.files import new_directory
 
 TRAINING = ["--epochs", "1", "--batch-size", "32", "--max-length", "16", "--device", "cpu"]
 HEADER = ("text", "label")
@@ -32,7 +34,10 @@ def snapshot(root: Path) -> dict[str, str]:
     found = {}
     for path in sorted(root.rglob("*")):
         name = str(path.relative_to(root))
-        found[name] = "directory" if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest()
+        if path.is_symlink():
+            found[name] = f"link to {path.readlink()}"
+        else:
+            found[name] = "directory" if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 
 
@@ -170,9 +175,23 @@ def drop_tokenizer(directory: Path) -> None:
         path.unlink()
 
 
+def widen(key: str) -> Callable[[Path], None]:
+    """Return what makes a configuration ask for larger tensors than the checkpoint has."""
+
+    def spoil(directory: Path) -> None:
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps({**config, key: config[key] + 32}))
+
+    return spoil
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
+        *(
+            (widen(key), r"weights .*\(bert\.")
+            for key in ("vocab_size", "max_position_embeddings", "intermediate_size")
+        ),
         (spoil_config, r"config.json is not readable as JSON"),
         (drop_config, r"has no config.json"),
         (cut_weights, r"model"),
@@ -311,6 +330,30 @@ def test_sparsity_out_of_range(here, train_on, sparsity):
     refused(here, train_on("good.csv", f"--sparsity={sparsity}"), 2, message)
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--weight-decay", "-1", "a number from 0 on"),
+        ("--weight-decay", "inf", "a number from 0 on"),
+        ("--penalty-weight", "nan", "a number from 0 on"),
+        ("--warmup-ratio", "nan", "a fraction of at least 0 and at most 1"),
+        ("--warmup-ratio", "1.5", "a fraction of at least 0 and at most 1"),
+        ("--seed", "-1", "a whole number from 0 to 4294967295"),
+        ("--seed", "4294967296", "a whole number from 0 to 4294967295"),
+    ],
+)
+def test_other_numbers_out_of_range(here, train_on, option, value, expected):
+    refused(
+        here, train_on("good.csv", f"{option}={value}"), 2, rf"{option} is {value.rstrip('.0')}.*, expected {expected}$"
+    )
+
+
+@pytest.mark.parametrize("option", ["--model", "--data-dir"])
+def test_nobody_s_home(here, train_on, option):
+    told = {"--model": (1, "nobody-here"), "--data-dir": (2, "no such user's home")}[option]
+    refused(here, train_on("good.csv", option, "~nobody-here/x"), *told)
+
+
 def test_no_gpu(here, train_on, made):
     import torch
 
@@ -352,6 +395,43 @@ def test_an_output_that_is_a_file(here, writer):
     refused(here, [*writer, "-o", "out"], 1, r"^out: exists already")
     refused(here, [*writer, "-o", "out", "--force"], 1, r"^out: is a file, expected a directory")
     refused(here, [*writer, "-o", "out/below"], 1, r"out/below: cannot write \((Not a directory|File exists)\)")
+
+
+@pytest.mark.parametrize("output", [".", "link", "some/.."])
+def test_an_output_that_cannot_be_replaced(here, writer, output):
+    (here / "some").mkdir()
+    (here / "link").symlink_to("nowhere")
+    refused(
+        here, [*writer, "-o", output, "--force"], 1, r"cannot be replaced as a whole|is a link to what is not there"
+    )
+
+
+def test_force_does_not_replace_what_is_read(copied, tiny_model_dir, tiny_task_files):
+    shutil.copytree(tiny_model_dir("bert"), copied / "model")
+    shutil.copytree(tiny_task_files.train.parent, copied / "rows")
+    files = ["--train-file", f"rows/{tiny_task_files.train.name}"]
+    files += ["--validation-file", f"rows/{tiny_task_files.validation.name}"]
+    train = ["train", *files, *TRAINING, "--model", "model", "--force", "-o"]
+    for command in (
+        [*train, "model"],
+        [*train, "rows"],
+        ["prune", "run", "--force", "-o", "run"],
+        ["export", "pruned", "--force", "-o", "./pruned"],
+    ):
+        refused(copied, command, 1, r"holds .*, which is read and would be gone; choose another with -o")
+
+
+def test_a_result_that_appeared_meanwhile_stays(here):
+    def write(words: str) -> None:
+        with new_directory(Path("out")) as staged:
+            (staged / f"{words}.txt").write_text(words)
+            if words == "slower":
+                write("quicker")
+
+    with pytest.raises(OutputError, match="was written by another process meanwhile"):
+        write("slower")
+    assert names(here) == ["out"]
+    assert names(here / "out") == ["quicker.txt"]
 
 
 def test_force_replaces_the_whole_output(here, writer):

@@ -138,6 +138,22 @@ def test_what_is_closed_stays_closed_and_keeps_its_score(granularity: Granularit
     assert 0 <= budget.removed - 0.6 <= 0.06  # whole heads of a tiny encoder are coarse
 
 
+@pytest.mark.parametrize("unit", ["weights", "macs", "latency"])
+def test_ranking_often_closes_no_more_than_asked(unit: BudgetUnit) -> None:
+    """Near the end the schedule hardly moves: most of the rankings there have nothing to close."""
+    steps = 1_500
+    model = tiny.build_classifier("bert")
+    layers = attach_gates_(model, granularity="structured", controller="importance")
+    settings = TrainSettings(data=DataSettings(task="sst2"), model="any", sparsity=0.3, budget=unit)
+    budget = budget_of(model, layers, settings, steps=steps, tokens=8)
+    draw = torch.Generator().manual_seed(0)
+    for step in range(10, steps + 1, 10):
+        for vector in budget.vectors:
+            vector.gate.mu.grad = torch.rand(vector.gate.size, generator=draw)
+        budget.after_backward(step)
+    assert 0.3 <= budget.removed < 0.31  # a gate is less than half a percent here
+
+
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("controller", CONTROLLERS)
 @pytest.mark.parametrize("asked", [0.0, 0.2, 0.4, 0.41, 0.9])

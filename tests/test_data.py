@@ -229,6 +229,11 @@ BROKEN = {
     "nested.jsonl": (b'{"text": "a", "label": ["x"]}\n', "row 1: the label is list"),
     "one.csv": (b"text,label\na,x\nb,x\n", "every row has the label 'x', expected two classes"),
     "nan.csv": (b"text,label\na,1.5\nb,nan\nc,2.0\n", "row 2: label 'nan' is not a finite number"),
+    "cr.csv": (b'text,label\na,"very\ncalm"\nb,x\n', r"row 1: the label 'very\\ncalm' holds a line break"),
+    "half.jsonl": (
+        b'{"text": "\\ud800 a", "label": "a"}\n{"text": "b", "label": "c"}\n',
+        "row 1: the text holds half of a character",
+    ),
     "inf.csv": (b"text,label\na,1.5\nb,inf\n", "row 2: label 'inf' is not a finite number"),
 }
 
@@ -268,6 +273,20 @@ def test_columns_that_are_not_there(good: Path):
         message = refused(own(good, good, **{option: "nope"}))
         assert f"--{option.replace('_', '-')}" in message
         assert "text, label" in message
+
+
+def test_each_text_and_the_label_have_a_column_of_their_own(tmp_path: Path, good: Path):
+    assert "--text-pair-column" in refused(own(good, good, text_column="text", text_pair_column="text"), UsageError)
+    assert "--label-column" in refused(own(good, good, text_column="label", label_column="label"), UsageError)
+    odd = tmp_path / "odd.csv"
+    odd.write_text('text,"Label\n(0/1)"\na,0\nb,1\n')
+    assert "rename it in the file" in refused(own(odd, odd, label_column="Label\n(0/1)"))
+
+
+def test_classes_that_are_equal_as_numbers_have_one_order(tmp_path: Path):
+    rows = [(f"text {name}", name) for name in ("2", "+1", "1", "01", "001")]
+    file = write(tmp_path / "numbers.csv", rows)
+    assert load_rows(own(file, file)).spec.label_names == ("+1", "001", "01", "1", "2")
 
 
 def test_labels_of_validation_must_be_those_of_training(tmp_path: Path, good: Path):
@@ -348,6 +367,12 @@ def test_tokens_are_those_of_the_tokenizer(rows: Rows, tokenizer):
     expected = tokenizer(*[row[k] for k in ("text", "text_pair") if k in row], truncation=True, max_length=12)
     assert tokens[3] == {**expected, "label": row["label"]}
     assert max(map(len, tokens["input_ids"])) == 12
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_a_length_that_special_tokens_fill_is_refused(rows: Rows, tokenizer, length: int):
+    with pytest.raises(UsageError, match=r"of which \d are special tokens; expected \d or more"):
+        tokenize(rows.train, tokenizer, length)
 
 
 @pytest.mark.parametrize("shuffle", [False, True])

@@ -12,13 +12,14 @@ import pytest
 import tiny
 from forms import MAX_LENGTH, data_settings, save_run
 from gatepress.batches import make_loader, tokenize
-from gatepress.config import DataSettings
+from gatepress.config import DataSettings, TrainSettings
 from gatepress.errors import ArtifactError, ModelError, UsageError
 from gatepress.evaluation import evaluate, evaluate_model, evaluate_runner
 from gatepress.export import export
 from gatepress.pruning import prune
 from gatepress.runtime import open_runner
 from gatepress.tasks.sources import load_rows
+from gatepress.training import train
 
 
 @dataclass
@@ -126,6 +127,19 @@ def test_labels_are_matched_by_name(tiny_glue_dir, tmp_path: Path) -> None:
     model.classifier.weight.data = model.classifier.weight.data[order]
     model.classifier.bias.data = model.classifier.bias.data[order]
     assert evaluate(tiny.save_model(model, "distilbert", tmp_path / "other"), data=data)["metric_value"] == value
+
+
+def test_labels_that_differ_in_case_alone_stay_two(tiny_model_dir, tmp_path: Path) -> None:
+    files = {}
+    for split, seed in (("train", 1), ("validation", 2)):
+        rows = [(text, {"calm": "US", "wild": "us"}[label]) for text, label in tiny.made_up_rows(256, seed=seed)]
+        files[f"{split}_file"] = str(tiny.write_table(tmp_path / f"{split}.csv", ("text", "label"), rows))
+    settings = TrainSettings(
+        data=DataSettings(**files), model=str(tiny_model_dir("bert")), method="full", epochs=8, device="cpu"
+    )
+    told = train(replace(settings, learning_rate=3e-3), tmp_path / "run")
+    assert told["metric_value"] > 0.7  # always one class: half
+    assert evaluate(tmp_path / "run")["metric_value"] == told["metric_value"]
 
 
 def test_progress_is_reported_in_batches(forms) -> None:

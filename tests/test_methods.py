@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, RobertaConfig
 
 import tiny
 from forms import settings_for
-from gatepress.checkpoint import is_finetuned, load_run, open_base, read_run
+from gatepress.checkpoint import is_finetuned, load_run, open_base, read_run, tell_other_classes
 from gatepress.config import METHODS, DataSettings, GateAxes, Method, TrainSettings
 from gatepress.errors import ModelError, UsageError
 from gatepress.evaluation import evaluate
@@ -22,6 +22,7 @@ from gatepress.export import export
 from gatepress.inject import attach_gates_
 from gatepress.methods import kept, merge_, prepare_, trained
 from gatepress.pruning import prune
+from gatepress.runtime import open_runner
 from gatepress.training import train
 
 OTHERS: list[Method] = ["full", "lora", "lora-fa", "vera", "lora-xs"]
@@ -265,8 +266,29 @@ def test_gates_close_in_a_model_that_was_finetuned_and_it_teaches_itself(
         train(replace(settings, model=str(tmp_path / "run")), tmp_path / "again")
 
 
-def test_a_finetuned_head_is_kept_and_one_in_another_order_refused(
+def test_a_run_that_is_not_finished_is_no_base(tiny_model_dir: Any, tiny_task_files: Any, tmp_path: Any) -> None:
+    settings = settings_for(tiny_model_dir("bert"), tiny_task_files, method="full", epochs=1)
+    train(settings, tmp_path / "full")
+    manifest = tmp_path / "full" / "gatepress_run.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "status": "interrupted"}))
+    with pytest.raises(ModelError, match=r"is not finished; end it first: gatepress train --resume"):
+        train(replace(settings, method="gates", model=str(tmp_path / "full")), tmp_path / "pressed")
+
+
+def test_a_run_upon_a_run_counts_the_bytes_of_all_its_weights(
     tiny_model_dir: Any, tiny_task_files: Any, tmp_path: Any
+) -> None:
+    settings = replace(settings_for(tiny_model_dir("bert"), tiny_task_files, method="lora", epochs=1), lora_rank=2)
+    train(settings, tmp_path / "lora")
+    pressed = settings_for(tmp_path / "lora", tiny_task_files, method="gates", epochs=1)
+    train(pressed, tmp_path / "pressed")
+    files = [*tiny_model_dir("bert").glob("*.safetensors")]
+    files += [path for run in ("lora", "pressed") for path in (tmp_path / run).glob("gates-*")]
+    assert open_runner(tmp_path / "pressed").size_bytes == sum(path.stat().st_size for path in files)
+
+
+def test_a_finetuned_head_is_kept_and_one_in_another_order_refused(
+    tiny_model_dir: Any, tiny_task_files: Any, tmp_path: Any, caplog: Any
 ) -> None:
     settings = settings_for(tiny_model_dir("bert"), tiny_task_files, method="full", epochs=4)
     train(settings, tmp_path / "full")
@@ -277,6 +299,12 @@ def test_a_finetuned_head_is_kept_and_one_in_another_order_refused(
     assert not is_finetuned(tiny_model_dir("bert"), manifest.task)
     assert torch.equal(opened.state_dict()["classifier.weight"], model.state_dict()["classifier.weight"])
     config = json.loads((tmp_path / "finetuned" / "config.json").read_text())
+    with caplog.at_level("WARNING"):
+        tell_other_classes(tmp_path / "finetuned", manifest.task)
+        assert "are taken for" not in caplog.text
+        (tmp_path / "finetuned" / "config.json").write_text(json.dumps({**config, "id2label": {"1": "b", "0": "a"}}))
+        tell_other_classes(tmp_path / "finetuned", manifest.task)
+    assert f"are a, b; they are taken for {', '.join(manifest.task.label_names)}" in caplog.text
     config["id2label"] = dict(enumerate(reversed(manifest.task.label_names)))
     (tmp_path / "finetuned" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="stand in another order"):

@@ -1,6 +1,7 @@
 """One training, several sizes: other sparsities from the scores that a run keeps, and what brings accuracy back."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from gatepress.cli.app import app
 from gatepress.config import BudgetUnit, Granularity
 from gatepress.errors import ArtifactError, UsageError
 from gatepress.evaluation import evaluate
+from gatepress.export import export
 from gatepress.files import sha256_of
 from gatepress.models import load_pruned
 from gatepress.pruning import prune
@@ -128,6 +130,42 @@ def test_an_open_model_teaches_the_one_that_closes(tiny_model_dir: Any, tiny_tas
     ]
     with pytest.raises(UsageError, match="--open-epochs is 3 of 3 epochs"):
         train(settings_for(tiny_model_dir("bert"), tiny_task_files, open_epochs=3), tmp_path / "none")
+
+
+def test_scores_in_the_thousands_are_pruned_and_exported(
+    tiny_model_dir: Any, tiny_regression_files: Any, tmp_path: Path
+) -> None:
+    """Their rounding is larger than that of logits, and says nothing against the smaller model."""
+    run = tmp_path / "run"
+    train(settings_for(tiny_model_dir("bert"), tiny_regression_files, sparsity=0.3, epochs=1), run)
+    manifest = json.loads((run / "gatepress_run.json").read_text())
+    tensors = run / manifest["tensors"]["file"]
+    scaled = {name: value * (30_000 if "classifier" in name else 1) for name, value in load_file(tensors).items()}
+    save_file(scaled, tensors)
+    manifest["tensors"]["sha256"] = sha256_of(tensors)
+    (run / "gatepress_run.json").write_text(json.dumps(manifest))
+    assert prune(run, tmp_path / "pruned")["max_abs_logit_diff"] > 1e-4
+    assert export(tmp_path / "pruned", tmp_path / "onnx")["max_abs_logit_diff"] > 1e-4
+
+
+def test_recovery_goes_on_with_the_base_weights_of_the_run_only(
+    tiny_model_dir: Any, tiny_task_files: Any, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_model_dir("bert"), tmp_path / "base")
+    train(settings_for(base, tiny_task_files, epochs=1), tmp_path / "run")
+    weights = load_file(base / "model.safetensors")
+    save_file({name: value * 1.01 for name, value in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ArtifactError, match="was trained on other weights"):
+        prune_each(tmp_path / "run", {0.5: tmp_path / "pruned"}, recover_epochs=1)
+    assert not (tmp_path / "pruned").exists()
+
+
+def test_a_run_without_gates_is_refused_before_it_is_trained_on(
+    tiny_model_dir: Any, tiny_task_files: Any, tmp_path: Path
+) -> None:
+    train(settings_for(tiny_model_dir("bert"), tiny_task_files, method="full", epochs=1), tmp_path / "run")
+    with pytest.raises(UsageError, match=f"^{tmp_path / 'run'}: was trained with --method full, which closes no gates"):
+        prune_each(tmp_path / "run", {0.5: tmp_path / "pruned"}, recover_epochs=10_000)
 
 
 def test_several_sparsities_on_the_command_line(run: Path, tmp_path: Path) -> None:

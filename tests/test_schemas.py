@@ -370,6 +370,21 @@ def test_words_are_those_of_the_code(name: str) -> None:
     assert PARTS[name]["enum"] == list(get_args(LITERALS[name]))
 
 
+@pytest.mark.parametrize(
+    ("name", "heading"),
+    [
+        ("gatepress_run", "Run directory"),
+        ("gatepress_pruned", "Pruned directory"),
+        ("gatepress_onnx", "ONNX directory"),
+        ("latency_table", "Latency table"),
+    ],
+)
+def test_the_page_on_files_names_every_key_of_a_manifest(name: str, heading: str) -> None:
+    page = (ROOT / "docs/formats.md").read_text(encoding="utf-8")
+    section = page.split(f"## {heading}")[1].split("\n## ")[0]
+    assert [key for key in SCHEMAS[f"{name}.json"]["properties"] if f"`{key}`" not in section] == []
+
+
 def test_every_command_and_every_manifest_has_a_schema() -> None:
     files = {name for name, _ in MARKS if name.endswith(".json")}
     others = {"error.json", "sweep_manifest.json", "latency_table.json", "measurements.json"}

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from gatepress.errors import ModelError
+from gatepress.errors import ModelError, UsageError
 from gatepress.processes import ALONE, Processes
 from gatepress.runners import INPUTS
 
@@ -30,9 +30,15 @@ Batch = dict[str, torch.Tensor]
 def tokenize(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> datasets.Dataset:
     """Return `input_ids`, `attention_mask`, `token_type_ids` (where the tokenizer has them) and `label`.
 
-    Texts are cut at `max_length` tokens, of a pair the longer text first; nothing is padded yet.
+    Texts are cut at `max_length` tokens, of a pair the longer text first; nothing is padded yet. Raises `UsageError`
+    where special tokens alone take as many: then tokenizers do not cut at all.
     """
     pairs = "text_pair" in rows.column_names
+    special = tokenizer.num_special_tokens_to_add(pair=pairs)
+    if max_length <= special:
+        raise UsageError(
+            f"--max-length is {max_length}, of which {special} are special tokens; expected {special + 1} or more"
+        )
     tables = []
     for chunk in rows.iter(batch_size=_CHUNK_ROWS):
         texts = (chunk["text"], chunk["text_pair"]) if pairs else (chunk["text"],)

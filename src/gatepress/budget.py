@@ -333,6 +333,8 @@ class Budget:
         """Return masks that remove `fraction`, never less and as little more as whole gates allow."""
         if self._removed is None:
             return ranking.closing(gates_to_close(self.total_gates, fraction))
+        if self._removed(ranking.masks) >= fraction:  # what is closed stays so, and is enough
+            return ranking.masks
         few, many = ranking.closed, self.total_gates
         best = ranking.closing(many)
         while many - few > 1:

@@ -13,6 +13,7 @@ directory holds the last complete checkpoint.
 """
 
 import importlib.metadata
+import logging
 import os
 import shutil
 import tempfile
@@ -25,7 +26,7 @@ from typing import Any, Self
 import torch
 from safetensors.torch import save
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from gatepress import __version__
 from gatepress.config import RUN_FILE, TrainSettings
@@ -43,6 +44,8 @@ from gatepress.methods import kept, merge_, prepare_
 from gatepress.models import model_errors, model_files, read_tensors, refuse_missing, save_tokenizer
 from gatepress.resolve import family_named, family_of
 from gatepress.tasks import TaskSpec
+
+logger = logging.getLogger(__name__)
 
 PROBE_FILE = "probe.safetensors"
 
@@ -161,7 +164,7 @@ def open_base(directory: Path, spec: TaskSpec) -> PreTrainedModel:
     with model_errors(directory):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         names = spec.label_names or ("score",)
-        own = [str(name).lower() for name in config.id2label.values()]
+        own = [name.lower() for name in _classes(config)]
         if own != [name.lower() for name in names] and sorted(own) == sorted(name.lower() for name in names):
             raise ModelError(
                 f"{directory}: its classes are {', '.join(own)}, those of the task {', '.join(names)}; a head whose "
@@ -180,7 +183,8 @@ def open_base(directory: Path, spec: TaskSpec) -> PreTrainedModel:
             trust_remote_code=False,
             use_safetensors=True,
         )
-    refuse_missing(directory, model, info["missing_keys"])
+    # A size that the head does not share with the checkpoint is its task; any other is one drawn at random.
+    refuse_missing(directory, model, [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])])
     opened: PreTrainedModel = model
     return opened
 
@@ -189,6 +193,8 @@ def _open_run_as_base(directory: Path, spec: TaskSpec) -> PreTrainedModel:
     model, manifest = load_run(directory)
     if manifest.settings.gated:
         raise ModelError(f"{directory}: was trained with gates, expected a dense model; --start goes on from a run")
+    if manifest.status != "finished":
+        raise ModelError(f"{directory}: is not finished; end it first: gatepress train --resume {directory}")
     if manifest.task.label_names != spec.label_names:
         raise ModelError(f"{directory}: was trained for {manifest.task.name}, expected a run of {spec.name}")
     model.train()
@@ -211,6 +217,27 @@ def is_finetuned(directory: Path, spec: TaskSpec) -> bool:
     return headed and len(config.get("id2label") or (0, 1)) == spec.num_labels  # absent: the two of transformers
 
 
+def _classes(config: PreTrainedConfig) -> list[str]:
+    """Return what the outputs of a head are called, in their order."""
+    return [str(name) for _, name in sorted((config.id2label or {}).items())]
+
+
+def tell_other_classes(directory: Path, spec: TaskSpec) -> None:
+    """Warn where the classes of a head that is kept are called otherwise than the task's: only their order is believed.
+
+    Numbered ones, as transformers names them where nobody else did, say nothing that could be wrong.
+    """
+    if (directory / RUN_FILE).is_file() or spec.label_names is None:
+        return
+    own = _classes(AutoConfig.from_pretrained(directory, trust_remote_code=False))
+    numbered = [f"label_{index}" for index in range(len(own))]
+    if [name.lower() for name in own] not in (numbered, [name.lower() for name in spec.label_names]):
+        logger.warning(
+            "%s: the classes of its head are %s; they are taken for %s, in this order",
+            *(directory, ", ".join(own), ", ".join(spec.label_names)),
+        )
+
+
 def load_trained_(model: PreTrainedModel, settings: TrainSettings, state: dict[str, Tensor], where: Path) -> None:
     """Set what a run trained, in place; `ArtifactError` where names or shapes do not fit.
 
@@ -228,13 +255,26 @@ def load_trained_(model: PreTrainedModel, settings: TrainSettings, state: dict[s
     model.load_state_dict(state, strict=False)
 
 
-def load_start_(model: PreTrainedModel, settings: TrainSettings, directory: Path) -> None:
-    """Set what another run trained, in place, in a model prepared alike; `UsageError` where it was not."""
+def load_start_(model: PreTrainedModel, settings: TrainSettings, spec: TaskSpec, base_sha256: dict[str, str]) -> None:
+    """Set what the run `settings.start` trained, in place, in a model prepared alike; `UsageError` where it was not.
+
+    It must have had the base weights of `base_sha256` and the labels of `spec`; else `ArtifactError`.
+    """
+    directory = Path(str(settings.start))
     manifest = read_run(directory)
     for name in ("model", "method", "granularity", "controller", "gate_axes", "matrices", "rank"):
         there, here = getattr(manifest.settings, name), getattr(settings, name)
         if there != here:
             raise UsageError(f"{directory}: was trained with {name} {there}, this run asks for {here}; they must agree")
+    if manifest.base_sha256 != base_sha256:
+        raise ArtifactError(
+            f"{directory}: was trained on other weights of {settings.model!r} than are there now (sha256 differs); "
+            "bring back the base model it was trained on, or train again"
+        )
+    if manifest.task.label_names != spec.label_names:
+        raise UsageError(
+            f"{directory}: was trained for other labels than these rows have; name its rows, or train again"
+        )
     tensors = directory / manifest.tensors["file"]
     load_trained_(model, settings, read_tensors(tensors), tensors)
 
@@ -280,8 +320,11 @@ class RunWriter:
     one, one is refused.
     """
 
-    def __init__(self, target: Path, *, tokenizer: Any, probe: dict[str, Tensor], resumed: bool = False) -> None:
+    def __init__(
+        self, target: Path, *, tokenizer: Any, probe: dict[str, Tensor], force: bool = False, resumed: bool = False
+    ) -> None:
         self.target = target
+        self._force = force
         self._lock: int | None = None
         self.bound: dict[str, str] = {}
         if target.exists():  # a directory that another process is training into is neither gone on with nor replaced
@@ -323,7 +366,7 @@ class RunWriter:
         if not self.published:
             if self.target.exists():
                 _release(lock(self.target))
-            publish(self.directory, self.target)
+            publish(self.directory, self.target, force=self._force)
             self.directory = self.target
         return manifest
 

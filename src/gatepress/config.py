@@ -4,6 +4,7 @@ A field's comment is what `--help` says of its option; a wrong value raises one 
 lists every problem in the command line's spelling.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,6 +23,7 @@ Precision = Literal["fp32", "bf16"]
 
 RUN_FILE = "gatepress_run.json"  # the manifest that makes a directory a run
 DEFAULT_TARGET: Target = "ort-cpu"  # the runtime that most people deploy on
+MOST_SEEDS = 2**32  # NumPy's
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,19 @@ class DataSettings:
         if self.task is None and not (self.train_file or self.validation_file):
             problems.append("no data: give --task NAME, or --train-file and --validation-file")
         _refuse(problems)
+
+
+_FRACTION = "a fraction of at least 0 and "
+_NUMBERS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (("sparsity",), lambda value: 0 <= value < 1, f"{_FRACTION}below 1"),
+    (("warmup_ratio",), lambda value: 0 <= value <= 1, f"{_FRACTION}at most 1"),
+    (("closing",), lambda value: 0 < value <= 1, "a fraction above 0 and of at most 1"),
+    (("epochs", "batch_size", "max_length", "lora_rank", "save_every"), lambda value: value >= 1, "1 or more"),
+    (("open_epochs",), lambda value: value >= 0, "0 or more"),
+    (("learning_rate", "gate_learning_rate"), lambda value: 0 < value < float("inf"), "a positive number"),
+    (("weight_decay", "penalty_weight"), lambda value: 0 <= value < float("inf"), "a number from 0 on"),
+    (("seed",), lambda value: 0 <= value < MOST_SEEDS, f"a whole number from 0 to {MOST_SEEDS - 1}"),
+)
 
 
 @dataclass(frozen=True)
@@ -136,22 +151,12 @@ class TrainSettings:
         return problems
 
     def _wrong_numbers(self) -> list[str]:
-        problems = []
-        if not 0 <= self.sparsity < 1:
-            problems.append(f"--sparsity is {self.sparsity}, expected a fraction of at least 0 and below 1")
-        for name in ("epochs", "batch_size", "max_length", "lora_rank", "save_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                problems.append(f"{_option(name)} is {value}, expected 1 or more")
-        if self.open_epochs is not None and self.open_epochs < 0:
-            problems.append(f"--open-epochs is {self.open_epochs}, expected 0 or more")
-        if self.closing is not None and not 0 < self.closing <= 1:
-            problems.append(f"--closing is {self.closing:g}, expected a fraction above 0 and of at most 1")
-        for name in ("learning_rate", "gate_learning_rate"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                problems.append(f"{_option(name)} is {value}, expected a positive number")
-        return problems
+        return [
+            f"{_option(name)} is {getattr(self, name)}, expected {expected}"
+            for names, fits, expected in _NUMBERS
+            for name in names
+            if getattr(self, name) is not None and not fits(getattr(self, name))
+        ]
 
     def _wrong_pairs(self) -> list[str]:
         problems = []
@@ -205,7 +210,7 @@ class TrainSettings:
         moved: dict[str, Any] = {name: _absolute(value) for name, value in values.items() if value}
         data = replace(self.data, **moved)
         start = _absolute(self.start) if self.start else None
-        model = _absolute(self.model) if self.model != "demo" and Path(self.model).expanduser().is_dir() else self.model
+        model = _absolute(self.model) if self.model != "demo" and _is_directory(self.model) else self.model
         return replace(self, data=data, model=model, start=start)
 
     def to_json(self) -> dict[str, Any]:
@@ -245,7 +250,18 @@ def _option(name: str) -> str:
 
 
 def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute())
+    try:
+        return str(Path(path).expanduser().absolute())
+    except RuntimeError:  # nobody's home
+        raise UsageError(f"{path}: there is no such user's home; write the path in full") from None
+
+
+def _is_directory(name: str) -> bool:
+    """Say whether a model is a directory here; whatever else it may be, is found out where it is opened."""
+    try:
+        return Path(name).expanduser().is_dir()
+    except (OSError, ValueError, RuntimeError):
+        return False
 
 
 def _refuse(problems: list[str]) -> None:

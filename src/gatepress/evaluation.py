@@ -228,6 +228,6 @@ def _columns(names: tuple[str, ...] | None, spec: TaskSpec) -> list[int]:
     """Return which output stands for each label of the task: models from elsewhere order them differently."""
     wanted = [name.lower() for name in spec.label_names or ()]
     given = [name.lower() for name in names or ()]
-    if given and sorted(given) == sorted(wanted):
+    if given and len(set(given)) == len(given) and sorted(given) == sorted(wanted):
         return [given.index(name) for name in wanted]
     return list(range(spec.num_labels))

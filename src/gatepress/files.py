@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,18 +111,35 @@ def replace_file(path: Path, data: bytes) -> None:
             raise
 
 
-def check_output(target: Path, *, force: bool) -> None:
-    """Refuse a target that exists unless `force`; called before any long work starts."""
+def check_output(target: Path, *, force: bool, reads: Iterable[str | Path | None] = ()) -> None:
+    """Refuse a target that exists unless `force`, or that cannot be replaced; called before any long work starts.
+
+    What is read on the way there, `reads`, may not lie in it: it would go with the old target. Of these, names that
+    are no path of this disk count for nothing.
+    """
     if target.exists() and not force:
         raise OutputError(f"{target}: exists already; choose another with -o or replace it with --force")
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target}: is a file, expected a directory; choose another with -o")
+    if target.is_symlink() and not target.exists():
+        raise OutputError(f"{target}: is a link to what is not there; remove it or choose another with -o")
+    if target.name in ("", "..") or os.path.ismount(target):
+        raise OutputError(f"{target}: cannot be replaced as a whole; name a directory in it with -o")
+    # Not Path.exists, which raises on a name that is too long for a path.
+    held = [path for path in reads if path is not None and os.path.exists(path) and _holds(target, Path(path))]
+    if held:
+        raise OutputError(f"{target}: holds {held[0]}, which is read and would be gone; choose another with -o")
     with explained(target):
         parent = target.absolute().parent
         while not parent.exists():  # made when there is something to put there
             parent = parent.parent
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=parent):
             pass  # what cannot be written is found out now, not after an hour of training
+
+
+def _holds(directory: Path, path: Path) -> bool:
+    whole = directory.resolve()
+    return whole == path.resolve() or whole in path.resolve().parents
 
 
 def lock(directory: Path) -> int | None:
@@ -144,12 +161,22 @@ def lock(directory: Path) -> int | None:
     return handle
 
 
-def publish(staged: Path, target: Path) -> None:
-    """Rename the complete directory `staged` to `target`; an old `target` goes only then."""
+def publish(staged: Path, target: Path, *, force: bool) -> None:
+    """Rename the complete directory `staged` to `target`; with `force` an old `target` goes, and only then.
+
+    Raises `OutputError` where there is one without `force`: another process was quicker.
+    """
     with explained(target):
         sync_tree(staged)
-        if not target.exists():
-            os.rename(staged, target)
+        if not (force and target.exists()):
+            try:
+                os.rename(staged, target)
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                    raise
+                raise OutputError(
+                    f"{target}: was written by another process meanwhile; choose another with -o"
+                ) from None
             return
         retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.absolute().parent))
         os.rename(target, retired / "old")
@@ -173,6 +200,6 @@ def new_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
         staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.new.", dir=target.absolute().parent))
         try:
             yield staged
-            publish(staged, target)
+            publish(staged, target, force=force)
         finally:
             shutil.rmtree(staged, ignore_errors=True)

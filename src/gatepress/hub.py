@@ -24,6 +24,10 @@ MODEL_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model")
 TIMEOUT_S = 10.0  # for the first answer of the hub; downloads themselves may take as long as they need
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+_CONVERT = (
+    "model and tokenizer: AutoModelForSequenceClassification.from_pretrained(OLD).save_pretrained(NEW), "
+    "AutoTokenizer.from_pretrained(OLD).save_pretrained(NEW)"
+)
 _MODEL_WAYS = "use --model demo, --model DIRECTORY, or point HF_HOME at a cache that holds it"
 
 
@@ -73,11 +77,11 @@ def check_model_directory(directory: Path, shown: str | None = None) -> Path:
     if any(path.suffix in _PICKLES for path in directory.iterdir()):
         raise ModelError(
             f"{shown}: its weights are pickles, which can run code and are never loaded; convert them where "
-            "you trust them: AutoModel.from_pretrained(DIR).save_pretrained(NEW_DIR) writes safetensors"
+            f"you trust them, {_CONVERT}"
         )
     raise ModelError(
         f"{shown}: has no *.safetensors, expected weights as safetensors; if there are only pickles, "
-        "convert them where you trust them with AutoModel.from_pretrained(ID).save_pretrained(NEW_DIR)"
+        f"convert them where you trust them, {_CONVERT}"
     )
 
 

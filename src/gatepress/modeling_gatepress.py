@@ -96,6 +96,8 @@ class PrunedAttention:
         mask = attention_mask
         if position_bias is not None:  # [batch, dense heads, length, length]
             bias = position_bias[:, part["heads"]] if position_bias.shape[1] != heads else position_bias
+            if mask is not None and not mask.is_floating_point():
+                mask = torch.zeros_like(mask, dtype=bias.dtype).masked_fill(~mask, torch.finfo(bias.dtype).min)
             mask = bias if mask is None else bias + mask
         dropout = self.dropout.p if self.training else 0.0
         eager = getattr(getattr(self, "config", None), "_attn_implementation", "sdpa") == "eager"

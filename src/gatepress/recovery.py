@@ -10,11 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gatepress.checkpoint import read_run
 from gatepress.errors import UsageError
 from gatepress.files import check_output
 from gatepress.progress import Progress
-from gatepress.pruning import prune
+from gatepress.pruning import gated_settings, prune
 from gatepress.training import train
 
 
@@ -34,9 +33,9 @@ def prune_each(
     seconds). All else goes to `pruning.prune`, whose errors are raised.
     """
     _check(outputs, recover_epochs)
+    settings = gated_settings(run_dir)
     for output in outputs.values():
-        check_output(output, force=force)
-    settings = read_run(run_dir).settings
+        check_output(output, force=force, reads=(run_dir, settings.model))
     reports = []
     for sparsity, output in outputs.items():
         options: dict[str, Any] = {"force": force, "progress": progress, **pruning}

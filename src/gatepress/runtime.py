@@ -12,7 +12,7 @@ import onnxruntime as ort
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from gatepress.checkpoint import load_run
+from gatepress.checkpoint import load_run, read_run
 from gatepress.config import RUN_FILE
 from gatepress.errors import ArtifactError, DeviceError, ModelError, UsageError
 from gatepress.files import read_json
@@ -97,11 +97,17 @@ def _kind_of(target: str, path: Path) -> Kind:
 
 def _open_run(path: Path, device: str) -> TorchRunner:
     model, manifest = load_run(path, device)
+    size = _bytes(_weights(path))
+    return TorchRunner(_name(path), "run", device, _tokenizer_dir(path), size, manifest.to_json(), model=model)
+
+
+def _weights(directory: Path) -> list[Path]:
+    """Return the files that make a model: what a run trained, and what the model or run below it holds."""
+    if not (directory / RUN_FILE).is_file():
+        return list(directory.glob("*.safetensors"))
+    manifest = read_run(directory)
     base = locate_model(manifest.settings.model, manifest.settings.revision)
-    weights = [path / manifest.tensors["file"], *base.glob("*.safetensors")]
-    return TorchRunner(
-        _name(path), "run", device, _tokenizer_dir(path), _bytes(weights), manifest.to_json(), model=model
-    )
+    return [directory / manifest.tensors["file"], *_weights(base)]
 
 
 def _open_pruned(path: Path, device: str) -> TorchRunner:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gatepress.errors import ArtifactError
+from gatepress.errors import ArtifactError, UsageError
 
 MAX_DEPTH = 32  # levels of a JSON value
 _UNSOUND = re.compile("[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]")  # control characters, halves of characters
@@ -55,6 +55,19 @@ def check_fields(path: Path, value: dict[str, Any], schema: Schema) -> None:
     fault = next(_unsound(value), None) or next(_faults(value, schema, ""), None)
     if fault:
         raise ArtifactError(f"{path}: {fault}; it is damaged, or not written by gatepress")
+
+
+def refuse_unsound(value: dict[str, Any]) -> None:
+    """Raise `UsageError` where a manifest that is to be written could not be read back."""
+    if fault := next(_unsound(value), None):
+        raise UsageError(
+            f"{fault}, which no manifest can hold; rename the file, column or label, or give another value"
+        )
+
+
+def is_sound(text: str) -> bool:
+    """Say whether a terminal and a manifest can show a text: no control characters, no halves of characters."""
+    return not _UNSOUND.search(text)
 
 
 def _unsound(value: Any, where: str = "it", depth: int = 0) -> Iterator[str]:

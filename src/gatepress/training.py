@@ -22,6 +22,7 @@ from gatepress.checkpoint import (
     load_start_,
     open_base,
     read_run,
+    tell_other_classes,
     versions,
 )
 from gatepress.collapse import parameters_of, plan_model, refuse_activation
@@ -43,6 +44,7 @@ from gatepress.resolve import Layer
 from gatepress.resume import Resumable, make_optimizer, read_state, refuse_other, uninterrupted
 from gatepress.runners import max_tokens
 from gatepress.runtime import torch_device
+from gatepress.schema import refuse_unsound
 from gatepress.tasks import TaskSpec
 from gatepress.tasks.sources import load_rows
 
@@ -66,8 +68,11 @@ def train(
     left recovers. After every epoch the metric is measured and a checkpoint written; Ctrl-C writes one more. Returns
     the report, whose keys docs/json-contract.md lists. Raises leaves of `GatepressError`.
     """
-    check_output(output, force=force)
-    return _run(_prepare(settings.absolute()), output, progress or NoProgress())
+    settings = settings.absolute()
+    data = settings.data
+    reads = (settings.model, settings.start, data.data_dir, data.train_file, data.validation_file)
+    check_output(output, force=force, reads=reads)
+    return _run(_prepare(settings), output, progress or NoProgress(), force=force)
 
 
 def resume(output: Path, *, progress: Progress | None = None) -> dict[str, Any]:
@@ -85,12 +90,12 @@ def resume(output: Path, *, progress: Progress | None = None) -> dict[str, Any]:
     job = _prepare(manifest.settings, resumed=True)
     refuse_other(output, manifest, job.manifest)
     job.restore_(output, manifest, state)
-    return _run(job, output, progress or NoProgress())
+    return _run(job, output, progress or NoProgress(), force=False)
 
 
-def _run(job: "_Job", output: Path, progress: Progress) -> dict[str, Any]:
+def _run(job: "_Job", output: Path, progress: Progress, *, force: bool) -> dict[str, Any]:
     """Take the epochs that are left and keep what comes out; return the report."""
-    with _writer(job, output) as writer:
+    with _writer(job, output, force=force) as writer:
         progress.start(job.steps - job.step, "training")
         try:
             for epoch in range(job.step // job.steps_per_epoch, job.steps // job.steps_per_epoch):
@@ -108,11 +113,11 @@ def _run(job: "_Job", output: Path, progress: Progress) -> dict[str, Any]:
     return {**job.manifest.report, "output_dir": str(output)}
 
 
-def _writer(job: "_Job", output: Path) -> contextlib.AbstractContextManager[RunWriter | None]:
+def _writer(job: "_Job", output: Path, *, force: bool) -> contextlib.AbstractContextManager[RunWriter | None]:
     """Return what writes the run; None in all processes but the first."""
     if not job.processes.main:
         return contextlib.nullcontext()
-    return RunWriter(output, tokenizer=job.tokenizer, probe=job.probe, resumed=job.step > 0)
+    return RunWriter(output, tokenizer=job.tokenizer, probe=job.probe, force=force, resumed=job.step > 0)
 
 
 @dataclass(kw_only=True)
@@ -139,7 +144,6 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
 
     With `resumed` what another run trained (`settings.start`) is not looked for: it is in the checkpoint.
     """
-    start = None if resumed else settings.start
     processes = Processes.here(torch_device(settings.device))
     if settings.batch_size < processes.count:
         raise UsageError(
@@ -147,17 +151,22 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
         )
     set_seed(settings.seed)
     rows = load_rows(settings.data)  # first: what is wrong here is found without a download
+    refuse_unsound({"settings": settings.to_json(), "task": rows.spec.to_json()})
     base = locate_model(settings.model, settings.revision)
     finetuned = is_finetuned(base, rows.spec)
     settings = settings.resolved(finetuned=finetuned)
     model: Any = open_base(base, rows.spec)
+    if finetuned and processes.main and not resumed:
+        tell_other_classes(base, rows.spec)
     if settings.gated:
         refuse_activation(model)  # now, not when it comes to pruning
     tokenizer = open_tokenizer(base)
     dense_params = parameters_of(model)
     layers = prepare_(model, settings)
+    start = None if resumed else settings.start
+    base_sha256 = model_files(base)
     if start:
-        load_start_(model, settings, Path(start))
+        load_start_(model, settings, rows.spec, base_sha256)
     kinds = trained(model, settings)
     mark_trainable_(kinds)
 
@@ -236,7 +245,7 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
             task=rows.spec,
             status="training",
             step=0,
-            base_sha256=model_files(base),
+            base_sha256=base_sha256,
             data_fingerprint=rows.fingerprint,
             tensors={},
             report=report,

@@ -206,7 +206,7 @@ Distill = Annotated[
     typer.Option(
         help="Let what the model knows with open gates, logits and hidden states, teach the one whose gates close, for "
         "one more forward pass a step. Unless given: where a model was finetuned for the task and has a low-rank "
-        "update. A pretrained one that is to teach learns the task first.",
+        "update, without --start. A pretrained one that is to teach learns the task first.",
         rich_help_panel=TRAINING,
     ),
 ]
@@ -233,7 +233,8 @@ Closing = Annotated[
     typer.Option(
         metavar="FRACTION",
         help="Part of the steps by which the gates have closed; in the rest what is left recovers, in steps that are "
-        "the quicker the less is left. Unless given: 0.6, or 0.35 in a model that was finetuned for the task.",
+        "the quicker the less is left. Unless given: 0.6; 0.35 with low rank in a model that was finetuned for "
+        "the task.",
         rich_help_panel=TRAINING,
     ),
 ]
@@ -421,7 +422,7 @@ Quiet = Annotated[
     typer.Option(
         "--quiet/--no-quiet",
         "-q",
-        help="No progress and no notes, only result and errors.",
+        help="No progress and no notes, only result, warnings and errors.",
         show_default=False,
         rich_help_panel=OUTPUT,
     ),

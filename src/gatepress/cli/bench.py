@@ -165,7 +165,9 @@ def bench(  # noqa: PLR0913 - every option is a parameter
     trust_remote_code: opt.TrustRemoteCode = False,
     output: Annotated[
         Path | None,
-        opt.output_option("FILE", "Also write the records, as .json or .jsonl (with every raw sample), .csv or .md."),
+        opt.output_option(
+            "FILE", "Also write the records, as .json or .jsonl (with up to 1,000 raw samples of each), .csv or .md."
+        ),
     ] = None,
     plot: Annotated[
         Path | None,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from gatepress.cli import _options as opt
 from gatepress.cli._console import Screen, count, facts, percent, pick, session
-from gatepress.config import RUN_FILE, TrainSettings, default_run_name
+from gatepress.config import METHODS, RUN_FILE, TrainSettings, default_run_name
 from gatepress.files import check_output, read_json
 
 if TYPE_CHECKING:
@@ -69,7 +69,9 @@ def train(  # noqa: PLR0913 - every option is a parameter
     precision: opt.PrecisionOption = TrainSettings.precision,
     output: Annotated[
         Path | None,
-        opt.output_option("DIR", "Directory of the run; runs/TASK-MODEL-sFRACTION unless given."),
+        opt.output_option(
+            "DIR", "Directory of the run; runs/TASK-MODEL-sFRACTION unless given, and -METHOD where no gates close."
+        ),
     ] = None,
     force: opt.Force = False,
     resume: opt.Resume = None,
@@ -79,10 +81,11 @@ def train(  # noqa: PLR0913 - every option is a parameter
 ) -> None:
     """Learn a task while gates close.
 
-    Gates are put over a pretrained encoder. Its weights stay as they are; gates, biases and the task's
-    head learn. Gates close until exactly the asked fraction is shut, then the rest recovers. The run
-    directory holds what was learnt (a few megabytes) and a note of the encoder it belongs to. Stopped
-    at any moment, a run goes on with --resume. Next step: gatepress prune.
+    Gates are put over a pretrained encoder. Its weights stay as they are; gates, biases, layer norms, a
+    low-rank update and the task's head learn. Gates close until exactly the asked fraction is shut, then the
+    rest recovers. The run directory holds what was learnt (a few megabytes) and a note of the encoder it
+    belongs to. Stopped at any moment, a run goes on with --resume. Next step: gatepress prune. Other
+    --method close no gates: full finetuning and adapters, to compare with, or to press afterwards.
     """
     with session(as_json=as_json, quiet=quiet, debug=debug) as screen:
         if resume is not None:
@@ -150,7 +153,10 @@ def _work(screen: Screen, target: Path, training: Callable[..., dict[str, Any]])
             screen.interrupt_note = f"the last complete checkpoint is in {target}{_hint(target)}"
         raise
     screen.result({"output_dir": str(target), **result}, tables)
-    screen.note(f"next: gatepress prune {target}")
+    if METHODS[result.get("method", TrainSettings.method)].gated:
+        screen.note(f"next: gatepress prune {target}")
+    else:
+        screen.note(f"next: gatepress export {target}, or press it: gatepress train --model {target} --sparsity 0.5")
 
 
 def _hint(target: Path) -> str:

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from gatepress.errors import DataError
+from gatepress.schema import is_sound
 from gatepress.tasks.spec import MIN_CLASSES
 
 MAX_CLASSES = 1000  # more distinct values than that are ids or texts: the wrong column
@@ -21,7 +22,7 @@ def infer_names(values: list[Any], where: str) -> tuple[str, ...] | None:
         whole = all(number is not None and number.is_integer() for number in numbers)
         if not all(_is_int(text) for text in spelled) and not (whole and len(spelled) == MIN_CLASSES):
             return None
-        names = sorted(spelled, key=float)
+        names = sorted(spelled, key=lambda text: (float(text), text))  # 1 and 01 are two classes
     else:
         names = sorted(spelled)
     if len(names) > MAX_CLASSES:
@@ -69,6 +70,8 @@ def label_text(value: Any, where: str, row: int) -> str:
     if not isinstance(value, str) or not value.strip():
         got = "missing" if value is None or isinstance(value, str) else type(value).__name__
         raise DataError(f"{where}, row {row}: the label is {got}, expected a class or a number")
+    if not is_sound(value.strip()):
+        raise DataError(f"{where}, row {row}: the label {value!r} holds a line break or control character; clean it")
     return value.strip()
 
 

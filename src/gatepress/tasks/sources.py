@@ -1,6 +1,7 @@
 """Rows of a task from where the user has them: a GLUE directory, the hub, the demo, own files."""
 
 import json
+import re
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -10,12 +11,15 @@ import datasets
 
 from gatepress.config import DataSettings
 from gatepress.errors import DataError, UsageError
+from gatepress.schema import is_sound
 from gatepress.tasks.columns import choose_columns, require_column
 from gatepress.tasks.demo import demo_rows
 from gatepress.tasks.glue import glue_columns, hub_columns
 from gatepress.tasks.labels import class_ids, infer_names, scores
 from gatepress.tasks.readers import Columns, read_columns
 from gatepress.tasks.spec import MIN_CLASSES, PAIR, TASKS, Metric, TaskSpec, task_named
+
+_HALF = re.compile("[\ud800-\udfff]")
 
 Splits = Literal["all", "validation"]
 
@@ -51,6 +55,7 @@ def load_rows(data: DataSettings, *, splits: Splits = "all", spec: TaskSpec | No
         named = task_named(data.task)
         train, validation = _named_splits(data, named, splits)
         spec = _with_asked_columns(_trained_for(spec, named), data)
+    _refuse_unfit_columns(spec)
     used, tables = None, []
     if train is not None and splits == "all":
         used = _table(train, spec, data)
@@ -129,6 +134,18 @@ def _with_asked_columns(spec: TaskSpec, data: DataSettings) -> TaskSpec:
     return replace(spec, text_columns=texts, label_column=data.label_column or spec.label_column)
 
 
+def _refuse_unfit_columns(spec: TaskSpec) -> None:
+    columns = (*spec.text_columns, spec.label_column)
+    if len(set(columns)) < len(columns):
+        raise UsageError(
+            f"the columns are {', '.join(columns)}, expected another one for each text and for the label; "
+            "name them with --text-column, --text-pair-column and --label-column"
+        )
+    odd = [name for name in columns if not is_sound(name)]
+    if odd:
+        raise DataError(f"the column name {odd[0]!r} holds a line break or control character; rename it in the file")
+
+
 def _table(split: _Split, spec: TaskSpec, data: DataSettings) -> Columns:
     """Return the checked columns of one split, cut to the first rows as asked."""
     limit = data.max_train_samples if split.name == "train" else data.max_validation_samples
@@ -155,6 +172,8 @@ def _texts(values: list[Any], where: str, *, empty_allowed: bool) -> list[str]:
         if not isinstance(value, str):
             got = "missing" if value is None else type(value).__name__
             raise DataError(f"{where}, row {row}: the text is {got}, expected text")
+        if not value.isascii() and _HALF.search(value):
+            raise DataError(f"{where}, row {row}: the text holds half of a character (a lone surrogate); mend the row")
         if not (empty_allowed or value.strip()):
             raise DataError(f"{where}, row {row}: the text is empty; fill it or drop the row")
     return values
