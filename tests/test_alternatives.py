@@ -70,7 +70,7 @@ def test_nothing_is_left_behind_after_an_interrupt(run_dir, temporary, monkeypat
     [
         ({"baseline": "dense"}, UsageError("--baseline is 'dense', expected one of: dense torch, ")),
         ({"repetitions": 0}, UsageError("--repetitions is 0")),
-        ({"seq_lens": [8, 5000]}, ModelError("takes at most 160 tokens, --seq-len asks for 5000")),
+        ({"seq_lens": [8, 5000]}, ModelError("takes at most 160 tokens, the asked sequence length is 5000")),
         ({"device": "cuda"}, UsageError("--alternatives compares runtimes of the CPU")),
     ],
 )

@@ -114,7 +114,7 @@ def test_unknown_model_directory(here, tiny_task_files):
 def test_hub_out_of_reach_for_a_model(here, tiny_task_files):
     options = ["train", *tiny_task_files.options(), "--model", "someone/encoder"]
     told = refused(here, options, 1, r"^someone/encoder: .*the hub cannot be reached")
-    for way_out in ("--model demo", "--model DIRECTORY", "HF_HOME"):
+    for way_out in ("a directory that is here", "demo", "HF_HOME"):
         assert way_out in told
 
 
@@ -128,6 +128,12 @@ def test_hub_out_of_reach_for_rows(here, tiny_model_dir):
 @pytest.mark.parametrize("verb", ["prune", "export", "evaluate", "bench"])
 def test_a_directory_that_is_not_there(here, verb):
     refused(here, [verb, "./nowhere"], 1, r"nowhere: ")
+
+
+@pytest.mark.parametrize("verb", ["prune", "export", "evaluate", "bench"])
+def test_a_directory_that_is_misspelt(here, verb):
+    (here / "pruned/sst2").mkdir(parents=True)
+    refused(here, [verb, "pruned/sts2"], 1, r"pruned/sts2: .*(no such directory|is not there)")
 
 
 @pytest.mark.parametrize("verb", ["prune", "export", "evaluate", "bench"])
@@ -313,7 +319,7 @@ def test_a_text_that_is_empty(here, train_on):
 def test_no_validation_rows(here, tiny_model_dir):
     tiny.write_table(here / "good.csv", HEADER, rows())
     options = ["train", "--train-file", "good.csv", "--model", tiny_model_dir("bert")]
-    refused(here, options, 1, r"--validation-file")
+    refused(here, options, 2, r"--validation-file")
 
 
 def test_a_data_directory_without_the_task(here, tiny_glue_dir, tiny_model_dir):
@@ -434,8 +440,18 @@ def test_a_result_that_appeared_meanwhile_stays(here):
     assert names(here / "out") == ["quicker.txt"]
 
 
+def test_force_leaves_alone_what_others_wrote(here, writer):
+    (here / "out/below").mkdir(parents=True)
+    (here / "out/below/thesis.txt").write_text("a year of work")
+    message = (
+        r"^out: was not written by gatepress \(it holds below\), so --force leaves it alone; choose another with -o"
+    )
+    refused(here, [*writer, "-o", "out", "--force"], 1, message)
+
+
 def test_force_replaces_the_whole_output(here, writer):
     (here / "out").mkdir()
+    (here / "out/gatepress_old.json").write_text("{}")
     (here / "out/old.txt").write_text("not wanted any more")
     assert run(*writer, "-o", "out", "--force").exit_code == 0
     assert not (here / "out/old.txt").exists()
@@ -472,7 +488,7 @@ def test_a_full_disk(here, writer, size):
 def test_a_full_disk_leaves_the_earlier_result(here, writer):
     with small_disk(here / "disk", "size=16k"):
         (here / "disk/out").mkdir()
-        (here / "disk/out/precious.txt").write_text("a week of work")
+        (here / "disk/out/gatepress_run.json").write_text("{}")
         refused(here, [*writer, "-o", "disk/out", "--force"], 1, r"cannot write \(.*No space left on device.*\)")
 
 
@@ -601,6 +617,7 @@ def test_an_interrupted_training(here, train_on, sign, exit_code):
     for verb in ("evaluate", "prune"):
         result = run(verb, "run", *(["-o", "pruned"] if verb == "prune" else []))
         assert result.exit_code == 0, result.output
+        assert "warning: run: is not finished" in result.stderr
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -611,6 +628,6 @@ def test_interrupted_before_the_first_checkpoint(here, train_on, force, monkeypa
     monkeypatch.setattr("gatepress.training.open_base", interrupted)
     if force:
         (here / "run").mkdir()
-        (here / "run/precious.txt").write_text("a week of work")
+        (here / "run/gatepress_run.json").write_text("{}")
     message = "the last complete checkpoint is in run" if force else "nothing was written"
     refused(here, train_on("good.csv", "-o", "run", *(["--force"] if force else [])), 130, message)

@@ -358,7 +358,7 @@ def test_a_real_model_against_itself(tiny_classifier_dir):
     assert [one.seq_len for one in records] == [8, 8, 16, 16]
     assert all((one.kind, one.runtime, one.device_name) == ("model", "torch", cpu_name()) for one in records)
     assert all(one.latency_ms_min > 0 and one.size_bytes > 0 and one.parameters for one in records)
-    with pytest.raises(ModelError, match="takes at most 160 tokens, --seq-len asks for 5000"):
+    with pytest.raises(ModelError, match="takes at most 160 tokens, the asked sequence length is 5000"):
         endtoend.run([target], batch_sizes=[1], seq_lens=[5000], **SMALL)
 
 

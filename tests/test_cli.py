@@ -8,6 +8,8 @@ import itertools
 import json
 import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
 import types
@@ -453,10 +455,18 @@ def test_debug_shows_the_traceback_before_the_line(library):
             "--task and --train-file/--validation-file exclude",
         ),
         (
-            ["evaluate", "x", "--max-validation-samples", "0"],
+            ["evaluate", "x", "--task", "demo", "--max-validation-samples", "0"],
             "--max-validation-samples is 0, expected 1 or more",
         ),
         (["evaluate", "x", "--batch-size", "0"], "invalid value for '--batch-size': "),
+        (["evaluate", "x", "--data-dir", "glue"], "--data-dir does not say which rows; give --task NAME or"),
+        (["train", "--train-file", "a.csv"], "own data has no validation rows; give them with --validation-file"),
+        (["train", "--validation-file", "a.csv"], "own data has no train rows; give them with --train-file"),
+        (["train", "--sparsity", "0,3"], "invalid value for '--sparsity' / '-s': Input should be a valid number"),
+        (["train", "--method", "lora-fb"], "invalid value for '--method': 'lora-fb' is not one of"),
+        (["bench", "x", "--max-length", "5"], "--max-length cuts rows of a task; give --task, or --seq-len"),
+        (["bench", "x", "--task", "demo", "--seq-len", "5"], "--seq-len means nothing to the rows of a task"),
+        (["bench", "--latency-table", "ort-cpu", "--alternatives"], "--alternatives means nothing to --latency-table"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(library, arguments, text):
@@ -511,6 +521,64 @@ def test_a_reader_that_goes_away_is_no_traceback():
     assert started.returncode == 1
 
 
+COMMAND = [sys.executable, "-m", "gatepress"]
+
+
+@pytest.mark.parametrize("arguments", ["train --bogus", "train --bogus --json", "inspect nowhere --json", "--help"])
+@pytest.mark.parametrize("stdout", ["1>&-", "> /dev/full"])
+def test_a_stdout_that_takes_nothing_is_no_traceback(arguments, stdout):
+    line = " ".join(map(shlex.quote, COMMAND)) + f" {arguments} {stdout}"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, check=False)  # noqa: S602 - its redirection
+    assert "Traceback" not in done.stderr
+    assert done.returncode in (1, 2) or (arguments, stdout) == ("--help", "1>&-")
+    assert done.stderr.count("error: ") <= 1
+
+
+def test_an_option_without_its_value_names_the_help_of_its_verb():
+    result = run("train", "--task")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "error: option '--task' requires an argument; see 'gatepress train --help'\n"
+
+
+def test_a_stdout_that_knows_ascii_only_gets_ascii():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    line = [*COMMAND, "inspect", "modèle", "--json"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
+    assert json.loads(done.stdout)["error"]["message"].startswith("modèle: ")
+    assert done.returncode == 1
+
+
+def test_only_the_first_of_several_processes_prints_what_is_wrong():
+    line = [*COMMAND, "train", "--bogus", "--json"]
+    done = [subprocess.run(line, capture_output=True, check=False, env={**os.environ, "RANK": rank}) for rank in "01"]
+    assert [json.loads(one.stdout)["exit_code"] for one in done if one.stdout] == [2]
+    assert [one.returncode for one in done] == [2, 2]
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_while_it_starts(sign):
+    """A signal is answered by a line, whatever is being imported when it comes."""
+    program = (
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from gatepress.cli import app\n"
+        "def swallow(*_args, **_kwargs):\n"
+        "    try:\n"
+        f"        os.kill(os.getpid(), {int(sign)})\n"
+        "        for _ in range(1_000_000): pass\n"
+        "    except KeyboardInterrupt:\n"
+        "        raise RecursionError from None\n"
+        "import gatepress.inspecting\n"
+        "gatepress.inspecting.inspect = swallow\n"
+        "sys.argv = ['gatepress', 'inspect', 'x', '--json']\n"
+        "app.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 128 + sign, done.stderr
+    assert json.loads(done.stdout)["error"]["type"] == "Interrupted"
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo terminal")
 @pytest.mark.parametrize(
     ("colours", "environment"), [(True, {}), (False, {"NO_COLOR": "1"}), (False, {"TERM": "dumb"})]
@@ -561,13 +629,13 @@ def test_bench_without_models_times_a_weight(library):
 
 
 def test_bench_with_models_times_them(library):
-    arguments = ["a", "b", "--batch-size", "1,4", "--seq-len", "16", "--warmup", "0", "--task", "cola"]
+    arguments = ["a", "b", "--batch-size", "1,4", "--max-length", "16", "--warmup", "0", "--task", "cola"]
     result = run("bench", *arguments, "--json")
     assert result.exit_code == 0, result.output
     name, args, kwargs = library.only_call()
     assert (name, args) == ("bench.endtoend", (["a", "b"],))
     assert kwargs["batch_sizes"] == [1, 4]
-    assert kwargs["seq_lens"] == [16]
+    assert kwargs["max_length"] == 16
     assert kwargs["warmup"] == 0
     assert kwargs["data"] == DataSettings(task="cola")
     first, second = json_of(result)["records"]
@@ -592,7 +660,7 @@ def test_bench_shows_a_table_for_people():
         (["--sparsity", "half"], "--sparsity is 'half', expected numbers"),
         (["--output", "out.xml"], "--output is out.xml, expected a name that ends in"),
         (["--plot", "out.pdf"], "--plot is out.pdf, expected a name that ends in"),
-        (["a", "--data-dir", "glue"], "no data: give --task NAME"),
+        (["a", "--data-dir", "glue"], "--data-dir does not say which rows; give --task NAME"),
         (["--alternatives"], "--alternatives takes one run directory"),
         (["a", "b", "--alternatives"], "--alternatives takes one run directory"),
         (["a", "--for", "ort-int8", "--baseline", "x"], "--for, --baseline goes with --alternatives"),

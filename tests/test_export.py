@@ -179,11 +179,11 @@ def test_options_out_of_range_are_refused(options, words, tmp_path: Path) -> Non
 def test_disagreement_keeps_nothing_and_harms_nothing(bert, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(exporting, "write_onnx", lambda _model, file, **_: shutil.copy(bert.output / file.name, file))
     (tmp_path / "onnx").mkdir()
-    (tmp_path / "onnx" / "earlier").write_text("kept")
+    (tmp_path / "onnx" / "gatepress_onnx.json").write_text("kept")
     with pytest.raises(ParityError, match="nothing was written"):
         export(bert.source, tmp_path / "onnx", force=True, max_diff=1e-12)
     assert [path.name for path in tmp_path.iterdir()] == ["onnx"]
-    assert (tmp_path / "onnx" / "earlier").read_text() == "kept"
+    assert (tmp_path / "onnx" / "gatepress_onnx.json").read_text() == "kept"
 
 
 def test_graph_with_a_frozen_axis_is_refused(bert, tmp_path: Path, monkeypatch) -> None:

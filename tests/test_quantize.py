@@ -231,7 +231,7 @@ def worse(monkeypatch) -> None:
 def test_a_drop_above_the_limit_keeps_nothing_and_harms_nothing(written, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "earlier").mkdir()
-    (tmp_path / "earlier" / "precious.txt").write_text("a week of work")
+    (tmp_path / "earlier" / "gatepress_onnx.json").write_text("{}")
     before = files(tmp_path)
     line = ["export", str(written.pruned), "--quantize", "int8", "--max-metric-drop", "0.1", "--json"]
     for output in (["-o", "new/onnx"], ["-o", "earlier", "--force"]):

@@ -286,6 +286,11 @@ def load_run(directory: Path, device: str = "cpu") -> tuple[PreTrainedModel, Run
     trained on, `HubError` or `ModelError` where the base cannot be had.
     """
     manifest = read_run(directory)
+    if manifest.status != "finished":
+        logger.warning(
+            "%s: is not finished, what it holds is that of step %d; go on with: gatepress train --resume %s",
+            *(directory, manifest.step, directory),
+        )
     settings = manifest.settings
     base = locate_model(settings.model, settings.revision)
     if model_files(base) != manifest.base_sha256:

@@ -160,6 +160,10 @@ class TrainSettings:
 
     def _wrong_pairs(self) -> list[str]:
         problems = []
+        missing = [name for name in ("train_file", "validation_file") if not getattr(self.data, name)]
+        if self.data.task is None and missing:
+            rows = missing[0].partition("_")[0]
+            problems.append(f"own data has no {rows} rows; give them with {_option(missing[0])} FILE")
         if self.gate_axes != "both" and self.granularity != "matrix":
             problems.append(f"--gate-axes {self.gate_axes} goes with --granularity matrix")
         if self.distill and not self.gated:
@@ -226,7 +230,7 @@ class TrainSettings:
             settings = cls(
                 **{"distill": False, **value, **method, "matrices": matrices, "data": DataSettings(**value["data"])}
             )
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, UsageError) as error:
             raise ArtifactError(f"settings in the manifest are not understood ({error})") from None
         before = "closing" not in value and settings.gated  # it could be chosen; then it was that of a pretrained model
         return replace(settings, closing=MethodSpec.closing) if before else settings

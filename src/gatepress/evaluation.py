@@ -55,12 +55,13 @@ def evaluate(  # noqa: PLR0913 - every option of the command is one
         raise UsageError("; ".join(wrong))
     runner = open_runner(target, device=device, trust_remote_code=trust_remote_code)
     basis = basis_of(runner, target, data=data, max_length=max_length, trust_remote_code=trust_remote_code)
+    # Opened before anything is measured: what is wrong with it is told at once.
+    other = None if against is None else open_runner(against, device=device, trust_remote_code=trust_remote_code)
+    tokenizer = other and _tokenizer_of(other, str(against), trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"batch_size": batch_size, "max_length": basis.max_length, "progress": progress}
     measured = evaluate_runner(runner, basis.rows, basis.tokenizer, **options)
     compared: dict[str, Any] = {}
-    if against is not None:
-        other = open_runner(against, device=device, trust_remote_code=trust_remote_code)
-        tokenizer = _tokenizer_of(other, against, trust_remote_code=trust_remote_code)
+    if other and tokenizer:
         value = evaluate_runner(other, basis.rows, tokenizer, **options)["metric_value"]
         drop = value - measured["metric_value"]
         compared = {"against": str(against), "metric_value_against": value, "metric_drop": drop}

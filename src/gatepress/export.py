@@ -59,6 +59,8 @@ def export(  # noqa: PLR0913 - every option of the command is one
     runner = open_runner(source)
     if not isinstance(runner, TorchRunner):
         raise UsageError(f"{source}: is ONNX already; give the directory that it was exported from")
+    if runner.head_is_random:
+        logger.warning("%s: has no task head, so its logits mean nothing; train one first: gatepress train", source)
     basis = _basis(runner, source, required=max_metric_drop is not None) if quantize and measure else None
     kept = runner.kind == "run" and (Path(source) / PROBE_FILE).is_file()
     random = random_batches(runner)

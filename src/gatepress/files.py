@@ -34,7 +34,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ArtifactError(f"{path}: larger than {MAX_JSON_BYTES} bytes, not a gatepress file")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ArtifactError(f"{path}: no such file; the directory is incomplete") from None
+        raise ArtifactError(f"{path}: no such file; check the path, or the directory is incomplete") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(value, dict):
@@ -125,6 +125,11 @@ def check_output(target: Path, *, force: bool, reads: Iterable[str | Path | None
         raise OutputError(f"{target}: is a link to what is not there; remove it or choose another with -o")
     if target.name in ("", "..") or os.path.ismount(target):
         raise OutputError(f"{target}: cannot be replaced as a whole; name a directory in it with -o")
+    if target.exists() and (others := _of_others(target)):
+        raise OutputError(
+            f"{target}: was not written by gatepress (it holds {', '.join(others[:3])}), so --force leaves it alone; "
+            "choose another with -o, or remove it yourself"
+        )
     # Not Path.exists, which raises on a name that is too long for a path.
     held = [path for path in reads if path is not None and os.path.exists(path) and _holds(target, Path(path))]
     if held:
@@ -135,6 +140,13 @@ def check_output(target: Path, *, force: bool, reads: Iterable[str | Path | None
             parent = parent.parent
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=parent):
             pass  # what cannot be written is found out now, not after an hour of training
+
+
+def _of_others(directory: Path) -> list[str]:
+    """Return what lies in a directory that has no manifest of ours."""
+    with explained(directory):
+        names = sorted(path.name for path in directory.iterdir())
+    return [] if any(name.startswith("gatepress_") for name in names) else names
 
 
 def _holds(directory: Path, path: Path) -> bool:

@@ -3,6 +3,7 @@
 Only configurations, tokenizers and safetensors are fetched: no pickle and no code ever arrives here.
 """
 
+import difflib
 import errno
 import importlib.util
 import json
@@ -28,7 +29,7 @@ _CONVERT = (
     "model and tokenizer: AutoModelForSequenceClassification.from_pretrained(OLD).save_pretrained(NEW), "
     "AutoTokenizer.from_pretrained(OLD).save_pretrained(NEW)"
 )
-_MODEL_WAYS = "use --model demo, --model DIRECTORY, or point HF_HOME at a cache that holds it"
+_MODEL_WAYS = "check the path, name a directory that is here, or demo, or point HF_HOME at a cache that holds it"
 
 
 def locate_model(name: str, revision: str | None = None) -> Path:
@@ -147,7 +148,18 @@ def _explained(repo_id: str, revision: str | None, ways_out: str) -> Iterator[No
         if isinstance(error, GatepressError):
             raise
         logger.debug("the hub's client failed", exc_info=True)
-        raise HubError(f"{repo_id}: not cached here and the hub cannot be reached; {ways_out}") from error
+        raise HubError(
+            f"{repo_id}: {_not_here(repo_id)}not cached here and the hub cannot be reached; {ways_out}"
+        ) from error
+
+
+def _not_here(name: str) -> str:
+    """Say what a name may have been meant for, where it looks like a path from here."""
+    parent = Path(name).parent
+    if parent == Path() or not parent.is_dir():
+        return ""
+    near = difflib.get_close_matches(Path(name).name, [path.name for path in parent.iterdir()], n=1)
+    return f"no such directory{f', did you mean {parent / near[0]}?' if near else ''}; "
 
 
 def _demo_model() -> Path:

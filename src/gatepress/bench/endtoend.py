@@ -197,7 +197,7 @@ def _open(targets: Targets, device: str, threads: int, *, trust_remote_code: boo
 def refuse_longer(name: str, max_tokens: int | None, seq_len: int) -> None:
     """Raise `ModelError` on rows longer than a model takes: on a GPU they would not just fail."""
     if max_tokens and seq_len > max_tokens:
-        raise ModelError(f"{name}: takes at most {max_tokens} tokens, --seq-len asks for {seq_len}")
+        raise ModelError(f"{name}: takes at most {max_tokens} tokens, the asked sequence length is {seq_len}")
 
 
 def _timed(name: str, runner: Runner, cell: _Cell) -> _Timed:

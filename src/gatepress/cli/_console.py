@@ -6,9 +6,12 @@ Exit codes: 0 done, 1 could not, 2 wrong usage, 130 interrupted, 143 terminated.
 
 import contextlib
 import errno
+import io
+import json
 import logging
 import math
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 
     Titled = tuple[str, Table]
 
+SIGNALS: list[int] = []  # that came: some libraries swallow what a handler raises while they are imported
 INTERRUPTED, TERMINATED = 130, 143  # 128 + the signal's number, as shells count
 PIPE_WIDTH = 120  # columns of a table that goes into a file or a pipe
 
@@ -90,7 +94,7 @@ class Screen:
         """Print the result: as it is with --json, else as the tables that `view` makes of it."""
         self.close()
         if self.as_json:
-            self.stdout.write(json_text(plain(value)))
+            self._write_json(plain(value))
         else:
             from rich.console import Console
 
@@ -107,13 +111,46 @@ class Screen:
         self.say(f"error: {line}")
         if self.as_json:
             told = {"error": {"type": kind, "message": line}, "exit_code": exit_code}
-            self.stdout.write(json_text(told))
-            self.stdout.flush()
+            try:
+                self._write_json(told)
+                self.stdout.flush()
+            except (OSError, ValueError):
+                leave(self.stdout)  # it was told on stderr, and stdout takes nothing
+
+    def _write_json(self, value: dict[str, Any]) -> None:
+        """Write one object, in ASCII where stdout knows no more."""
+        text = json_text(value)
+        try:
+            text.encode(self.stdout.encoding or "utf-8")
+        except UnicodeEncodeError:
+            text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+        self.stdout.write(text)
 
     def close(self) -> None:
         """End live bars, if there are any."""
         if self._drawing is not None:
             self._drawing.close()
+
+
+def leave(stream: TextIO) -> None:
+    """Let what is still to be written to a stream that takes nothing more go nowhere."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def mend_streams() -> None:
+    """Make stdout and stderr take any text: one that is closed leads nowhere, letters it does not know are escaped."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - open to the end
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def is_first() -> bool:
+    """Say whether this is the process that prints: launchers number the processes of one training."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def plain(value: Any) -> Any:
@@ -133,7 +170,7 @@ def plain(value: Any) -> Any:
 def session(*, as_json: bool, quiet: bool, debug: bool) -> Iterator[Screen]:
     """Run the body of a command: the one place where exceptions become lines and exit codes."""
     with contextlib.ExitStack() as stack:
-        first = os.environ.get("RANK", "0") == "0"  # launchers number the processes of one training
+        first = is_first()
         stdout = sys.stdout if first else stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
         screen = Screen(stdout, sys.stderr, as_json=as_json, quiet=quiet or not first)
         stack.callback(screen.close)
@@ -151,8 +188,7 @@ def session(*, as_json: bool, quiet: bool, debug: bool) -> Iterator[Screen]:
             raise
         except BrokenPipeError:
             # The reader of stdout went away, as `| head` does: there is nobody left to tell.
-            with contextlib.suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), screen.stdout.fileno())
+            leave(screen.stdout)
             raise typer.Exit(1) from None
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - a user never meets a traceback unasked
             screen.close()
@@ -168,8 +204,9 @@ def explain(error: BaseException, screen: Screen) -> tuple[str, str, int]:
     kind = type(error).__name__
     if isinstance(error, GatepressError):
         return kind, str(error), error.exit_code
-    if isinstance(error, KeyboardInterrupt):
-        exit_code = TERMINATED if isinstance(error, Terminated) else INTERRUPTED
+    if isinstance(error, KeyboardInterrupt) or SIGNALS:
+        terminated = isinstance(error, Terminated) or signal.SIGTERM in SIGNALS
+        exit_code = TERMINATED if terminated else INTERRUPTED
         return "Interrupted", f"interrupted; {screen.interrupt_note}", exit_code
     if _is_out_of_memory(error):
         remedy = "lower --batch-size or --max-length, or take a smaller model"

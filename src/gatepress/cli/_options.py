@@ -15,6 +15,7 @@ from gatepress.config import (
     Method,
     Precision,
     Target,
+    TrainSettings,
 )
 from gatepress.errors import UsageError
 from gatepress.tasks import task_named
@@ -193,6 +194,7 @@ GateAxesOption = Annotated[
         rich_help_panel=GATES,
     ),
 ]
+ALL_MATRICES = ",".join(TrainSettings.matrices)
 Matrices = Annotated[
     str,
     typer.Option(
@@ -408,6 +410,14 @@ Force = Annotated[
         rich_help_panel=OUTPUT,
     ),
 ]
+TrainForce = Annotated[
+    bool,
+    typer.Option(
+        help="Replace an output that exists. It goes when the first checkpoint of the new run is complete.",
+        show_default=False,
+        rich_help_panel=OUTPUT,
+    ),
+]
 Json = Annotated[
     bool,
     typer.Option(
@@ -448,7 +458,11 @@ def data_settings(**given: Any) -> DataSettings:
 
 def asked_data(**given: Any) -> DataSettings | None:
     """Return where rows come from, or None where no option speaks of data at all."""
-    return data_settings(**given) if any(value is not None for value in given.values()) else None
+    said = [name for name, value in given.items() if value is not None]
+    if said and not {"task", "validation_file"} & set(said):
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in said)
+        raise UsageError(f"{options} does not say which rows; give --task NAME or --validation-file FILE with it")
+    return data_settings(**given) if said else None
 
 
 def refuse_beside(option: str, context: typer.Context) -> None:

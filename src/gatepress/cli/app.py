@@ -3,6 +3,7 @@
 import signal
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -10,7 +11,7 @@ from typer.core import TyperCommand, TyperGroup
 
 import gatepress
 from gatepress.cli import bench, demo, evaluate, export, inspect, prune, report, sweep, train, verify
-from gatepress.cli._console import INTERRUPTED, Screen, Terminated
+from gatepress.cli._console import INTERRUPTED, SIGNALS, Screen, Terminated, explain, is_first, leave, mend_streams
 from gatepress.cli._options import examples
 
 
@@ -25,6 +26,11 @@ class Verbs(TyperGroup):
             exit_code = super().main(arguments, *given, **settings)
         except typer.Abort:
             exit_code = INTERRUPTED
+        except OSError as error:  # help and errors of usage are printed outside of a session
+            leave(sys.stdout)
+            _, message, exit_code = explain(error, Screen(sys.stdout, sys.stderr, as_json=False, quiet=False))
+            if not isinstance(error, BrokenPipeError):
+                typer.echo(f"error: {message}", err=True)
         except Exception as error:
             # typer has carried click inside, renamed, since 0.20-odd: its errors are known by their shape.
             if not hasattr(error, "format_message"):
@@ -39,9 +45,13 @@ def _wrong_usage(error: Any, arguments: Sequence[str]) -> int:
         typer.echo(error.format_message(), err=True)
         return int(error.exit_code)
     context = getattr(error, "ctx", None)
-    command = context.command_path if context is not None else "gatepress"
-    text = error.format_message().strip().rstrip(".")
-    screen = Screen(sys.stdout, sys.stderr, as_json="--json" in arguments, quiet=False)
+    verbs = [word for word in arguments[:1] if word in VERBS]
+    command = context.command_path if context is not None else " ".join(["gatepress", *verbs])
+    text = error.format_message().strip().rstrip(".").replace("Value error, ", "")
+    if "Input should be" in text:  # pydantic leaves out what it got
+        options = getattr(getattr(error, "param", None), "opts", ())
+        text += "".join(f", got {value!r}" for option, value in pairwise(arguments) if option in options)
+    screen = Screen(sys.stdout, sys.stderr, as_json="--json" in arguments and is_first(), quiet=False)
     message = f"{text[:1].lower()}{text[1:]}{' See' if text.endswith('?') else '; see'} '{command} --help'"
     screen.error("UsageError", message, int(error.exit_code))
     return int(error.exit_code)
@@ -115,13 +125,20 @@ app.command(cls=Verb, epilog=report.EXAMPLES)(report.report)
 app.command(cls=Verb, epilog=demo.EXAMPLES)(demo.demo)
 
 
-def _terminate(*_: object) -> NoReturn:
-    raise Terminated
+VERBS = [str(command.name or getattr(command.callback, "__name__", "")) for command in app.registered_commands]
+
+
+def _stop(number: int, _frame: object) -> NoReturn:
+    SIGNALS.append(number)
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
 def main() -> NoReturn:
-    """Run the command line; the entry point of the `gatepress` script."""
-    signal.signal(signal.SIGTERM, _terminate)  # what is half written goes, as with Ctrl-C
+    """Run the command line."""
+    signal.signal(signal.SIGTERM, _stop)  # what is half written goes, as with Ctrl-C
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is to be ignored, as shells ask for
+        signal.signal(signal.SIGINT, _stop)
+    mend_streams()
     app(prog_name="gatepress")  # also when started as `python -m gatepress`
     sys.exit(0)
 

@@ -203,7 +203,10 @@ def bench(  # noqa: PLR0913 - every option is a parameter
         models = {"batch_size": batch_size, "seq_len": seq_len, "max_length": max_length, **data}
         if latency_table is not None:
             others = {**weights, **models, "plot": plot, "fail_under": fail_under, "for": for_target}
-            _refuse_given({**others, "repetitions": repetitions, "warmup": warmup}, "means nothing to --latency-table")
+            others |= {"repetitions": repetitions, "warmup": warmup, "baseline": baseline}
+            others |= {"alternatives": alternatives or None, "trust-remote-code": trust_remote_code or None}
+            others |= {"device": None if device == "cpu" else device, "seed": seed or None}
+            _refuse_given(others, "means nothing to --latency-table")
             _latency_table(screen, latency_table, targets, output, threads, force=force)
             return
         if targets:
@@ -217,6 +220,10 @@ def bench(  # noqa: PLR0913 - every option is a parameter
         plain = {"tokens": tokens, "max_length": max_length, "repetitions": repetitions, "warmup": warmup}
         asked |= {name: value for name, value in plain.items() if value is not None}
         rows = opt.asked_data(**data)
+        if targets and rows:
+            _refuse_given({"seq-len": seq_len}, "means nothing to the rows of a task, which are as long as they are")
+        elif targets:
+            _refuse_given({"max-length": max_length}, "cuts rows of a task; give --task, or --seq-len in its place")
 
         from gatepress.bench import render
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from gatepress.cli import _options as opt
 from gatepress.cli._console import Screen, count, grid, megabytes, milliseconds, percent, session
-from gatepress.config import DataSettings, TrainSettings
+from gatepress.config import RUN_FILE, DataSettings, TrainSettings
 from gatepress.files import check_output
 
 if TYPE_CHECKING:
@@ -55,9 +55,15 @@ def demo(  # noqa: PLR0913 - every option is a parameter
     with session(as_json=as_json, quiet=quiet, debug=debug) as screen:
         data = replace(DEMO.data, max_train_samples=max_train_samples, max_validation_samples=max_validation_samples)
         settings = replace(DEMO, data=data, sparsity=sparsity, epochs=epochs, seed=seed)
-        check_output(output, force=force)
-        screen.interrupt_note = f"what was finished is in {output}"
-        screen.result(run(settings, output, screen), tables)
+        if not (force and (output / "dense" / RUN_FILE).is_file()):  # one that is there is done again, step by step
+            check_output(output, force=force)
+        try:
+            result = run(settings, output, screen)
+        except KeyboardInterrupt:
+            if output.exists():
+                screen.interrupt_note = f"what was done until then is in {output}"
+            raise
+        screen.result(result, tables)
 
 
 def run(settings: TrainSettings, output: Path, screen: Screen) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`gatepress export`: from a model directory to ONNX, checked against torch before it is kept."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -98,7 +99,7 @@ def export(  # noqa: PLR0913 - every option is a parameter
             progress=screen.progress,
         )
         screen.result({"output_dir": str(target), **result}, tables)
-        screen.note(f"next: gatepress bench {source} {target}")
+        screen.note(f"next: gatepress bench {shlex.quote(str(source))} {shlex.quote(str(target))}")
 
 
 def name_of(target: str) -> str:

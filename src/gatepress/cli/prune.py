@@ -1,5 +1,6 @@
 """`gatepress prune`: from a run directory to a smaller model that computes the same."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -105,7 +106,7 @@ def prune(  # noqa: PLR0913 - every option is a parameter
             result = reports[0] if len(reports) == 1 else {"results": reports}
             screen.result(result, lambda _: [table for report in reports for table in tables(report)])
         if not dry_run:
-            screen.note(f"next: gatepress export {next(iter(outputs.values()))}")
+            screen.note(f"next: gatepress export {shlex.quote(str(next(iter(outputs.values()))))}")
 
 
 def _outputs(directory: Path, asked: list[float] | None) -> dict[float, Path]:

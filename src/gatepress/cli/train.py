@@ -1,5 +1,6 @@
 """`gatepress train`: from a pretrained encoder and a task to a run directory with fixed gates."""
 
+import shlex
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,6 @@ EXAMPLES = opt.examples(
     "gatepress train --train-file train.csv --validation-file dev.csv --label-column topic",
 )
 
-ALL_MATRICES = ",".join(TrainSettings.matrices)
 KINDS = ("gates", "biases", "layer_norms", "low_rank", "base", "head", "total")
 
 
@@ -46,7 +46,7 @@ def train(  # noqa: PLR0913 - every option is a parameter
     budget: opt.BudgetOption = TrainSettings.budget,
     granularity: opt.GranularityOption = TrainSettings.granularity,
     gate_axes: opt.GateAxesOption = TrainSettings.gate_axes,
-    matrices: opt.Matrices = ALL_MATRICES,
+    matrices: opt.Matrices = opt.ALL_MATRICES,
     controller: opt.ControllerOption = TrainSettings.controller,
     lora_rank: opt.LoraRank = TrainSettings.lora_rank,
     train_biases: opt.TrainBiases = TrainSettings.train_biases,
@@ -73,7 +73,7 @@ def train(  # noqa: PLR0913 - every option is a parameter
             "DIR", "Directory of the run; runs/TASK-MODEL-sFRACTION unless given, and -METHOD where no gates close."
         ),
     ] = None,
-    force: opt.Force = False,
+    force: opt.TrainForce = False,
     resume: opt.Resume = None,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -153,10 +153,11 @@ def _work(screen: Screen, target: Path, training: Callable[..., dict[str, Any]])
             screen.interrupt_note = f"the last complete checkpoint is in {target}{_hint(target)}"
         raise
     screen.result({"output_dir": str(target), **result}, tables)
+    shown = shlex.quote(str(target))
     if METHODS[result.get("method", TrainSettings.method)].gated:
-        screen.note(f"next: gatepress prune {target}")
+        screen.note(f"next: gatepress prune {shown}")
     else:
-        screen.note(f"next: gatepress export {target}, or press it: gatepress train --model {target} --sparsity 0.5")
+        screen.note(f"next: gatepress export {shown}, or press it: gatepress train --model {shown} --sparsity 0.5")
 
 
 def _hint(target: Path) -> str:

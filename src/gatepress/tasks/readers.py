@@ -21,12 +21,12 @@ Columns = dict[str, list[Any]]  # column name -> values, all of one length; row 
 
 def read_columns(path: Path) -> Columns:
     """Read a whole file by its suffix; `DataError` where it is missing, empty or not what it says."""
+    kinds = ", ".join(_READERS)
+    if path.is_dir():
+        raise DataError(f"{path}: is a directory, expected a file of rows ({kinds})")
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
-        kinds = ", ".join(_READERS)
         raise DataError(f"{path}: the suffix is {path.suffix or 'missing'!r}, expected one of {kinds}")
-    if path.is_dir():
-        raise DataError(f"{path}: is a directory, expected a file of rows ({', '.join(_READERS)})")
     try:
         if path.stat().st_size == 0:
             raise DataError(f"{path}: the file is empty, expected a header and rows")
