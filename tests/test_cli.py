@@ -459,7 +459,6 @@ def test_debug_shows_the_traceback_before_the_line(library):
             "--max-validation-samples is 0, expected 1 or more",
         ),
         (["evaluate", "x", "--batch-size", "0"], "invalid value for '--batch-size': "),
-        (["evaluate", "x", "--data-dir", "glue"], "--data-dir does not say which rows; give --task NAME or"),
         (["train", "--train-file", "a.csv"], "own data has no validation rows; give them with --validation-file"),
         (["train", "--validation-file", "a.csv"], "own data has no train rows; give them with --train-file"),
         (["train", "--sparsity", "0,3"], "invalid value for '--sparsity' / '-s': Input should be a valid number"),

@@ -129,6 +129,14 @@ def test_labels_are_matched_by_name(tiny_glue_dir, tmp_path: Path) -> None:
     assert evaluate(tiny.save_model(model, "distilbert", tmp_path / "other"), data=data)["metric_value"] == value
 
 
+def test_some_of_the_rows_that_a_directory_names(forms, tiny_classifier_dir) -> None:
+    whole = evaluate(forms.run)
+    some = evaluate(forms.run, changes={"max_validation_samples": 10})
+    assert (some["examples"], some["task"]) == (10, whole["task"])
+    with pytest.raises(UsageError, match="does not say what to measure on"):
+        evaluate(tiny_classifier_dir("bert", 2), changes={"max_validation_samples": 10})
+
+
 def test_labels_that_differ_in_case_alone_stay_two(tiny_model_dir, tmp_path: Path) -> None:
     files = {}
     for split, seed in (("train", 1), ("validation", 2)):

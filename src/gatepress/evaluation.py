@@ -1,7 +1,7 @@
 """The metric of a task on its validation rows, the same for every form of a model."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ def evaluate(  # noqa: PLR0913 - every option of the command is one
     batch_size: int = 32,
     max_length: int | None = None,
     device: str = "cpu",
+    changes: Mapping[str, Any] | None = None,
     against: str | Path | None = None,
     progress: Progress | None = None,
     trust_remote_code: bool = False,
@@ -45,8 +46,8 @@ def evaluate(  # noqa: PLR0913 - every option of the command is one
 
     `against` is measured on the same rows, with its own tokenizer, and the difference is told.
 
-    `data` None: the rows that the directory's manifest names; `max_length` None: its own, else 128
-    tokens. Raises `UsageError` where neither names rows, `ModelError` where the model has no head
+    `data` None: the rows that the directory's manifest names, with `changes` to these settings; `max_length` None: its
+    own, else 128 tokens. Raises `UsageError` where neither names rows, `ModelError` where the model has no head
     for the task, `ArtifactError` on a malformed manifest, and what opening and loading raise.
     """
     sizes = {"--batch-size": batch_size, "--max-length": max_length}
@@ -54,7 +55,8 @@ def evaluate(  # noqa: PLR0913 - every option of the command is one
     if wrong:
         raise UsageError("; ".join(wrong))
     runner = open_runner(target, device=device, trust_remote_code=trust_remote_code)
-    basis = basis_of(runner, target, data=data, max_length=max_length, trust_remote_code=trust_remote_code)
+    dials: dict[str, Any] = {"max_length": max_length, "trust_remote_code": trust_remote_code}
+    basis = basis_of(runner, target, data=data, changes=changes, **dials)
     # Opened before anything is measured: what is wrong with it is told at once.
     other = None if against is None else open_runner(against, device=device, trust_remote_code=trust_remote_code)
     tokenizer = other and _tokenizer_of(other, str(against), trust_remote_code=trust_remote_code)
@@ -87,18 +89,19 @@ class Basis:
     max_length: int  # tokens
 
 
-def basis_of(
+def basis_of(  # noqa: PLR0913 - what `evaluate` is asked of its rows
     runner: Runner,
     target: str | Path,
     *,
     data: DataSettings | None = None,
+    changes: Mapping[str, Any] | None = None,
     max_length: int | None = None,
     trust_remote_code: bool = False,
 ) -> Basis:
     """Return the validation rows, tokenizer and length that fit an open model; raises as `evaluate`."""
     manifest = runner.manifest or {}
     spec = TaskSpec.from_json(manifest["task"]) if manifest.get("task") else None
-    settings = data or _settings(manifest.get("data"), target)
+    settings = data or replace(_settings(manifest.get("data"), target), **(changes or {}))
     asked = max_length or manifest.get("max_length") or MAX_LENGTH
     if not isinstance(asked, int):
         raise ArtifactError(f"{target}: max_length in the manifest is {asked!r}; give --max-length TOKENS")

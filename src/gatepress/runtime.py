@@ -71,7 +71,9 @@ def torch_device(name: str) -> str:
     if kind == "cpu":
         return "cpu"
     if not torch.cuda.is_available():
-        raise DeviceError("no CUDA device that torch can use on this machine; use --device cpu")
+        raise DeviceError(
+            "no CUDA device that torch can use on this machine; use --device cpu, or --for a target of CPUs"
+        )
     if int(index or 0) >= torch.cuda.device_count():
         raise DeviceError(f"no device {name}, this machine has {torch.cuda.device_count()}; use --device cuda")
     return name

@@ -448,6 +448,9 @@ Debug = Annotated[
 ]
 
 
+ROWS = {"task", "validation_file"}  # options that say which rows; the others say how
+
+
 def data_settings(**given: Any) -> DataSettings:
     """Return where rows come from; an unknown task is told at once, before anything slow is imported."""
     settings = DataSettings(**given)
@@ -458,11 +461,16 @@ def data_settings(**given: Any) -> DataSettings:
 
 def asked_data(**given: Any) -> DataSettings | None:
     """Return where rows come from, or None where no option speaks of data at all."""
-    said = [name for name, value in given.items() if value is not None]
-    if said and not {"task", "validation_file"} & set(said):
+    said = said_of(given)
+    if said and not ROWS & set(said):
         options = ", ".join(f"--{name.replace('_', '-')}" for name in said)
         raise UsageError(f"{options} does not say which rows; give --task NAME or --validation-file FILE with it")
     return data_settings(**given) if said else None
+
+
+def said_of(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def refuse_beside(option: str, context: typer.Context) -> None:

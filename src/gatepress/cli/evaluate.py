@@ -76,19 +76,22 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
 ) -> None:
     """Measure the metric on the validation rows.
 
-    Directories that gatepress wrote know their task and its rows; give data options only to measure on
-    others. A run, what was pruned from it and what was exported from that all score the same.
+    Directories that gatepress wrote know their task and its rows; give data options to measure on others
+    (--task, --validation-file) or on some of them (--max-validation-samples). A run, what was pruned from it
+    and what was exported from that all score the same.
     """
     with session(as_json=as_json, quiet=quiet, debug=debug) as screen:
-        data = opt.asked_data(
-            task=task,
-            data_dir=data_dir,
-            validation_file=validation_file,
-            text_column=text_column,
-            text_pair_column=text_pair_column,
-            label_column=label_column,
-            max_validation_samples=max_validation_samples,
-        )
+        given = {
+            "task": task,
+            "data_dir": data_dir,
+            "validation_file": validation_file,
+            "text_column": text_column,
+            "text_pair_column": text_pair_column,
+            "label_column": label_column,
+            "max_validation_samples": max_validation_samples,
+        }
+        changes = opt.said_of(given)
+        data = opt.data_settings(**given) if opt.ROWS & set(changes) else None
 
         if max_metric_drop is not None and not 0 <= max_metric_drop < math.inf:
             raise UsageError(f"--max-metric-drop is {max_metric_drop}, expected 0 or a positive number")
@@ -101,6 +104,7 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
             target,
             against=against,
             data=data,
+            changes=None if data else changes,
             batch_size=batch_size,
             max_length=max_length,
             device=device,
