@@ -96,7 +96,8 @@ def read_run(directory: Path) -> RunManifest:
     """Read a run directory's manifest; `ArtifactError` where it is not complete."""
     path = directory / RUN_FILE
     if not path.is_file():
-        raise ArtifactError(f"{directory}: has no {RUN_FILE}, expected a run directory written by `gatepress train`")
+        lacks = f"has no {RUN_FILE}" if directory.exists() else "is not there"
+        raise ArtifactError(f"{directory}: {lacks}, expected a run directory written by `gatepress train`")
     value = read_manifest(path, RUN_FORMAT)
     try:
         manifest = RunManifest(

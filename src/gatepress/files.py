@@ -125,15 +125,15 @@ def check_output(target: Path, *, force: bool, reads: Iterable[str | Path | None
         raise OutputError(f"{target}: is a link to what is not there; remove it or choose another with -o")
     if target.name in ("", "..") or os.path.ismount(target):
         raise OutputError(f"{target}: cannot be replaced as a whole; name a directory in it with -o")
+    # Not Path.exists, which raises on a name that is too long for a path.
+    held = [path for path in reads if path is not None and os.path.exists(path) and _holds(target, Path(path))]
+    if held:
+        raise OutputError(f"{target}: holds {held[0]}, which is read and would be gone; choose another with -o")
     if target.exists() and (others := _of_others(target)):
         raise OutputError(
             f"{target}: was not written by gatepress (it holds {', '.join(others[:3])}), so --force leaves it alone; "
             "choose another with -o, or remove it yourself"
         )
-    # Not Path.exists, which raises on a name that is too long for a path.
-    held = [path for path in reads if path is not None and os.path.exists(path) and _holds(target, Path(path))]
-    if held:
-        raise OutputError(f"{target}: holds {held[0]}, which is read and would be gone; choose another with -o")
     with explained(target):
         parent = target.absolute().parent
         while not parent.exists():  # made when there is something to put there
