@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from gatepress.cli import _options as opt
 from gatepress.cli._console import Screen, count, facts, percent, pick, session
 from gatepress.config import METHODS, RUN_FILE, TrainSettings, default_run_name
+from gatepress.errors import ArtifactError
 from gatepress.files import check_output, read_json
 
 if TYPE_CHECKING:
@@ -163,8 +164,11 @@ def _work(screen: Screen, target: Path, training: Callable[..., dict[str, Any]])
 def _hint(target: Path) -> str:
     """Return how a run that was stopped goes on; an earlier result that is finished, or no run, has no such end."""
     manifest = target / RUN_FILE
-    stopped = manifest.is_file() and "resume" in read_json(manifest)
-    return f"; go on with: gatepress train --resume {target}" if stopped else ""
+    try:
+        stopped = manifest.is_file() and "resume" in read_json(manifest)
+    except ArtifactError:
+        stopped = False
+    return f"; go on with: gatepress train --resume {shlex.quote(str(target))}" if stopped else ""
 
 
 def tables(result: dict[str, Any]) -> "list[Titled]":
