@@ -256,10 +256,12 @@ def load_trained_(model: PreTrainedModel, settings: TrainSettings, state: dict[s
     model.load_state_dict(state, strict=False)
 
 
-def load_start_(model: PreTrainedModel, settings: TrainSettings, spec: TaskSpec, base_sha256: dict[str, str]) -> None:
+def load_start_(
+    model: PreTrainedModel, settings: TrainSettings, spec: TaskSpec, base: Path, base_sha256: dict[str, str]
+) -> None:
     """Set what the run `settings.start` trained, in place, in a model prepared alike; `UsageError` where it was not.
 
-    It must have had the base weights of `base_sha256` and the labels of `spec`; else `ArtifactError`.
+    Its labels must be those of `spec`, its base weights those in `base`, whose sha256 are given; else `ArtifactError`.
     """
     directory = Path(str(settings.start))
     manifest = read_run(directory)
@@ -267,17 +269,21 @@ def load_start_(model: PreTrainedModel, settings: TrainSettings, spec: TaskSpec,
         there, here = getattr(manifest.settings, name), getattr(settings, name)
         if there != here:
             raise UsageError(f"{directory}: was trained with {name} {there}, this run asks for {here}; they must agree")
-    if manifest.base_sha256 != base_sha256:
-        raise ArtifactError(
-            f"{directory}: was trained on other weights of {settings.model!r} than are there now (sha256 differs); "
-            "bring back the base model it was trained on, or train again"
-        )
+    _refuse_other_weights(directory, manifest, base, base_sha256)
     if manifest.task.label_names != spec.label_names:
         raise UsageError(
             f"{directory}: was trained for other labels than these rows have; name its rows, or train again"
         )
     tensors = directory / manifest.tensors["file"]
     load_trained_(model, settings, read_tensors(tensors), tensors)
+
+
+def _refuse_other_weights(directory: Path, manifest: RunManifest, base: Path, base_sha256: dict[str, str]) -> None:
+    if manifest.base_sha256 != base_sha256:
+        raise ArtifactError(
+            f"{directory}: was trained on other weights of {manifest.settings.model!r} than {base} holds (sha256 "
+            "differs); bring back the base model it was trained on, or train again"
+        )
 
 
 def load_run(directory: Path, device: str = "cpu") -> tuple[PreTrainedModel, RunManifest]:
@@ -294,11 +300,7 @@ def load_run(directory: Path, device: str = "cpu") -> tuple[PreTrainedModel, Run
         )
     settings = manifest.settings
     base = locate_model(settings.model, settings.revision)
-    if model_files(base) != manifest.base_sha256:
-        raise ArtifactError(
-            f"{directory}: was trained on other weights of {settings.model!r} than {base} holds (sha256 differs); "
-            "bring back the base model it was trained on, or train again"
-        )
+    _refuse_other_weights(directory, manifest, base, model_files(base))
     model = open_base(base, manifest.task)
     prepare_(model, settings)
     tensors = directory / manifest.tensors["file"]

@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from gatepress.config import DEFAULT_TARGET, TrainSettings
+from gatepress.config import DEFAULT_TARGET, TrainSettings, spelled
 from gatepress.errors import ArtifactError
 from gatepress.manifests import ONNX_FORMAT, PRUNED_FORMAT, RUN_FORMAT
 
@@ -63,7 +63,7 @@ def _options(asked: dict[str, Any], defaults: dict[str, Any], *, portable: bool)
         word
         for name, value in asked.items()
         if value != defaults[name]
-        for word in _words(SPELLED.get(name, f"--{name.replace('_', '-')}"), value, portable=portable)
+        for word in _words(SPELLED.get(name, spelled(name)), value, portable=portable)
     ]
 
 

@@ -23,6 +23,7 @@ Precision = Literal["fp32", "bf16"]
 
 RUN_FILE = "gatepress_run.json"  # the manifest that makes a directory a run
 DEFAULT_TARGET: Target = "ort-cpu"  # the runtime that most people deploy on
+METRIC_ROUNDING = 1e-9  # of a difference of two metrics: 0.87 - 0.86 is more than 0.01
 MOST_SEEDS = 2**32  # NumPy's
 
 
@@ -73,7 +74,7 @@ class DataSettings:
         for name in ("max_train_samples", "max_validation_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                problems.append(f"--{name.replace('_', '-')} is {value}, expected 1 or more")
+                problems.append(f"{spelled(name)} is {value}, expected 1 or more")
         if self.task is not None and (self.train_file or self.validation_file):
             problems.append("--task and --train-file/--validation-file exclude each other; give one of them")
         if self.task is None and not (self.train_file or self.validation_file):
@@ -142,7 +143,7 @@ class TrainSettings:
             ("precision", Precision),
         )
         problems = [
-            f"{_option(name)} is {getattr(self, name)!r}, expected one of {', '.join(get_args(kind))}"
+            f"{spelled(name)} is {getattr(self, name)!r}, expected one of {', '.join(get_args(kind))}"
             for name, kind in kinds
             if getattr(self, name) not in (*get_args(kind), *([None] if name == "budget" else []))
         ]
@@ -152,7 +153,7 @@ class TrainSettings:
 
     def _wrong_numbers(self) -> list[str]:
         return [
-            f"{_option(name)} is {getattr(self, name)}, expected {expected}"
+            f"{spelled(name)} is {getattr(self, name)}, expected {expected}"
             for names, fits, expected in _NUMBERS
             for name in names
             if getattr(self, name) is not None and not fits(getattr(self, name))
@@ -163,7 +164,7 @@ class TrainSettings:
         missing = [name for name in ("train_file", "validation_file") if not getattr(self.data, name)]
         if self.data.task is None and missing:
             rows = missing[0].partition("_")[0]
-            problems.append(f"own data has no {rows} rows; give them with {_option(missing[0])} FILE")
+            problems.append(f"own data has no {rows} rows; give them with {spelled(missing[0])} FILE")
         if self.gate_axes != "both" and self.granularity != "matrix":
             problems.append(f"--gate-axes {self.gate_axes} goes with --granularity matrix")
         if self.distill and not self.gated:
@@ -249,7 +250,8 @@ def default_run_name(settings: TrainSettings) -> str:
     return f"{data}-{Path(settings.model).name}-{name}"
 
 
-def _option(name: str) -> str:
+def spelled(name: str) -> str:
+    """Return how the command line spells the option of a field."""
     return f"--{name.replace('_', '-')}"
 
 
@@ -288,4 +290,5 @@ __all__ = [
     "Target",
     "TrainSettings",
     "default_run_name",
+    "spelled",
 ]

@@ -57,13 +57,15 @@ def evaluate(  # noqa: PLR0913 - every option of the command is one
     runner = open_runner(target, device=device, trust_remote_code=trust_remote_code)
     dials: dict[str, Any] = {"max_length": max_length, "trust_remote_code": trust_remote_code}
     basis = basis_of(runner, target, data=data, changes=changes, **dials)
-    # Opened before anything is measured: what is wrong with it is told at once.
-    other = None if against is None else open_runner(against, device=device, trust_remote_code=trust_remote_code)
-    tokenizer = other and _tokenizer_of(other, str(against), trust_remote_code=trust_remote_code)
+    rival: tuple[Runner, PreTrainedTokenizerBase] | None = None
+    if against is not None:  # opened before anything is measured: what is wrong with it is told at once
+        other = open_runner(against, device=device, trust_remote_code=trust_remote_code)
+        rival = other, _tokenizer_of(other, against, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"batch_size": batch_size, "max_length": basis.max_length, "progress": progress}
     measured = evaluate_runner(runner, basis.rows, basis.tokenizer, **options)
     compared: dict[str, Any] = {}
-    if other and tokenizer:
+    if rival:
+        other, tokenizer = rival
         value = evaluate_runner(other, basis.rows, tokenizer, **options)["metric_value"]
         drop = value - measured["metric_value"]
         compared = {"against": str(against), "metric_value_against": value, "metric_drop": drop}

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from gatepress import __version__
 from gatepress.agreement import compare, quantized_difference, random_batches
 from gatepress.checkpoint import PROBE_FILE, read_probe
+from gatepress.config import METRIC_ROUNDING
 from gatepress.errors import GatepressError, MetricDropError, UsageError
 from gatepress.evaluation import Basis, basis_of, evaluate_runner, probe_rows
 from gatepress.files import check_output, json_text, new_directory, sha256_of
@@ -29,7 +30,6 @@ from gatepress.tracing import FUSED, operators, opset_of, slim, write_onnx
 logger = logging.getLogger(__name__)
 
 MAX_DIFF = 1e-4  # between float32 logits, of the largest where that is above 1
-ROUNDING = 1e-9  # of a difference of two metrics: 0.87 - 0.86 is more than 0.01
 MIN_OPSET = 17  # LayerNormalization as one operator
 
 
@@ -161,7 +161,7 @@ def _metric(
         for one in (before, after)
     )
     name, drop = now["metric_name"], was["metric_value"] - now["metric_value"]
-    if limit is not None and drop > limit + ROUNDING:
+    if limit is not None and drop > limit + METRIC_ROUNDING:
         raise MetricDropError(
             f"{name} is {now['metric_value']:.4f} in int8 and {was['metric_value']:.4f} in float32, a drop of "
             f"{drop:.4f}, expected at most --max-metric-drop {limit:g}; nothing was written; "

@@ -99,7 +99,8 @@ def _kind_of(target: str, path: Path) -> Kind:
 
 def _open_run(path: Path, device: str) -> TorchRunner:
     model, manifest = load_run(path, device)
-    size = _bytes(_weights(path))
+    base = locate_model(manifest.settings.model, manifest.settings.revision)
+    size = _bytes([path / manifest.tensors["file"], *_weights(base)])
     return TorchRunner(_name(path), "run", device, _tokenizer_dir(path), size, manifest.to_json(), model=model)
 
 

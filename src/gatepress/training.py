@@ -166,7 +166,7 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
     start = None if resumed else settings.start
     base_sha256 = model_files(base)
     if start:
-        load_start_(model, settings, rows.spec, base_sha256)
+        load_start_(model, settings, rows.spec, base, base_sha256)
     kinds = trained(model, settings)
     mark_trainable_(kinds)
 

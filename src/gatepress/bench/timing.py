@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from gatepress.config import spelled
 from gatepress.errors import UsageError
 from gatepress.progress import Progress
 
@@ -118,7 +119,7 @@ def refuse_below(least: int, **options: int | None) -> None:
     """Raise one `UsageError` naming every option that is given and below `least`."""
     refuse(
         [
-            f"--{name.replace('_', '-')} is {value}, expected {least} or more"
+            f"{spelled(name)} is {value}, expected {least} or more"
             for name, value in options.items()
             if value is not None and value < least
         ]

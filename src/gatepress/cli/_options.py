@@ -16,6 +16,7 @@ from gatepress.config import (
     Precision,
     Target,
     TrainSettings,
+    spelled,
 )
 from gatepress.errors import UsageError
 from gatepress.tasks import task_named
@@ -463,7 +464,7 @@ def asked_data(**given: Any) -> DataSettings | None:
     """Return where rows come from, or None where no option speaks of data at all."""
     said = said_of(given)
     if said and not ROWS & set(said):
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in said)
+        options = ", ".join(map(spelled, said))
         raise UsageError(f"{options} does not say which rows; give --task NAME or --validation-file FILE with it")
     return data_settings(**given) if said else None
 

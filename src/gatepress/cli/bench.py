@@ -8,7 +8,7 @@ import typer
 
 from gatepress.cli import _options as opt
 from gatepress.cli._console import Screen, grid, session
-from gatepress.config import Target
+from gatepress.config import Target, spelled
 from gatepress.errors import UsageError
 
 if TYPE_CHECKING:
@@ -353,7 +353,7 @@ def _asked(**lists: str | None) -> dict[str, Any]:
 
 def _refuse_given(options: dict[str, Any], reason: str) -> None:
     """Refuse options that would be silently without effect."""
-    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
+    given = list(map(spelled, opt.said_of(options)))
     if given:
         raise UsageError(f"{', '.join(given)} {reason}")
 

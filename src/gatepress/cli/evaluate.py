@@ -8,6 +8,7 @@ import typer
 from gatepress.cli import _options as opt
 from gatepress.cli._console import count, facts, pick, session
 from gatepress.cli.train import metric_rows
+from gatepress.config import METRIC_ROUNDING
 from gatepress.errors import UsageError
 
 if TYPE_CHECKING:
@@ -113,8 +114,8 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
         )
         limit = {} if max_metric_drop is None else {"max_metric_drop": max_metric_drop}
         screen.result({**result, **limit}, tables)
-        # not "drop > limit": a metric that is no number has dropped; and 0.87 - 0.86 is a little more than 0.01
-        if max_metric_drop is not None and not (result["metric_drop"] <= max_metric_drop + 1e-9):
+        # not "drop > limit": a metric that is no number has dropped
+        if max_metric_drop is not None and not (result["metric_drop"] <= max_metric_drop + METRIC_ROUNDING):
             name, value, drop = (result[key] for key in ("metric_name", "metric_value", "metric_drop"))
             screen.say(
                 f"error: {name} is {value:.4f}, {drop:.4f} less than that of {against}, "
