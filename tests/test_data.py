@@ -258,6 +258,9 @@ def test_missing_files_and_directories(tmp_path: Path, good: Path):
     message = refused(DataSettings(task="qqp", data_dir=str(tmp_path)))
     assert str(Path("qqp", "train.tsv")) in message
     assert "--data-dir" in message
+    (tmp_path / "SST-2").mkdir()  # as in GLUE's own archives, whose files have other columns as well
+    message = refused(DataSettings(task="sst2", data_dir=str(tmp_path)))
+    assert "holds SST-2; give its files with --train-file and --validation-file" in message
     assert "--task NAME" in refused(own(good, good, data_dir=str(tmp_path)), UsageError)
     assert "drop --data-dir" in refused(DataSettings(task="demo", data_dir=str(tmp_path)), UsageError)
 

@@ -14,8 +14,22 @@ def glue_columns(directory: Path, task: str, split: str) -> tuple[str, Columns]:
     """Return the path and the columns of one split in `--data-dir`; `DataError` where it is not there."""
     path = directory / task / f"{split}.tsv"
     if not path.is_file():
-        raise DataError(f"{path}: no such file; --data-dir is expected to hold {task}/{split}.tsv")
+        raise DataError(f"{path}: no such file; {_remedy(directory, task, split)}")
     return str(path), read_columns(path)
+
+
+def _remedy(directory: Path, task: str, split: str) -> str:
+    """Return what to do about a missing file; GLUE's own archives have other names (SST-2/dev.tsv)."""
+    expected = f"--data-dir is expected to hold {task}/{split}.tsv"
+    there = sorted(directory.iterdir()) if directory.is_dir() else []
+    others = [one.name for one in there if one.is_dir() and one.name != task and _plain(one.name) == _plain(task)]
+    if not others:
+        return expected
+    return f"{expected}, but holds {others[0]}; give its files with --train-file and --validation-file"
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")
 
 
 def hub_columns(task: str, split: str) -> tuple[str, Columns]:
