@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -65,6 +66,19 @@ def agree_on_unseen_shapes(model: torch.nn.Module, directory: Path, family: str)
         np.testing.assert_allclose(got, wanted.numpy(), atol=1e-4, rtol=0)
 
 
+def assert_last_layer_is_of_one_token(pruned: Path, macs: dict[str, int]) -> None:
+    """The head reads the first token: of the last layer, all but keys and values are computed for it alone."""
+    whole = open_runner(pruned).mac_terms
+    matrices = json.loads((pruned / "gatepress_pruned.json").read_text())["report"]["plan"]["layers"][-1]["matrices"]
+    once = sum(math.prod(matrices[role]["kept"]) for role in ("q", "o", "up", "down"))
+    products = matrices["q"]["kept"][0] + matrices["v"]["kept"][0]  # scores, and what they weigh
+    assert macs == {
+        "token": whole["token"] - once + products,
+        "pair": whole["pair"] - products,
+        "row": whole["row"] + once,
+    }
+
+
 @pytest.mark.parametrize("granularity", ["structured", "matrix", "heads"])
 def test_run_and_pruned_directory_export_to_what_torch_computes(  # noqa: PLR0913, PLR0917 - fixtures
     family: str,
@@ -91,6 +105,7 @@ def test_run_and_pruned_directory_export_to_what_torch_computes(  # noqa: PLR091
     assert all(fused.get(name, 0) >= dense[name] for name in dense if name in FUSED), (dense, fused)
     assert fused["LayerNormalization"] == dense["LayerNormalization"] >= 2 * tiny.LAYERS
     assert "Pad" not in result["operators"]  # zeros of closed outputs are computed
+    assert_last_layer_is_of_one_token(tmp_path / "pruned", result["macs"])
     assert result["source_kind"] == "pruned"
     assert result["max_abs_logit_diff"] <= 1e-4
     assert len({(shape["rows"], shape["length"]) for shape in result["shapes"]}) >= 3

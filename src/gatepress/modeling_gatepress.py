@@ -79,6 +79,8 @@ def pick(x: Tensor, index: Tensor, zeros: int = 0) -> Tensor:
 class PrunedAttention:
     """Self-attention over the heads and widths that are left; mixed in before the family's own class."""
 
+    keys_from: Tensor | None = None  # hidden states of all tokens, where `forward` is given the first ones alone
+
     def forward(
         self: Any,
         hidden_states: Tensor,
@@ -89,11 +91,20 @@ class PrunedAttention:
         """Map hidden states [batch, length, hidden] to the same shape, or to [..., heads * vo_width]."""
         part = self.gatepress
         heads = len(part["heads"])
+        everything = hidden_states if self.keys_from is None else self.keys_from
         q, k, v = (
-            getattr(self, part[role])(hidden_states).unflatten(-1, (heads, part[width])).transpose(1, 2)
-            for role, width in (("q", "qk_width"), ("k", "qk_width"), ("v", "vo_width"))
+            getattr(self, part[role])(states).unflatten(-1, (heads, part[width])).transpose(1, 2)
+            for role, width, states in (
+                ("q", "qk_width", hidden_states),
+                ("k", "qk_width", everything),
+                ("v", "vo_width", everything),
+            )
         )
         mask = attention_mask
+        if self.keys_from is not None:  # both are [batch, heads or 1, length or 1, length]
+            mask, position_bias = (
+                None if one is None else one[:, :, : hidden_states.shape[1]] for one in (mask, position_bias)
+            )
         if position_bias is not None:  # [batch, dense heads, length, length]
             bias = position_bias[:, part["heads"]] if position_bias.shape[1] != heads else position_bias
             if mask is not None and not mask.is_floating_point():

@@ -6,7 +6,8 @@ All take and give float32; an int8 ONNX file has int8 weights inside.
 import contextlib
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -175,8 +176,9 @@ class TorchRunner(Facts):
         return _macs(self.mac_terms, batch, length)
 
     def _counted(self, length: int) -> int:
-        """Return the multiply-accumulates of one row; fused attention would go uncounted on a CPU."""
-        with plain_attention(self.model), FlopCounterMode(display=False) as counter:
+        """Return the multiply-accumulates of one row."""
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001 - torch counts those of GPUs alone
+        with FlopCounterMode(display=False, custom_mapping={fused: _attention_flops}) as counter:
             self.run(self.prepare({"input_ids": np.full((1, length), COUNTED_TOKEN)}))
         return int(counter.get_total_flops()) // 2
 
@@ -292,6 +294,11 @@ class OnnxRunner(Facts):
                 "expected logits [batch, labels]; export it again"
             )
         return values.astype(np.float32, copy=False)
+
+
+def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    """Return the operations of attention, from shapes [batch, heads, length, width]: scores, and what they weigh."""
+    return 2 * math.prod(query[:3]) * key[2] * (query[3] + value[3])
 
 
 def input_names(model: PreTrainedModel) -> tuple[str, ...]:

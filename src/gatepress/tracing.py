@@ -14,6 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnxruntime as ort
@@ -23,7 +24,8 @@ from transformers import PreTrainedModel
 
 from gatepress.agreement import random_rows
 from gatepress.errors import ModelError
-from gatepress.modeling_gatepress import PrunedLinear
+from gatepress.modeling_gatepress import PrunedAttention, PrunedLinear
+from gatepress.resolve import family_of
 from gatepress.runners import Batch, input_names, plain_attention
 
 EXTERNAL_DATA_BYTES = 1_500_000_000  # a protobuf file ends at 2 GiB: above this, weights get their own file
@@ -45,7 +47,7 @@ def write_onnx(model: PreTrainedModel, file: Path, *, opset: int | None = None) 
     size = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
     try:
         # Plain attention: the fused call is taken apart into more nodes.
-        with plain_attention(model), _rows_of_zeros(model), _silence(), torch.no_grad():
+        with plain_attention(model), first_token_alone(model), _rows_of_zeros(model), _silence(), torch.no_grad():
             torch.onnx.export(
                 _Logits(model, names).eval(),
                 tuple(torch.from_numpy(example[name]).to(model.device) for name in names),
@@ -66,6 +68,32 @@ def write_onnx(model: PreTrainedModel, file: Path, *, opset: int | None = None) 
             f"{type(model).__name__}: torch cannot export it to ONNX ({reason}); --debug shows all of it"
         ) from error
     slim(file)
+
+
+@contextlib.contextmanager
+def first_token_alone(model: PreTrainedModel) -> Iterator[None]:
+    """Let the last layer of a pruned model compute the first token alone, for as long as the block runs.
+
+    The head reads no other; keys and values are those of all tokens as ever. Were a head to read more, its logits
+    would not be those outside of the block.
+    """
+    attentions = [part for part in model.modules() if isinstance(part, PrunedAttention)]
+    if not attentions:
+        yield
+        return
+    attention: Any = attentions[-1]
+    layers: Any = model.base_model.get_submodule(family_of(model.config).layers)
+
+    def narrow(_: torch.nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        attention.keys_from = given[0]
+        return (given[0][:, :1], *given[1:])
+
+    hook = layers[-1].register_forward_pre_hook(narrow)
+    try:
+        yield
+    finally:
+        hook.remove()
+        attention.keys_from = None
 
 
 def operators(file: Path, batch: Batch) -> dict[str, int]:
