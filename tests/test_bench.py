@@ -29,8 +29,9 @@ from gatepress.errors import (
 )
 from gatepress.machine import cpu_name
 from gatepress.progress import NoProgress
-from gatepress.runners import TorchRunner, plain_attention
+from gatepress.runners import TorchRunner
 from gatepress.runtime import open_runner
+from gatepress.tracing import plain_attention
 
 SMALL = {"repetitions": 3, "warmup": 1, "threads": 1}
 

@@ -3,11 +3,9 @@
 All take and give float32; an int8 ONNX file has int8 weights inside.
 """
 
-import contextlib
 import inspect
-import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,8 +20,6 @@ from transformers import PreTrainedModel
 
 from gatepress.errors import ModelError
 from gatepress.families import FAMILIES
-
-logger = logging.getLogger(__name__)
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 MAC_TERMS = ("token", "pair", "row")
@@ -317,21 +313,6 @@ def max_tokens(config: Mapping[str, Any]) -> int | None:
     if family is None or not family.positions_follow_padding:
         return positions
     return positions - int(config.get("pad_token_id") or 0) - 1
-
-
-@contextlib.contextmanager
-def plain_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Compute attention as two products and a softmax for as long as the block runs."""
-    before = model.config._attn_implementation  # noqa: SLF001 - transformers has no public reader
-    try:
-        model.set_attn_implementation("eager")
-    except (ValueError, NotImplementedError, AttributeError):
-        logger.debug("%s keeps its own attention", type(model).__name__)
-    try:
-        yield
-    finally:
-        if model.config._attn_implementation != before:  # noqa: SLF001
-            model.set_attn_implementation(before)
 
 
 def _macs(terms: Mapping[str, int] | None, batch: int, length: int) -> int | None:

@@ -26,7 +26,9 @@ from gatepress.agreement import random_rows
 from gatepress.errors import ModelError
 from gatepress.modeling_gatepress import PrunedAttention, PrunedLinear
 from gatepress.resolve import family_of
-from gatepress.runners import Batch, input_names, plain_attention
+from gatepress.runners import Batch, input_names
+
+logger = logging.getLogger(__name__)
 
 EXTERNAL_DATA_BYTES = 1_500_000_000  # a protobuf file ends at 2 GiB: above this, weights get their own file
 # What ONNX Runtime makes of several operators, and whole operators that exporters may take apart.
@@ -71,18 +73,33 @@ def write_onnx(model: PreTrainedModel, file: Path, *, opset: int | None = None) 
 
 
 @contextlib.contextmanager
+def plain_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Compute attention as two products and a softmax for as long as the block runs."""
+    before = model.config._attn_implementation  # noqa: SLF001 - transformers has no public reader
+    try:
+        model.set_attn_implementation("eager")
+    except (ValueError, NotImplementedError, AttributeError):
+        logger.debug("%s keeps its own attention", type(model).__name__)
+    try:
+        yield
+    finally:
+        if model.config._attn_implementation != before:  # noqa: SLF001
+            model.set_attn_implementation(before)
+
+
+@contextlib.contextmanager
 def first_token_alone(model: PreTrainedModel) -> Iterator[None]:
     """Let the last layer of a pruned model compute the first token alone, for as long as the block runs.
 
     The head reads no other; keys and values are those of all tokens as ever. Were a head to read more, its logits
     would not be those outside of the block.
     """
-    attentions = [part for part in model.modules() if isinstance(part, PrunedAttention)]
-    if not attentions:
+    if not any(isinstance(part, PrunedAttention) for part in model.modules()):
         yield
         return
-    attention: Any = attentions[-1]
-    layers: Any = model.base_model.get_submodule(family_of(model.config).layers)
+    family = family_of(model.config)
+    layers: Any = model.base_model.get_submodule(family.layers)
+    attention: Any = layers[-1].get_submodule(family.attention)
 
     def narrow(_: torch.nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
         attention.keys_from = given[0]
