@@ -9,7 +9,7 @@ from gatepress.batches import make_loader, tokenize
 from gatepress.checkpoint import RunManifest, RunWriter, open_base, versions
 from gatepress.config import DataSettings, Granularity, TrainSettings
 from gatepress.gates import gates_of
-from gatepress.inject import attach_gates_, trainable
+from gatepress.inject import attach_gates_, gated_linear, trainable
 from gatepress.models import model_files, open_tokenizer
 from gatepress.tasks.sources import load_rows
 
@@ -28,10 +28,16 @@ def data_settings(files: Any) -> DataSettings:
     )
 
 
-def save_run(
-    directory: Path, base: Path, files: Any, *, granularity: Granularity = "structured", closed: float = 0.4
+def save_run(  # noqa: PLR0913 - what runs differ in
+    directory: Path,
+    base: Path,
+    files: Any,
+    *,
+    granularity: Granularity = "structured",
+    closed: float = 0.4,
+    silent: bool = False,
 ) -> Path:
-    """Write a run directory as training would, with drawn gates, low rank and head."""
+    """Write a run directory as training would, all of it drawn; `silent`: no query of the first layer is open."""
     settings = TrainSettings(
         data=data_settings(files),
         model=str(base),
@@ -43,8 +49,10 @@ def save_run(
     rows = load_rows(settings.data)
     tokenizer = open_tokenizer(base)
     model = open_base(base, rows.spec)
-    attach_gates_(model, granularity=granularity, controller="importance", lora_rank=settings.rank)
+    layers = attach_gates_(model, granularity=granularity, controller="importance", lora_rank=settings.rank)
     draw_(model, closed)
+    if silent:
+        gated_linear(model, layers[0], "q").gate_out.mask.zero_()
     few = tokenize(rows.validation["validation"].select(range(PROBE_ROWS)), tokenizer, MAX_LENGTH)
     probe = next(iter(make_loader(few, tokenizer, PROBE_ROWS, shuffle=False, seed=0)))
     manifest = RunManifest(

@@ -134,6 +134,31 @@ def test_a_head_without_queries_attends_uniformly_and_one_without_values_goes(fa
     torch.testing.assert_close(logits(pruned, family), logits(model, family), atol=1e-5, rtol=0)
 
 
+def test_uniform_attention_is_computed_once_for_all_tokens(family: str) -> None:
+    """Without queries every token gets the same, unless families add a bias of their own to scores."""
+    model = gated_model(family, "structured")
+    first, second = resolve(model)
+    gated_linear(model, first, "q").gate_out.mask.zero_()
+    wanted = logits(model, family)
+    pruned, _ = collapse(model, "inner")
+    torch.testing.assert_close(logits(pruned, family), wanted, atol=1e-5, rtol=0)
+
+    attentions = [pruned.base_model.get_submodule(layer.attention) for layer in (first, second)]
+    assert [one.gatepress["uniform"] for one in attentions] == [True, False]
+    lengths = []
+    for one in attentions:
+        one.register_forward_hook(lambda _, __, given: lengths.append(given[0].shape[1]))
+    length = tiny.random_batch(family)["input_ids"].shape[1]
+    logits(pruned, family)
+    assert lengths == [length if family == "mpnet" else 1, length]
+
+    pruned.set_attn_implementation("eager")
+    with torch.inference_mode():
+        whole = pruned(**tiny.random_batch(family), output_attentions=True)
+    assert {one.shape[-2:] for one in whole.attentions} == {(length, length)}
+    torch.testing.assert_close(whole.logits, wanted, atol=1e-5, rtol=0)
+
+
 def test_eager_and_fused_attention_agree(family: str) -> None:
     pruned, _ = collapse(gated_model(family, "structured"), "inner")
     fused = logits(pruned, family)

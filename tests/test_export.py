@@ -105,6 +105,7 @@ def test_run_and_pruned_directory_export_to_what_torch_computes(  # noqa: PLR091
     assert all(fused.get(name, 0) >= dense[name] for name in dense if name in FUSED), (dense, fused)
     assert fused["LayerNormalization"] == dense["LayerNormalization"] >= 2 * tiny.LAYERS
     assert "Pad" not in result["operators"]  # zeros of closed outputs are computed
+    assert result["operators"]["Add"] == dense["Add"] - 2 * tiny.LAYERS  # no biases of keys and values
     assert_last_layer_is_of_one_token(tmp_path / "pruned", result["macs"])
     assert result["source_kind"] == "pruned"
     assert result["max_abs_logit_diff"] <= 1e-4
@@ -118,6 +119,18 @@ def test_run_and_pruned_directory_export_to_what_torch_computes(  # noqa: PLR091
     assert config["model_type"] == family  # other tools know the family, not its pruned class
     assert not {"auto_map", "gatepress"} & set(config)
     assert "gatepress_" not in json.dumps(config)
+
+
+def test_uniform_attention_is_exported_as_torch_computes_it(
+    family: str, tiny_model_dir: Callable[[str], Path], tiny_task_files, tmp_path: Path
+) -> None:
+    """One that is computed once for all tokens, in the layer before the last."""
+    run = save_run(tmp_path / "run", tiny_model_dir(family), tiny_task_files, silent=True)
+    prune(run, tmp_path / "pruned")
+    export(tmp_path / "pruned", tmp_path / "onnx")
+    pruned = load_pruned(tmp_path / "pruned")
+    assert [one["uniform"] for one in pruned.config.gatepress["attentions"].values()] == [True, False]
+    agree_on_unseen_shapes(pruned, tmp_path / "onnx", family)
 
 
 def test_axes_are_named_and_free(bert) -> None:

@@ -18,7 +18,7 @@ from gatepress.checkpoint import read_run
 from gatepress.config import Controller, Granularity
 from gatepress.errors import ModelError
 from gatepress.gates import GatedLinear, gates_of
-from gatepress.inject import attach_gates_, mark_trainable_, trainable
+from gatepress.inject import attach_gates_, gated_linear, mark_trainable_, trainable
 from gatepress.narrowing import narrow_
 from gatepress.training import train
 
@@ -44,6 +44,8 @@ def test_a_step_sees_the_same_model(family: str, granularity: Granularity, contr
     model = tiny.build_classifier(family, num_labels=3)
     layers = attach_gates_(model, granularity=granularity, controller=controller, lora_rank=2)
     draw_(model, CLOSED)
+    if granularity != "heads":  # whose queries have no gates
+        gated_linear(model, layers[0], "q").gate_out.mask.zero_()  # and one layer attends uniformly
     mark_trainable_(trainable(model, biases=True, layer_norms=True))
     model.double().eval()  # in float32 the order of sums alone moves small gradients, on each processor otherwise
     wanted, gradients = logits_and_gradients(model, family)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import math
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from forms import PROBE_ROWS, save_run
 from gatepress import export as exporting
 from gatepress import quantize, tracing
 from gatepress.cli.app import app
+from gatepress.commands import commands_of
 from gatepress.errors import DataError, MetricDropError, ModelError, ParityError, UsageError
 from gatepress.evaluation import evaluate
 from gatepress.export import export
@@ -196,8 +198,9 @@ def test_a_model_that_names_no_rows_is_not_measured(tiny_classifier_dir, tmp_pat
     assert [result[key] for key in ("metric_name", "metric_value", "metric_value_fp32", "metric_drop")] == [None] * 4
     assert result["quantized"]["logit_diff"]["probe"] is None
     assert "names no rows" in caplog.text
-    with pytest.raises(UsageError, match=r"names no rows.*leave out --max-metric-drop"):
-        export(source, tmp_path / "limited", quantize="int8", max_metric_drop=0.1)
+    for asked in ({"max_metric_drop": 0.1}, {"changes": {"max_validation_samples": 4}}):
+        with pytest.raises(UsageError, match=r"names no rows.*; give --task NAME or --validation-file FILE"):
+            export(source, tmp_path / "limited", quantize="int8", **asked)
     assert not (tmp_path / "limited").exists()
 
 
@@ -211,6 +214,22 @@ def test_rows_that_are_gone_are_told(written, tmp_path: Path, caplog) -> None:
     assert "gone.csv: no such file" in caplog.text
     with pytest.raises(DataError, match=r"gone\.csv: no such file"):
         export(tmp_path / "pruned", tmp_path / "limited", quantize="int8", max_metric_drop=0.1)
+
+
+def test_rows_from_elsewhere_stand_in_and_can_be_found_again(written, tiny_task_files, tmp_path: Path) -> None:
+    """In the shell, on a machine that has not the rows of the training."""
+    shutil.copyfile(tiny_task_files.validation, tmp_path / "here.csv")
+    columns = ["--text-column", tiny_task_files.text_column, "--label-column", tiny_task_files.label_column]
+    data = ["--validation-file", str(tmp_path / "here.csv"), *columns, "--max-validation-samples", "5"]
+    line = ["export", str(written.pruned), "--quantize", "int8", *data, "-o", str(tmp_path / "onnx"), "--json"]
+    result = CliRunner().invoke(app, line)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["examples"] == 5
+    manifest = manifest_of(tmp_path / "onnx")
+    assert (
+        manifest["data"] == json.loads((written.pruned / "gatepress_pruned.json").read_text())["data"]
+    )  # what it was trained on, as ever
+    assert shlex.join(data) in commands_of(manifest, "onnx")[-1]
 
 
 # --- what costs too much -------------------------------------------------------------------------
@@ -281,6 +300,7 @@ def test_logits_that_are_no_numbers_are_refused(written, tmp_path: Path, monkeyp
     ("options", "message"),
     [
         (["--quantize", "int4"], "--quantize"),
+        (["--task", "sst2"], "data options say what the metric of --quantize int8 is measured on"),
         (["--max-metric-drop", "0.1"], "--max-metric-drop limits what --quantize costs; give --quantize int8 with it"),
         (
             ["--quantize", "int8", "--max-metric-drop=-0.1"],

@@ -98,6 +98,7 @@ def describe(layers: list[Layer], plan: PrunePlan) -> dict[str, Any]:
             "qk_width": part.qk_width,
             "vo_width": part.vo_width,
             "scale": layer.head_width**-0.5,
+            "uniform": set(part.matrices["q"].rows) == {ZERO_ROW},
         }
     return {"version": modeling_gatepress.VERSION, "linears": linears, "attentions": attentions}
 

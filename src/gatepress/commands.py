@@ -5,12 +5,18 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from gatepress.config import DEFAULT_TARGET, TrainSettings, spelled
+from gatepress.config import DEFAULT_TARGET, DataSettings, TrainSettings, spelled
 from gatepress.errors import ArtifactError
 from gatepress.manifests import ONNX_FORMAT, PRUNED_FORMAT, RUN_FORMAT
 
 PRUNE_DEFAULTS: dict[str, Any] = {"sparsity": None, "layout": "auto", "target": DEFAULT_TARGET, "latency_table": None}
-EXPORT_DEFAULTS: dict[str, Any] = {"opset": None, "max_diff": 1e-4, "quantize": None, "max_metric_drop": None}
+EXPORT_DEFAULTS: dict[str, Any] = {
+    "opset": None,
+    "max_diff": 1e-4,
+    "quantize": None,
+    "max_metric_drop": None,
+    **{one.name: one.default for one in fields(DataSettings)},
+}
 SPELLED = {"target": "--for"}  # the other options are spelled as their fields
 
 

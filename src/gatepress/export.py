@@ -6,7 +6,8 @@ On request the graph is quantized once it agrees.
 import importlib.metadata
 import logging
 import math
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 from gatepress import __version__
 from gatepress.agreement import compare, quantized_difference, random_batches
 from gatepress.checkpoint import PROBE_FILE, read_probe
-from gatepress.config import METRIC_ROUNDING
+from gatepress.config import METRIC_ROUNDING, DataSettings
 from gatepress.errors import GatepressError, MetricDropError, UsageError
 from gatepress.evaluation import Basis, basis_of, evaluate_runner, probe_rows
 from gatepress.files import check_output, json_text, new_directory, sha256_of
@@ -26,7 +27,8 @@ from gatepress.progress import Progress
 from gatepress.quantize import quantize_file
 from gatepress.runners import Batch, Runner, TorchRunner
 from gatepress.runtime import open_runner
-from gatepress.tracing import FUSED, first_token_alone, operators, opset_of, slim, write_onnx
+from gatepress.shortcuts import first_token_alone
+from gatepress.tracing import FUSED, operators, opset_of, slim, write_onnx
 
 logger = logging.getLogger(__name__)
 
@@ -44,25 +46,32 @@ def export(  # noqa: PLR0913 - every option of the command is one
     quantize: Literal["int8"] | None = None,
     max_metric_drop: float | None = None,
     measure: bool = True,
+    data: DataSettings | None = None,
+    changes: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write `source` (anything torch runs: a run, a pruned directory, any model) as an ONNX directory.
 
     `opset` None: the exporter's own choice. ONNX Runtime must agree with torch within `max_diff` on
     random rows of several shapes, and on the run's probe rows where there are some; else
-    `ParityError`. With `quantize` that float32 graph is then quantized, and measured against itself on
-    the rows that the source names unless `measure` is off; `MetricDropError` where the metric drops by more
-    than `max_metric_drop`. Also raises `UsageError`, `ModelError` where the model cannot be exported or
-    quantized, and what `open_runner` raises. Nothing is written unless all went well.
+    `ParityError`. With `quantize` that float32 graph is then quantized, and unless `measure` is off measured
+    against itself, on the rows of `data`, or on those that the source names with `changes` to their settings;
+    `MetricDropError` where the metric drops by more than `max_metric_drop`. Also raises `UsageError`, `ModelError`
+    where the model cannot be exported or quantized, and what `open_runner` raises. Nothing is written unless all
+    went well.
     """
     _check(opset, max_diff, quantize, max_metric_drop)
+    rows = {name: value for name, value in (asdict(data) if data else changes or {}).items() if value is not None}
+    if rows and not quantize:
+        raise UsageError("data options say what the metric of --quantize int8 is measured on; give that with them")
     check_output(output, force=force, reads=(source,))
     runner = open_runner(source)
     if not isinstance(runner, TorchRunner):
         raise UsageError(f"{source}: is ONNX already; give the directory that it was exported from")
     if runner.head_is_random:
         logger.warning("%s: has no task head, so its logits mean nothing; train one first: gatepress train", source)
-    basis = _basis(runner, source, required=max_metric_drop is not None) if quantize and measure else None
+    required = bool(rows) or max_metric_drop is not None
+    basis = _basis(runner, source, data, changes, required=required) if quantize and measure else None
     kept = runner.kind == "run" and (Path(source) / PROBE_FILE).is_file()
     random = random_batches(runner)
     real: list[Batch] = [_kept_rows(runner, Path(source))] if kept else [probe_rows(basis, runner)] if basis else []
@@ -114,6 +123,7 @@ def export(  # noqa: PLR0913 - every option of the command is one
                 "max_diff": max_diff,
                 "quantize": quantize,
                 "max_metric_drop": max_metric_drop,
+                **rows,
             },
             **{key: (runner.manifest or {}).get(key) for key in ("task", "data", "max_length")},
             "head_is_random": runner.head_is_random,
@@ -128,21 +138,23 @@ def export(  # noqa: PLR0913 - every option of the command is one
     return {**report, "head_is_random": runner.head_is_random, "output_dir": str(output)}
 
 
-def _basis(runner: Runner, source: str | Path, *, required: bool) -> Basis | None:
-    """Return the rows that the manifest names; None, and a note why, where they cannot be had.
+def _basis(
+    runner: Runner, source: str | Path, data: DataSettings | None, changes: Mapping[str, Any] | None, *, required: bool
+) -> Basis | None:
+    """Return the rows of `data`, or those that the manifest names; None, and a note why, where they cannot be had.
 
     With `required` that is an error instead.
     """
-    if not (runner.manifest or {}).get("data"):
+    if data is None and not (runner.manifest or {}).get("data"):
         if required:
             raise UsageError(
-                f"{source}: names no rows that a metric could be measured on; export a run directory, "
-                "or what was pruned from one, or leave out --max-metric-drop"
+                f"{source}: names no rows that a metric could be measured on; "
+                "give --task NAME or --validation-file FILE"
             )
         logger.warning("%s names no rows, so what int8 costs in the metric is not measured", source)
         return None
     try:
-        return basis_of(runner, source)
+        return basis_of(runner, source, data=data, changes=changes)
     except GatepressError as error:
         if required:
             raise

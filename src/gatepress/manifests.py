@@ -112,6 +112,7 @@ _CONFIG: dict[str, Schema] = {
                 "heads": ["int"],
                 **every("qk_width vo_width", "size"),
                 "scale": "number",
+                "uniform": "bool",
             }
         },
     },

@@ -6,10 +6,11 @@ is narrower is data, in `config.gatepress`:
     {"version": 1,
      "linears":    {path: {"rows": int, "columns": int, "gathered": bool, "scattered": bool}},
      "attentions": {path: {"q": name, "k": name, "v": name, "o": name or null, "heads": [int],
-                           "qk_width": int, "vo_width": int, "scale": float}}}
+                           "qk_width": int, "vo_width": int, "scale": float, "uniform": bool}}}
 
 Paths are below the base model. Every head that is left has `qk_width` query/key dimensions and
-`vo_width` value/output dimensions; `scale` is that of the dense model.
+`vo_width` value/output dimensions; `scale` is that of the dense model. Where attention is `uniform`,
+no query/key dimension is left: all scores are 0.
 """
 
 from typing import Any
@@ -88,10 +89,16 @@ class PrunedAttention:
         position_bias: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Map hidden states [batch, length, hidden] to the same shape, or to [..., heads * vo_width]."""
+        """Map hidden states [batch, length, hidden] to the same shape, or to [..., heads * vo_width].
+
+        Length is 1 in what is returned where all tokens get the same: uniform attention does not ask who looks.
+        """
         part = self.gatepress
         heads = len(part["heads"])
+        dropout = self.dropout.p if self.training else 0.0
         everything = hidden_states if self.keys_from is None else self.keys_from
+        if part.get("uniform") and position_bias is None and not (dropout or kwargs.get("output_attentions")):
+            hidden_states = hidden_states[:, :1]
         q, k, v = (
             getattr(self, part[role])(states).unflatten(-1, (heads, part[width])).transpose(1, 2)
             for role, width, states in (
@@ -101,7 +108,7 @@ class PrunedAttention:
             )
         )
         mask = attention_mask
-        if self.keys_from is not None:  # both are [batch, heads or 1, length or 1, length]
+        if everything is not hidden_states:  # both are [batch, heads or 1, length or 1, length]
             mask, position_bias = (
                 None if one is None else one[:, :, : hidden_states.shape[1]] for one in (mask, position_bias)
             )
@@ -110,7 +117,6 @@ class PrunedAttention:
             if mask is not None and not mask.is_floating_point():
                 mask = torch.zeros_like(mask, dtype=bias.dtype).masked_fill(~mask, torch.finfo(bias.dtype).min)
             mask = bias if mask is None else bias + mask
-        dropout = self.dropout.p if self.training else 0.0
         eager = getattr(getattr(self, "config", None), "_attn_implementation", "sdpa") == "eager"
         weights = None
         if eager or kwargs.get("output_attentions"):

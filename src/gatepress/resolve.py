@@ -13,9 +13,10 @@ from gatepress.families import FAMILIES, ROLES, FamilySpec
 
 @dataclass(frozen=True)
 class Layer:
-    """One transformer layer: its matrices by role, with their paths below the base model."""
+    """One transformer layer: its matrices by role, and where they are."""
 
     index: int
+    path: str  # below the base model, as are those of its parts
     attention: str
     paths: dict[str, str]
     shapes: dict[str, tuple[int, int]]  # role -> (out, in)
@@ -74,6 +75,7 @@ def resolve(model: nn.Module) -> list[Layer]:
         layers.append(
             Layer(
                 index=index,
+                path=prefix,
                 attention=f"{prefix}.{family.attention}",
                 paths={role: f"{prefix}.{family.path(role)}" for role in ROLES},
                 shapes=shapes,

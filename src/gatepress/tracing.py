@@ -14,18 +14,15 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnxruntime as ort
 import torch
-from torch.nn import functional
 from transformers import PreTrainedModel
 
+from gatepress import shortcuts
 from gatepress.agreement import random_rows
 from gatepress.errors import ModelError
-from gatepress.modeling_gatepress import PrunedAttention, PrunedLinear
-from gatepress.resolve import family_of
 from gatepress.runners import Batch, input_names
 
 logger = logging.getLogger(__name__)
@@ -49,7 +46,7 @@ def write_onnx(model: PreTrainedModel, file: Path, *, opset: int | None = None) 
     size = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
     try:
         # Plain attention: the fused call is taken apart into more nodes.
-        with plain_attention(model), first_token_alone(model), _rows_of_zeros(model), _silence(), torch.no_grad():
+        with plain_attention(model), shortcuts.all_of_them(model), _silence(), torch.no_grad():
             torch.onnx.export(
                 _Logits(model, names).eval(),
                 tuple(torch.from_numpy(example[name]).to(model.device) for name in names),
@@ -87,32 +84,6 @@ def plain_attention(model: PreTrainedModel) -> Iterator[None]:
             model.set_attn_implementation(before)
 
 
-@contextlib.contextmanager
-def first_token_alone(model: PreTrainedModel) -> Iterator[None]:
-    """Let the last layer of a pruned model compute the first token alone, for as long as the block runs.
-
-    The head reads no other; keys and values are those of all tokens as ever. Were a head to read more, its logits
-    would not be those outside of the block.
-    """
-    if not any(isinstance(part, PrunedAttention) for part in model.modules()):
-        yield
-        return
-    family = family_of(model.config)
-    layers: Any = model.base_model.get_submodule(family.layers)
-    attention: Any = layers[-1].get_submodule(family.attention)
-
-    def narrow(_: torch.nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        attention.keys_from = given[0]
-        return (given[0][:, :1], *given[1:])
-
-    hook = layers[-1].register_forward_pre_hook(narrow)
-    try:
-        yield
-    finally:
-        hook.remove()
-        attention.keys_from = None
-
-
 def operators(file: Path, batch: Batch) -> dict[str, int]:
     """Return what ONNX Runtime makes of a graph: how many of each operator it runs, its own ones among them.
 
@@ -139,21 +110,6 @@ def opset_of(file: Path) -> int:
     """Return the version of ONNX's own operators that a file asks for."""
     imports = onnx.load(file, load_external_data=False).opset_import
     return next(int(one.version) for one in imports if one.domain in ("", "ai.onnx"))
-
-
-@contextlib.contextmanager
-def _rows_of_zeros(model: PreTrainedModel) -> Iterator[None]:
-    """Let matrices compute the zeros that closed outputs are: ONNX Runtime takes longer to put some behind a result."""
-    scattered = (part for part in model.modules() if isinstance(part, PrunedLinear) and part.out_index is not None)
-    before = [(part, part.weight, part.bias) for part in scattered]
-    try:
-        for part, weight, bias in before:
-            part.weight = torch.nn.Parameter(functional.pad(weight.detach(), (0, 0, 0, 1)))
-            part.bias = None if bias is None else torch.nn.Parameter(functional.pad(bias.detach(), (0, 1)))
-        yield
-    finally:
-        for part, weight, bias in before:
-            part.weight, part.bias = weight, bias
 
 
 class _Logits(torch.nn.Module):

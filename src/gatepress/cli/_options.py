@@ -469,6 +469,13 @@ def asked_data(**given: Any) -> DataSettings | None:
     return data_settings(**given) if said else None
 
 
+def rows_of(**given: Any) -> dict[str, Any]:
+    """Return `data`, where options say which rows, or else the `changes` that they make to what a manifest says."""
+    changes = said_of(given)
+    data = data_settings(**given) if ROWS & set(changes) else None
+    return {"data": data, "changes": None if data else changes}
+
+
 def said_of(options: dict[str, Any]) -> dict[str, Any]:
     """Return the options that were given."""
     return {name: value for name, value in options.items() if value is not None}

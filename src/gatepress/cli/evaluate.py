@@ -82,18 +82,15 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
     and what was exported from that all score the same.
     """
     with session(as_json=as_json, quiet=quiet, debug=debug) as screen:
-        given = {
-            "task": task,
-            "data_dir": data_dir,
-            "validation_file": validation_file,
-            "text_column": text_column,
-            "text_pair_column": text_pair_column,
-            "label_column": label_column,
-            "max_validation_samples": max_validation_samples,
-        }
-        changes = opt.said_of(given)
-        data = opt.data_settings(**given) if opt.ROWS & set(changes) else None
-
+        rows = opt.rows_of(
+            task=task,
+            data_dir=data_dir,
+            validation_file=validation_file,
+            text_column=text_column,
+            text_pair_column=text_pair_column,
+            label_column=label_column,
+            max_validation_samples=max_validation_samples,
+        )
         if max_metric_drop is not None and not 0 <= max_metric_drop < math.inf:
             raise UsageError(f"--max-metric-drop is {max_metric_drop}, expected 0 or a positive number")
         if max_metric_drop is not None and against is None:
@@ -104,8 +101,7 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
         result = evaluation.evaluate(
             target,
             against=against,
-            data=data,
-            changes=None if data else changes,
+            **rows,
             batch_size=batch_size,
             max_length=max_length,
             device=device,

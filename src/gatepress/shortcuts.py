@@ -1,0 +1,94 @@
+"""What the graph of a pruned model need not compute: ways to the same logits, for as long as a graph is written.
+
+None of them changes the model: in torch they gain little, and its hidden states stay whole.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from gatepress.modeling_gatepress import PrunedAttention, PrunedLinear
+from gatepress.resolve import Layer, resolve
+
+
+@contextlib.contextmanager
+def all_of_them(model: PreTrainedModel) -> Iterator[None]:
+    """Take every shortcut for as long as the block runs; a model that is not pruned is left as it is."""
+    with first_token_alone(model), _fewer_biases(model), _rows_of_zeros(model):
+        yield
+
+
+@contextlib.contextmanager
+def first_token_alone(model: PreTrainedModel) -> Iterator[None]:
+    """Let the last layer of a pruned model compute the first token alone, for as long as the block runs.
+
+    The head reads no other; keys and values are those of all tokens as ever. Were a head to read more, its logits
+    would not be those outside of the block.
+    """
+    layers = _pruned_layers(model)
+    if not layers:
+        yield
+        return
+    base: Any = model.base_model
+    attention = base.get_submodule(layers[-1].attention)
+
+    def narrow(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        attention.keys_from = given[0]
+        return (given[0][:, :1], *given[1:])
+
+    hook = base.get_submodule(layers[-1].path).register_forward_pre_hook(narrow)
+    try:
+        yield
+    finally:
+        hook.remove()
+        attention.keys_from = None
+
+
+@contextlib.contextmanager
+def _fewer_biases(model: PreTrainedModel) -> Iterator[None]:
+    """Add no biases to keys and values: where matrices are narrow, an addition is a good part of the time.
+
+    A key's bias moves all scores of a query alike, which their softmax does not see. The softmax sums to 1, so what
+    is added to all values comes out of attention as it went in, and the matrix behind adds its image instead.
+    """
+    base: Any = model.base_model
+    parts = [[base.get_submodule(layer.paths[role]) for role in ("k", "v", "o")] for layer in _pruned_layers(model)]
+    with _restored(part for one in parts for part in one):
+        for key, value, out in parts:
+            if value.bias is not None:
+                added = value.bias if value.out_index is None else functional.pad(value.bias, (0, 1))[value.out_index]
+                read = added if out.in_index is None else added[out.in_index]
+                out.bias = nn.Parameter(functional.linear(read, out.weight, out.bias).detach())
+            key.bias = value.bias = None
+        yield
+
+
+@contextlib.contextmanager
+def _rows_of_zeros(model: PreTrainedModel) -> Iterator[None]:
+    """Let matrices compute the zeros that closed outputs are: ONNX Runtime takes longer to put some behind a result."""
+    scattered = [part for part in model.modules() if isinstance(part, PrunedLinear) and part.out_index is not None]
+    with _restored(scattered):
+        for part in scattered:
+            part.weight = nn.Parameter(functional.pad(part.weight.detach(), (0, 0, 0, 1)))
+            part.bias = None if part.bias is None else nn.Parameter(functional.pad(part.bias.detach(), (0, 1)))
+        yield
+
+
+def _pruned_layers(model: PreTrainedModel) -> list[Layer]:
+    """Return the layers of a model whose attention is narrower than its family's; none of any other model."""
+    return resolve(model) if any(isinstance(part, PrunedAttention) for part in model.modules()) else []
+
+
+@contextlib.contextmanager
+def _restored(linears: Iterable[nn.Linear]) -> Iterator[None]:
+    """Give linears back their weights and biases when the block ends."""
+    before = [(part, part.weight, part.bias) for part in linears]
+    try:
+        yield
+    finally:
+        for part, weight, bias in before:
+            part.weight, part.bias = weight, bias
