@@ -153,10 +153,12 @@ def test_uniform_attention_is_computed_once_for_all_tokens(family: str) -> None:
     assert lengths == [length if family == "mpnet" else 1, length]
 
     pruned.set_attn_implementation("eager")
-    with torch.inference_mode():
-        whole = pruned(**tiny.random_batch(family), output_attentions=True)
-    assert {one.shape[-2:] for one in whole.attentions} == {(length, length)}
-    torch.testing.assert_close(whole.logits, wanted, atol=1e-5, rtol=0)
+    for asked in ({"output_attentions": True}, {}):  # in the call, then by the configuration
+        with torch.inference_mode():
+            whole = pruned(**tiny.random_batch(family), **asked)
+        assert {one.shape[-2:] for one in whole.attentions} == {(length, length)}
+        torch.testing.assert_close(whole.logits, wanted, atol=1e-5, rtol=0)
+        pruned.config.output_attentions = True
 
 
 def test_eager_and_fused_attention_agree(family: str) -> None:

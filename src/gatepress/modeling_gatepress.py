@@ -97,7 +97,8 @@ class PrunedAttention:
         heads = len(part["heads"])
         dropout = self.dropout.p if self.training else 0.0
         everything = hidden_states if self.keys_from is None else self.keys_from
-        if part.get("uniform") and position_bias is None and not (dropout or kwargs.get("output_attentions")):
+        once = part.get("uniform") and position_bias is None and not dropout
+        if once:
             hidden_states = hidden_states[:, :1]
         q, k, v = (
             getattr(self, part[role])(states).unflatten(-1, (heads, part[width])).transpose(1, 2)
@@ -127,6 +128,8 @@ class PrunedAttention:
                 scores = scores + mask
             weights = functional.dropout(scores.softmax(-1), dropout)
             context = weights @ v
+            if once:
+                weights = weights.expand(-1, -1, everything.shape[1], -1)
         else:
             context = functional.scaled_dot_product_attention(q, k, v, mask, dropout, scale=part["scale"])
         context = context.transpose(1, 2).flatten(2)
