@@ -29,8 +29,8 @@ TASKS = tuple(EPOCHS)
 MAX_ROWS = 10_000  # training rows
 ROWS = ("--max-train-samples", MAX_ROWS)
 FULL = ("--method", "full")
-# Takes gigabytes in bf16 on a CPU (notes/kernels.md), so a command says where it was set.
-KEPT = "".join(f"{name}={os.environ[name]} " for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY",) if name in os.environ)
+KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"  # takes gigabytes in bf16 on a CPU (notes/kernels.md): commands say so
+KEPT = f"{KERNELS}={os.environ[KERNELS]} " if KERNELS in os.environ else ""
 COUNTED = (
     *("metric_name", "metric_value", "examples", "asked_sparsity", "budget", "total_gates", "closed_gates"),
     *("removed_of_budget", "encoder_macs_removed", "dense_params", "total_params", "trainable_params"),

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from gatepress import __version__
 from gatepress.agreement import compare, quantized_difference, random_batches
 from gatepress.checkpoint import PROBE_FILE, read_probe
-from gatepress.config import METRIC_ROUNDING, DataSettings
+from gatepress.config import METRIC_ROUNDING, DataSettings, spelled
 from gatepress.errors import GatepressError, MetricDropError, UsageError
 from gatepress.evaluation import Basis, basis_of, evaluate_runner, probe_rows
 from gatepress.files import check_output, json_text, new_directory, sha256_of
@@ -70,8 +70,8 @@ def export(  # noqa: PLR0913 - every option of the command is one
         raise UsageError(f"{source}: is ONNX already; give the directory that it was exported from")
     if runner.head_is_random:
         logger.warning("%s: has no task head, so its logits mean nothing; train one first: gatepress train", source)
-    required = bool(rows) or max_metric_drop is not None
-    basis = _basis(runner, source, data, changes, required=required) if quantize and measure else None
+    needed_by = [*map(spelled, rows), *(["--max-metric-drop"] if max_metric_drop is not None else [])]
+    basis = _basis(runner, source, data, changes, needed_by) if quantize and measure else None
     kept = runner.kind == "run" and (Path(source) / PROBE_FILE).is_file()
     random = random_batches(runner)
     real: list[Batch] = [_kept_rows(runner, Path(source))] if kept else [probe_rows(basis, runner)] if basis else []
@@ -139,24 +139,28 @@ def export(  # noqa: PLR0913 - every option of the command is one
 
 
 def _basis(
-    runner: Runner, source: str | Path, data: DataSettings | None, changes: Mapping[str, Any] | None, *, required: bool
+    runner: Runner,
+    source: str | Path,
+    data: DataSettings | None,
+    changes: Mapping[str, Any] | None,
+    needed_by: list[str],
 ) -> Basis | None:
     """Return the rows of `data`, or those that the manifest names; None, and a note why, where they cannot be had.
 
-    With `required` that is an error instead.
+    With options that they are `needed_by` that is an error instead.
     """
     if data is None and not (runner.manifest or {}).get("data"):
-        if required:
+        if needed_by:
             raise UsageError(
                 f"{source}: names no rows that a metric could be measured on; "
-                "give --task NAME or --validation-file FILE"
+                f"give --task NAME or --validation-file FILE, or leave out {', '.join(needed_by)}"
             )
         logger.warning("%s names no rows, so what int8 costs in the metric is not measured", source)
         return None
     try:
         return basis_of(runner, source, data=data, changes=changes)
     except GatepressError as error:
-        if required:
+        if needed_by:
             raise
         logger.warning("what int8 costs in the metric is not measured: %s", error)
         return None

@@ -61,9 +61,14 @@ class PrunedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., in of the dense matrix] to y [..., rows], or [..., out of the dense matrix]."""
-        if self.in_index is not None:
-            x = pick(x, self.in_index)
-        y = functional.linear(x, self.weight, self.bias)
+        return self.spread(functional.linear(self.read(x), self.weight, self.bias))
+
+    def read(self, x: Tensor) -> Tensor:
+        """Map x [..., in of the dense matrix] to the inputs that are read, [..., columns]."""
+        return x if self.in_index is None else pick(x, self.in_index)
+
+    def spread(self, y: Tensor) -> Tensor:
+        """Map what was computed, y [..., rows], to where the dense matrix has it, [..., out of the dense matrix]."""
         return y if self.out_index is None else pick(y, self.out_index, zeros=self.out_features + 1 - y.shape[-1])
 
 

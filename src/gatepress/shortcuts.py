@@ -1,6 +1,6 @@
 """What the graph of a pruned model need not compute: ways to the same logits, for as long as a graph is written.
 
-None of them changes the model: in torch they gain little, and its hidden states stay whole.
+None of them changes the model: torch computes every token of every layer, for it may be asked for hidden states.
 """
 
 import contextlib
@@ -60,9 +60,8 @@ def _fewer_biases(model: PreTrainedModel) -> Iterator[None]:
     with _restored(part for one in parts for part in one):
         for key, value, out in parts:
             if value.bias is not None:
-                added = value.bias if value.out_index is None else functional.pad(value.bias, (0, 1))[value.out_index]
-                read = added if out.in_index is None else added[out.in_index]
-                out.bias = nn.Parameter(functional.linear(read, out.weight, out.bias).detach())
+                added = out.read(value.spread(value.bias))
+                out.bias = nn.Parameter(functional.linear(added, out.weight, out.bias).detach())
             key.bias = value.bias = None
         yield
 
