@@ -41,6 +41,7 @@ TIMINGS = (
     "speed_trained_avx2",
     "speed_structured_minilm",
     "speed_structured_roberta-base",
+    "speed_bf16",
 )
 BATCH, LENGTH = 8, 128  # of the latencies in the README
 FIRST, SIZE, LEAD = "mpnet", "12 layers of 768", "4x"  # the encoder of its first table, and what its sentence is about
@@ -308,6 +309,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "rotation": rotation.render,
     "speed_collapse": collapse_table,
     "steps": steps.render,
+    "steps_bf16": steps.render,
     "training_time": training_time.render,
 }
 BLOCKS = {"figures": readme_figures, "speed": speed_figures, "pruned": readme_pruned}

@@ -5,6 +5,7 @@
     python benchmarks/speed.py base        # RoBERTa-base shape, matrix gates, s = 0.3 on both axes, random
     python benchmarks/speed.py trained --run DIR    # the same for a trained run
     python benchmarks/speed.py structured  # half of the multiply-accumulates gone: how much of that is time
+    python benchmarks/speed.py bf16        # the same in torch where a CPU multiplies bfloat16, against all else
     python benchmarks/speed.py grid        # is the chosen layout ever slower than a fixed one?
     python benchmarks/speed.py fusions     # what ONNX Runtime fuses in dense and in pruned graphs
     python benchmarks/speed.py collapse    # time and memory of prune, RoBERTa-base shape
@@ -224,6 +225,15 @@ def structured(work: Path) -> None:
         render.write(records, RESULTS / f"speed_structured_{shape}.json", force=True)
 
 
+def bf16(work: Path) -> None:
+    """Time torch in float32 and in bfloat16 with half of the multiply-accumulates gone, against all else."""
+    run = random_run("roberta-base", work, granularity="structured", sparsity=0.5)
+    records = against_alternatives(
+        run, precisions=("fp32", "bf16"), batch_sizes=BATCHES, seq_lens=LENGTHS[-1:], repetitions=REPETITIONS
+    )
+    render.write(records, RESULTS / "speed_bf16.json", force=True)
+
+
 def grid(work: Path) -> None:
     """Time the chosen layout beside the fixed ones, for every sparsity, shape, batch, length and runtime."""
     done = RESULTS / "speed_grid.jsonl"
@@ -322,7 +332,7 @@ def main() -> None:
     """Run what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "what", choices=("table", "kernels", "base", "trained", "structured", "grid", "fusions", "collapse")
+        "what", choices=("table", "kernels", "base", "trained", "structured", "bf16", "grid", "fusions", "collapse")
     )
     parser.add_argument("--work", type=Path, default=Path("work"))
     parser.add_argument("--run", type=Path, help="a run directory with matrix gates, for `trained`")
@@ -339,6 +349,7 @@ def main() -> None:
             "table": table,
             "kernels": kernels,
             "structured": structured,
+            "bf16": bf16,
             "grid": grid,
             "fusions": fusions,
             "collapse": collapse,

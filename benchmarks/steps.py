@@ -7,11 +7,14 @@ one batch, all forms by turns. `teacher` adds what `--distill` asks in a step. W
 the JSON is rendered from it:
 
     python benchmarks/steps.py --render
+
+`--precision bf16` does the same with bfloat16 and makes a result of its own.
 """
 
 import argparse
 import os
 import statistics
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,16 +24,17 @@ from speed import SHAPES, closed_mask
 from gatepress.bench.timing import Call, interleave, wall_clock
 from gatepress.budget import gate_vectors
 from gatepress.checkpoint import versions
-from gatepress.config import FINETUNED
+from gatepress.config import FINETUNED, Precision
 from gatepress.distill import Teacher, learn_from_teacher_
 from gatepress.inject import attach_gates_, mark_trainable_, trainable
 from gatepress.losses import batch_loss
 from gatepress.machine import cpu_name
 from gatepress.narrowing import narrow_
+from gatepress.precision import computing
 from gatepress.progress import NoProgress
 from gatepress.tasks import TaskSpec, task_named
 
-PATH = RESULTS / "steps.json"
+PATHS: dict[Precision, Path] = {"fp32": RESULTS / "steps.json", "bf16": RESULTS / "steps_bf16.json"}
 SHAPE, BATCH, LENGTH = "minilm", 32, 32
 REPETITIONS, BLOCK, WARMUP = 20, 4, 1
 SPECIAL = torch.tensor([0, 101, 102])  # ids of tokens that are no words
@@ -38,13 +42,15 @@ LEFT = {"2x": 0.5, "4x": 0.25, "8x": 0.125}
 FULL_NAME = "full finetuning"
 
 
-def full_step(batch: dict[str, torch.Tensor]) -> Call:
+def full_step(batch: dict[str, torch.Tensor], precision: Precision) -> Call:
     """Return a step in which all weights are trained."""
     torch.manual_seed(0)
-    return stepping(SHAPES[SHAPE]().train(), batch, None)
+    return stepping(SHAPES[SHAPE]().train(), batch, None, precision)
 
 
-def gated_step(batch: dict[str, torch.Tensor], left: float, *, taught: bool, narrow: bool) -> Call:
+def gated_step(
+    batch: dict[str, torch.Tensor], precision: Precision, left: float, *, taught: bool, narrow: bool
+) -> Call:
     """Return a step with gates and the low rank of a finetuned start, `left` of every vector open."""
     torch.manual_seed(0)
     model = SHAPES[SHAPE]().train()
@@ -58,10 +64,10 @@ def gated_step(batch: dict[str, torch.Tensor], left: float, *, taught: bool, nar
         vector.gate.mask.copy_(closed_mask(vector.gate.size, vector.heads, 1 - left, whole=False))
     if narrow:
         narrow_(model, layers, vectors)
-    return stepping(model, batch, teacher)
+    return stepping(model, batch, teacher, precision)
 
 
-def stepping(model: Any, batch: dict[str, torch.Tensor], teacher: Teacher | None) -> Call:
+def stepping(model: Any, batch: dict[str, torch.Tensor], teacher: Teacher | None, precision: Precision) -> Call:
     """Return forward, backward and optimizer as one call."""
     optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-6, fused=True
@@ -69,14 +75,16 @@ def stepping(model: Any, batch: dict[str, torch.Tensor], teacher: Teacher | None
     spec: TaskSpec = task_named("sst2")
 
     def step() -> None:
-        batch_loss(model, batch, spec, teacher, SPECIAL).backward()
+        with computing(precision, "cpu"):
+            loss = batch_loss(model, batch, spec, teacher, SPECIAL)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return step
 
 
-def measure(threads: int) -> dict[str, Any]:
+def measure(precision: Precision, threads: int) -> dict[str, Any]:
     """Time all forms by turns."""
     torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(0)
@@ -85,12 +93,13 @@ def measure(threads: int) -> dict[str, Any]:
         "attention_mask": torch.ones(BATCH, LENGTH, dtype=torch.long),
         "labels": torch.randint(2, (BATCH,), generator=generator),
     }
-    calls = {FULL_NAME: full_step(batch)}
+    calls = {FULL_NAME: full_step(batch, precision)}
     for taught in (False, True):
         end = ", teacher" if taught else ""
-        calls[f"closing{end}"] = gated_step(batch, LEFT["2x"], taught=taught, narrow=False)
+        calls[f"closing{end}"] = gated_step(batch, precision, LEFT["2x"], taught=taught, narrow=False)
         calls |= {
-            f"fixed at {name}{end}": gated_step(batch, left, taught=taught, narrow=True) for name, left in LEFT.items()
+            f"fixed at {name}{end}": gated_step(batch, precision, left, taught=taught, narrow=True)
+            for name, left in LEFT.items()
         }
     samples = interleave(
         calls,
@@ -107,6 +116,7 @@ def measure(threads: int) -> dict[str, Any]:
         "length": LENGTH,
         "repetitions": REPETITIONS,
         "rank": FINETUNED.rank,
+        "precision": precision,
         "threads": threads,
         "cpu": cpu_name(),
         "versions": versions(),
@@ -125,20 +135,21 @@ def render(record: dict[str, Any]) -> str:
         text += f"| {name} | {middle:.1f} | {low:.1f} to {high:.1f} | {middle / full:.0%} |\n"
     return text + (
         f"\n{record['shape']} shape, batch {record['batch']} x {record['length']} tokens, rank {record['rank']}, "
-        f"float32, {record['threads']} threads of {record['cpu']}, {record['repetitions']} repetitions by turns, torch "
-        f"{record['versions']['torch']}. *closing*: nothing is left out yet. *fixed at 4x*: gates leave a quarter of "
-        "the encoder, and the rest is not computed. *teacher*: the open model's answers and hidden states, as "
-        "`--distill` asks.\n"
+        f"{record['precision']}, {record['threads']} threads of {record['cpu']}, {record['repetitions']} repetitions "
+        f"by turns, torch {record['versions']['torch']}. *closing*: nothing is left out yet. *fixed at 4x*: gates "
+        "leave a quarter of the encoder, and the rest is not computed. *teacher*: the open model's answers and hidden "
+        "states, as `--distill` asks.\n"
     )
 
 
 def main() -> None:
     """Measure, or only render."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--precision", default="fp32", choices=PATHS)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--render", action="store_true")
     options = parser.parse_args()
-    keep(PATH, None if options.render else measure(options.threads), render)
+    keep(PATHS[options.precision], None if options.render else measure(options.precision, options.threads), render)
 
 
 if __name__ == "__main__":

@@ -304,6 +304,23 @@ def test_records_say_how_much_is_computed_and_in_which_type(fakes):
     assert [one.dtype for one in records] == ["float32", "int8"] * 2
 
 
+def test_torch_models_are_timed_in_each_precision_and_files_once(fakes):
+    opened = fakes(FakeRunner("a", []), FakeRunner("b", [], runtime="onnxruntime"), FakeRunner("a", []))
+    records = endtoend.run(["a", "b"], batch_sizes=[1], seq_lens=[4], precisions=["fp32", "bf16"], **SMALL)
+    assert [one.name for one in records] == ["a", "a bf16", "b"]
+    assert [(target, options["precision"]) for target, options in opened] == [
+        ("a", "fp32"),
+        ("b", "fp32"),
+        ("a", "bf16"),
+    ]
+
+
+def test_files_alone_take_no_precision(fakes):
+    fakes(FakeRunner("b", [], runtime="onnxruntime"))
+    with pytest.raises(UsageError, match="--precision means nothing to ONNX files"):
+        endtoend.run(["b"], batch_sizes=[1], seq_lens=[4], precisions=["bf16"], **SMALL)
+
+
 def test_a_shape_that_does_not_fit_is_one_clear_line(fakes):
     fakes(FakeRunner("short", [], longest=8))
     with pytest.raises(ModelError, match=r"^short: cannot run batch 1 x length 16 \(index out of.*--seq-len$"):

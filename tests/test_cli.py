@@ -466,6 +466,8 @@ def test_debug_shows_the_traceback_before_the_line(library):
         (["bench", "x", "--max-length", "5"], "--max-length cuts rows of a task; give --task, or --seq-len"),
         (["bench", "x", "--task", "demo", "--seq-len", "5"], "--seq-len means nothing to the rows of a task"),
         (["bench", "--latency-table", "ort-cpu", "--alternatives"], "--alternatives means nothing to --latency-table"),
+        (["bench", "x", "--precision", "fp32,int8"], "--precision is 'fp32,int8', expected some of fp32, bf16, fp16"),
+        (["bench", "--precision", "bf16"], "--precision times models; name at least one"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(library, arguments, text):

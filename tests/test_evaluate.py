@@ -87,6 +87,14 @@ def test_regression_over_pairs_scores_the_same(regressor) -> None:
     assert values[0] != 0
 
 
+def test_a_form_in_torch_scores_in_another_precision(forms) -> None:
+    whole, half = evaluate(forms.pruned), evaluate(forms.pruned, precision="bf16", against=forms.pruned)
+    assert (whole["dtype"], half["dtype"]) == ("float32", "bfloat16")
+    assert half["metric_value_against"] == whole["metric_value"] == pytest.approx(half["metric_value"], abs=0.05)
+    with pytest.raises(UsageError, match=r"--precision is bf16, but .* computes in what it was exported in"):
+        evaluate(forms.onnx, precision="bf16")
+
+
 def test_score_does_not_hang_on_the_batch_size(forms) -> None:
     assert {evaluate(forms.pruned, batch_size=size)["metric_value"] for size in (1, 7, 96)} == {
         evaluate(forms.pruned)["metric_value"]

@@ -111,6 +111,30 @@ def test_no_pickle_no_code_and_no_folder_is_asked_of_the_hub(tmp_path: Path, mon
     assert (asked["repo_id"], asked["revision"]) == ("somebody/some-model", "v1")
 
 
+@pytest.mark.parametrize(
+    ("name", "revision", "asked"),
+    [("a/b", None, None), ("a/b", "v1", "v1"), ("a/b@v1", None, "v1"), ("b@refs/pr/3", None, "refs/pr/3")],
+)
+def test_a_hub_id_may_name_its_revision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, revision: str | None, asked: str | None
+):
+    directory, calls = model_directory(tmp_path / "snapshot"), []
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda repo_id, **options: calls.append((repo_id, options["revision"])) or str(directory),
+    )
+    assert locate_model(name, revision) == directory
+    assert calls == [(name.partition("@")[0], asked)]
+
+
+def test_a_revision_is_named_once(tmp_path: Path):
+    assert "names a revision of the hub twice" in refused("a/b@v1", UsageError, revision="v2")
+    assert "by @ and says none" in refused("a/b@", UsageError)
+    directory = model_directory(tmp_path / "a@b")
+    assert locate_model(str(directory)) == directory
+
+
 ANSWER = SimpleNamespace(headers={}, request=None)
 
 

@@ -64,6 +64,24 @@ def test_forms_of_one_run_agree_and_shrink(forms) -> None:
     assert pruned.size_bytes < run.size_bytes
 
 
+@pytest.mark.parametrize(("precision", "dtype", "tolerance"), [("bf16", "bfloat16", 0.2), ("fp16", "float16", 0.03)])
+@pytest.mark.parametrize("kind", ["run", "pruned", "model"])
+def test_torch_models_compute_in_the_precision_that_is_asked(
+    forms, kind: str, precision: str, dtype: str, tolerance: float
+) -> None:
+    exact, rounded = open_runner(getattr(forms, kind)), open_runner(getattr(forms, kind), precision=precision)
+    assert (exact.dtype, rounded.dtype) == ("float32", dtype)
+    wanted = exact.logits(batch())
+    assert 0 < np.abs(wanted - rounded.logits(batch())).max() < tolerance * np.abs(wanted).max()
+    assert rounded.logits(batch()).dtype == np.float32
+    assert rounded.macs(2, 9) == exact.macs(2, 9)
+    assert rounded.size_bytes == exact.size_bytes
+
+
+def test_files_keep_what_they_were_exported_in(forms) -> None:
+    assert open_runner(forms.onnx, precision="bf16").dtype == "float32"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_inputs_are_fitted(forms, kind: str) -> None:
     """Missing masks and segments are filled in, unknown inputs and other integer types do not matter."""

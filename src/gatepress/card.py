@@ -6,6 +6,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from gatepress.commands import commands_of, shown
+from gatepress.hub import without_revision
 from gatepress.tasks import TASKS
 
 CARD_FILE = "README.md"
@@ -71,7 +72,7 @@ def card(manifest: dict[str, Any]) -> str:
 
 def _front_matter(manifest: dict[str, Any], name: str) -> str:
     model = manifest["base"]["model"]
-    public = None if Path(model).is_absolute() else DEMO_BASE if model == "demo" else model
+    public = None if Path(model).is_absolute() else DEMO_BASE if model == "demo" else without_revision(model)
     data = ModelCardData(
         base_model=public,
         library_name="transformers",

@@ -19,7 +19,8 @@ Controller = Literal["importance", "penalty"]
 BudgetUnit = Literal["gates", "weights", "macs", "latency", "vectors"]
 Layout = Literal["auto", "inner", "index", "paper", "stock"]
 Target = Literal["ort-cpu", "ort-int8", "torch-cpu", "cuda"]
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16"]  # of training; what is trained stays in float32
+Arithmetic = Literal["fp32", "bf16", "fp16"]  # that a torch model is served in, weights and all
 
 RUN_FILE = "gatepress_run.json"  # the manifest that makes a directory a run
 DEFAULT_TARGET: Target = "ort-cpu"  # the runtime that most people deploy on
@@ -279,6 +280,7 @@ __all__ = [
     "DEFAULT_TARGET",
     "METHODS",
     "RUN_FILE",
+    "Arithmetic",
     "BudgetUnit",
     "Controller",
     "DataSettings",

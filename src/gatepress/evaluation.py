@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gatepress.batches import PROBE_ROWS, make_loader, probe_batch, tokenize
-from gatepress.config import DataSettings
+from gatepress.config import Arithmetic, DataSettings
 from gatepress.errors import ArtifactError, ModelError, UsageError
 from gatepress.metrics import compute_metric
 from gatepress.models import open_tokenizer
@@ -37,6 +37,7 @@ def evaluate(  # noqa: PLR0913 - every option of the command is one
     batch_size: int = 32,
     max_length: int | None = None,
     device: str = "cpu",
+    precision: Arithmetic = "fp32",
     changes: Mapping[str, Any] | None = None,
     against: str | Path | None = None,
     progress: Progress | None = None,
@@ -44,7 +45,8 @@ def evaluate(  # noqa: PLR0913 - every option of the command is one
 ) -> dict[str, Any]:
     """Measure what `runtime.open_runner` opens on the validation rows.
 
-    `against` is measured on the same rows, with its own tokenizer, and the difference is told.
+    A torch model computes in `precision`. `against` is measured on the same rows, in float32 and with its own
+    tokenizer, and the difference is told.
 
     `data` None: the rows that the directory's manifest names, with `changes` to these settings; `max_length` None: its
     own, else 128 tokens. Raises `UsageError` where neither names rows, `ModelError` where the model has no head
@@ -54,7 +56,9 @@ def evaluate(  # noqa: PLR0913 - every option of the command is one
     wrong = [f"{name} is {size}, expected 1 or more" for name, size in sizes.items() if size is not None and size < 1]
     if wrong:
         raise UsageError("; ".join(wrong))
-    runner = open_runner(target, device=device, trust_remote_code=trust_remote_code)
+    runner = open_runner(target, device=device, precision=precision, trust_remote_code=trust_remote_code)
+    if precision != "fp32" and runner.runtime != "torch":
+        raise UsageError(f"--precision is {precision}, but {target} computes in what it was exported in; leave it out")
     dials: dict[str, Any] = {"max_length": max_length, "trust_remote_code": trust_remote_code}
     basis = basis_of(runner, target, data=data, changes=changes, **dials)
     rival: tuple[Runner, PreTrainedTokenizerBase] | None = None

@@ -117,8 +117,10 @@ class GatedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., in] to y [..., out], eq. (7) or (8); narrower where the matrix was narrowed."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # once, not in each product below
         if self.gate_in is not None:
-            x = x * _some(self.gate_in(), self.columns)
+            x = x * _some(self.gate_in(), self.columns).to(x.dtype)
         weight = self.base.weight if self.narrow_weight is None else self.narrow_weight
         bias = None if self.base.bias is None else _some(self.base.bias, self.rows)
         y = functional.linear(x, weight, bias)
@@ -126,7 +128,7 @@ class GatedLinear(nn.Module):
             low = functional.linear(x, _some(self.lora_a, self.columns, axis=1))
             y = y + functional.linear(low * self.LORA_SCALE, _some(self.lora_b, self.rows))
         if self.gate_out is not None:
-            y = y * _some(self.gate_out(), self.rows)
+            y = y * _some(self.gate_out(), self.rows).to(y.dtype)
         return y
 
     @torch.no_grad()

@@ -35,8 +35,9 @@ _MODEL_WAYS = "check the path, name a directory that is here, or demo, or point 
 def locate_model(name: str, revision: str | None = None) -> Path:
     """Return the directory that holds the model `name`: "demo", a local directory, or a hub id.
 
-    Raises `MissingExtraError` without the demo package, `ModelError` where the model does not exist
-    or has no safetensors, `HubError` where the hub is out of reach and its cache has no copy.
+    A hub id may say which branch, tag or commit, as in owner/name@v1, in place of `revision`. Raises
+    `MissingExtraError` without the demo package, `ModelError` where the model does not exist or has no safetensors,
+    `UsageError` where a revision means nothing, `HubError` where the hub is out of reach and its cache has no copy.
     """
     try:
         local = Path(name).expanduser()
@@ -51,9 +52,17 @@ def locate_model(name: str, revision: str | None = None) -> Path:
         return _demo_model()
     if local.exists() or _is_path(name):
         return check_model_directory(local)
+    repo_id, at, named = name.partition("@")
+    if at and (not named or revision is not None):
+        raise UsageError(f"{name}: names a revision of the hub {'twice' if named else 'by @ and says none'}; give one")
     return check_model_directory(
-        download(name, "model", MODEL_PATTERNS, revision=revision, ways_out=_MODEL_WAYS), shown=name
+        download(repo_id, "model", MODEL_PATTERNS, revision=named or revision, ways_out=_MODEL_WAYS), shown=name
     )
+
+
+def without_revision(name: str) -> str:
+    """Return the hub id alone of `owner/name@revision`."""
+    return name.partition("@")[0]
 
 
 def check_model_directory(directory: Path, shown: str | None = None) -> Path:
@@ -178,4 +187,5 @@ def _demo_model() -> Path:
 
 def _is_path(name: str) -> bool:
     """Tell what is meant as a path from a hub id (`name` or `owner/name`)."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or name.endswith("/")
+    bare = without_revision(name)
+    return name.startswith((".", "/", "~")) or bare.count("/") > 1 or "\\" in name or name.endswith("/")

@@ -1,6 +1,6 @@
 """The two runtimes behind one protocol: a transformers model in torch, a session of ONNX Runtime.
 
-All take and give float32; an int8 ONNX file has int8 weights inside.
+All give float32; an int8 ONNX file has int8 weights inside, a torch model may compute in half of float32's width.
 """
 
 import inspect
@@ -54,7 +54,7 @@ class Runner(Protocol):
 
     @property
     def dtype(self) -> str:
-        """What its matrix products compute in: `float32` or `int8`."""
+        """What its matrix products compute in: `float32`, `bfloat16`, `float16` or `int8`."""
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -127,7 +127,11 @@ class TorchRunner(Facts):
 
     model: PreTrainedModel = field(kw_only=True)
     runtime: Literal["torch"] = "torch"
-    dtype: str = "float32"
+
+    @property
+    def dtype(self) -> str:
+        """What the model's weights are kept in."""
+        return str(self.model.dtype).removeprefix("torch.")
 
     @property
     def input_names(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from gatepress.checkpoint import load_run, read_run
-from gatepress.config import RUN_FILE
+from gatepress.config import RUN_FILE, Arithmetic
 from gatepress.errors import ArtifactError, DeviceError, ModelError, UsageError
 from gatepress.files import read_json
 from gatepress.graph import check_graph, read_graph
@@ -34,14 +34,22 @@ from gatepress.runners import INPUTS, Kind, OnnxRunner, Runner, TorchRunner
 
 logger = logging.getLogger(__name__)
 
+DTYPES: dict[Arithmetic, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def open_runner(
-    target: str | Path, *, device: str = "cpu", threads: int | None = None, trust_remote_code: bool = False
+    target: str | Path,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    precision: Arithmetic = "fp32",
+    trust_remote_code: bool = False,
 ) -> Runner:
     """Open what `target` names: a directory of gatepress or transformers, an .onnx file, a hub id, or demo.
 
     `device` is auto, cpu or cuda[:n]. `threads` sets torch's number for the whole process, and that of
-    an ONNX session; None leaves torch's number, which an ONNX session then takes too.
+    an ONNX session; None leaves torch's number, which an ONNX session then takes too. Torch models compute in
+    `precision`, their weights rounded to it; ONNX files in what they were exported in.
     Raises `ArtifactError` on a broken directory, `ModelError` on what is no model, `DeviceError`,
     and what `hub.locate_model` raises.
     """
@@ -53,12 +61,12 @@ def open_runner(
     kind = _kind_of(str(target), path)
     if kind == "onnx":
         return _open_onnx(path, device)
-    place = torch_device(device)
+    place, dtype = torch_device(device), DTYPES[precision]
     if kind == "run":
-        return _open_run(path, place)
+        return _open_run(path, place, dtype)
     if kind == "pruned":
-        return _open_pruned(path, place)
-    return _open_model(str(target), place, trust_remote_code=trust_remote_code)
+        return _open_pruned(path, place, dtype)
+    return _open_model(str(target), place, dtype, trust_remote_code=trust_remote_code)
 
 
 def torch_device(name: str) -> str:
@@ -97,10 +105,11 @@ def _kind_of(target: str, path: Path) -> Kind:
     return "model"
 
 
-def _open_run(path: Path, device: str) -> TorchRunner:
+def _open_run(path: Path, device: str, dtype: torch.dtype) -> TorchRunner:
     model, manifest = load_run(path, device)
     base = locate_model(manifest.settings.model, manifest.settings.revision)
     size = _bytes([path / manifest.tensors["file"], *_weights(base)])
+    model = _moved(model, device, dtype)
     return TorchRunner(_name(path), "run", device, _tokenizer_dir(path), size, manifest.to_json(), model=model)
 
 
@@ -113,14 +122,14 @@ def _weights(directory: Path) -> list[Path]:
     return [directory / manifest.tensors["file"], *_weights(base)]
 
 
-def _open_pruned(path: Path, device: str) -> TorchRunner:
-    model = load_pruned(path)
+def _open_pruned(path: Path, device: str, dtype: torch.dtype) -> TorchRunner:
+    model = _moved(load_pruned(path), device, dtype)
     manifest = read_json(path / PRUNED_FILE)
     size = _bytes(list(path.glob("*.safetensors")))
-    return TorchRunner(_name(path), "pruned", device, _tokenizer_dir(path), size, manifest, model=_moved(model, device))
+    return TorchRunner(_name(path), "pruned", device, _tokenizer_dir(path), size, manifest, model=model)
 
 
-def _open_model(target: str, device: str, *, trust_remote_code: bool) -> TorchRunner:
+def _open_model(target: str, device: str, dtype: torch.dtype, *, trust_remote_code: bool) -> TorchRunner:
     path = locate_model(target)
     # A fresh head is drawn from a fixed seed, so that two openings of one encoder agree.
     with model_errors(target), torch.random.fork_rng(devices=[]):
@@ -145,12 +154,12 @@ def _open_model(target: str, device: str, *, trust_remote_code: bool) -> TorchRu
         _tokenizer_dir(path),
         size,
         head_is_random=random,
-        model=_moved(model.eval(), device),
+        model=_moved(model.eval(), device, dtype),
     )
 
 
-def _moved(model: PreTrainedModel, device: str) -> PreTrainedModel:
-    moved: PreTrainedModel = torch.nn.Module.to(model, torch.device(device))
+def _moved(model: PreTrainedModel, device: str, dtype: torch.dtype) -> PreTrainedModel:
+    moved: PreTrainedModel = torch.nn.Module.to(model, torch.device(device), dtype)
     return moved
 
 

@@ -38,6 +38,7 @@ from gatepress.losses import batch_loss
 from gatepress.methods import Kinds, prepare_, trained
 from gatepress.models import model_files, open_tokenizer
 from gatepress.narrowing import narrow_
+from gatepress.precision import computing
 from gatepress.processes import Processes, seed_of
 from gatepress.progress import NoProgress, Progress
 from gatepress.resolve import Layer
@@ -291,8 +292,7 @@ def _step(job: _Job, batch: dict[str, Tensor]) -> Tensor:
             narrow_(job.gated, job.layers, job.budget.vectors)
     _seed_step(job)
     # Not accelerate's autocast: it wraps the model itself, and measuring must be in float32.
-    bf16 = job.settings.precision == "bf16"
-    with torch.autocast(job.device.type, torch.bfloat16, enabled=bf16):
+    with computing(job.settings.precision, job.device.type):
         loss = batch_loss(job.gated, batch, job.spec, job.teacher, job.special)
     closing = job.budget if job.step >= job.open_steps else None
     penalty = closing.penalty(job.step - job.open_steps) if closing else None

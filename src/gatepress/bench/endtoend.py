@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from gatepress.batches import make_loader, tokenize
 from gatepress.bench import timing
 from gatepress.bench.record import Record, latencies, now, relative_to, versions
-from gatepress.config import DataSettings
-from gatepress.errors import GatepressError, ModelError
+from gatepress.config import Arithmetic, DataSettings
+from gatepress.errors import GatepressError, ModelError, UsageError
 from gatepress.machine import device_name
 from gatepress.models import open_tokenizer
 from gatepress.progress import NoProgress, Progress
@@ -81,6 +81,7 @@ def run(  # noqa: PLR0913 - every knob of a measurement is named
     progress: Progress | None = None,
     data: DataSettings | None = None,
     max_length: int = 128,
+    precisions: Sequence[Arithmetic] = ("fp32",),
     trust_remote_code: bool = False,
     seed: int = 0,
 ) -> list[Record]:
@@ -89,6 +90,7 @@ def run(  # noqa: PLR0913 - every knob of a measurement is named
     Without `data` the cells are `batch_sizes` x `seq_lens`, full rows without padding. With it they
     are `batch_sizes`, each a pass over the validation rows, sorted by length, cut at `max_length`
     tokens (or what the shortest of the targets takes) and padded to the longest of a batch.
+    Torch models are timed once in each of `precisions`, ONNX files in what they were exported in.
     `None` for repetitions and warm-up: 20 and 3 batches, or 10 and 1 passes; for threads: torch's
     own number, for every runtime.
     Raises `UsageError`, `DeviceError`, and `ModelError` where a target cannot run a cell.
@@ -106,7 +108,8 @@ def run(  # noqa: PLR0913 - every knob of a measurement is named
     rows = None if data is None else load_rows(data, splits="validation")
     records: list[Record] = []
     with timing.undisturbed(threads) as active:
-        runners = _open(targets, str(place), active, trust_remote_code=trust_remote_code)
+        opening = partial(open_runner, device=str(place), threads=active, trust_remote_code=trust_remote_code)
+        runners = _open(targets, precisions, opening)
         if rows is None:
             cells = _grid(batch_sizes, seq_lens, seed)
         else:
@@ -176,21 +179,24 @@ def check(  # noqa: PLR0913 - those of `run` that can be wrong by themselves
     return torch.device(torch_device(device))
 
 
-def _open(targets: Targets, device: str, threads: int, *, trust_remote_code: bool) -> dict[str, Runner]:
+def _open(targets: Targets, precisions: Sequence[Arithmetic], opening: Callable[..., Runner]) -> dict[str, Runner]:
     """Open all targets at once (they take turns later), under their names or under such that tell them apart."""
-    opening = partial(open_runner, device=device, threads=threads, trust_remote_code=trust_remote_code)
-    if isinstance(targets, Mapping):
-        return {name: opening(target) for name, target in targets.items()}
-    opened = [opening(target) for target in targets]
-    shared = Counter(runner.name for runner in opened)
+    pairs = list(targets.items()) if isinstance(targets, Mapping) else [(None, target) for target in targets]
+    opened = [(given, target, opening(target, precision=precisions[0])) for given, target in pairs]
+    if set(precisions) != {"fp32"} and all(runner.runtime != "torch" for _, _, runner in opened):
+        raise UsageError("--precision means nothing to ONNX files, which compute in what they were exported in")
+    shared = Counter(runner.name for _, _, runner in opened)
     runners: dict[str, Runner] = {}
-    for target, runner in zip(targets, opened, strict=True):
-        name = base = runner.name if shared[runner.name] == 1 else str(target)
-        again = 1
-        while name in runners:  # the same target twice shows how much of a difference is noise
-            again += 1
-            name = f"{base} ({again})"
-        runners[name] = runner
+    for given, target, runner in opened:
+        base = given or (runner.name if shared[runner.name] == 1 else str(target))
+        several = len(precisions) > 1 and runner.runtime == "torch"
+        for precision in precisions if several else precisions[:1]:
+            name = unique = f"{base} {precision}" if several and precision != "fp32" else base
+            again = 1
+            while unique in runners:  # the same target twice shows how much of a difference is noise
+                again += 1
+                unique = f"{name} ({again})"
+            runners[unique] = runner if precision == precisions[0] else opening(target, precision=precision)
     return runners
 
 

@@ -19,6 +19,7 @@ LABEL_ROOM = 0.07  # of the axis' height: what a label below a point takes
 MAX_NAME = 44  # characters of a target's name in a plot
 INK, QUIET, FAINT = "#24292f", "#6e7781", "#d8dee4"  # text, secondary text, grid
 BLUE, ORANGE = "#0072b2", "#d55e00"  # told apart by every kind of eye (Okabe and Ito)
+HATCHES = {"int8": "////", "bfloat16": "....", "float16": "xxxx"}
 # Behind labels, so that they stay readable where they cross a line.
 PATCH = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.6}
 STYLE: Any = {
@@ -133,7 +134,7 @@ def _bars(figure: Figure, cells: list[list[Record]]) -> None:
             error_kw={"ecolor": INK, "elinewidth": 1, "capsize": 2.5},
         )
         for bar, record in zip(bars, group, strict=True):
-            bar.set_hatch(_hatch(record))
+            bar.set_hatch(HATCHES.get(record.dtype, ""))
         longest = max(record.latency_ms_p90 for record in group)
         for y, record in enumerate(group):
             axes.annotate(
@@ -175,17 +176,13 @@ def _color(record: Record) -> str:
     return BLUE if record.runtime == "torch" else ORANGE
 
 
-def _hatch(record: Record) -> str:
-    return "" if record.dtype == "float32" else "////"
-
-
 def _legend(figure: Figure, records: list[Record]) -> None:
     """Say what color and hatching mean, where there is more than one of them."""
     handles = []
     if len({record.runtime for record in records}) > 1:
         handles += [Patch(color=BLUE, label="torch"), Patch(color=ORANGE, label="ONNX Runtime")]
-    for dtype in sorted({record.dtype for record in records if _hatch(record)}):
-        handles.append(Patch(facecolor=QUIET, edgecolor="white", hatch="////", label=dtype))
+    for dtype in sorted({record.dtype for record in records} & HATCHES.keys()):
+        handles.append(Patch(facecolor=QUIET, edgecolor="white", hatch=HATCHES[dtype], label=dtype))
     if handles:
         figure.legend(handles=handles, loc="outside upper right", ncols=3, frameon=False, fontsize=8.5)
 

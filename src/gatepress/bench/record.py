@@ -32,7 +32,7 @@ class Record:
     device: str  # cpu or cuda
     device_name: str  # what the machine calls its processor
     threads: int | None  # None: not the CPU's work
-    dtype: str  # of the weights: float32, or int8
+    dtype: str  # of the products: float32, bfloat16, float16, or int8
     batch_size: int
     seq_len: int | None  # tokens; None: as long as each batch of the task needs
     repetitions: int

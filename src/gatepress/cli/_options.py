@@ -1,11 +1,12 @@
 """The options that commands share: one annotated type each, so that `--help` says the same everywhere."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 
 from gatepress.config import (
+    Arithmetic,
     BudgetUnit,
     Controller,
     DataSettings,
@@ -507,6 +508,15 @@ def whole_numbers(option: str, text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise UsageError(f"{option} is {text!r}, expected whole numbers separated by commas") from None
+
+
+def arithmetics(option: str, text: str) -> list[Arithmetic]:
+    """Return the kinds of a comma-separated list, e.g. of `--precision fp32,bf16`, each once."""
+    known: dict[str, Arithmetic] = {kind: kind for kind in get_args(Arithmetic)}
+    asked = dict.fromkeys(words(text))
+    if not asked or not asked.keys() <= known.keys():
+        raise UsageError(f"{option} is {text!r}, expected some of {', '.join(known)}, separated by commas")
+    return [known[word] for word in asked]
 
 
 def examples(*lines: str) -> str:

@@ -24,6 +24,7 @@ EXAMPLES = opt.examples(
     "gatepress bench runs/sst2 --alternatives --plot sst2.png",
     "gatepress bench dense-onnx onnx/sst2 --fail-under 1.3 --json",
     "gatepress bench --latency-table ort-cpu -o server.json",
+    "gatepress bench FacebookAI/roberta-base pruned/cola --precision fp32,bf16",
     "gatepress bench FacebookAI/roberta-base pruned/cola --task cola --output cola.jsonl",
 )
 
@@ -34,8 +35,8 @@ def bench(  # noqa: PLR0913 - every option is a parameter
         typer.Argument(
             metavar="MODEL",
             help="Models to time end to end: directories that gatepress wrote, .onnx files, transformers "
-            "directories, hub ids or demo. The first one is what the others are compared with. None: "
-            "time one weight.",
+            "directories, hub ids (owner/name or owner/name@REV) or demo. The first one is what the others are compared with. "
+            "None: time one weight.",
             show_default=False,
         ),
     ] = None,
@@ -139,6 +140,15 @@ def bench(  # noqa: PLR0913 - every option is a parameter
     ] = None,
     threads: opt.Threads = None,
     device: opt.MeasuringDevice = "cpu",
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND,...",
+            help="With models: fp32, bf16 or fp16, in which torch models compute, each of them once in each; fp32 "
+            "unless given. ONNX files compute in what they were exported in.",
+            rich_help_panel=opt.MEASURING,
+        ),
+    ] = None,
     seed: opt.MeasuringSeed = 0,
     task: Annotated[
         str | None,
@@ -200,7 +210,13 @@ def bench(  # noqa: PLR0913 - every option is a parameter
             "max_validation_samples": max_validation_samples,
         }
         weights = {"shape": shape, "sparsity": sparsity, "tokens": tokens}
-        models = {"batch_size": batch_size, "seq_len": seq_len, "max_length": max_length, **data}
+        models = {
+            "batch_size": batch_size,
+            "seq_len": seq_len,
+            "max_length": max_length,
+            "precision": precision,
+            **data,
+        }
         if latency_table is not None:
             others = {**weights, **models, "plot": plot, "fail_under": fail_under, "for": for_target}
             others |= {"repetitions": repetitions, "warmup": warmup, "baseline": baseline}
@@ -216,7 +232,9 @@ def bench(  # noqa: PLR0913 - every option is a parameter
         built = {"target": for_target, "baseline": baseline}
         _check_alternatives(targets, built, alternatives=alternatives)
         _check_factor(fail_under, enough=alternatives or len(targets or ()) > 1)
-        asked = _asked(batch_sizes=batch_size, seq_lens=seq_len, shapes=shape, sparsities=sparsity)
+        asked = _asked(
+            batch_sizes=batch_size, seq_lens=seq_len, shapes=shape, sparsities=sparsity, precisions=precision
+        )
         plain = {"tokens": tokens, "max_length": max_length, "repetitions": repetitions, "warmup": warmup}
         asked |= {name: value for name, value in plain.items() if value is not None}
         rows = opt.asked_data(**data)
@@ -347,6 +365,7 @@ def _asked(**lists: str | None) -> dict[str, Any]:
         "seq_lens": lambda text: opt.whole_numbers("--seq-len", text),
         "shapes": lambda text: [_shape(part) for part in text.split(",")],
         "sparsities": lambda text: opt.numbers("--sparsity", text),
+        "precisions": lambda text: opt.arithmetics("--precision", text),
     }
     return {name: read[name](text) for name, text in lists.items() if text is not None}
 

@@ -8,7 +8,7 @@ import typer
 from gatepress.cli import _options as opt
 from gatepress.cli._console import count, facts, pick, session
 from gatepress.cli.train import metric_rows
-from gatepress.config import METRIC_ROUNDING
+from gatepress.config import METRIC_ROUNDING, Arithmetic
 from gatepress.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 EXAMPLES = opt.examples(
     "gatepress evaluate runs/sst2",
     "gatepress evaluate onnx/sst2 --json",
+    "gatepress evaluate pruned/sst2 --precision bf16 --against pruned/sst2 --max-metric-drop 0.01",
     "gatepress evaluate pruned/sst2 --task sst2 --data-dir glue",
     "gatepress evaluate onnx/sst2 --against runs/full --max-metric-drop 0.01",
     "gatepress evaluate pruned/topics --validation-file fresh.csv --label-column topic",
@@ -28,7 +29,8 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A run directory, a pruned directory, an ONNX directory or file, or any model with a task head.",
+            help="A run directory, a pruned directory, an ONNX directory or file, or any model with a task head: a "
+            "directory or a hub id (owner/name or owner/name@REV).",
             show_default=False,
         ),
     ],
@@ -70,6 +72,13 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
         ),
     ] = None,
     device: opt.MeasuringDevice = "auto",
+    precision: Annotated[
+        Arithmetic,
+        typer.Option(
+            help="In which a torch model computes; ONNX files do in what they were exported in.",
+            rich_help_panel=opt.MEASURING,
+        ),
+    ] = "fp32",
     trust_remote_code: opt.TrustRemoteCode = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -105,6 +114,7 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
             batch_size=batch_size,
             max_length=max_length,
             device=device,
+            precision=precision,
             progress=screen.progress,
             trust_remote_code=trust_remote_code,
         )

@@ -9,6 +9,7 @@ import typer
 from gatepress.cli import _options as opt
 from gatepress.cli._console import facts, megabytes, pick, session
 from gatepress.files import check_output
+from gatepress.hub import without_revision
 
 if TYPE_CHECKING:
     from gatepress.cli._console import Titled
@@ -26,7 +27,8 @@ def export(  # noqa: PLR0913 - every option is a parameter
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A pruned directory, a run directory, any transformers directory or hub id, or demo.",
+            help="A pruned directory, a run directory, any transformers directory or hub id (owner/name or "
+            "owner/name@REV), or demo.",
             show_default=False,
         ),
     ],
@@ -122,7 +124,7 @@ def export(  # noqa: PLR0913 - every option is a parameter
 def name_of(target: str) -> str:
     """Return the last part of a directory or hub id."""
     path = Path(target)
-    return path.resolve().name if path.exists() else path.name
+    return path.resolve().name if path.exists() else Path(without_revision(target)).name
 
 
 def tables(result: dict[str, Any]) -> "list[Titled]":

@@ -1,0 +1,56 @@
+"""What is computed in bfloat16, and what is kept in float32 (precision.py)."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention as attention
+
+from gatepress.gates import Gate, GatedLinear
+from gatepress.precision import computing
+
+
+def heads(*, learn: bool) -> list[Tensor]:
+    """Return queries, keys and values [batch, heads, length, width]."""
+    return [torch.randn(2, 3, 5, 4, requires_grad=learn) for _ in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("learn", "dropout", "dtype"),
+    [(True, 0.0, torch.float32), (True, 0.5, torch.bfloat16), (False, 0.0, torch.bfloat16)],
+)
+def test_attention_that_learns_is_float32(learn: bool, dropout: float, dtype: torch.dtype) -> None:  # noqa: FBT001
+    with computing("bf16", "cpu"):
+        assert attention(*heads(learn=learn), dropout_p=dropout).dtype is dtype
+
+
+def test_attention_in_bf16_is_that_of_float32_with_a_mask_of_the_product() -> None:
+    q, k, v = heads(learn=True)
+    mask = torch.zeros(2, 1, 1, 5).masked_fill(torch.arange(5) > 2, torch.finfo(torch.float32).min)
+    with computing("bf16", "cpu"):
+        rounded = (mask.bfloat16(), *(x.bfloat16() for x in (q, k, v)))
+        mixed = attention(*rounded[1:], attn_mask=rounded[0], scale=0.3)
+    assert torch.equal(mixed, attention(*(x.float() for x in rounded[1:]), attn_mask=mask, scale=0.3))
+
+
+def test_no_gradients_asked_for_leave_attention_alone() -> None:
+    with computing("bf16", "cpu"), torch.no_grad():
+        assert attention(*heads(learn=True)).dtype is torch.bfloat16
+
+
+def test_float32_stays_float32() -> None:
+    with computing("fp32", "cpu"):
+        assert nn.Linear(4, 4)(torch.randn(2, 4)).dtype is torch.float32
+        assert attention(*heads(learn=False)).dtype is torch.float32
+
+
+def test_gates_keep_products_in_bf16_and_learn_in_float32() -> None:
+    layer = GatedLinear(nn.Linear(8, 6), gate_in=Gate(8), gate_out=Gate(6), lora_rank=2)
+    x = torch.randn(3, 8)
+    with computing("bf16", "cpu"):
+        y = layer(x)
+    y.float().sum().backward()
+    assert y.dtype is torch.bfloat16
+    assert torch.allclose(y.float(), layer(x), atol=0.05)
+    for gate in (layer.gate_in, layer.gate_out):
+        assert gate is not None
+        assert gate.mu.grad is not None
