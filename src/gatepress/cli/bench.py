@@ -35,8 +35,8 @@ def bench(  # noqa: PLR0913 - every option is a parameter
         typer.Argument(
             metavar="MODEL",
             help="Models to time end to end: directories that gatepress wrote, .onnx files, transformers "
-            "directories, hub ids (owner/name or owner/name@REV) or demo. The first one is what the others are compared with. "
-            "None: time one weight.",
+            "directories, hub ids (owner/name or owner/name@REV) or demo. The first one is what the others are "
+            "compared with. None: time one weight.",
             show_default=False,
         ),
     ] = None,
