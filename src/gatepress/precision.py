@@ -1,7 +1,7 @@
 """What a training step computes in bfloat16.
 
-Matrix products do, as autocast has it. Attention that learns does not on a CPU: its backward pass in bfloat16 takes
-three to ten times as long there as in float32, and is most of what a pressed layer costs.
+Matrix products do, as autocast has it. Attention that learns does not on a CPU: its backward pass in bfloat16 takes two
+to eight times as long there as in float32, which is much of what a pressed layer costs.
 """
 
 import contextlib
