@@ -328,12 +328,13 @@ def _high_water(status: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+OF_ITS_OWN = {one.__name__: one for one in (table, kernels, structured, bf16, grid, fusions, collapse)}
+
+
 def main() -> None:
     """Run what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "what", choices=("table", "kernels", "base", "trained", "structured", "bf16", "grid", "fusions", "collapse")
-    )
+    parser.add_argument("what", choices=(*OF_ITS_OWN, "base", "trained"))
     parser.add_argument("--work", type=Path, default=Path("work"))
     parser.add_argument("--run", type=Path, help="a run directory with matrix gates, for `trained`")
     parser.add_argument("--suffix", default="", help="of the result's name, for `base` and `trained` on other machines")
@@ -345,15 +346,7 @@ def main() -> None:
     elif options.what == "base":
         compare(random_run("roberta-base", work, granularity="matrix", sparsity=0.3), f"base{options.suffix}")
     else:
-        {
-            "table": table,
-            "kernels": kernels,
-            "structured": structured,
-            "bf16": bf16,
-            "grid": grid,
-            "fusions": fusions,
-            "collapse": collapse,
-        }[options.what](work)
+        OF_ITS_OWN[options.what](work)
 
 
 if __name__ == "__main__":

@@ -54,3 +54,4 @@ def test_gates_keep_products_in_bf16_and_learn_in_float32() -> None:
     for gate in (layer.gate_in, layer.gate_out):
         assert gate is not None
         assert gate.mu.grad is not None
+        assert gate.mu.grad.dtype is torch.float32

@@ -286,7 +286,7 @@ def _refuse_other_weights(directory: Path, manifest: RunManifest, base: Path, ba
         )
 
 
-def load_run(directory: Path, device: str = "cpu") -> tuple[PreTrainedModel, RunManifest]:
+def load_run(directory: Path) -> tuple[PreTrainedModel, RunManifest]:
     """Rebuild the model of a run directory, in evaluation mode: gated, or with its adapters merged.
 
     Raises `ArtifactError` where the directory is broken or the base model is not the one it was
@@ -306,8 +306,7 @@ def load_run(directory: Path, device: str = "cpu") -> tuple[PreTrainedModel, Run
     tensors = directory / manifest.tensors["file"]
     load_trained_(model, settings, read_tensors(tensors), tensors)
     merge_(model)
-    torch.nn.Module.to(model.eval(), torch.device(device))
-    return model, manifest
+    return model.eval(), manifest
 
 
 def clear_(directory: Path, manifest: RunManifest) -> None:

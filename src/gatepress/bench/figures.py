@@ -19,7 +19,7 @@ LABEL_ROOM = 0.07  # of the axis' height: what a label below a point takes
 MAX_NAME = 44  # characters of a target's name in a plot
 INK, QUIET, FAINT = "#24292f", "#6e7781", "#d8dee4"  # text, secondary text, grid
 BLUE, ORANGE = "#0072b2", "#d55e00"  # told apart by every kind of eye (Okabe and Ito)
-HATCHES = {"int8": "////", "bfloat16": "....", "float16": "xxxx"}
+HATCHES = {"int8": "////", "bfloat16": "\\\\\\\\", "float16": "xxxx"}  # dots make large files
 # Behind labels, so that they stay readable where they cross a line.
 PATCH = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.6}
 STYLE: Any = {
