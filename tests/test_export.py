@@ -267,3 +267,40 @@ def test_large_models_keep_their_weights_in_a_file_of_their_own(
     assert set(manifest["sha256"]) >= {"model.onnx", "model.onnx.data"}
     opened = open_runner(tmp_path / "onnx")
     assert (opened.size_bytes, opened.head_is_random) == (result["size_bytes"], True)
+
+
+def write_own_class(source: Path, signature: str, call: str) -> Path:
+    """Give a BERT classifier a class of its own, in code beside it, that turns the signs of its logits."""
+    (source / "mine.py").write_text(
+        "from transformers import BertForSequenceClassification\n\n\n"
+        "class Mine(BertForSequenceClassification):\n"
+        f"    def forward(self, {signature}):\n"
+        f"        given = super().forward({call})\n"
+        "        given.logits = -given.logits\n"
+        "        return given\n"
+    )
+    config = json.loads((source / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForSequenceClassification": "mine.Mine"}
+    (source / "config.json").write_text(json.dumps(config))
+    return source
+
+
+def test_code_of_a_model_runs_only_where_it_is_trusted(tiny_classifier_dir, tmp_path: Path) -> None:
+    copied = shutil.copytree(tiny_classifier_dir("bert", 3), tmp_path / "mine")
+    names = "input_ids", "attention_mask", "token_type_ids"
+    signature = ", ".join(f"{name}=None" for name in names)
+    source = write_own_class(copied, signature, ", ".join(f"{name}={name}" for name in names))
+    batch = {name: value.numpy() for name, value in tiny.random_batch("bert").items()}
+    logits = {}
+    for trusted in (False, True):
+        export(source, tmp_path / f"onnx-{trusted}", trust_remote_code=trusted)
+        logits[trusted] = open_runner(tmp_path / f"onnx-{trusted}").logits(batch)
+    assert np.abs(logits[True]).max() > 1e-2
+    np.testing.assert_allclose(logits[True], -logits[False], atol=1e-5)
+
+
+def test_a_forward_that_names_no_inputs_is_refused(tiny_classifier_dir, tmp_path: Path) -> None:
+    copied = shutil.copytree(tiny_classifier_dir("bert", 3), tmp_path / "passing")
+    source = write_own_class(copied, "*args, **kwargs", "*args, **kwargs")
+    with pytest.raises(ModelError, match="Mine: its forward takes args, kwargs, expected input_ids"):
+        export(source, tmp_path / "onnx", trust_remote_code=True)

@@ -197,11 +197,11 @@ def test_a_model_that_names_no_rows_is_not_measured(tiny_classifier_dir, tmp_pat
     result = export(source, tmp_path / "onnx", quantize="int8")
     assert [result[key] for key in ("metric_name", "metric_value", "metric_value_fp32", "metric_drop")] == [None] * 4
     assert result["quantized"]["logit_diff"]["probe"] is None
-    assert "names no rows" in caplog.text
-    rows = r"names no rows.*; give --task NAME or --validation-file FILE"
-    with pytest.raises(UsageError, match=rf"{rows}.*leave out --max-metric-drop"):
+    rows = r"does not say what to measure on; give --task NAME or --validation-file FILE"
+    assert rows in caplog.text
+    with pytest.raises(UsageError, match=rows):
         export(source, tmp_path / "limited", quantize="int8", max_metric_drop=0.1)
-    with pytest.raises(UsageError, match=rf"{rows}.*leave out --max-validation-samples"):
+    with pytest.raises(UsageError, match=rows):
         export(source, tmp_path / "limited", quantize="int8", changes={"max_validation_samples": 4})
     assert not (tmp_path / "limited").exists()
 

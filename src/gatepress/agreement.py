@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from gatepress.errors import ParityError
+from gatepress.errors import ParityError, reason_of
 from gatepress.runners import Batch, Runner, TorchRunner, input_names
 
 LONGEST_TRIED = 512  # tokens
@@ -70,9 +70,8 @@ def compare(torch_runner: Runner, onnx_runner: Runner, batches: list[Batch], max
         try:
             got = onnx_runner.logits(batch)
         except Exception as error:  # ONNX Runtime's exceptions share no base class but this one
-            reason = " ".join(str(error).split())[:200]
             raise ParityError(
-                f"ONNX Runtime cannot run {rows} x {length} tokens ({reason}); nothing was written"
+                f"ONNX Runtime cannot run {rows} x {length} tokens ({reason_of(error)}); nothing was written"
             ) from error
         if got.shape != wanted.shape:
             raise ParityError(

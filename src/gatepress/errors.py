@@ -4,6 +4,17 @@ Every message says what is wrong, what was found, what was expected and how to m
 spelling of the command line. The command line prints it as one line and exits with `exit_code`.
 """
 
+import re
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_LONGEST = 300  # characters of what a library says
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what a library said as a part of one line: without colours, cut short; its class where it said nothing."""
+    said = " ".join(_COLOURS.sub("", str(error)).split())
+    return said[:_LONGEST] or type(error).__name__
+
 
 class GatepressError(Exception):
     """Root of all errors that a user can cause or meet; exit code 1 (could not)."""

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from gatepress import __version__
 from gatepress.agreement import compare, quantized_difference, random_batches
 from gatepress.checkpoint import PROBE_FILE, read_probe
-from gatepress.config import METRIC_ROUNDING, DataSettings, spelled
+from gatepress.config import METRIC_ROUNDING, DataSettings
 from gatepress.errors import GatepressError, MetricDropError, UsageError
 from gatepress.evaluation import Basis, basis_of, evaluate_runner, probe_rows
 from gatepress.files import check_output, json_text, new_directory, sha256_of
@@ -49,6 +49,7 @@ def export(  # noqa: PLR0913 - every option of the command is one
     data: DataSettings | None = None,
     changes: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Write `source` (anything torch runs: a run, a pruned directory, any model) as an ONNX directory.
 
@@ -65,13 +66,14 @@ def export(  # noqa: PLR0913 - every option of the command is one
     if rows and not quantize:
         raise UsageError("data options say what the metric of --quantize int8 is measured on; give that with them")
     check_output(output, force=force, reads=(source,))
-    runner = open_runner(source)
+    runner = open_runner(source, trust_remote_code=trust_remote_code)
     if not isinstance(runner, TorchRunner):
         raise UsageError(f"{source}: is ONNX already; give the directory that it was exported from")
     if runner.head_is_random:
         logger.warning("%s: has no task head, so its logits mean nothing; train one first: gatepress train", source)
-    needed_by = [*map(spelled, rows), *(["--max-metric-drop"] if max_metric_drop is not None else [])]
-    basis = _basis(runner, source, data, changes, needed_by) if quantize and measure else None
+    needed = bool(rows) or max_metric_drop is not None
+    asked: dict[str, Any] = {"data": data, "changes": changes, "trust_remote_code": trust_remote_code}
+    basis = _basis(runner, source, needed=needed, **asked) if quantize and measure else None
     kept = runner.kind == "run" and (Path(source) / PROBE_FILE).is_file()
     random = random_batches(runner)
     real: list[Batch] = [_kept_rows(runner, Path(source))] if kept else [probe_rows(basis, runner)] if basis else []
@@ -80,7 +82,8 @@ def export(  # noqa: PLR0913 - every option of the command is one
         write_onnx(runner.model, model_file, opset=opset)
         bound: dict[str, str] = {}
         if runner.tokenizer_dir is not None:
-            bound = save_tokenizer(open_tokenizer(runner.tokenizer_dir), staged)
+            tokenizer = open_tokenizer(runner.tokenizer_dir, trust_remote_code=trust_remote_code)
+            bound = save_tokenizer(tokenizer, staged)
         (staged / "config.json").write_text(json_text(_config(runner.model)), encoding="utf-8")
         exact = open_runner(model_file)
         checked = compare(runner, exact, [*random, *real], max_diff)
@@ -138,29 +141,15 @@ def export(  # noqa: PLR0913 - every option of the command is one
     return {**report, "head_is_random": runner.head_is_random, "output_dir": str(output)}
 
 
-def _basis(
-    runner: Runner,
-    source: str | Path,
-    data: DataSettings | None,
-    changes: Mapping[str, Any] | None,
-    needed_by: list[str],
-) -> Basis | None:
-    """Return the rows of `data`, or those that the manifest names; None, and a note why, where they cannot be had.
+def _basis(runner: Runner, source: str | Path, *, needed: bool, **asked: Any) -> Basis | None:
+    """Return the rows that were asked for, or those that the manifest names.
 
-    With options that they are `needed_by` that is an error instead.
+    None, and a note why, where they cannot be had; an error where an option `needed` them.
     """
-    if data is None and not (runner.manifest or {}).get("data"):
-        if needed_by:
-            raise UsageError(
-                f"{source}: names no rows that a metric could be measured on; "
-                f"give --task NAME or --validation-file FILE, or leave out {', '.join(needed_by)}"
-            )
-        logger.warning("%s names no rows, so what int8 costs in the metric is not measured", source)
-        return None
     try:
-        return basis_of(runner, source, data=data, changes=changes)
+        return basis_of(runner, source, **asked)
     except GatepressError as error:
-        if needed_by:
+        if needed:
             raise
         logger.warning("what int8 costs in the metric is not measured: %s", error)
         return None

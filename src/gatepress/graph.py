@@ -10,7 +10,7 @@ import onnx
 from onnx import numpy_helper
 from onnx.external_data_helper import uses_external_data
 
-from gatepress.errors import ArtifactError
+from gatepress.errors import ArtifactError, reason_of
 from gatepress.manifests import file_in
 
 LARGE = 1024  # a size that any graph may ask for
@@ -42,8 +42,7 @@ def read_graph(file: Path) -> onnx.ModelProto:
     try:
         model = onnx.load(file, load_external_data=False)
     except Exception as error:  # protobuf's errors are its own,
-        reason = " ".join(str(error).split())[:200]
-        raise ArtifactError(f"{file}: not readable as ONNX ({reason}); export again") from error
+        raise ArtifactError(f"{file}: not readable as ONNX ({reason_of(error)}); export again") from error
     if not model.graph.node:
         raise ArtifactError(f"{file}: holds no graph; export again")
     for name in _names(model):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from gatepress.errors import ArtifactError, GatepressError, ModelError
+from gatepress.errors import ArtifactError, GatepressError, ModelError, reason_of
 from gatepress.families import FAMILIES
 from gatepress.files import read_json, sha256_of
 from gatepress.manifests import (
@@ -67,8 +67,7 @@ def model_errors(directory: Path | str) -> Iterator[None]:
     except BaseException as error:  # transformers raises what its many parts raise, without a common base
         if not isinstance(error, Exception) and type(error).__name__ != PANIC:
             raise
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"{directory}: cannot be loaded as a model ({reason})") from error
+        raise ModelError(f"{directory}: cannot be loaded as a model ({reason_of(error)})") from error
 
 
 def load_pruned(directory: str | Path) -> PreTrainedModel:

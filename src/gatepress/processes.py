@@ -16,7 +16,7 @@ from accelerate.utils import broadcast, gather_object, reduce
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from gatepress.errors import ProcessError
+from gatepress.errors import ProcessError, reason_of
 
 T = TypeVar("T")
 
@@ -79,5 +79,6 @@ def _together(call: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return call(*arguments)
     except RuntimeError as error:  # of torch.distributed: a peer closed its connection, or time ran out
-        reason = " ".join(str(error).split())[:200]
-        raise ProcessError(f"another process of this training has ended, its own error says why ({reason})") from error
+        raise ProcessError(
+            f"another process of this training has ended, its own error says why ({reason_of(error)})"
+        ) from error

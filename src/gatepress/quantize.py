@@ -22,7 +22,7 @@ from typing import Any
 import onnx
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
-from gatepress.errors import ModelError
+from gatepress.errors import ModelError, reason_of
 
 WORDS = "input_ids"  # the input that word embeddings are looked up by
 _SHOWN = ("MatMul", "Gemm", "Gather")
@@ -61,8 +61,9 @@ def quantize_file(source: Path, output: Path) -> dict[str, Any]:
     except (OSError, MemoryError):
         raise
     except Exception as error:  # it raises what its parts raise, without a common base
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"ONNX Runtime cannot quantize the graph ({reason}); export without --quantize") from error
+        raise ModelError(
+            f"ONNX Runtime cannot quantize the graph ({reason_of(error)}); export without --quantize"
+        ) from error
     total = Counter(node.op_type for node in graph.node)
     return {
         "operators": {name: {"quantized": len(chosen.get(name, ())), "of": total[name]} for name in _SHOWN},

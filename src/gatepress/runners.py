@@ -18,7 +18,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from gatepress.errors import ModelError
+from gatepress.errors import ModelError, reason_of
 from gatepress.families import FAMILIES
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -277,8 +277,9 @@ class OnnxRunner(Facts):
                 return self.session.run([self.output_name], prepared)[0]
             self.session.run_with_iobinding(prepared)
         except Exception as error:  # ONNX Runtime's exceptions share no base class but this one
-            reason = " ".join(str(error).split())[:300]
-            raise ModelError(f"{self.name}: ONNX Runtime cannot run it ({reason}); export it again") from error
+            raise ModelError(
+                f"{self.name}: ONNX Runtime cannot run it ({reason_of(error)}); export it again"
+            ) from error
         return prepared
 
     def synchronize(self) -> None:
@@ -302,8 +303,16 @@ def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[i
 
 
 def input_names(model: PreTrainedModel) -> tuple[str, ...]:
-    """Return those of `INPUTS` that the model's forward takes and makes a difference of."""
+    """Return those of `INPUTS` that the model's forward takes and makes a difference of.
+
+    Raises `ModelError` where it names no `input_ids`, as a wrapper that passes everything on.
+    """
     taken = inspect.signature(model.forward).parameters
+    if INPUTS[0] not in taken:
+        takes = ", ".join(taken) or "nothing"
+        raise ModelError(
+            f"{type(model).__name__}: its forward takes {takes}, expected {INPUTS[0]} among its parameters"
+        )
     one_segment = (getattr(model.config, "type_vocab_size", None) or 1) < 2  # noqa: PLR2004 - RoBERTa: always 0
     return tuple(name for name in INPUTS if name in taken and not (name == "token_type_ids" and one_segment))
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from gatepress.checkpoint import load_run, read_run
 from gatepress.config import RUN_FILE, Arithmetic
-from gatepress.errors import ArtifactError, DeviceError, ModelError, UsageError
+from gatepress.errors import ArtifactError, DeviceError, ModelError, UsageError, reason_of
 from gatepress.files import read_json
 from gatepress.graph import check_graph, read_graph
 from gatepress.hub import locate_model
@@ -211,8 +211,7 @@ def _session(file: Path, device: str) -> tuple[ort.InferenceSession, str]:
     try:
         session = ort.InferenceSession(str(file), options, providers=providers)
     except Exception as error:  # its exceptions share no base class but this one
-        reason = " ".join(str(error).split())[:300]
-        raise ArtifactError(f"{file}: ONNX Runtime cannot load it ({reason}); export it again") from error
+        raise ArtifactError(f"{file}: ONNX Runtime cannot load it ({reason_of(error)}); export it again") from error
     if device != "cpu" and cuda not in session.get_providers():  # it falls back to the CPU without a word
         raise DeviceError("onnxruntime could not start its CUDA provider; use --device cpu")
     return session, device

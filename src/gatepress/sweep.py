@@ -32,7 +32,7 @@ from gatepress.bench.render import markdown
 from gatepress.bench.summary import Cell, density, summarize, table
 from gatepress.checkpoint import dense_base, read_run
 from gatepress.config import DEFAULT_TARGET, METHODS, Method, Target, TrainSettings
-from gatepress.errors import ArtifactError, MissingExtraError, ModelError, OutputError, UsageError
+from gatepress.errors import ArtifactError, MissingExtraError, ModelError, OutputError, UsageError, reason_of
 from gatepress.export import export
 from gatepress.files import check_output, json_text, read_json, replace_file
 from gatepress.hub import locate_model
@@ -152,7 +152,7 @@ class _Sweep:
                 except Exception as error:  # whatever ends one training, the others are not to blame
                     if not self.reports:  # or are they all: wrong columns, no such model
                         raise
-                    self.failures[cell] = " ".join(str(error).split()) or type(error).__name__
+                    self.failures[cell] = reason_of(error)
                     logger.warning("%s failed: %s", cell.name, self.failures[cell])
                 self.save()
                 progress.advance(1)

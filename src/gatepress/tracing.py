@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from gatepress import shortcuts
 from gatepress.agreement import random_rows
-from gatepress.errors import ModelError
+from gatepress.errors import ModelError, reason_of
 from gatepress.runners import Batch, input_names
 
 logger = logging.getLogger(__name__)
@@ -62,11 +62,18 @@ def write_onnx(model: PreTrainedModel, file: Path, *, opset: int | None = None) 
     except (OSError, MemoryError, KeyboardInterrupt):
         raise
     except Exception as error:  # the exporter's stages raise what they like
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        reason = reason_of(_root_of(error))  # what it raises tells of its stages and of how to report bugs
         raise ModelError(
             f"{type(model).__name__}: torch cannot export it to ONNX ({reason}); --debug shows all of it"
         ) from error
     slim(file)
+
+
+def _root_of(error: BaseException) -> BaseException:
+    """Return the error that others were raised from."""
+    while error.__cause__:
+        error = error.__cause__
+    return error
 
 
 @contextlib.contextmanager

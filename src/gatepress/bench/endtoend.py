@@ -5,6 +5,7 @@ with tokens, or, with `data`, one call is a whole pass over a task's validation 
 those of inputs that are on the device already until the result is there.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from gatepress.batches import make_loader, tokenize
 from gatepress.bench import timing
 from gatepress.bench.record import Record, latencies, now, relative_to, versions
 from gatepress.config import Arithmetic, DataSettings
-from gatepress.errors import GatepressError, ModelError, UsageError
+from gatepress.errors import GatepressError, ModelError, UsageError, reason_of
 from gatepress.machine import device_name
 from gatepress.models import open_tokenizer
 from gatepress.progress import NoProgress, Progress
@@ -187,17 +188,20 @@ def _open(targets: Targets, precisions: Sequence[Arithmetic], opening: Callable[
         raise UsageError("--precision means nothing to ONNX files, which compute in what they were exported in")
     shared = Counter(runner.name for _, _, runner in opened)
     runners: dict[str, Runner] = {}
-    for given, target, runner in opened:
-        base = given or (runner.name if shared[runner.name] == 1 else str(target))
-        several = len(precisions) > 1 and runner.runtime == "torch"
-        for precision in precisions if several else precisions[:1]:
-            name = unique = f"{base} {precision}" if several and precision != "fp32" else base
-            again = 1
-            while unique in runners:  # the same target twice shows how much of a difference is noise
-                again += 1
-                unique = f"{name} ({again})"
-            runners[unique] = runner if precision == precisions[0] else opening(target, precision=precision)
+    for given, target, first in opened:
+        base = given or (first.name if shared[first.name] == 1 else str(target))
+        asked = precisions if first.runtime == "torch" else precisions[:1]
+        for precision in asked:
+            name = f"{base} {precision}" if len(asked) > 1 and precision != "fp32" else base
+            runner = first if precision == precisions[0] else opening(target, precision=precision)
+            runners[_free(name, runners)] = runner
     return runners
+
+
+def _free(name: str, taken: Mapping[str, Runner]) -> str:
+    """Return the name, numbered where it is taken: the same target twice shows how much of a difference is noise."""
+    numbered = (f"{name} ({again})" for again in itertools.count(2))
+    return next(one for one in itertools.chain([name], numbered) if one not in taken)
 
 
 def refuse_longer(name: str, max_tokens: int | None, seq_len: int) -> None:
@@ -223,8 +227,8 @@ def _timed(name: str, runner: Runner, cell: _Cell) -> _Timed:
     except (GatepressError, MemoryError):
         raise
     except Exception as error:  # every runtime has its own classes for "this shape does not fit"
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{name}: cannot run {cell} ({reason}); try a smaller --batch-size or --seq-len") from error
+        shape = "try a smaller --batch-size or --seq-len"
+        raise ModelError(f"{name}: cannot run {cell} ({reason_of(error)}); {shape}") from error
     macs = [runner.macs(*batch["input_ids"].shape) for batch in batches]
     known = [number for number in macs if number is not None]
     return _Timed(runner, call, sum(known) if len(known) == len(macs) else None)

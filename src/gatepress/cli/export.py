@@ -75,6 +75,7 @@ def export(  # noqa: PLR0913 - every option is a parameter
     text_pair_column: opt.TextPairColumn = None,
     label_column: opt.LabelColumn = None,
     max_validation_samples: opt.MaxValidationSamples = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
     output: Annotated[
         Path | None,
         opt.output_option("DIR", "Directory of the ONNX model; onnx/MODEL unless given."),
@@ -116,6 +117,7 @@ def export(  # noqa: PLR0913 - every option is a parameter
             max_metric_drop=max_metric_drop,
             **rows,
             progress=screen.progress,
+            trust_remote_code=trust_remote_code,
         )
         screen.result({"output_dir": str(target), **result}, tables)
         screen.note(f"next: gatepress bench {shlex.quote(str(source))} {shlex.quote(str(target))}")

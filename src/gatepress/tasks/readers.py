@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
-from gatepress.errors import DataError
+from gatepress.errors import DataError, reason_of
 
 Columns = dict[str, list[Any]]  # column name -> values, all of one length; row i of a file is at i - 1
 
@@ -111,8 +111,7 @@ def _read_parquet(path: Path) -> Columns:
     try:
         table = parquet.ParquetFile(path).read()
     except (pa.ArrowException, OSError) as error:
-        first = str(error).splitlines()[0]
-        raise DataError(f"{path}: not readable as parquet ({first})") from None
+        raise DataError(f"{path}: not readable as parquet ({reason_of(error)})") from None
     return {name: table.column(name).to_pylist() for name in table.column_names}
 
 
