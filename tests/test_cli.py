@@ -225,7 +225,7 @@ def test_train_options_become_settings(library):
         "gate_axes": "in",
         "matrices": ("q", "down"),
         "lora_rank": 4,
-        "open_epochs": 1,
+        "open_epochs": 0,
         "closing": 0.5,
         "start": "runs/x",
         "penalty_weight": 7.0,
@@ -554,6 +554,13 @@ def test_only_the_first_of_several_processes_prints_what_is_wrong():
     done = [subprocess.run(line, capture_output=True, check=False, env={**os.environ, "RANK": rank}) for rank in "01"]
     assert [json.loads(one.stdout)["exit_code"] for one in done if one.stdout] == [2]
     assert [one.returncode for one in done] == [2, 2]
+
+
+def test_a_verb_that_no_launcher_starts_prints_whatever_number_it_has():
+    environment = {**os.environ, "RANK": "1"}
+    for line, code in ((["inspect", "nowhere", "--json"], 1), (["inspect", "--bogus", "--json"], 2)):
+        done = subprocess.run([*COMMAND, *line], capture_output=True, check=False, env=environment)
+        assert (done.returncode, json.loads(done.stdout)["exit_code"]) == (code, code)
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])

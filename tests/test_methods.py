@@ -194,6 +194,7 @@ def test_matrices_that_take_no_part_are_as_they_were() -> None:
         ({"method": "prune"}, "--method is 'prune', expected one of gates"),
         ({"budget": "flops"}, "--budget is 'flops', expected one of gates"),
         ({"open_epochs": -1}, "--open-epochs is -1"),
+        ({"open_epochs": 1, "start": "runs/before"}, "--open-epochs says nothing to --start"),
         ({"closing": 0.0}, "--closing is 0.0, expected a fraction above 0 and of at most 1"),
         ({"closing": 1.5}, "--closing is 1.5"),
     ],

@@ -150,6 +150,7 @@ def test_predictions_pass_through_what_was_measured() -> None:
         ({"format": "other"}, "expected 'gatepress-latency' version 1"),
         ({"version": 2}, "expected 'gatepress-latency' version 1"),
         ({"target": "tpu"}, "target is 'tpu', expected one of ort-cpu"),
+        ({"target": ["ort-cpu"]}, r"target is \['ort-cpu'\], expected one of ort-cpu"),
         ({"entries": []}, "no product on|every operation|need at least"),
         ({"entries": [{"op": "product"}]}, "not a latency table"),
         ({"entries": [{"op": "add", "tokens": 1, "shape": [1, 1], "ms": 1.0}]}, "op is 'add'"),

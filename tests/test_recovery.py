@@ -72,6 +72,7 @@ def test_recovery_trains_what_was_cut_and_leaves_only_the_pruned_directory(run: 
     assert report["recovery"]["epochs"] == 2
     assert evaluate(tmp_path / "small")["metric_value"] == report["recovery"]["metric_value"]
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
+    assert f"# {run.name}-s0.6, pruned\n" in (tmp_path / "small/README.md").read_text()
     plain = prune(run, tmp_path / "plain", sparsity=0.6)
     assert plain["closed_gates"] == report["closed_gates"]
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "small"))

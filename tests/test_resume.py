@@ -203,9 +203,12 @@ def test_an_interrupt_waits_for_the_end_of_a_step() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-def test_a_run_that_started_from_another_needs_it_no_more(settings: TrainSettings, tmp_path: Path) -> None:
+@pytest.mark.parametrize("distill", [False, True])
+def test_a_run_that_started_from_another_needs_it_no_more(
+    settings: TrainSettings, tmp_path: Path, *, distill: bool
+) -> None:
     train(settings, tmp_path / "first")
-    later = replace(settings, start=str(tmp_path / "first"), sparsity=0.5)
+    later = replace(settings, start=str(tmp_path / "first"), sparsity=0.5, distill=distill)
     train(later, tmp_path / "whole")
     run = stopped(later, tmp_path / "run", 11)
     shutil.rmtree(tmp_path / "first")

@@ -100,11 +100,12 @@ def test_a_sweep_may_grow_and_start_over_and_does_nothing_twice(settings, traine
     assert len(over["cells"]) == 1
 
 
-def test_a_training_that_was_stopped_is_gone_on_with(settings, tmp_path):
-    class Stop(NoProgress):
-        def advance(self, *_, **__):
-            raise KeyboardInterrupt
+class Stop(NoProgress):
+    def advance(self, *_, **__):
+        raise KeyboardInterrupt
 
+
+def test_a_training_that_was_stopped_is_gone_on_with(settings, tmp_path):
     cell = tmp_path / RUNS[1]
     with pytest.raises(KeyboardInterrupt):
         training.train(replace(settings, sparsity=0.5, method="gates+lora", epochs=2), cell, progress=Stop())
@@ -145,6 +146,26 @@ def test_what_is_interrupted_goes_on_where_it_was(settings, trained, tmp_path, m
     result = run(settings, tmp_path / "sweep")
     assert trained == RUNS
     assert [cell["status"] for cell in result["cells"]] == ["finished"] * 3
+
+
+def test_the_first_training_may_be_stopped_too(settings, tmp_path, monkeypatch):
+    def stop(cell_settings, output):
+        return training.train(cell_settings, output, progress=Stop())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "train_apart", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(replace(settings, epochs=2), tmp_path / "sweep")
+    assert read_run(tmp_path / "sweep/runs" / RUNS[0]).status == "interrupted"
+
+
+@pytest.mark.usefixtures("never")
+def test_starting_over_never_removes_what_is_swept(settings, tmp_path):
+    (tmp_path / "sweep/runs/full").mkdir(parents=True)
+    (tmp_path / "sweep/sweep.json").write_text(json.dumps({**sweep.SWEEP_FORMAT, "settings": {}}))
+    with pytest.raises(OutputError, match=r"holds .*full, which is read"):
+        run(replace(settings, model=str(tmp_path / "sweep/runs/full")), tmp_path / "sweep", force=True)
+    assert (tmp_path / "sweep/runs/full").is_dir()
 
 
 def test_an_error_of_all_is_raised_and_leaves_nothing(settings, tmp_path, monkeypatch):

@@ -170,9 +170,17 @@ class TrainSettings:
             problems.append(f"--gate-axes {self.gate_axes} goes with --granularity matrix")
         if self.distill and not self.gated:
             problems.append(f"--distill teaches a model whose gates close, --method {self.method} has none")
+        if self.open_epochs and self.start:
+            problems.append("--open-epochs says nothing to --start, whose gates are closed at once")
         if self.lora_rank is not None and self.method in METHODS and not METHODS[self.method].rank:
             problems.append(f"--lora-rank means nothing to --method {self.method}, which has no low-rank update")
         return problems
+
+    @property
+    def reads(self) -> tuple[str | None, ...]:
+        """What training reads from disk, where these are paths."""
+        data = self.data
+        return (self.model, self.start, data.data_dir, data.train_file, data.validation_file)
 
     @property
     def gated(self) -> bool:

@@ -136,7 +136,7 @@ def read(path: Path) -> Costs:
             f"expected {FORMAT['format']!r} version {FORMAT['version']}; "
             "measure one with gatepress bench --latency-table TARGET"
         )
-    if value.get("target") not in TARGETS:
+    if value.get("target") not in list(TARGETS):  # which may be of a type that has no hash
         raise ArtifactError(f"{path}: target is {value.get('target')!r}, expected one of {', '.join(TARGETS)}")
     about = {key: value[key] for key in value if key not in (*FORMAT, "target", "source", "entries")}
     try:

@@ -20,11 +20,8 @@ MAX_JSON_BYTES = 64 * 1024 * 1024
 
 def sha256_of(path: Path) -> str:
     """Return the hex sha256 of a file, read in blocks."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -114,8 +111,7 @@ def replace_file(path: Path, data: bytes) -> None:
 def check_output(target: Path, *, force: bool, reads: Iterable[str | Path | None] = ()) -> None:
     """Refuse a target that exists unless `force`, or that cannot be replaced; called before any long work starts.
 
-    What is read on the way there, `reads`, may not lie in it: it would go with the old target. Of these, names that
-    are no path of this disk count for nothing.
+    What is read on the way there, `reads`, may not lie in it.
     """
     if target.exists() and not force:
         raise OutputError(f"{target}: exists already; choose another with -o or replace it with --force")
@@ -125,10 +121,7 @@ def check_output(target: Path, *, force: bool, reads: Iterable[str | Path | None
         raise OutputError(f"{target}: is a link to what is not there; remove it or choose another with -o")
     if target.name in ("", "..") or os.path.ismount(target):
         raise OutputError(f"{target}: cannot be replaced as a whole; name a directory in it with -o")
-    # Not Path.exists, which raises on a name that is too long for a path.
-    held = [path for path in reads if path is not None and os.path.exists(path) and _holds(target, Path(path))]
-    if held:
-        raise OutputError(f"{target}: holds {held[0]}, which is read and would be gone; choose another with -o")
+    refuse_held(target, reads)
     if target.exists() and (others := _of_others(target)):
         raise OutputError(
             f"{target}: was not written by gatepress (it holds {', '.join(others[:3])}), so --force leaves it alone; "
@@ -140,6 +133,14 @@ def check_output(target: Path, *, force: bool, reads: Iterable[str | Path | None
             parent = parent.parent
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=parent):
             pass  # what cannot be written is found out now, not after an hour of training
+
+
+def refuse_held(target: Path, reads: Iterable[str | Path | None]) -> None:
+    """Refuse a target that holds something of `reads`, which would go with it; names that are no path never do."""
+    for path in reads:
+        # Not Path.exists, which raises on a name that is too long for a path.
+        if path is not None and os.path.exists(path) and _holds(target, Path(path)):
+            raise OutputError(f"{target}: holds {path}, which is read and would be gone; choose another with -o")
 
 
 def _of_others(directory: Path) -> list[str]:

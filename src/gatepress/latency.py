@@ -26,7 +26,7 @@ from onnx import TensorProto, helper, numpy_helper
 from gatepress import __version__, costs
 from gatepress.config import Target
 from gatepress.costs import Costs, Entry, Op
-from gatepress.errors import ArtifactError, DeviceError, UsageError
+from gatepress.errors import ArtifactError, DeviceError, OutputError, UsageError
 from gatepress.machine import device_name
 from gatepress.modeling_gatepress import pick
 from gatepress.progress import NoProgress, Progress
@@ -69,9 +69,8 @@ def for_target(target: Target, table: str | Path | None = None, progress: Progre
             logger.info("%s is broken and will be measured again", kept)
     measured = measure(target, progress=progress)
     try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
         costs.save(measured, kept)
-    except OSError as error:
+    except OutputError as error:
         logger.info("cannot keep the latency table (%s): it will be measured again", error)
     return measured
 

@@ -1,7 +1,8 @@
 """One training over several processes, as `accelerate launch` and `torchrun` start them.
 
 Each process takes its share of the rows of every batch, gradients are summed, and so all of them take the same
-step: what comes out is what one process makes of the same batches. The first process writes, for all.
+step: what comes out is what one process makes of the same batches, but for what each draws in its own rows, words that
+are exchanged for a teacher and dropout. The first process writes, for all.
 """
 
 import atexit

@@ -47,7 +47,7 @@ def prune_each(
         )
         output.absolute().parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent) as staged:
-            recovered = Path(staged) / "run"
+            recovered = Path(staged) / f"{run_dir.resolve().name}-s{sparsity:g}"  # the card calls it so
             trained = train(asked, recovered, progress=progress)
             report = prune(recovered, output, **options)
         kept = ("metric_name", "metric_value", "examples", "epochs", "steps", "train_seconds")

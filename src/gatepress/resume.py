@@ -83,7 +83,7 @@ def uninterrupted() -> Iterator[None]:
 def make_optimizer(kinds: Kinds, settings: TrainSettings, *, stages: list[int]) -> tuple[Any, Any]:
     """Return AdamW over kinds of parameters, and its schedule over `stages` of so many steps each.
 
-    Gates have a rate of their own; weight decay is on the head and on whole matrices.
+    Gates have a rate of their own; weight decay is on the head and, in full finetuning, on all of the base.
     """
     groups = [
         {

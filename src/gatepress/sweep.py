@@ -31,10 +31,10 @@ from gatepress.bench.record import Record
 from gatepress.bench.render import markdown
 from gatepress.bench.summary import Cell, density, summarize, table
 from gatepress.checkpoint import dense_base, read_run
-from gatepress.config import DEFAULT_TARGET, METHODS, Method, Target, TrainSettings
+from gatepress.config import DEFAULT_TARGET, METHODS, RUN_FILE, Method, Target, TrainSettings
 from gatepress.errors import ArtifactError, MissingExtraError, ModelError, OutputError, UsageError, reason_of
 from gatepress.export import export
-from gatepress.files import check_output, json_text, read_json, replace_file
+from gatepress.files import check_output, json_text, read_json, refuse_held, replace_file
 from gatepress.hub import locate_model
 from gatepress.manifests import SWEEP_FILE, SWEEP_FORMAT, read_manifest
 from gatepress.progress import NoProgress, Progress
@@ -96,6 +96,8 @@ def run(  # noqa: PLR0913 - every option of the command is one
         raise MissingExtraError("--plot needs matplotlib; install it with: pip install 'gatepress[plot]'")
     train = {key: value for key, value in settings.absolute().to_json().items() if key not in ("method", "sparsity")}
     asked = {"train": train, "methods": list(methods), "sparsities": list(sparsities), "seeds": seeds}
+    if force:
+        refuse_held(output / "runs", settings.reads)
     fresh = not output.exists()
     sweep = _Sweep(output, wanted, _as_json({**asked, "target": target, **measuring}))
     sweep.records = _timed_before(output, sweep.settings, force=force)
@@ -109,8 +111,8 @@ def run(  # noqa: PLR0913 - every option of the command is one
             shutil.rmtree(output / "runs", ignore_errors=True)
         sweep.train(progress)
     except BaseException:
-        if fresh and not sweep.reports:
-            shutil.rmtree(output, ignore_errors=True)  # nothing that could be gone on with
+        if fresh and not any(output.glob(f"runs/*/{RUN_FILE}")):  # nothing that could be gone on with
+            shutil.rmtree(output, ignore_errors=True)
         raise
     sweep.time(target, measuring, progress)
     result = sweep.to_json()

@@ -70,9 +70,7 @@ def train(
     the report, whose keys docs/json-contract.md lists. Raises leaves of `GatepressError`.
     """
     settings = settings.absolute()
-    data = settings.data
-    reads = (settings.model, settings.start, data.data_dir, data.train_file, data.validation_file)
-    check_output(output, force=force, reads=reads)
+    check_output(output, force=force, reads=settings.reads)
     return _run(_prepare(settings), output, progress or NoProgress(), force=force)
 
 
@@ -257,7 +255,7 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
 
 def _open_epochs(settings: TrainSettings, epochs: int, *, finetuned: bool) -> int:
     """Return for how many epochs all gates stay open before the closing begins."""
-    if not settings.gated:
+    if not settings.gated or settings.start:  # what is gone on from closes at once
         return 0
     asked = settings.open_epochs
     if asked is None:

@@ -167,10 +167,13 @@ def plain(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def session(*, as_json: bool, quiet: bool, debug: bool) -> Iterator[Screen]:
-    """Run the body of a command: the one place where exceptions become lines and exit codes."""
+def session(*, as_json: bool, quiet: bool, debug: bool, launched: bool = False) -> Iterator[Screen]:
+    """Run the body of a command: the one place where exceptions become lines and exit codes.
+
+    Of one that is `launched` in several processes only the first prints.
+    """
     with contextlib.ExitStack() as stack:
-        first = is_first()
+        first = not launched or is_first()
         stdout = sys.stdout if first else stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
         screen = Screen(stdout, sys.stderr, as_json=as_json, quiet=quiet or not first)
         stack.callback(screen.close)

@@ -51,7 +51,8 @@ def _wrong_usage(error: Any, arguments: Sequence[str]) -> int:
     if "Input should be" in text:  # pydantic leaves out what it got
         options = getattr(getattr(error, "param", None), "opts", ())
         text += "".join(f", got {value!r}" for option, value in pairwise(arguments) if option in options)
-    screen = Screen(sys.stdout, sys.stderr, as_json="--json" in arguments and is_first(), quiet=False)
+    prints = is_first() or verbs != ["train"]  # the one verb that launchers start
+    screen = Screen(sys.stdout, sys.stderr, as_json="--json" in arguments and prints, quiet=False)
     message = f"{text[:1].lower()}{text[1:]}{' See' if text.endswith('?') else '; see'} '{command} --help'"
     screen.error("UsageError", message, int(error.exit_code))
     return int(error.exit_code)

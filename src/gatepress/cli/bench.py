@@ -323,7 +323,8 @@ def _latency_table(  # noqa: PLR0913 - each is an option of the command
         [entry.op, f"{entry.tokens:,}", "x".join(map(str, entry.shape)), f"{entry.ms:.3f} ms"]
         for entry in table.entries
     ]
-    title = f"{target} on {table.source}, {table.about['threads']} threads, the fastest of {latency.REPEATS} calls"
+    calls = latency.ROUNDS * latency.REPEATS
+    title = f"{target} on {table.source}, {table.about['threads']} threads, the fastest of {calls} calls"
     screen.result(table.to_json(), lambda _: [grid(title, columns, rows)])
 
 

@@ -88,7 +88,7 @@ def train(  # noqa: PLR0913 - every option is a parameter
     belongs to. Stopped at any moment, a run goes on with --resume. Next step: gatepress prune. Other
     --method close no gates: full finetuning and adapters, to compare with, or to press afterwards.
     """
-    with session(as_json=as_json, quiet=quiet, debug=debug) as screen:
+    with session(as_json=as_json, quiet=quiet, debug=debug, launched=True) as screen:
         if resume is not None:
             opt.refuse_beside("--resume", context)
 
