@@ -39,13 +39,13 @@ from cells import EPOCHS, RESULTS, TASKS, models_of, parser, pressed_epochs, swe
 from paper import FACTORS
 from pruning_job import BATCH, LEARNING_RATE, TAUGHT_RATE, Job, finetune_, load_job
 from pruning_parts import Units, macs_of, magnitude_, name_heads_, prunable, refuse_too_small, zeroed
-from pruning_taylor import TAYLOR, taylor_, torch_pruning, tp_version
+from pruning_taylor import TAYLOR, taylor_, torch_pruning
 
-from gatepress.checkpoint import open_base, versions
+from gatepress.checkpoint import MADE_WITH, open_base
 from gatepress.collapse import parameters_of
 from gatepress.distill import Teacher
 from gatepress.errors import GatepressError, ParityError
-from gatepress.machine import cpu_name
+from gatepress.machine import cpu_name, versions
 from gatepress.resolve import Layer, resolve
 from gatepress.tasks import task_named
 
@@ -134,7 +134,7 @@ def cell(key: tuple[Any, ...], load: Callable[[str, str, int], Job]) -> dict[str
         "recovery_seconds": seconds,
         "precision": job.precision,
         "threads": torch.get_num_threads(),
-        "versions": {**versions(), **({"torch-pruning": tp_version()} if METHODS[method].prune_ is taylor_ else {})},
+        "versions": versions(*MADE_WITH, *(["torch-pruning"] if METHODS[method].prune_ is taylor_ else [])),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "command": f"python benchmarks/pruning_baselines.py --data-dir GLUE --work WORK {words}",

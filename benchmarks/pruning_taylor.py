@@ -1,7 +1,6 @@
 """Torch-Pruning as a baseline: its dependency graph, its group Taylor importance and its pruning functions."""
 
 import importlib
-import importlib.metadata
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
@@ -170,8 +169,3 @@ def is_output(dep: Any) -> bool:
 def without(numbers: list[int], places: set[int]) -> list[int]:
     """Return the numbers but those at these places."""
     return [number for place, number in enumerate(numbers) if place not in places]
-
-
-def tp_version() -> str:
-    """Return the release of Torch-Pruning."""
-    return importlib.metadata.version("torch-pruning")

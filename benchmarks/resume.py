@@ -21,8 +21,8 @@ from typing import Any
 
 from cells import RESULTS, gatepress, sweep
 
-from gatepress.checkpoint import versions
-from gatepress.machine import cpu_name
+from gatepress.checkpoint import MADE_WITH
+from gatepress.machine import cpu_name, versions
 
 PATH = RESULTS / "resume.json"
 TIMES = ("train_seconds", "peak_memory_bytes", "output_dir")
@@ -69,7 +69,7 @@ def cell(key: tuple[Any, ...], words: list[str], whole: Path, seconds: float) ->
         "status": found.get("status"),  # as it was found; none: nothing had been written
         "checkpoint_step": found.get("step"),
         "equal": equal,
-        "versions": versions(),
+        "versions": versions(*MADE_WITH),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "command": "gatepress " + " ".join(words),

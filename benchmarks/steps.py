@@ -23,12 +23,12 @@ from speed import SHAPES, closed_mask
 
 from gatepress.bench.timing import Call, interleave, wall_clock
 from gatepress.budget import gate_vectors
-from gatepress.checkpoint import versions
+from gatepress.checkpoint import MADE_WITH
 from gatepress.config import FINETUNED, Precision
 from gatepress.distill import Teacher, learn_from_teacher_
 from gatepress.inject import attach_gates_, mark_trainable_, trainable
 from gatepress.losses import batch_loss
-from gatepress.machine import cpu_name
+from gatepress.machine import cpu_name, versions
 from gatepress.narrowing import narrow_
 from gatepress.precision import computing
 from gatepress.progress import NoProgress
@@ -119,7 +119,7 @@ def measure(precision: Precision, threads: int) -> dict[str, Any]:
         "precision": precision,
         "threads": threads,
         "cpu": cpu_name(),
-        "versions": versions(),
+        "versions": versions(*MADE_WITH),
         "samples_ms": {name: [round(value, 3) for value in values] for name, values in samples.items()},
     }
 

@@ -18,8 +18,8 @@ from typing import Any
 from cells import EPOCHS, FULL, RESULTS, common, gatepress, keep, models_of, parser, pressed_epochs
 from paper import FACTORS, FINETUNED
 
-from gatepress.checkpoint import versions
-from gatepress.machine import cpu_name
+from gatepress.checkpoint import MADE_WITH
+from gatepress.machine import cpu_name, versions
 
 PATH = RESULTS / "training_time.json"
 REPETITIONS = 3
@@ -49,7 +49,7 @@ def measure(encoder: str, model: str, task: str, options: Any) -> dict[str, Any]
         "precision": options.precision,
         "threads": os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count()),
         "cpu": cpu_name(),
-        "versions": versions(),
+        "versions": versions(*MADE_WITH),
     }
 
 

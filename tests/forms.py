@@ -6,10 +6,11 @@ from typing import Any
 import torch
 
 from gatepress.batches import make_loader, tokenize
-from gatepress.checkpoint import RunManifest, RunWriter, open_base, versions
+from gatepress.checkpoint import RunManifest, RunWriter, open_base
 from gatepress.config import DataSettings, Granularity, TrainSettings
 from gatepress.gates import gates_of
 from gatepress.inject import attach_gates_, gated_linear, trainable
+from gatepress.machine import versions
 from gatepress.models import model_files, open_tokenizer
 from gatepress.tasks.sources import load_rows
 
@@ -64,7 +65,7 @@ def save_run(  # noqa: PLR0913 - what runs differ in
         data_fingerprint=rows.fingerprint,
         tensors={},
         report={},
-        versions=versions(),
+        versions=versions("torch"),
     )
     with RunWriter(directory, tokenizer=tokenizer, probe={k: v for k, v in probe.items() if k != "labels"}) as writer:
         writer.save(model, manifest)

@@ -12,7 +12,6 @@ A run directory holds what was trained and never the base model:
 directory holds the last complete checkpoint.
 """
 
-import importlib.metadata
 import logging
 import os
 import shutil
@@ -28,7 +27,6 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
-from gatepress import __version__
 from gatepress.config import RUN_FILE, TrainSettings
 from gatepress.errors import ArtifactError, ModelError, UsageError
 from gatepress.files import explained, json_text, lock, publish, read_json, replace_file, sha256_of
@@ -48,6 +46,7 @@ from gatepress.tasks import TaskSpec
 logger = logging.getLogger(__name__)
 
 PROBE_FILE = "probe.safetensors"
+MADE_WITH = ("torch", "transformers", "datasets", "safetensors", "numpy")  # what a result hangs on
 
 
 @dataclass(frozen=True)
@@ -84,12 +83,6 @@ class RunManifest:
             **({"resume": self.resume} if self.resume else {}),
             **({"sha256": self.sha256} if self.sha256 else {}),
         }
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    names = ("torch", "transformers", "datasets", "safetensors", "numpy")
-    return {"gatepress": __version__, **{name: importlib.metadata.version(name) for name in names}}
 
 
 def read_run(directory: Path) -> RunManifest:

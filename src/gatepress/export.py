@@ -3,7 +3,6 @@
 On request the graph is quantized once it agrees.
 """
 
-import importlib.metadata
 import logging
 import math
 from collections.abc import Mapping
@@ -14,13 +13,14 @@ from typing import Any, Literal
 import onnx
 from transformers import PreTrainedModel
 
-from gatepress import __version__
 from gatepress.agreement import compare, quantized_difference, random_batches
 from gatepress.checkpoint import PROBE_FILE, read_probe
 from gatepress.config import METRIC_ROUNDING, DataSettings
 from gatepress.errors import GatepressError, MetricDropError, UsageError
 from gatepress.evaluation import Basis, basis_of, evaluate_runner, probe_rows
 from gatepress.files import check_output, json_text, new_directory, sha256_of
+from gatepress.graph import opset_of
+from gatepress.machine import versions
 from gatepress.manifests import ONNX_FILE, ONNX_FORMAT, ONNX_MODEL
 from gatepress.models import model_errors, open_tokenizer, save_tokenizer
 from gatepress.progress import Progress
@@ -28,7 +28,7 @@ from gatepress.quantize import quantize_file
 from gatepress.runners import Batch, Runner, TorchRunner
 from gatepress.runtime import open_runner
 from gatepress.shortcuts import first_token_alone
-from gatepress.tracing import FUSED, operators, opset_of, slim, write_onnx
+from gatepress.tracing import FUSED, operators, slim, write_onnx
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def export(  # noqa: PLR0913 - every option of the command is one
             macs = replace(runner).mac_terms  # counted anew, as the graph computes
         report = {
             "source_kind": runner.kind,
-            "opset": opset_of(model_file),
+            "opset": opset_of(onnx.load(model_file, load_external_data=False)),
             "exporter": "torch.onnx.export(dynamo=True)",
             "inputs": list(runner.input_names),
             "shapes": checked.shapes,
@@ -135,7 +135,7 @@ def export(  # noqa: PLR0913 - every option of the command is one
             }
             | bound,
             **report,
-            "versions": _versions(),
+            "versions": versions("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy"),
         }
         (staged / ONNX_FILE).write_text(json_text(manifest), encoding="utf-8")
     return {**report, "head_is_random": runner.head_is_random, "output_dir": str(output)}
@@ -221,8 +221,3 @@ def _config(model: PreTrainedModel) -> dict[str, Any]:
     values["model_type"] = model.config.model_type.removeprefix("gatepress_").replace("_", "-")
     values["architectures"] = [type(model).__name__.removeprefix("Gatepress")]
     return values
-
-
-def _versions() -> dict[str, str]:
-    names = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy")
-    return {"gatepress": __version__, **{name: importlib.metadata.version(name) for name in names}}

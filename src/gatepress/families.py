@@ -79,3 +79,8 @@ DISTILBERT = FamilySpec(
 FAMILIES: dict[str, FamilySpec] = {
     family.model_type: family for family in (BERT, ROBERTA, XLM_ROBERTA, ELECTRA, MPNET, DISTILBERT)
 }
+
+
+def row_of(model_type: object) -> FamilySpec | None:
+    """Return the row of a dense or pruned `model_type`; None where it has none."""
+    return FAMILIES.get(str(model_type).removeprefix("gatepress_").replace("_", "-"))

@@ -1,28 +1,26 @@
 """What a directory is, where it comes from and what each layer keeps, from manifests, headers and gate masks."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from gatepress.card import metric_after
 from gatepress.commands import commands_of
 from gatepress.config import RUN_FILE, TrainSettings
-from gatepress.errors import ArtifactError
-from gatepress.families import FAMILIES
+from gatepress.families import row_of
 from gatepress.graph import describe, read_graph
 from gatepress.manifests import (
-    ONNX_FILE,
     ONNX_FORMAT,
-    ONNX_MODEL,
     PRUNED_FILE,
     PRUNED_FORMAT,
     RUN_FORMAT,
     Form,
     file_in,
+    onnx_parts,
     read_config,
     read_manifest,
     tensor_shapes,
+    understood,
     written_form,
 )
 
@@ -44,19 +42,8 @@ def inspect(path: Path) -> Facts:
     The keys are those of docs/json-contract.md. Raises `ArtifactError` where it is none of these or is broken.
     """
     form = written_form(path)
-    with _understood(path):
+    with understood(path):
         return {"kind": form, "directory": str(path), **_READERS[form](path)}
-
-
-@contextlib.contextmanager
-def _understood(path: Path) -> Iterator[None]:
-    """Turn what a manifest without a field, or with one of another kind, leads to into one line."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise ArtifactError(
-            f"{path}: a field of its manifest is missing or of a wrong kind ({error!r}); gatepress verify tells more"
-        ) from None
 
 
 def _run(path: Path) -> Facts:
@@ -103,13 +90,13 @@ def _pruned(path: Path) -> Facts:
 
 
 def _onnx(path: Path) -> Facts:
-    directory, file = (path, path / ONNX_MODEL) if path.is_dir() else (path.parent, path)
+    directory, file, named = onnx_parts(path)
     graph = describe(read_graph(file))
     size = sum(one.stat().st_size for one in (file, *directory.glob(f"{file.name}.data")))
     facts: Facts = {"size_bytes": size, "graph": graph}
-    if file.name != ONNX_MODEL or not (directory / ONNX_FILE).is_file():
+    if named is None:
         return facts
-    manifest = read_manifest(directory / ONNX_FILE, ONNX_FORMAT)
+    manifest = read_manifest(named, ONNX_FORMAT)
     before = manifest.get("source_manifest") or {}
     plan = before.get("report", {}).get("plan")
     heads = _heads(read_config(directory / "config.json")) if plan else 0
@@ -178,7 +165,9 @@ def _weights(file: Path) -> Facts:
 
 def _heads(config: Facts) -> int:
     """Return the heads of a dense layer, by a config.json."""
-    family = FAMILIES[str(config["model_type"]).removeprefix("gatepress_").replace("_", "-")]
+    family = row_of(config["model_type"])
+    if family is None:
+        raise ValueError(f"model type {config['model_type']}")
     return int(config[family.heads_attribute])
 
 

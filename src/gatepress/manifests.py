@@ -1,6 +1,7 @@
 """What makes a directory one of ours: its manifest, version and fields of that, the files it names. No torch here."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -143,6 +144,25 @@ def written_form(path: Path) -> Form:
         got = "holds none of their manifests" if path.is_dir() else "is a file" if path.exists() else "is not there"
         raise ArtifactError(f"{path}: {got}, expected a run, a pruned or an ONNX directory, or an .onnx file")
     return form
+
+
+def onnx_parts(path: Path) -> tuple[Path, Path, Path | None]:
+    """Return directory, graph and manifest of an ONNX directory or .onnx file; None: no manifest names the graph."""
+    directory, file = (path, path / ONNX_MODEL) if path.is_dir() else (path.parent, path)
+    named = directory / ONNX_FILE
+    return directory, file, named if file.name == ONNX_MODEL and named.is_file() else None
+
+
+@contextlib.contextmanager
+def understood(path: Path) -> Iterator[None]:
+    """Turn what a manifest without a field, or with one of another kind, leads to into one `ArtifactError`."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ArtifactError(
+            f"{path}: a field is missing or of a wrong kind ({error!r}); it was changed after it was written, make it "
+            "again"
+        ) from None
 
 
 def read_manifest(path: Path, expected: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from torch import nn
 
 from gatepress import modeling_gatepress
 from gatepress.errors import ModelError
-from gatepress.families import FAMILIES, ROLES, FamilySpec
+from gatepress.families import FAMILIES, ROLES, FamilySpec, row_of
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Layer:
 
 def family_named(model_type: str) -> FamilySpec:
     """Return the row of a dense or pruned `model_type`; `ModelError` naming the known families else."""
-    name = model_type.removeprefix("gatepress_").replace("_", "-")
-    if name not in FAMILIES:
+    family = row_of(model_type)
+    if family is None:
         raise ModelError(f"model type {model_type!r} is not supported; expected one of {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[name]
+    return family
 
 
 def family_of(config: Any) -> FamilySpec:

@@ -1,15 +1,16 @@
-"""The two runtimes behind one protocol: a transformers model in torch, a session of ONNX Runtime.
+"""The two runtimes behind one interface: a transformers model in torch, a session of ONNX Runtime.
 
 All give float32; an int8 ONNX file has int8 weights inside, a torch model may compute in half of float32's width.
 """
 
 import inspect
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from gatepress.errors import ModelError, reason_of
-from gatepress.families import FAMILIES
+from gatepress.families import row_of
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 MAC_TERMS = ("token", "pair", "row")
@@ -30,103 +31,79 @@ Batch = Mapping[str, npt.NDArray[np.integer[Any]]]  # each [batch, length]
 Logits = npt.NDArray[np.float32]  # [batch, labels]
 
 
-class Runner(Protocol):
-    """A model that is ready to run, whatever file it came from.
+@dataclass(frozen=True)
+class Runner(ABC):
+    """A model that is ready to run, and what is known of the files behind it.
 
     `prepare`, `run` and `synchronize` are apart so that a benchmark times `run` alone.
     """
 
-    @property
-    def name(self) -> str:
-        """What tables call it: the directory's name, the hub id, or demo."""
+    name: str  # the directory's, the hub id, or demo
+    kind: Kind  # the form it was found in
+    device: str  # cpu or cuda[:n]
+    tokenizer_dir: Path | None  # None: it has no tokenizer
+    size_bytes: int  # of the weight files that it needs
+    manifest: dict[str, Any] | None = None  # of gatepress: task, data, max_length, ...; None for other models
+    head_is_random: bool = False  # its time is right, its answers mean nothing
+    runtime: ClassVar[Literal["torch", "onnxruntime"]]
 
     @property
-    def kind(self) -> Kind:
-        """The form it was found in."""
-
-    @property
-    def device(self) -> str:
-        """`cpu` or `cuda[:n]`."""
-
-    @property
-    def runtime(self) -> Literal["torch", "onnxruntime"]:
-        """What computes it."""
-
-    @property
+    @abstractmethod
     def dtype(self) -> str:
         """What its matrix products compute in: `float32`, `bfloat16`, `float16` or `int8`."""
 
     @property
+    @abstractmethod
     def input_names(self) -> tuple[str, ...]:
         """Those of `INPUTS` that it takes."""
 
     @property
-    def tokenizer_dir(self) -> Path | None:
-        """Where its tokenizer lies; None: it has none."""
-
-    @property
+    @abstractmethod
     def label_names(self) -> tuple[str, ...] | None:
         """What its outputs are called, in order; None: they have no names of their own."""
 
     @property
+    @abstractmethod
     def num_labels(self) -> int | None:
         """Width of the logits; None: not known before the first run."""
 
     @property
+    @abstractmethod
     def max_tokens(self) -> int | None:
         """The longest text it takes; None: not known."""
 
     @property
+    @abstractmethod
     def parameters(self) -> int | None:
         """All its parameters; None: not known (a bare .onnx file)."""
 
+    @abstractmethod
     def macs(self, batch: int, length: int) -> int | None:
         """Multiply-accumulates of its matrix products on so many rows and tokens; None: not known."""
 
-    @property
-    def size_bytes(self) -> int:
-        """Size of the weight files that it needs."""
-
-    @property
-    def manifest(self) -> dict[str, Any] | None:
-        """What gatepress wrote beside it: `task`, `data`, `max_length`, ...; None for other models."""
-
-    @property
-    def head_is_random(self) -> bool:
-        """Whether the task head is fresh: its time is right, its answers mean nothing."""
-
+    @abstractmethod
     def prepare(self, batch: Batch) -> Any:
         """Return the batch on the device: unknown inputs dropped, missing ones filled in."""
 
+    @abstractmethod
     def run(self, prepared: Any) -> Any:
         """Compute the logits of a prepared batch, where they are, without waiting for them."""
 
+    @abstractmethod
     def synchronize(self) -> None:
         """Wait until everything that was started is done."""
 
+    @abstractmethod
     def logits(self, batch: Batch) -> Logits:
         """Return the logits of a batch as float32."""
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What a runner knows about the files behind it."""
-
-    name: str
-    kind: Kind
-    device: str
-    tokenizer_dir: Path | None
-    size_bytes: int
-    manifest: dict[str, Any] | None = None
-    head_is_random: bool = False
-
-
-@dataclass(frozen=True)
-class TorchRunner(Facts):
+class TorchRunner(Runner):
     """A transformers model in evaluation mode."""
 
     model: PreTrainedModel = field(kw_only=True)
-    runtime: Literal["torch"] = "torch"
+    runtime = "torch"
 
     @property
     def dtype(self) -> str:
@@ -206,12 +183,12 @@ class TorchRunner(Facts):
 
 
 @dataclass(frozen=True)
-class OnnxRunner(Facts):
+class OnnxRunner(Runner):
     """A session of ONNX Runtime."""
 
     session: ort.InferenceSession = field(kw_only=True)
     config: dict[str, Any] | None = None  # config.json beside it
-    runtime: Literal["onnxruntime"] = "onnxruntime"
+    runtime = "onnxruntime"
 
     @property
     def dtype(self) -> str:
@@ -322,7 +299,7 @@ def max_tokens(config: Mapping[str, Any]) -> int | None:
     positions = config.get("max_position_embeddings")
     if not isinstance(positions, int):
         return None
-    family = FAMILIES.get(str(config.get("model_type", "")).removeprefix("gatepress_").replace("_", "-"))
+    family = row_of(config.get("model_type"))
     if family is None or not family.positions_follow_padding:
         return positions
     return positions - int(config.get("pad_token_id") or 0) - 1

@@ -19,13 +19,13 @@ from gatepress.files import read_json
 from gatepress.graph import check_graph, read_graph
 from gatepress.hub import locate_model
 from gatepress.manifests import (
-    ONNX_FILE,
     ONNX_FORMAT,
     ONNX_MODEL,
     PRUNED_FILE,
     check_files,
     form_of,
     hashes_of,
+    onnx_parts,
     read_config,
     read_manifest,
 )
@@ -164,13 +164,13 @@ def _moved(model: PreTrainedModel, device: str, dtype: torch.dtype) -> PreTraine
 
 
 def _open_onnx(path: Path, device: str) -> OnnxRunner:
-    directory, file = (path, path / ONNX_MODEL) if path.is_dir() else (path.parent, path)
+    directory, file, named = onnx_parts(path)
     if not file.is_file():
         raise ModelError(f"{file}: no such file, expected an ONNX model; export one with gatepress export")
     manifest, beside = None, check_graph(read_graph(file), directory)
-    if (directory / ONNX_FILE).is_file() and file.name == ONNX_MODEL:
-        manifest = read_manifest(directory / ONNX_FILE, ONNX_FORMAT)
-        hashes = hashes_of(manifest, directory / ONNX_FILE, (ONNX_MODEL, *sorted(beside)), "export again")
+    if named:
+        manifest = read_manifest(named, ONNX_FORMAT)
+        hashes = hashes_of(manifest, named, (ONNX_MODEL, *sorted(beside)), "export again")
         check_files(directory, hashes.items(), "export again")
     session, place = _session(file, device)
     unknown = [one.name for one in session.get_inputs() if one.name not in INPUTS]

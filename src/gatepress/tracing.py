@@ -113,12 +113,6 @@ def operators(file: Path, batch: Batch) -> dict[str, int]:
     return dict(sorted(ran.items()))
 
 
-def opset_of(file: Path) -> int:
-    """Return the version of ONNX's own operators that a file asks for."""
-    imports = onnx.load(file, load_external_data=False).opset_import
-    return next(int(one.version) for one in imports if one.domain in ("", "ai.onnx"))
-
-
 class _Logits(torch.nn.Module):
     """The model as a function from its inputs, in order, to its logits."""
 

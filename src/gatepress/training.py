@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from gatepress.batches import left_of_epoch, make_loader, probe_batch, tokenize
 from gatepress.budget import budget_of
 from gatepress.checkpoint import (
+    MADE_WITH,
     RunManifest,
     RunWriter,
     clear_,
@@ -23,7 +24,6 @@ from gatepress.checkpoint import (
     open_base,
     read_run,
     tell_other_classes,
-    versions,
 )
 from gatepress.collapse import parameters_of, plan_model, refuse_activation
 from gatepress.config import TrainSettings
@@ -35,6 +35,7 @@ from gatepress.gates import gates_of
 from gatepress.hub import locate_model
 from gatepress.inject import mark_trainable_
 from gatepress.losses import batch_loss
+from gatepress.machine import versions
 from gatepress.methods import Kinds, prepare_, trained
 from gatepress.models import model_files, open_tokenizer
 from gatepress.narrowing import narrow_
@@ -248,7 +249,7 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
             data_fingerprint=rows.fingerprint,
             tensors={},
             report=report,
-            versions=versions(),
+            versions=versions(*MADE_WITH),
         ),
     )
 

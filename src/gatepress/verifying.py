@@ -22,6 +22,7 @@ from gatepress.manifests import (
     Form,
     check_files,
     hashes_of,
+    onnx_parts,
     read_manifest,
     tensor_shapes,
     written_form,
@@ -123,15 +124,15 @@ def _pruned(path: Path, found: Findings) -> None:
 
 
 def _onnx(path: Path, found: Findings) -> None:
-    directory, file = (path, path / ONNX_MODEL) if path.is_dir() else (path.parent, path)
+    directory, file, named = onnx_parts(path)
     manifest: dict[str, Any] | None = None
-    if file.name == ONNX_MODEL and (directory / ONNX_FILE).is_file():
-        manifest = found.check(f"{ONNX_FILE}: format and version", read_manifest, directory / ONNX_FILE, ONNX_FORMAT)
+    if named:
+        manifest = found.check(f"{ONNX_FILE}: format and version", read_manifest, named, ONNX_FORMAT)
         if manifest is None:
             return
         hashes = found.check(
             f"{ONNX_FILE}: names what is loaded",
-            *(hashes_of, manifest, directory / ONNX_FILE, (ONNX_MODEL,), "export again"),
+            *(hashes_of, manifest, named, (ONNX_MODEL,), "export again"),
         )
         _files(directory, hashes or {}, "export again", found)
         found.check("tokenizer", open_tokenizer, directory)

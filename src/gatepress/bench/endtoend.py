@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from gatepress.batches import make_loader, tokenize
 from gatepress.bench import timing
-from gatepress.bench.record import Record, latencies, now, relative_to, versions
+from gatepress.bench.record import Record, latencies, now, relative_to
 from gatepress.config import Arithmetic, DataSettings
 from gatepress.errors import GatepressError, ModelError, UsageError, reason_of
-from gatepress.machine import device_name
+from gatepress.machine import device_name, versions
 from gatepress.models import open_tokenizer
 from gatepress.progress import NoProgress, Progress
 from gatepress.runners import INPUTS, Runner
@@ -146,7 +146,7 @@ def run(  # noqa: PLR0913 - every knob of a measurement is named
                     macs=one.macs,
                     size_bytes=one.runner.size_bytes,
                     parameters=one.runner.parameters,
-                    versions=versions("gatepress", "torch", "transformers", "onnxruntime"),
+                    versions=versions("torch", "transformers", "onnxruntime"),
                     timestamp=now(),
                     **cell.facts,
                     **latencies(samples[name]),

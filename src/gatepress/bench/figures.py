@@ -2,7 +2,7 @@
 
 import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from matplotlib import rc_context
@@ -46,11 +46,16 @@ STYLE: Any = {
 
 def draw(records: Sequence[Record], suffix: str) -> bytes:
     """Return the figure of records of one kind as the bytes of a `png` or `svg` file."""
+    return drawn(suffix, lambda figure: (_lines if records[0].what == "matmul" else _bars)(figure, groups(records)))
+
+
+def drawn(suffix: str, draw_on: Callable[[Figure], None]) -> bytes:
+    """Return what `draw_on` makes of an empty figure as the bytes of a `png` or `svg` file."""
     file = io.BytesIO()
     with rc_context(STYLE):
         figure = Figure()
         figure.set_layout_engine("constrained", h_pad=0.09, w_pad=0.09)
-        (_lines if records[0].what == "matmul" else _bars)(figure, groups(records))
+        draw_on(figure)
         # No date in the file, so that the same records give the same bytes.
         metadata = {"Date": None} if suffix == "svg" else {"Software": None}
         figure.savefig(file, format=suffix, dpi=160, metadata=metadata)
@@ -91,7 +96,7 @@ def _lines(figure: Figure, cells: list[list[Record]]) -> None:
         axes.grid(axis="y", color=FAINT, linewidth=0.8)
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper left", ncols=3, frameon=False, fontsize=8.5)
-    _caption(figure, cells, "bands: p10 to p90; labels: time saved against dense")
+    caption(figure, _all(cells), "bands: p10 to p90; labels: time saved against dense")
 
 
 def _label_point(axes: Axes, record: Record, group: list[Record], color: str, top: float) -> None:
@@ -160,12 +165,9 @@ def _bars(figure: Figure, cells: list[list[Record]]) -> None:
         axes.grid(axis="x", color=FAINT, linewidth=0.8)
     for axes in panels[len(cells) :]:
         axes.set_axis_off()
-    _legend(figure, [record for group in cells for record in group])
-    _caption(
-        figure,
-        cells,
-        f"whiskers: p10 to p90; factor: against {_short(cells[0][0].name)}, above 1 is faster",
-    )
+    _legend(figure, _all(cells))
+    baseline = _short(cells[0][0].name)
+    caption(figure, _all(cells), f"whiskers: p10 to p90; factor: against {baseline}, above 1 is faster")
 
 
 def _panels(figure: Figure, rows: int, columns: int) -> list[Axes]:
@@ -192,9 +194,12 @@ def _short(name: str) -> str:
     return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME // 2 - 1]}\u2026{name[-MAX_NAME // 2 :]}"
 
 
-def _caption(figure: Figure, cells: list[list[Record]], legend: str) -> None:
-    """Say below the panels what was measured where; spread is always the 10th to the 90th percentile."""
-    records = [record for group in cells for record in group]
+def _all(cells: list[list[Record]]) -> list[Record]:
+    return [record for group in cells for record in group]
+
+
+def caption(figure: Figure, records: Sequence[Record], legend: str) -> None:
+    """Say below the panels what was measured where, and what the marks mean."""
     width = int(CHARACTERS_PER_INCH * figure.get_figwidth())
     text = f"{textwrap.fill(conditions(records), width)}\n{textwrap.fill(legend, width)}"
     figure.supxlabel(text, fontsize=8, color=QUIET, x=0.01, ha="left")

@@ -16,8 +16,8 @@ import torch
 from torch.nn.functional import linear
 
 from gatepress.bench import timing
-from gatepress.bench.record import Record, latencies, now, relative_to, versions
-from gatepress.machine import device_name
+from gatepress.bench.record import Record, latencies, now, relative_to
+from gatepress.machine import device_name, versions
 from gatepress.progress import NoProgress, Progress
 from gatepress.runtime import torch_device
 
@@ -91,7 +91,7 @@ def run(  # noqa: PLR0913 - every knob of a measurement is named
                 parameters=shape[0] * product.kept,
                 size_bytes=4 * shape[0] * product.kept,
                 seed=seed,
-                versions=versions("gatepress", "torch"),
+                versions=versions("torch"),
                 timestamp=now(),
                 **latencies(samples[_name(product, shape)]),
             )

@@ -4,12 +4,10 @@ All latencies are wall-clock milliseconds of one call (one product, one batch, o
 validation split). `None` always means "does not apply" or "not known", never zero.
 """
 
-import platform
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -111,17 +109,6 @@ def relative_to(record: Record, baseline: Record) -> Record:
         relative_time_factor=round(1 / share, 4),
         relative_reduction_percent=round(100 * (1 - share), 2),
     )
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """Return the versions of Python and of those of `packages` that are installed."""
-    found = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def now() -> str:

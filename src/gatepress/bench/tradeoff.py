@@ -1,18 +1,15 @@
 """A sweep as a figure: the metric over latency, a line for each method with gates, a mark for each other."""
 
-import io
-import textwrap
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from gatepress.bench.figures import BLUE, CHARACTERS_PER_INCH, FAINT, INK, ORANGE, PATCH, QUIET, STYLE
+from gatepress.bench.figures import BLUE, FAINT, INK, ORANGE, PATCH, caption, drawn
 from gatepress.bench.record import Record
-from gatepress.bench.tables import conditions
 from gatepress.config import METHODS
 
 SIZE_INCHES = (6.8, 5.0)
@@ -23,24 +20,24 @@ LOOKS = ((BLUE, "o"), (ORANGE, "s"), ("#009e73", "D"), ("#cc79a7", "^"), ("#e69f
 
 def draw(sweep: dict[str, Any], suffix: str) -> bytes:
     """Return the figure of what `sweep.json` holds, latency included, as the bytes of a `png` or `svg` file."""
-    file = io.BytesIO()
+    return drawn(suffix, partial(_picture, sweep))
+
+
+def _picture(sweep: dict[str, Any], figure: Figure) -> None:
     rows = sweep["summary"]
-    with rc_context(STYLE):
-        figure = Figure(figsize=SIZE_INCHES)
-        figure.set_layout_engine("constrained", h_pad=0.09, w_pad=0.09)
-        axes = figure.subplots()
-        methods = dict.fromkeys([*METHODS, *(row["method"] for row in rows)])
-        looks = dict(zip(methods, LOOKS, strict=False))
-        for method, (color, marker) in looks.items():
-            if points := [row for row in rows if row["method"] == method]:
-                _method(axes, points, color, marker)
-        _frame(axes, rows)
-        axes.legend(frameon=False, fontsize=8.5)
-        _caption(figure, sweep)
-        # No date in the file, so that the same records give the same bytes.
-        metadata = {"Date": None} if suffix == "svg" else {"Software": None}
-        figure.savefig(file, format=suffix, dpi=160, metadata=metadata)
-    return file.getvalue()
+    figure.set_size_inches(*SIZE_INCHES)
+    axes = figure.subplots()
+    methods = dict.fromkeys([*METHODS, *(row["method"] for row in rows)])
+    looks = dict(zip(methods, LOOKS, strict=False))
+    for method, (color, marker) in looks.items():
+        if points := [row for row in rows if row["method"] == method]:
+            _method(axes, points, color, marker)
+    _frame(axes, rows)
+    axes.legend(frameon=False, fontsize=8.5)
+    seeds = max(row["seeds"] for row in rows)
+    marks = "labels: sparsity; ring: knee"
+    legend = f"points: median of {seeds} seeds; whiskers: the least and the most; {marks}" if seeds > 1 else marks
+    caption(figure, [Record.from_json(value) for value in sweep["latency"]], legend)
 
 
 def _method(axes: Axes, points: Sequence[dict[str, Any]], color: str, marker: str) -> None:
@@ -98,14 +95,3 @@ def _frame(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
         axes.margins(x=0.1)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     axes.grid(color=FAINT, linewidth=0.8)
-
-
-def _caption(figure: Figure, sweep: dict[str, Any]) -> None:
-    """Say below what was measured where, and what the marks mean."""
-    width = int(CHARACTERS_PER_INCH * figure.get_figwidth())
-    records = [Record.from_json(value) for value in sweep["latency"]]
-    seeds = max(row["seeds"] for row in sweep["summary"])
-    marks = "labels: sparsity; ring: knee"
-    legend = f"points: median of {seeds} seeds; whiskers: the least and the most; {marks}" if seeds > 1 else marks
-    text = f"{textwrap.fill(conditions(records), width)}\n{textwrap.fill(legend, width)}"
-    figure.supxlabel(text, fontsize=8, color=QUIET, x=0.01, ha="left")

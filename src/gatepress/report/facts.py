@@ -1,7 +1,6 @@
 """What manifests say, in one shape for every kind of directory. JSON only: no weights, no torch."""
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -25,6 +24,7 @@ from gatepress.manifests import (
     SWEEP_FORMAT,
     form_of,
     read_manifest,
+    understood,
 )
 
 BYTES_A_PARAMETER = 4  # float32
@@ -124,27 +124,15 @@ def number(value: Any) -> float | None:
 def _directory(path: Path) -> tuple[tuple[Item, ...], tuple[Record, ...]]:
     """Return the models of one directory, and what was timed of them."""
     if (path / SWEEP_FILE).is_file():
-        with _understood(path / SWEEP_FILE):
+        with understood(path / SWEEP_FILE):
             return _of_sweep(read_manifest(path / SWEEP_FILE, SWEEP_FORMAT), path)
     form = form_of(path) if path.is_dir() else None
     if form is None:
         got = "holds no manifest" if path.is_dir() else "is a file" if path.exists() else "is not there"
         raise ArtifactError(f"{path}: {got}, expected a directory of gatepress train, prune, export or sweep")
     name, expected, understand = _FORMS[form]
-    with _understood(path / name):
+    with understood(path / name):
         return (understand(read_manifest(path / name, expected), path),), ()
-
-
-@contextlib.contextmanager
-def _understood(path: Path) -> Iterator[None]:
-    """Turn what a malformed manifest leads to into one `ArtifactError`."""
-    try:
-        yield
-    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ArtifactError(
-            f"{path}: not understood ({type(error).__name__}: {error}); it was changed after it was written, make it "
-            "again"
-        ) from None
 
 
 def _with_time(item: Item, records: Sequence[Record]) -> Item:
@@ -249,7 +237,7 @@ def _point(row: dict[str, Any], finished: list[dict[str, Any]], path: Path) -> I
     run = path / "runs" / first.name
     known = Item(kind="sweep", name="")
     if (run / RUN_FILE).is_file():
-        with _understood(run / RUN_FILE):
+        with understood(run / RUN_FILE):
             known = _of_run(read_manifest(run / RUN_FILE, RUN_FORMAT), run)
     least, most = number(row["metric_min"]), number(row["metric_max"])
     return replace(
