@@ -424,8 +424,35 @@ def test_force_does_not_replace_what_is_read(copied, tiny_model_dir, tiny_task_f
         ["prune", "run", "--force", "-o", "run"],
         ["export", "pruned", "--force", "-o", "./pruned"],
     ):
-        message = r"holds .*, which is read and would be gone; choose another|was not written by gatepress"
+        message = r"holds .*, which is read and would be gone; choose another|which gatepress did not write"
         refused(copied, command, 1, message)
+
+
+def test_force_does_not_write_measurements_over_what_is_read(copied, tiny_task_files):
+    shutil.copyfile(tiny_task_files.validation, copied / "rows.csv")
+    bench = ["bench", "pruned", "--batch-size", "1", "--force", "-o"]
+    rows = ["--validation-file", "rows.csv"]
+    refused(copied, [*bench, "rows.csv", *rows], 1, "^rows.csv: is read")
+    refused(copied, [*bench, "pruned/config.json", "--seq-len", "8"], 1, "^pruned/config.json: .*lies in pruned, which")
+
+
+def test_an_interrupt_between_two_renames_leaves_the_old_output(here, monkeypatch):
+    def rename(old, new, *, real=os.rename):
+        if Path(new) == Path("out") and ".new." in str(old):
+            raise KeyboardInterrupt
+        real(old, new)
+
+    with new_directory(Path("out")) as staged:
+        (staged / "gatepress_run.json").write_text("{}")
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(KeyboardInterrupt), new_directory(Path("out"), force=True) as staged:
+        (staged / "gatepress_pruned.json").write_text("{}")
+    assert names(here / "out") == ["gatepress_run.json"]
+
+
+def test_a_name_that_no_manifest_can_hold(copied):
+    (copied / "run").rename(copied / "ru\nn")
+    refused(copied, ["prune", "ru\nn", "-o", "out"], 2, "holds a control character")
 
 
 def test_a_result_that_appeared_meanwhile_stays(here):
@@ -441,21 +468,26 @@ def test_a_result_that_appeared_meanwhile_stays(here):
     assert names(here / "out") == ["quicker.txt"]
 
 
-def test_force_leaves_alone_what_others_wrote(here, writer):
-    (here / "out/below").mkdir(parents=True)
-    (here / "out/below/thesis.txt").write_text("a year of work")
-    message = (
-        r"^out: was not written by gatepress \(it holds below\), so --force leaves it alone; choose another with -o"
-    )
+@pytest.mark.parametrize("beside", ["gatepress_run.json", "gatepress_notes.md", None])
+@pytest.mark.parametrize("thesis", ["below/thesis.txt", "my-notes.txt", ".git/HEAD"])
+def test_force_leaves_alone_what_others_wrote(here, writer, beside, thesis):
+    (here / "out" / thesis).parent.mkdir(parents=True)
+    (here / "out" / thesis).write_text("a year of work")
+    if beside:
+        (here / "out" / beside).write_text("{}")
+    message = r"^out: holds .*, which gatepress did not write, so --force leaves it alone; choose another with -o"
     refused(here, [*writer, "-o", "out", "--force"], 1, message)
+    assert (here / "out" / thesis).read_text() == "a year of work"
 
 
 def test_force_replaces_the_whole_output(here, writer):
     (here / "out").mkdir()
-    (here / "out/gatepress_old.json").write_text("{}")
-    (here / "out/old.txt").write_text("not wanted any more")
+    (here / "out/gatepress_run.json").write_text('{"sha256": {"emoji.bin": "0"}}')
+    old = ("emoji.bin", "tokenizer.json", "vocab.txt", "gates-00000003.safetensors", ".probe.safetensors.x1y2")
+    for name in old:
+        (here / "out" / name).write_text("not wanted any more")
     assert run(*writer, "-o", "out", "--force").exit_code == 0
-    assert not (here / "out/old.txt").exists()
+    assert not [name for name in old if (here / "out" / name).exists() and "not" in (here / "out" / name).read_text()]
     assert names(here) == ["out"]
 
 

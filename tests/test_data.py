@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,45 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, good: Path, suffix: st
     assert other.train["label"][:] == [0, 1, 0]
 
 
+AWKWARD = {
+    "late": pa.array([253_402_300_800] * 3, pa.timestamp("s")),
+    "bytes": pa.Array.from_buffers(pa.string(), 3, pa.array([b"\xff"] * 3, pa.binary()).buffers()),
+    "elsewhere": pa.array([0, 1, 2], pa.timestamp("s", tz="Nowhere/Atlantis")),
+}
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_a_column_that_nobody_asks_for_is_not_read(tmp_path: Path, name: str):
+    table = pa.Table.from_pylist([dict(zip(("text", "label"), row, strict=True)) for row in GOOD])
+    parquet.write_table(table.append_column(name, AWKWARD[name]), tmp_path / "rows.parquet")
+    data = own(tmp_path / "rows.parquet", tmp_path / "rows.parquet")
+    assert load_rows(data).train["label"][:] == [0, 1, 0]
+    message = refused(replace(data, text_column=name))
+    assert message.startswith(f"{tmp_path / 'rows.parquet'}: column {name!r} cannot be read (")
+
+
+def test_two_columns_of_one_name_in_parquet(tmp_path: Path):
+    table = pa.table([pa.array(["a", "b"])] * 3, names=["text", "label", "label"])
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    assert "two columns have the same name" in refused(own(tmp_path / "rows.parquet", tmp_path / "rows.parquet"))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_a_text_may_be_long(tmp_path: Path, suffix: str):
+    file = write(tmp_path / f"long{suffix}", [("word " * 40_000, "calm"), *GOOD])
+    assert len(load_rows(own(file, file)).train["text"][0]) == 200_000
+
+
+def test_rows_of_some_classes_are_measured_with_those_of_the_model(tmp_path: Path):
+    file = write(tmp_path / "some.csv", [("a b", "calm"), ("c d", "wild")])
+    data = own(file, file)
+    names = ("wild", "odd", "calm")
+    loaded = load_rows(data, splits="validation", classes=names)
+    assert (loaded.spec.label_names, loaded.validation["validation"]["label"][:]) == (names, [2, 0])
+    for others in (None, ("calm", "odd")):
+        assert load_rows(data, splits="validation", classes=others).spec.label_names == ("calm", "wild")
+
+
 @pytest.mark.parametrize(
     ("labels", "names", "ids"),
     [
@@ -234,6 +274,7 @@ BROKEN = {
         b'{"text": "\\ud800 a", "label": "a"}\n{"text": "b", "label": "c"}\n',
         "row 1: the text holds half of a character",
     ),
+    "huge.csv": (b"text,label\na,1.5\nb,1e39\n", "row 2: label '1e39' is not a finite number"),
     "inf.csv": (b"text,label\na,1.5\nb,inf\n", "row 2: label 'inf' is not a finite number"),
 }
 

@@ -137,6 +137,18 @@ def test_labels_are_matched_by_name(tiny_glue_dir, tmp_path: Path) -> None:
     assert evaluate(tiny.save_model(model, "distilbert", tmp_path / "other"), data=data)["metric_value"] == value
 
 
+def test_classes_that_are_called_otherwise_are_told(tiny_classifier_dir, tiny_glue_dir, caplog) -> None:
+    model = shutil.copytree(tiny_classifier_dir("bert", 2), tiny_glue_dir / "named")
+    config = json.loads((model / "config.json").read_text())
+    for names, told in ((["POSITIVE", "NEGATIVE"], False), (["LABEL_0", "LABEL_1"], False), (["good", "bad"], True)):
+        config |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+        (model / "config.json").write_text(json.dumps(config))
+        caplog.clear()
+        evaluate(model, data=DataSettings(task="sst2", data_dir=str(tiny_glue_dir)))
+        message = "the classes of its head are good, bad; they are taken for negative, positive, in this order"
+        assert (message in caplog.text) == told, names
+
+
 def test_some_of_the_rows_that_a_directory_names(forms, tiny_classifier_dir) -> None:
     whole = evaluate(forms.run)
     some = evaluate(forms.run, changes={"max_validation_samples": 10})

@@ -1,6 +1,7 @@
 """Layouts that are chosen: exact whatever they cost, never dearer than a fixed one, and told why."""
 
 import json
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -222,6 +223,16 @@ def test_a_broken_cache_is_measured_again_and_one_that_cannot_be_written_is_done
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert latency.for_target("torch-cpu").entries
+
+
+def test_the_cache_of_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", home)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert tmp_path in latency.cache_file("torch-cpu").parents
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -19,7 +19,7 @@ import torch
 from typer.testing import CliRunner
 
 import tiny
-from forms import PROBE_ROWS, save_run
+from forms import PROBE_ROWS, data_settings, save_run
 from gatepress import export as exporting
 from gatepress import quantize, tracing
 from gatepress.cli.app import app
@@ -204,6 +204,17 @@ def test_a_model_that_names_no_rows_is_not_measured(tiny_classifier_dir, tmp_pat
     with pytest.raises(UsageError, match=rows):
         export(source, tmp_path / "limited", quantize="int8", changes={"max_validation_samples": 4})
     assert not (tmp_path / "limited").exists()
+
+
+def test_what_a_model_from_elsewhere_was_measured_on_is_kept(
+    tiny_classifier_dir, tiny_task_files, tmp_path: Path
+) -> None:
+    result = export(
+        tiny_classifier_dir("bert", 2), tmp_path / "onnx", quantize="int8", data=data_settings(tiny_task_files)
+    )
+    again = evaluate(tmp_path / "onnx")
+    assert again["metric_value"] == result["metric_value"]
+    assert again["examples"] == result["examples"]
 
 
 def test_rows_that_are_gone_are_told(written, tmp_path: Path, caplog) -> None:

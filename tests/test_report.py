@@ -21,7 +21,7 @@ from gatepress.config import DataSettings, TrainSettings
 from gatepress.errors import ArtifactError, OutputError, UsageError
 from gatepress.manifests import ONNX_FORMAT, PRUNED_FORMAT, RUN_FORMAT, SWEEP_FORMAT
 from gatepress.pruning import prune
-from gatepress.report import charts
+from gatepress.report import charts, facts
 from gatepress.report.build import report
 
 DOCUMENT = Path(__file__).parents[1] / "docs/json-contract.md"
@@ -263,6 +263,22 @@ class Page(HTMLParser):
 def page(tmp_path, *directories, **options):
     report(directories, tmp_path / "page.html", force=True, **options)
     return Page(tmp_path / "page.html")
+
+
+def test_times_are_those_of_the_directory_that_was_timed(made, tmp_path):
+    twins = [Path(shutil.copytree(made.onnx, tmp_path / side / "model")) for side in "ab"]
+    told = {}
+    for names in ([str(twins[0]), str(twins[1])], ["model", "other"]):
+        render.write(records(dict(zip(names, (128.4, 61.3), strict=True))), tmp_path / "bench.json", force=True)
+        for given in (twins, twins[1:]):
+            items = facts.read(given, [(tmp_path / "bench.json", render.read(tmp_path / "bench.json"))]).items
+            told[names[0] == "model", len(given)] = [one.timed and one.timed.name for one in items]
+    assert told == {
+        (False, 2): [str(twins[0]), str(twins[1])],
+        (False, 1): [str(twins[1])],
+        (True, 2): [None, None],  # one of them, and nobody knows which
+        (True, 1): ["model"],
+    }
 
 
 COMMON = ["models", "metric", "size"]

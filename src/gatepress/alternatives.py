@@ -19,6 +19,7 @@ from gatepress.checkpoint import open_base, read_run
 from gatepress.config import Layout, Target
 from gatepress.errors import UsageError
 from gatepress.export import export
+from gatepress.files import explained
 from gatepress.hub import locate_model
 from gatepress.models import open_tokenizer
 from gatepress.progress import NoProgress, Progress
@@ -107,5 +108,6 @@ def _write_dense(run_dir: Path, directory: Path, longest: int) -> None:
         torch.manual_seed(0)
         model = open_base(base, manifest.task)
     endtoend.refuse_longer(str(run_dir), max_tokens(model.config.to_dict()), longest)
-    model.save_pretrained(directory)
-    open_tokenizer(run_dir).save_pretrained(directory)
+    with explained(directory):
+        model.save_pretrained(directory)
+        open_tokenizer(run_dir).save_pretrained(directory)

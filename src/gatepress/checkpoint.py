@@ -46,6 +46,7 @@ from gatepress.tasks import TaskSpec
 logger = logging.getLogger(__name__)
 
 PROBE_FILE = "probe.safetensors"
+OTHER_CLASSES = "%s: the classes of its head are %s; they are taken for %s, in this order"
 MADE_WITH = ("torch", "transformers", "datasets", "safetensors", "numpy")  # what a result hangs on
 
 
@@ -226,10 +227,7 @@ def tell_other_classes(directory: Path, spec: TaskSpec) -> None:
     own = _classes(AutoConfig.from_pretrained(directory, trust_remote_code=False))
     numbered = [f"label_{index}" for index in range(len(own))]
     if [name.lower() for name in own] not in (numbered, [name.lower() for name in spec.label_names]):
-        logger.warning(
-            "%s: the classes of its head are %s; they are taken for %s, in this order",
-            *(directory, ", ".join(own), ", ".join(spec.label_names)),
-        )
+        logger.warning(OTHER_CLASSES, directory, ", ".join(own), ", ".join(spec.label_names))
 
 
 def load_trained_(model: PreTrainedModel, settings: TrainSettings, state: dict[str, Tensor], where: Path) -> None:

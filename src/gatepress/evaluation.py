@@ -1,5 +1,6 @@
 """The metric of a task on its validation rows, the same for every form of a model."""
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from operator import itemgetter
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gatepress.batches import PROBE_ROWS, make_loader, probe_batch, tokenize
+from gatepress.checkpoint import OTHER_CLASSES
 from gatepress.config import Arithmetic, DataSettings
 from gatepress.errors import ArtifactError, ModelError, UsageError
 from gatepress.metrics import compute_metric
@@ -23,6 +25,8 @@ from gatepress.runners import INPUTS, Runner
 from gatepress.runtime import open_runner
 from gatepress.tasks import TaskSpec
 from gatepress.tasks.sources import Rows, load_rows
+
+logger = logging.getLogger(__name__)
 
 MAX_LENGTH = 128  # tokens, where neither the user nor a manifest says
 
@@ -90,6 +94,7 @@ def evaluate(  # noqa: PLR0913 - every option of the command is one
 class Basis:
     """What a model is measured on."""
 
+    data: DataSettings
     rows: Rows
     tokenizer: PreTrainedTokenizerBase
     max_length: int  # tokens
@@ -112,7 +117,8 @@ def basis_of(  # noqa: PLR0913 - what `evaluate` is asked of its rows
     if not isinstance(asked, int):
         raise ArtifactError(f"{target}: max_length in the manifest is {asked!r}; give --max-length TOKENS")
     tokenizer = _tokenizer_of(runner, target, trust_remote_code=trust_remote_code)
-    return Basis(load_rows(settings, splits="validation", spec=spec), tokenizer, asked)
+    rows = load_rows(settings, splits="validation", spec=spec, classes=runner.label_names)
+    return Basis(settings, rows, tokenizer, asked)
 
 
 def _tokenizer_of(runner: Runner, target: str | Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -154,7 +160,7 @@ def evaluate_runner(  # noqa: PLR0913 - each is a dial of the measurement
         name: make_loader(tokenize(split, tokenizer, tokens), tokenizer, batch_size, shuffle=False, seed=0)
         for name, split in rows.validation.items()
     }
-    columns = _columns(runner.label_names, spec)
+    columns = _columns(runner, spec)
 
     def predict(inputs: dict[str, torch.Tensor]) -> npt.NDArray[np.float32]:
         return runner.logits({name: value.numpy() for name, value in inputs.items()})[:, columns]
@@ -234,10 +240,17 @@ def _fitting(max_length: int, runner: Runner, tokenizer: PreTrainedTokenizerBase
     return min(max_length, runner.max_tokens or max_length, int(tokenizer.model_max_length))
 
 
-def _columns(names: tuple[str, ...] | None, spec: TaskSpec) -> list[int]:
-    """Return which output stands for each label of the task: models from elsewhere order them differently."""
+def _columns(runner: Runner, spec: TaskSpec) -> list[int]:
+    """Return which output stands for each label of the task: models from elsewhere order them differently.
+
+    Where they are called otherwise their order is believed, with a warning.
+    """
     wanted = [name.lower() for name in spec.label_names or ()]
-    given = [name.lower() for name in names or ()]
+    given = [name.lower() for name in runner.label_names or ()]
     if given and len(set(given)) == len(given) and sorted(given) == sorted(wanted):
         return [given.index(name) for name in wanted]
+    if given and wanted:
+        logger.warning(
+            OTHER_CLASSES, runner.name, ", ".join(runner.label_names or ()), ", ".join(spec.label_names or ())
+        )
     return list(range(spec.num_labels))

@@ -27,6 +27,7 @@ from gatepress.progress import Progress
 from gatepress.quantize import quantize_file
 from gatepress.runners import Batch, Runner, TorchRunner
 from gatepress.runtime import open_runner
+from gatepress.schema import refuse_unsound
 from gatepress.shortcuts import first_token_alone
 from gatepress.tracing import FUSED, operators, slim, write_onnx
 
@@ -128,7 +129,7 @@ def export(  # noqa: PLR0913 - every option of the command is one
                 "max_metric_drop": max_metric_drop,
                 **rows,
             },
-            **{key: (runner.manifest or {}).get(key) for key in ("task", "data", "max_length")},
+            **_measured_on(runner, basis),
             "head_is_random": runner.head_is_random,
             "sha256": {
                 file.name: sha256_of(file) for file in sorted([staged / "config.json", *staged.glob(f"{ONNX_MODEL}*")])
@@ -137,6 +138,7 @@ def export(  # noqa: PLR0913 - every option of the command is one
             **report,
             "versions": versions("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy"),
         }
+        refuse_unsound(manifest)
         (staged / ONNX_FILE).write_text(json_text(manifest), encoding="utf-8")
     return {**report, "head_is_random": runner.head_is_random, "output_dir": str(output)}
 
@@ -153,6 +155,14 @@ def _basis(runner: Runner, source: str | Path, *, needed: bool, **asked: Any) ->
             raise
         logger.warning("what int8 costs in the metric is not measured: %s", error)
         return None
+
+
+def _measured_on(runner: Runner, basis: Basis | None) -> dict[str, Any]:
+    """Return `task`, `data` and `max_length` of the source, else of the rows that it was measured on."""
+    known = {key: (runner.manifest or {}).get(key) for key in ("task", "data", "max_length")}
+    if known["task"] is None and basis is not None:
+        known = {"task": basis.rows.spec.to_json(), "data": asdict(basis.data), "max_length": basis.max_length}
+    return known
 
 
 def _metric(

@@ -10,12 +10,20 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from gatepress.errors import ArtifactError, GatepressError, OutputError
 
 MAX_JSON_BYTES = 64 * 1024 * 1024
+_MANIFESTS = ("gatepress_run.json", "gatepress_pruned.json", "gatepress_onnx.json")
+_WRITTEN = (  # beside a manifest and what that names: releases before 0.5 named no tokenizers
+    *(*_MANIFESTS, "gates-*.safetensors", "state-*.safetensors", "probe.safetensors"),
+    *("model.safetensors", "config.json", "README.md", "modeling_gatepress.py", "model.onnx", "model.onnx.data"),
+    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("*.model", "chat_template.jinja"),
+)
 
 
 def sha256_of(path: Path) -> str:
@@ -124,7 +132,7 @@ def check_output(target: Path, *, force: bool, reads: Iterable[str | Path | None
     refuse_held(target, reads)
     if target.exists() and (others := _of_others(target)):
         raise OutputError(
-            f"{target}: was not written by gatepress (it holds {', '.join(others[:3])}), so --force leaves it alone; "
+            f"{target}: holds {', '.join(others[:3])}, which gatepress did not write, so --force leaves it alone; "
             "choose another with -o, or remove it yourself"
         )
     with explained(target):
@@ -143,11 +151,29 @@ def refuse_held(target: Path, reads: Iterable[str | Path | None]) -> None:
             raise OutputError(f"{target}: holds {path}, which is read and would be gone; choose another with -o")
 
 
+def refuse_overwriting(path: Path, reads: Iterable[str | Path | None]) -> None:
+    """Refuse to write a file over one of `reads`, or over one in a directory of them."""
+    for one in reads:
+        if one is not None and os.path.exists(one) and path.exists() and _holds(Path(one), path):
+            raise OutputError(f"{path}: is read, or lies in {one}, which is; choose another name")
+
+
 def _of_others(directory: Path) -> list[str]:
-    """Return what lies in a directory that has no manifest of ours."""
+    """Return what lies in a directory that gatepress did not write: all of it where no manifest of ours is there."""
     with explained(directory):
         names = sorted(path.name for path in directory.iterdir())
-    return [] if any(name.startswith("gatepress_") for name in names) else names
+    manifests = [name for name in names if name in _MANIFESTS]
+    bound: set[str] = set(manifests)
+    for name in manifests:
+        with contextlib.suppress(ArtifactError):  # a broken one names nothing
+            bound |= set(read_json(directory / name).get("sha256") or ())
+    return [name for name in names if not (manifests and _is_ours(name, bound))]
+
+
+def _is_ours(name: str, bound: set[str]) -> bool:
+    """Say whether gatepress writes a file of that name, or of that name while it writes it."""
+    whole = name[1:].rpartition(".")[0] if name.startswith(".") else name
+    return whole in bound or any(fnmatch(whole, pattern) for pattern in _WRITTEN)
 
 
 def _holds(directory: Path, path: Path) -> bool:
@@ -195,7 +221,7 @@ def publish(staged: Path, target: Path, *, force: bool) -> None:
         os.rename(target, retired / "old")
         try:
             os.rename(staged, target)
-        except OSError:
+        except BaseException:  # Ctrl-C too
             os.rename(retired / "old", target)
             raise
         shutil.rmtree(retired, ignore_errors=True)

@@ -77,10 +77,18 @@ def for_target(target: Target, table: str | Path | None = None, progress: Progre
 
 def cache_file(target: Target) -> Path:
     """Return where this machine's table is kept; `XDG_CACHE_HOME` moves it."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    root = Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache")
     name, about = _about(target)
     digest = hashlib.sha256(repr((name, about, costs.FORMAT, __version__)).encode()).hexdigest()[:12]
     return root / "gatepress" / "latency" / f"{target}-{digest}.json"
+
+
+def _home() -> Path:
+    """Return the user's directory; where nobody knows it, as in some containers, that of temporary files."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path(tempfile.gettempdir())
 
 
 def measure(target: Target, *, progress: Progress | None = None, repeats: int = REPEATS) -> Costs:

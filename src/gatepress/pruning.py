@@ -26,6 +26,7 @@ from gatepress.models import open_pruned, open_tokenizer, save_tokenizer
 from gatepress.plan import Live, chooses, make_plan
 from gatepress.progress import Progress
 from gatepress.resolve import Layer, resolve
+from gatepress.schema import refuse_unsound
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +118,7 @@ def prune(  # noqa: PLR0913 - every option of the command is one
             "report": report,
             "versions": versions(*MADE_WITH),
         }
+        refuse_unsound(body)
         (staged / PRUNED_FILE).write_text(json_text(body), encoding="utf-8")
         (staged / CARD_FILE).write_text(card(body), encoding="utf-8")
     return {**report, "size_bytes": (output / "model.safetensors").stat().st_size, "output_dir": str(output)}

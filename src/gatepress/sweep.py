@@ -31,7 +31,7 @@ from gatepress.bench.record import Record
 from gatepress.bench.render import markdown
 from gatepress.bench.summary import Cell, density, summarize, table
 from gatepress.checkpoint import dense_base, read_run
-from gatepress.config import DEFAULT_TARGET, METHODS, RUN_FILE, Method, Target, TrainSettings
+from gatepress.config import DEFAULT_TARGET, METHODS, RUN_FILE, Method, Target, TrainSettings, spelled
 from gatepress.errors import ArtifactError, MissingExtraError, ModelError, OutputError, UsageError, reason_of
 from gatepress.export import export
 from gatepress.files import check_output, json_text, read_json, refuse_held, replace_file
@@ -46,11 +46,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PATIENCE_S = 10.0  # for a training that is told to end
+PATIENCE_S = 30.0  # for a training that is told to end: it writes a checkpoint
 IN_TORCH = ("torch-cpu", "cuda")  # targets that are timed without ONNX
 LEFT_OPEN = ("lora_rank", "closing", "learning_rate", "distill")  # what a training decides unless it is given
-GRID = ("methods", "sparsities", "seeds")  # may grow; all else must stay for figures to be comparable
-OPTIONS = {"target": "for", "batch_sizes": "bench-batch-size", "seq_lens": "bench-seq-len"}
+GRID = ("methods", "sparsities", "seeds")  # may grow; the rest of a training must stay for figures to be comparable
+TIMING = ("target", "batch_sizes", "seq_lens", "repetitions", "threads")  # may change: all is timed anew
 KEPT = (
     *("task", "metric_name", "metric_value", "examples", "closed_fraction", "encoder_macs_removed"),
     *("total_params", "trainable_params", "train_seconds", "peak_memory_bytes"),
@@ -244,7 +244,7 @@ def train_apart(settings: TrainSettings, output: Path) -> dict[str, Any]:
 
 def _train(settings: TrainSettings, output: Path, end: "Connection[Any, Any]") -> None:
     """Train and send the report, or the error; runs in the other process."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what is staged is cleared away
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a checkpoint is written
     threading.Thread(target=_end_with_parent, daemon=True).start()
     warnings.simplefilter("ignore")  # libraries talk to a terminal that is not theirs
     with contextlib.redirect_stdout(sys.stderr):
@@ -253,6 +253,8 @@ def _train(settings: TrainSettings, output: Path, end: "Connection[Any, Any]") -
         except Exception as error:  # noqa: BLE001 - raised again in the process that asked
             error.add_note(traceback.format_exc())
             answer = error
+        except KeyboardInterrupt:
+            sys.exit(1)
     end.send(answer)
 
 
@@ -336,7 +338,7 @@ def train_or_resume(settings: TrainSettings, output: Path) -> dict[str, Any]:
 
 
 def _timed_before(output: Path, settings: dict[str, Any], *, force: bool) -> list[Record]:
-    """Return the measurements of the sweep in `output`; refuse what is none, or one of other settings."""
+    """Return the measurements of the sweep in `output`, none where others are asked; refuse another sweep's place."""
     if not output.exists():
         check_output(output, force=False)
         return []
@@ -346,7 +348,10 @@ def _timed_before(output: Path, settings: dict[str, Any], *, force: bool) -> lis
         raise OutputError(f"{output}: exists and holds no sweep ({error}); choose another with -o") from None
     if force:
         return []
-    _refuse_other(output, found.get("settings", {}), settings)
+    before = found.get("settings", {})
+    _refuse_other(output, before, settings)
+    if any(before.get(key) != settings.get(key) for key in TIMING):
+        return []
     return [Record.from_json(value) for value in found.get("latency", [])]
 
 
@@ -354,10 +359,9 @@ def _refuse_other(where: Path, there: dict[str, Any], here: dict[str, Any]) -> N
     """Raise `UsageError` naming the first setting that differs."""
     found, asked = dict(_flat(there)), dict(_flat(here))
     for key in [*asked, *found]:
-        if key not in GRID and found.get(key) != asked.get(key):
-            option = OPTIONS.get(key, key).replace("_", "-")
+        if key not in (*GRID, *TIMING) and found.get(key) != asked.get(key):
             raise UsageError(
-                f"{where}: was made with --{option} {found.get(key)}, asked is {asked.get(key)}; "
+                f"{where}: was made with {spelled(key)} {found.get(key)}, asked is {asked.get(key)}; "
                 "ask for the same, choose another -o, or start over with --force"
             )
 

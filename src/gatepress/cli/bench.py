@@ -10,6 +10,7 @@ from gatepress.cli import _options as opt
 from gatepress.cli._console import Screen, grid, session
 from gatepress.config import Target, spelled
 from gatepress.errors import UsageError
+from gatepress.files import refuse_overwriting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -248,6 +249,7 @@ def bench(  # noqa: PLR0913 - every option is a parameter
         for path, check in ((output, render.check_report), (plot, render.check_plot)):
             if path is not None:
                 check(path, force=force)  # before anything is timed
+                refuse_overwriting(path, (*(targets or ()), data_dir, validation_file))
         asked |= {"device": device, "threads": threads, "seed": seed, "progress": screen.progress}
         if targets:
             asked |= {"data": rows, "trust_remote_code": trust_remote_code}

@@ -1,5 +1,6 @@
 """What manifests say, in one shape for every kind of directory. JSON only: no weights, no torch."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -102,13 +103,16 @@ def read(directories: Iterable[Path], benches: Iterable[tuple[Path, Sequence[Rec
     """
     files = [_end_to_end(path, records) for path, records in benches]
     loose = [record for records in files for record in records]
+    found = [(path, *_directory(path)) for path in directories]
+    shared = Counter((item.kind, item.name) for _, items, _ in found for item in items)
     groups: list[tuple[Item, ...]] = []
-    timed: list[tuple[Record, ...]] = []
     taken: set[str] = set()
-    for path in directories:
-        items, records = _directory(path)
-        groups.append(tuple(_named_apart(_with_time(item, records or loose), taken) for item in items))
-        timed.append(records)
+    for path, items, records in found:
+        times = [
+            _with_time(item, str(path), records or loose, alone=shared[item.kind, item.name] == 1) for item in items
+        ]
+        groups.append(tuple(_named_apart(item, taken) for item in times))
+    timed = [records for _, _, records in found]
     return Sheet(
         items=tuple(item for group in groups for item in group),
         sweeps=tuple(group for group in groups if group[0].kind == "sweep"),
@@ -135,13 +139,17 @@ def _directory(path: Path) -> tuple[tuple[Item, ...], tuple[Record, ...]]:
         return (understand(read_manifest(path / name, expected), path),), ()
 
 
-def _with_time(item: Item, records: Sequence[Record]) -> Item:
-    """Return the item with what was timed of it: a sweep names its points, a benchmark its directories."""
-    own = [
-        record
-        for record in records
-        if item.kind in ("sweep", record.kind) and item.name in (record.name, Path(record.name).name)
-    ]
+def _with_time(item: Item, path: str, records: Sequence[Record], *, alone: bool) -> Item:
+    """Return the item with what was timed of it: a sweep names its points, a benchmark its directories.
+
+    A benchmark names them by their last part, by the whole path where two have the same. Where several may be meant,
+    of the records or of the items (this one is not `alone`), none is believed.
+    """
+    own = [record for record in records if item.kind in ("sweep", record.kind)]
+    meant = [record for record in own if record.name == path]
+    if alone and not meant:
+        meant = [record for record in own if Path(record.name).name == item.name]
+    own = meant if len({record.name for record in meant}) == 1 else []
     return replace(item, timed=max(own, key=lambda one: (one.batch_size, one.seq_len or 0), default=None))
 
 

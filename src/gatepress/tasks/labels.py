@@ -1,12 +1,12 @@
 """From the values of a label column to ids or numbers, and to what kind of task they make."""
 
-import math
 from typing import Any
 
 from gatepress.errors import DataError
 from gatepress.schema import is_sound
 from gatepress.tasks.spec import MIN_CLASSES
 
+MAX_SCORE = 3.4e38  # float32 holds hardly more
 MAX_CLASSES = 1000  # more distinct values than that are ids or texts: the wrong column
 
 
@@ -55,7 +55,7 @@ def scores(values: list[Any], where: str) -> list[float]:
     result = []
     for row, value in enumerate(values, start=1):
         number = _number(label_text(value, where, row))
-        if number is None or not math.isfinite(number):
+        if number is None or not abs(number) <= MAX_SCORE:  # no NaN either
             raise DataError(f"{where}, row {row}: label {str(value)!r} is not a finite number")
         result.append(number)
     return result

@@ -7,7 +7,8 @@ csv is read with quotes, as spreadsheets write it; tsv without, as GLUE is kept 
 import csv
 import io
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from pyarrow import parquet
 
 from gatepress.errors import DataError, reason_of
 
-Columns = dict[str, list[Any]]  # column name -> values, all of one length; row i of a file is at i - 1
+Columns = Mapping[str, list[Any]]  # column name -> values, all of one length; row i of a file is at i - 1
+
+csv.field_size_limit(sys.maxsize)  # texts may be long
 
 
 def read_columns(path: Path) -> Columns:
@@ -35,7 +38,7 @@ def read_columns(path: Path) -> Columns:
         raise DataError(f"{path}: no such file") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
-    if not columns or not next(iter(columns.values())):
+    if not columns:
         raise DataError(f"{path}: has no rows, expected at least one after the header")
     return columns
 
@@ -58,8 +61,7 @@ def _table(path: Path, rows: Any, advice: str) -> Columns:
     """Turn an iterator over lists of fields, the first being the header, into columns."""
     try:
         header = next(rows)
-        if len(set(header)) != len(header):
-            raise DataError(f"{path}: two columns have the same name in the header: {', '.join(header)}")
+        _refuse_twins(path, header)
         body: list[list[str]] = []
         for row in rows:
             if not row:
@@ -75,6 +77,11 @@ def _table(path: Path, rows: Any, advice: str) -> Columns:
     if not body:
         raise DataError(f"{path}: has a header and no rows")
     return dict(zip(header, map(list, zip(*body, strict=True)), strict=True))
+
+
+def _refuse_twins(path: Path, names: Sequence[str]) -> None:
+    if len(set(names)) != len(names):
+        raise DataError(f"{path}: two columns have the same name in the header: {', '.join(names)}")
 
 
 def _read_csv(path: Path) -> Columns:
@@ -112,7 +119,30 @@ def _read_parquet(path: Path) -> Columns:
         table = parquet.ParquetFile(path).read()
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not readable as parquet ({reason_of(error)})") from None
-    return {name: table.column(name).to_pylist() for name in table.column_names}
+    _refuse_twins(path, table.column_names)
+    return _Parquet(path, table) if table.num_rows else {}
+
+
+class _Parquet(Mapping[str, list[Any]]):
+    """The columns of a table, each made a list when it is asked for: others may hold what Python cannot."""
+
+    def __init__(self, path: Path, table: pa.Table) -> None:
+        self.path, self.table = path, table
+
+    def __getitem__(self, name: str) -> list[Any]:
+        if name not in self.table.column_names:
+            raise KeyError(name)
+        try:
+            values: list[Any] = self.table.column(name).to_pylist()
+        except (ValueError, OverflowError, pa.ArrowException) as error:  # UnicodeDecodeError is a ValueError
+            raise DataError(f"{self.path}: column {name!r} cannot be read ({reason_of(error)})") from None
+        return values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.table.column_names)
+
+    def __len__(self) -> int:
+        return len(self.table.column_names)
 
 
 _READERS: dict[str, Callable[[Path], Columns]] = {

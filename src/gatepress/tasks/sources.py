@@ -41,16 +41,23 @@ class _Split:
     columns: Columns
 
 
-def load_rows(data: DataSettings, *, splits: Splits = "all", spec: TaskSpec | None = None) -> Rows:
+def load_rows(
+    data: DataSettings,
+    *,
+    splits: Splits = "all",
+    spec: TaskSpec | None = None,
+    classes: tuple[str, ...] | None = None,
+) -> Rows:
     """Load, check and cut the rows that `data` asks for.
 
     `spec` (from a run's manifest) fixes columns and label ids; without it they come from the task's
-    row or from the training file. Raises `UsageError` on an unknown task, `DataError` on unusable
+    row or from the training file; `classes` (of a model from elsewhere) are those of own rows that hold no others.
+    Raises `UsageError` on an unknown task, `DataError` on unusable
     rows, `HubError` where a hub is out of reach, `MissingExtraError` without the demo package.
     """
     if data.task is None:
         train, validation = _own_splits(data, splits, spec)
-        spec = _with_asked_columns(spec, data) if spec else _infer_spec(data, train or validation[0])
+        spec = _with_asked_columns(spec, data) if spec else _infer_spec(data, train or validation[0], classes)
     else:
         named = task_named(data.task)
         train, validation = _named_splits(data, named, splits)
@@ -103,10 +110,12 @@ def _columns(rows: list[tuple[str, str]], task: TaskSpec) -> Columns:
     return {task.text_columns[0]: list(texts), task.label_column: list(labels)}
 
 
-def _infer_spec(data: DataSettings, split: _Split) -> TaskSpec:
+def _infer_spec(data: DataSettings, split: _Split, classes: tuple[str, ...] | None) -> TaskSpec:
     """Return the spec that the user's own rows make; the training rows name the classes."""
     texts, label = choose_columns(data, list(split.columns), split.where)
     names = infer_names(split.columns[label], f"{split.where}, column {label!r}")
+    if names and classes and set(names) <= set(classes):
+        names = classes
     if names is not None and len(names) < MIN_CLASSES:
         raise DataError(f"{split.where}: every row has the label {names[0]!r}, expected two classes or more")
     metric: Metric = "pearson" if names is None else "accuracy"
