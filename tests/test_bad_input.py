@@ -474,7 +474,7 @@ def test_force_leaves_alone_what_others_wrote(here, writer, beside, thesis):
     (here / "out" / thesis).parent.mkdir(parents=True)
     (here / "out" / thesis).write_text("a year of work")
     if beside:
-        (here / "out" / beside).write_text("{}")
+        (here / "out" / beside).write_text('{"sha256": [["thesis"]]}')
     message = r"^out: holds .*, which gatepress did not write, so --force leaves it alone; choose another with -o"
     refused(here, [*writer, "-o", "out", "--force"], 1, message)
     assert (here / "out" / thesis).read_text() == "a year of work"

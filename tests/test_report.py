@@ -273,6 +273,8 @@ def test_times_are_those_of_the_directory_that_was_timed(made, tmp_path):
         for given in (twins, twins[1:]):
             items = facts.read(given, [(tmp_path / "bench.json", render.read(tmp_path / "bench.json"))]).items
             told[names[0] == "model", len(given)] = [one.timed and one.timed.name for one in items]
+    again = [Path(shutil.copytree(made.sweep, tmp_path / side / "sweep")) for side in "ab"]
+    assert all(one.timed for one in facts.read(again).items)
     assert told == {
         (False, 2): [str(twins[0]), str(twins[1])],
         (False, 1): [str(twins[1])],

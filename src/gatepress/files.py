@@ -18,7 +18,7 @@ from gatepress.errors import ArtifactError, GatepressError, OutputError
 
 MAX_JSON_BYTES = 64 * 1024 * 1024
 _MANIFESTS = ("gatepress_run.json", "gatepress_pruned.json", "gatepress_onnx.json")
-_WRITTEN = (  # beside a manifest and what that names: releases before 0.5 named no tokenizers
+_WRITTEN = (  # beside a manifest and what that names: early releases named no tokenizers
     *(*_MANIFESTS, "gates-*.safetensors", "state-*.safetensors", "probe.safetensors"),
     *("model.safetensors", "config.json", "README.md", "modeling_gatepress.py", "model.onnx", "model.onnx.data"),
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
@@ -165,8 +165,8 @@ def _of_others(directory: Path) -> list[str]:
     manifests = [name for name in names if name in _MANIFESTS]
     bound: set[str] = set(manifests)
     for name in manifests:
-        with contextlib.suppress(ArtifactError):  # a broken one names nothing
-            bound |= set(read_json(directory / name).get("sha256") or ())
+        with contextlib.suppress(ArtifactError, TypeError):  # a broken one names nothing
+            bound |= {**read_json(directory / name).get("sha256", {})}.keys()
     return [name for name in names if not (manifests and _is_ours(name, bound))]
 
 

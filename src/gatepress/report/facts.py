@@ -108,9 +108,11 @@ def read(directories: Iterable[Path], benches: Iterable[tuple[Path, Sequence[Rec
     groups: list[tuple[Item, ...]] = []
     taken: set[str] = set()
     for path, items, records in found:
-        times = [
-            _with_time(item, str(path), records or loose, alone=shared[item.kind, item.name] == 1) for item in items
-        ]
+        own = bool(records)
+        times = (
+            _with_time(item, str(path), records or loose, alone=own or shared[item.kind, item.name] == 1)
+            for item in items
+        )
         groups.append(tuple(_named_apart(item, taken) for item in times))
     timed = [records for _, _, records in found]
     return Sheet(

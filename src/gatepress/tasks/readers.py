@@ -130,13 +130,16 @@ class _Parquet(Mapping[str, list[Any]]):
         self.path, self.table = path, table
 
     def __getitem__(self, name: str) -> list[Any]:
-        if name not in self.table.column_names:
+        if name not in self:
             raise KeyError(name)
         try:
             values: list[Any] = self.table.column(name).to_pylist()
         except (ValueError, OverflowError, pa.ArrowException) as error:  # UnicodeDecodeError is a ValueError
             raise DataError(f"{self.path}: column {name!r} cannot be read ({reason_of(error)})") from None
         return values
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.table.column_names
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.table.column_names)
