@@ -23,12 +23,12 @@ from speed import SHAPES, closed_mask
 
 from gatepress.bench.timing import Call, interleave, wall_clock
 from gatepress.budget import gate_vectors
-from gatepress.checkpoint import MADE_WITH
+from gatepress.checkpoint import MADE_WITH, versions
 from gatepress.config import FINETUNED, Precision
 from gatepress.distill import Teacher, learn_from_teacher_
 from gatepress.inject import attach_gates_, mark_trainable_, trainable
 from gatepress.losses import batch_loss
-from gatepress.machine import cpu_name, versions
+from gatepress.machine import cpu_name
 from gatepress.narrowing import narrow_
 from gatepress.precision import computing
 from gatepress.progress import NoProgress

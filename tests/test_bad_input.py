@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 import tiny
 from gatepress.cli.app import app
 from gatepress.errors import OutputError
-from gatepress.files import new_directory
+from gatepress.files import new_directory, replace_file
 
 TRAINING = ["--epochs", "1", "--batch-size", "32", "--max-length", "16", "--device", "cpu"]
 HEADER = ("text", "label")
@@ -434,6 +434,16 @@ def test_force_does_not_write_measurements_over_what_is_read(copied, tiny_task_f
     rows = ["--validation-file", "rows.csv"]
     refused(copied, [*bench, "rows.csv", *rows], 1, "^rows.csv: is read")
     refused(copied, [*bench, "pruned/config.json", "--seq-len", "8"], 1, "^pruned/config.json: .*lies in pruned, which")
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(here, monkeypatch):
+    (here / "sweep.json").write_text("old")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OutputError, match="free some space"):
+            replace_file(Path("sweep.json"), b"new")
+    assert (here / "sweep.json").read_text() == "old"
+    assert names(here) == ["sweep.json"]
 
 
 def test_an_interrupt_between_two_renames_leaves_the_old_output(here, monkeypatch):

@@ -7,17 +7,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import tiny
 from forms import MAX_LENGTH, data_settings, save_run
 from gatepress.batches import make_loader, tokenize
 from gatepress.config import DataSettings, TrainSettings
 from gatepress.errors import ArtifactError, ModelError, UsageError
-from gatepress.evaluation import evaluate, evaluate_model, evaluate_runner
+from gatepress.evaluation import evaluate, evaluate_model, evaluate_runner, score
 from gatepress.export import export
 from gatepress.pruning import prune
 from gatepress.runtime import open_runner
+from gatepress.tasks import task_named
 from gatepress.tasks.sources import load_rows
 from gatepress.training import train
 
@@ -122,6 +125,22 @@ def test_both_halves_of_mnli_are_reported(tiny_classifier_dir, tiny_glue_dir) ->
     assert set(splits) == {"validation_matched", "validation_mismatched"}
     assert result["metric_value"] == pytest.approx(sum(splits.values()) / 2)  # halves of one size here
     assert result["examples"] == 128
+
+
+def test_the_metric_is_of_all_rows_together_whatever_the_size_of_a_split() -> None:
+    spec = task_named("sst2")
+
+    def rows(right: int, wrong: int) -> Any:
+        labels = torch.tensor([1] * right + [0] * wrong)
+        return [{"input_ids": torch.zeros(len(labels), 1, dtype=torch.long), "labels": labels}]
+
+    def predict(inputs: dict[str, torch.Tensor]) -> Any:
+        return np.array([[0.0, 1.0]] * len(inputs["input_ids"]), dtype=np.float32)
+
+    loaders: Any = {"few": rows(10, 0), "many": rows(0, 30)}
+    result = score(predict, loaders, spec)
+    assert result["metric_value"] == 10 / 40
+    assert result["metrics_by_split"] == {"few": 1.0, "many": 0.0}
 
 
 def test_labels_are_matched_by_name(tiny_glue_dir, tmp_path: Path) -> None:

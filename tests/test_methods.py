@@ -34,6 +34,7 @@ ROBERTA_LARGE = {
 }
 ATTENTION = ("q", "k", "v", "o")
 SETTINGS = TrainSettings(data=DataSettings(task="demo"), train_biases=False, train_layer_norms=False)
+SETTINGS_OF_VERA = replace(SETTINGS, method="vera", lora_rank=4)
 
 
 def test_every_method_has_a_row() -> None:
@@ -104,6 +105,16 @@ def test_a_run_of_adapters_holds_no_base_weight_and_shared_projections_once(
     tensors = load_file(tmp_path / "run" / read_run(tmp_path / "run").tensors["file"])
     assert not [name for name in tensors if "base_layer" in name or "embeddings" in name]
     assert len([name for name in tensors if "vera_A" in name]) == 1
+
+
+def test_projections_of_vera_are_drawn_by_the_seed() -> None:
+    drawn = []
+    for seed in (0, 1, 1):
+        model = tiny.build_classifier("bert")
+        prepare_(model, replace(SETTINGS_OF_VERA, seed=seed))
+        drawn.append(next(value for name, value in kept(model, SETTINGS_OF_VERA).items() if "vera_A" in name))
+    assert not torch.equal(*drawn[:2])
+    assert torch.equal(*drawn[1:])
 
 
 def test_the_a_of_lora_fa_stays_as_it_was_drawn() -> None:
@@ -298,6 +309,8 @@ def test_a_finetuned_head_is_kept_and_one_in_another_order_refused(
     opened = open_base(tmp_path / "finetuned", manifest.task)
     assert is_finetuned(tmp_path / "finetuned", manifest.task)
     assert not is_finetuned(tiny_model_dir("bert"), manifest.task)
+    three = replace(manifest.task, label_names=(*(manifest.task.label_names or ()), "another"))
+    assert not is_finetuned(tmp_path / "finetuned", three)
     assert torch.equal(opened.state_dict()["classifier.weight"], model.state_dict()["classifier.weight"])
     config = json.loads((tmp_path / "finetuned" / "config.json").read_text())
     with caplog.at_level("WARNING"):

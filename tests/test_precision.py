@@ -23,6 +23,11 @@ def test_attention_that_learns_is_float32(learn: bool, dropout: float, dtype: to
         assert attention(*heads(learn=learn), dropout_p=dropout).dtype is dtype
 
 
+def test_dropout_by_its_place_is_dropout_too() -> None:
+    with computing("bf16", "cpu"):
+        assert attention(*heads(learn=True), None, 0.5).dtype is torch.bfloat16
+
+
 def test_attention_in_bf16_is_that_of_float32_with_a_mask_of_the_product() -> None:
     q, k, v = heads(learn=True)
     mask = torch.zeros(2, 1, 1, 5).masked_fill(torch.arange(5) > 2, torch.finfo(torch.float32).min)

@@ -306,6 +306,13 @@ def test_logits_that_are_no_numbers_are_refused(written, tmp_path: Path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
+def test_products_that_stay_as_they_were_are_an_error(written, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(quantize, "quantize_dynamic", lambda source, target, **_: shutil.copyfile(source, target))
+    with pytest.raises(ModelError, match=r"0 of \d+ products came out in int8"):
+        export(written.pruned, tmp_path / "onnx", quantize="int8")
+    assert not list(tmp_path.iterdir())
+
+
 # --- wrong requests, and graphs that cannot be quantized -----------------------------------------
 
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -157,6 +158,32 @@ def test_the_first_training_may_be_stopped_too(settings, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             run(replace(settings, epochs=2), tmp_path / "sweep")
     assert read_run(tmp_path / "sweep/runs" / RUNS[0]).status == "interrupted"
+
+
+def test_a_cell_that_is_half_trained_is_not_finished(settings, trained, tmp_path):
+    half = replace(settings, epochs=2)
+    run(half, tmp_path / "sweep", plot=False)
+    shutil.rmtree(tmp_path / "sweep/runs" / RUNS[0])
+    cell = replace(half, method="gates+lora", sparsity=0.0)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(cell, tmp_path / "sweep/runs" / RUNS[0], progress=Stop())
+    run(half, tmp_path / "sweep", plot=False)
+    assert trained == [*RUNS, RUNS[0]]
+    assert read_run(tmp_path / "sweep/runs" / RUNS[0]).status == "finished"
+
+
+def test_seeds_count_up_from_the_first_and_that_is_timed(settings, trained, tmp_path, monkeypatch):
+    built = []
+    build = sweep._build
+
+    def remember(run_dir, cell, *others):
+        built.append(cell.seed)
+        return build(run_dir, cell, *others)
+
+    monkeypatch.setattr(sweep, "_build", remember)
+    run(replace(settings, seed=5), tmp_path / "sweep", methods=["lora"], seeds=2, plot=False)
+    assert trained == ["lora-s0-seed5", "lora-s0-seed6"]
+    assert built == [5]
 
 
 @pytest.mark.usefixtures("never")

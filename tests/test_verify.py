@@ -18,6 +18,7 @@ from gatepress.cli.app import app
 from gatepress.errors import ArtifactError, GatepressError
 from gatepress.export import export
 from gatepress.files import sha256_of
+from gatepress.graph import check_graph
 from gatepress.models import load_pruned, open_tokenizer
 from gatepress.pruning import prune
 from gatepress.runtime import open_runner
@@ -300,6 +301,11 @@ def _expand(graph: onnx.GraphProto) -> None:
     graph.node.append(onnx.helper.make_node("ConstantOfShape", ["huge"], ["nothing"]))
 
 
+def _count_back(graph: onnx.GraphProto) -> None:
+    graph.initializer.append(onnx.numpy_helper.from_array(np.array([-65])[:1], "huge"))
+    graph.node.append(onnx.helper.make_node("ConstantOfShape", ["huge"], ["nothing"]))
+
+
 def _lie(graph: onnx.GraphProto) -> None:
     graph.initializer[0].dims[:] = [2**40]
 
@@ -315,6 +321,7 @@ def _elsewhere(graph: onnx.GraphProto) -> None:
     [
         (_loop, "a node Loop, expected no loops"),
         (_expand, "makes a size of huge, 1000000000"),
+        (_count_back, "makes a size of huge, -65"),
         (_lie, "make no tensor"),
         (_elsewhere, "make no tensor"),
     ],
@@ -328,6 +335,18 @@ def test_a_graph_that_is_not_handed_to_onnx_runtime(copy: Any, forge: Any, words
     with pytest.raises(ArtifactError, match=words):
         open_runner(path)
     assert any(words in fault for fault in verify(path)["faults"])
+
+
+@pytest.mark.parametrize(("offset", "more"), [(-4, 0), (0, 1), (4, 0)])
+def test_weights_beside_a_graph_lie_within_their_file(tmp_path: Path, offset: int, more: int) -> None:
+    (tmp_path / "model.onnx.data").write_bytes(bytes(16))
+    tensor = onnx.TensorProto(name="weight", data_type=onnx.TensorProto.FLOAT, dims=[4])
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in {"location": "model.onnx.data", "offset": offset, "length": 16 + more}.items():
+        tensor.external_data.add(key=key, value=str(value))
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["weight"], ["y"])], "g", [], [], [tensor])
+    with pytest.raises(ArtifactError, match="is shorter than the"):
+        check_graph(onnx.helper.make_model(graph), tmp_path)
 
 
 def test_weights_beside_a_graph_that_its_manifest_does_not_name_are_not_read(copy: Any) -> None:

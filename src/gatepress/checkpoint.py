@@ -14,10 +14,12 @@ directory holds the last complete checkpoint.
 
 import logging
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -27,6 +29,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
+from gatepress import __version__
 from gatepress.config import RUN_FILE, TrainSettings
 from gatepress.errors import ArtifactError, ModelError, UsageError
 from gatepress.files import explained, json_text, lock, publish, read_json, replace_file, sha256_of
@@ -84,6 +87,17 @@ class RunManifest:
             **({"resume": self.resume} if self.resume else {}),
             **({"sha256": self.sha256} if self.sha256 else {}),
         }
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return the versions of Python, of gatepress, and of those of `packages` that are installed."""
+    found = {"python": platform.python_version(), "gatepress": __version__}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def read_run(directory: Path) -> RunManifest:

@@ -14,13 +14,12 @@ import onnx
 from transformers import PreTrainedModel
 
 from gatepress.agreement import compare, quantized_difference, random_batches
-from gatepress.checkpoint import PROBE_FILE, read_probe
+from gatepress.checkpoint import PROBE_FILE, read_probe, versions
 from gatepress.config import METRIC_ROUNDING, DataSettings
 from gatepress.errors import GatepressError, MetricDropError, UsageError
 from gatepress.evaluation import Basis, basis_of, evaluate_runner, probe_rows
 from gatepress.files import check_output, json_text, new_directory, sha256_of
 from gatepress.graph import opset_of
-from gatepress.machine import versions
 from gatepress.manifests import ONNX_FILE, ONNX_FORMAT, ONNX_MODEL
 from gatepress.models import model_errors, open_tokenizer, save_tokenizer
 from gatepress.progress import Progress

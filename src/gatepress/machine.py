@@ -1,14 +1,11 @@
-"""What the machine calls itself, and what is installed on it: what is measured or written says on what it hangs."""
+"""What the machine calls itself: measured times are of one machine and say which."""
 
 import platform
 import resource
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import torch
-
-from gatepress import __version__
 
 _CPUINFO = Path("/proc/cpuinfo")
 # What int8 products take on a processor, the fastest first: two of one model name may differ in it.
@@ -47,14 +44,3 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """Return the versions of Python, of gatepress, and of those of `packages` that are installed."""
-    found = {"python": platform.python_version(), "gatepress": __version__}
-    for package in packages:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from gatepress.agreement import allowed
 from gatepress.budget import budget_of
 from gatepress.card import CARD_FILE, card
-from gatepress.checkpoint import MADE_WITH, RunManifest, load_run, read_probe, read_run
+from gatepress.checkpoint import MADE_WITH, RunManifest, load_run, read_probe, read_run, versions
 from gatepress.collapse import cut, live_parts, parameters_of, ship_code
 from gatepress.config import DEFAULT_TARGET, Layout, Target, TrainSettings
 from gatepress.costs import Costs, analytic
@@ -20,7 +20,6 @@ from gatepress.errors import ArtifactError, ParityError, UsageError
 from gatepress.files import check_output, json_text, new_directory, read_json, sha256_of
 from gatepress.gates import counted, gates_of
 from gatepress.latency import for_target
-from gatepress.machine import versions
 from gatepress.manifests import PRUNED_FILE, PRUNED_FORMAT
 from gatepress.models import open_pruned, open_tokenizer, save_tokenizer
 from gatepress.plan import Live, chooses, make_plan

@@ -24,6 +24,7 @@ from gatepress.checkpoint import (
     open_base,
     read_run,
     tell_other_classes,
+    versions,
 )
 from gatepress.collapse import parameters_of, plan_model, refuse_activation
 from gatepress.config import TrainSettings
@@ -35,7 +36,6 @@ from gatepress.gates import gates_of
 from gatepress.hub import locate_model
 from gatepress.inject import mark_trainable_
 from gatepress.losses import batch_loss
-from gatepress.machine import versions
 from gatepress.methods import Kinds, prepare_, trained
 from gatepress.models import model_files, open_tokenizer
 from gatepress.narrowing import narrow_

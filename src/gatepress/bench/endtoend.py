@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from gatepress.batches import make_loader, tokenize
 from gatepress.bench import timing
 from gatepress.bench.record import Record, latencies, now, relative_to
+from gatepress.checkpoint import versions
 from gatepress.config import Arithmetic, DataSettings
 from gatepress.errors import GatepressError, ModelError, UsageError, reason_of
-from gatepress.machine import device_name, versions
+from gatepress.machine import device_name
 from gatepress.models import open_tokenizer
 from gatepress.progress import NoProgress, Progress
 from gatepress.runners import INPUTS, Runner

@@ -17,7 +17,8 @@ from torch.nn.functional import linear
 
 from gatepress.bench import timing
 from gatepress.bench.record import Record, latencies, now, relative_to
-from gatepress.machine import device_name, versions
+from gatepress.checkpoint import versions
+from gatepress.machine import device_name
 from gatepress.progress import NoProgress, Progress
 from gatepress.runtime import torch_device
 
