@@ -10,10 +10,13 @@ _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _LONGEST = 300  # characters of what a library says
 
 
-def reason_of(error: BaseException) -> str:
-    """Return what a library said as a part of one line: without colours, cut short; its class where it said nothing."""
-    said = " ".join(_COLOURS.sub("", str(error)).split())
-    return said[:_LONGEST] or type(error).__name__
+def reason_of(error: BaseException, *, lines: int | None = None) -> str:
+    """Return what a library said, or its first `lines`, as a part of one line: without colours, cut short.
+
+    Its class where it said nothing.
+    """
+    said = _COLOURS.sub("", str(error)).strip().splitlines()[:lines]
+    return " ".join(" ".join(said).split())[:_LONGEST] or type(error).__name__
 
 
 class GatepressError(Exception):

@@ -62,7 +62,7 @@ def write_onnx(model: PreTrainedModel, file: Path, *, opset: int | None = None) 
     except (OSError, MemoryError, KeyboardInterrupt):
         raise
     except Exception as error:  # the exporter's stages raise what they like
-        reason = reason_of(_root_of(error))  # what it raises tells of its stages and of how to report bugs
+        reason = reason_of(_root_of(error), lines=1)  # the rest tells of its stages and of how to report bugs
         raise ModelError(
             f"{type(model).__name__}: torch cannot export it to ONNX ({reason}); --debug shows all of it"
         ) from error
