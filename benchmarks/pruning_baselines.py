@@ -41,13 +41,14 @@ from pruning_job import BATCH, LEARNING_RATE, TAUGHT_RATE, Job, finetune_, load_
 from pruning_parts import Units, macs_of, magnitude_, name_heads_, prunable, refuse_too_small, zeroed
 from pruning_taylor import TAYLOR, taylor_, torch_pruning
 
-from gatepress.checkpoint import MADE_WITH, open_base, versions
+from gatepress.checkpoint import open_base
 from gatepress.collapse import parameters_of
 from gatepress.distill import Teacher
 from gatepress.errors import GatepressError, ParityError
 from gatepress.machine import cpu_name
 from gatepress.resolve import Layer, resolve
 from gatepress.tasks import task_named
+from gatepress.versions import MADE_WITH, versions
 
 KEY = ("encoder", "task", "seed", "method", "asked_kept")
 GATES = "gates"

@@ -21,8 +21,8 @@ from typing import Any
 
 from cells import RESULTS, gatepress, sweep
 
-from gatepress.checkpoint import MADE_WITH, versions
 from gatepress.machine import cpu_name
+from gatepress.versions import MADE_WITH, versions
 
 PATH = RESULTS / "resume.json"
 TIMES = ("train_seconds", "peak_memory_bytes", "output_dir")

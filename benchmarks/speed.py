@@ -45,7 +45,7 @@ from transformers import (
 from gatepress import latency
 from gatepress.alternatives import run as against_alternatives
 from gatepress.bench import endtoend, render
-from gatepress.checkpoint import MADE_WITH, RunManifest, RunWriter, open_base, versions
+from gatepress.checkpoint import RunManifest, RunWriter, open_base
 from gatepress.config import DataSettings, Granularity, Layout, Target, TrainSettings
 from gatepress.export import export
 from gatepress.files import sha256_of
@@ -56,6 +56,7 @@ from gatepress.models import model_files, open_tokenizer
 from gatepress.pruning import prune
 from gatepress.resolve import resolve
 from gatepress.tasks.sources import load_rows
+from gatepress.versions import MADE_WITH, versions
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES: dict[str, Any] = {

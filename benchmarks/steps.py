@@ -23,7 +23,6 @@ from speed import SHAPES, closed_mask
 
 from gatepress.bench.timing import Call, interleave, wall_clock
 from gatepress.budget import gate_vectors
-from gatepress.checkpoint import MADE_WITH, versions
 from gatepress.config import FINETUNED, Precision
 from gatepress.distill import Teacher, learn_from_teacher_
 from gatepress.inject import attach_gates_, mark_trainable_, trainable
@@ -33,6 +32,7 @@ from gatepress.narrowing import narrow_
 from gatepress.precision import computing
 from gatepress.progress import NoProgress
 from gatepress.tasks import TaskSpec, task_named
+from gatepress.versions import MADE_WITH, versions
 
 PATHS: dict[Precision, Path] = {"fp32": RESULTS / "steps.json", "bf16": RESULTS / "steps_bf16.json"}
 SHAPE, BATCH, LENGTH = "minilm", 32, 32

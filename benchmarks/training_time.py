@@ -18,8 +18,8 @@ from typing import Any
 from cells import EPOCHS, FULL, RESULTS, common, gatepress, keep, models_of, parser, pressed_epochs
 from paper import FACTORS, FINETUNED
 
-from gatepress.checkpoint import MADE_WITH, versions
 from gatepress.machine import cpu_name
+from gatepress.versions import MADE_WITH, versions
 
 PATH = RESULTS / "training_time.json"
 REPETITIONS = 3

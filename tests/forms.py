@@ -6,12 +6,13 @@ from typing import Any
 import torch
 
 from gatepress.batches import make_loader, tokenize
-from gatepress.checkpoint import RunManifest, RunWriter, open_base, versions
+from gatepress.checkpoint import RunManifest, RunWriter, open_base
 from gatepress.config import DataSettings, Granularity, TrainSettings
 from gatepress.gates import gates_of
 from gatepress.inject import attach_gates_, gated_linear, trainable
 from gatepress.models import model_files, open_tokenizer
 from gatepress.tasks.sources import load_rows
+from gatepress.versions import versions
 
 PROBE_ROWS = 16
 MAX_LENGTH = 24

@@ -14,12 +14,10 @@ directory holds the last complete checkpoint.
 
 import logging
 import os
-import platform
 import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -29,7 +27,6 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
-from gatepress import __version__
 from gatepress.config import RUN_FILE, TrainSettings
 from gatepress.errors import ArtifactError, ModelError, UsageError
 from gatepress.files import explained, json_text, lock, publish, read_json, replace_file, sha256_of
@@ -50,7 +47,6 @@ logger = logging.getLogger(__name__)
 
 PROBE_FILE = "probe.safetensors"
 OTHER_CLASSES = "%s: the classes of its head are %s; they are taken for %s, in this order"
-MADE_WITH = ("torch", "transformers", "datasets", "safetensors", "numpy")  # what a result hangs on
 
 
 @dataclass(frozen=True)
@@ -87,17 +83,6 @@ class RunManifest:
             **({"resume": self.resume} if self.resume else {}),
             **({"sha256": self.sha256} if self.sha256 else {}),
         }
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """Return the versions of Python, of gatepress, and of those of `packages` that are installed."""
-    found = {"python": platform.python_version(), "gatepress": __version__}
-    for package in packages:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def read_run(directory: Path) -> RunManifest:

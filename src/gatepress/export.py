@@ -14,7 +14,7 @@ import onnx
 from transformers import PreTrainedModel
 
 from gatepress.agreement import compare, quantized_difference, random_batches
-from gatepress.checkpoint import PROBE_FILE, read_probe, versions
+from gatepress.checkpoint import PROBE_FILE, read_probe
 from gatepress.config import METRIC_ROUNDING, DataSettings
 from gatepress.errors import GatepressError, MetricDropError, UsageError
 from gatepress.evaluation import Basis, basis_of, evaluate_runner, probe_rows
@@ -29,6 +29,7 @@ from gatepress.runtime import open_runner
 from gatepress.schema import refuse_unsound
 from gatepress.shortcuts import first_token_alone
 from gatepress.tracing import FUSED, operators, slim, write_onnx
+from gatepress.versions import versions
 
 logger = logging.getLogger(__name__)
 

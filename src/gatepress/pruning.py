@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from gatepress.agreement import allowed
 from gatepress.budget import budget_of
 from gatepress.card import CARD_FILE, card
-from gatepress.checkpoint import MADE_WITH, RunManifest, load_run, read_probe, read_run, versions
+from gatepress.checkpoint import RunManifest, load_run, read_probe, read_run
 from gatepress.collapse import cut, live_parts, parameters_of, ship_code
 from gatepress.config import DEFAULT_TARGET, Layout, Target, TrainSettings
 from gatepress.costs import Costs, analytic
@@ -26,6 +26,7 @@ from gatepress.plan import Live, chooses, make_plan
 from gatepress.progress import Progress
 from gatepress.resolve import Layer, resolve
 from gatepress.schema import refuse_unsound
+from gatepress.versions import MADE_WITH, versions
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 from gatepress.batches import left_of_epoch, make_loader, probe_batch, tokenize
 from gatepress.budget import budget_of
 from gatepress.checkpoint import (
-    MADE_WITH,
     RunManifest,
     RunWriter,
     clear_,
@@ -24,7 +23,6 @@ from gatepress.checkpoint import (
     open_base,
     read_run,
     tell_other_classes,
-    versions,
 )
 from gatepress.collapse import parameters_of, plan_model, refuse_activation
 from gatepress.config import TrainSettings
@@ -49,6 +47,7 @@ from gatepress.runtime import torch_device
 from gatepress.schema import refuse_unsound
 from gatepress.tasks import TaskSpec
 from gatepress.tasks.sources import load_rows
+from gatepress.versions import MADE_WITH, versions
 
 logger = logging.getLogger(__name__)
 

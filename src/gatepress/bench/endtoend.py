@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from gatepress.batches import make_loader, tokenize
 from gatepress.bench import timing
 from gatepress.bench.record import Record, latencies, now, relative_to
-from gatepress.checkpoint import versions
 from gatepress.config import Arithmetic, DataSettings
 from gatepress.errors import GatepressError, ModelError, UsageError, reason_of
 from gatepress.machine import device_name
@@ -29,6 +28,7 @@ from gatepress.progress import NoProgress, Progress
 from gatepress.runners import INPUTS, Runner
 from gatepress.runtime import open_runner, torch_device
 from gatepress.tasks.sources import Rows, load_rows
+from gatepress.versions import versions
 
 REPETITIONS = 20  # of one batch
 EPOCH_REPETITIONS = 10  # of one pass over the validation rows, as in the paper

@@ -17,10 +17,10 @@ from torch.nn.functional import linear
 
 from gatepress.bench import timing
 from gatepress.bench.record import Record, latencies, now, relative_to
-from gatepress.checkpoint import versions
 from gatepress.machine import device_name
 from gatepress.progress import NoProgress, Progress
 from gatepress.runtime import torch_device
+from gatepress.versions import versions
 
 SPARSITIES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 REPETITIONS = 2_000  # the paper: 100,000
