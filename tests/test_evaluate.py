@@ -13,6 +13,7 @@ import torch
 
 import tiny
 from forms import MAX_LENGTH, data_settings, save_run
+from gatepress import evaluation
 from gatepress.batches import make_loader, tokenize
 from gatepress.config import DataSettings, TrainSettings
 from gatepress.errors import ArtifactError, ModelError, UsageError
@@ -141,6 +142,18 @@ def test_the_metric_is_of_all_rows_together_whatever_the_size_of_a_split() -> No
     result = score(predict, loaders, spec)
     assert result["metric_value"] == 10 / 40
     assert result["metrics_by_split"] == {"few": 1.0, "many": 0.0}
+
+
+def test_what_is_compared_with_reads_with_its_own_tokenizer(forms, monkeypatch) -> None:
+    seen = []
+
+    def remember(runner: Any, _rows: Any, tokenizer: Any, **_: Any) -> dict[str, Any]:
+        seen.append((runner.tokenizer_dir, Path(tokenizer.name_or_path)))
+        return {"metric_value": 1.0}
+
+    monkeypatch.setattr(evaluation, "evaluate_runner", remember)
+    evaluate(forms.pruned, against=forms.run)
+    assert seen == [(forms.pruned, forms.pruned), (forms.run, forms.run)]
 
 
 def test_labels_are_matched_by_name(tiny_glue_dir, tmp_path: Path) -> None:
