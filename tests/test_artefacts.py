@@ -13,6 +13,7 @@ import pytest
 
 from gatepress.config import TrainSettings
 from gatepress.evaluation import evaluate
+from gatepress.files import check_output
 from gatepress.inspecting import inspect
 from gatepress.models import read_tensors
 from gatepress.pruning import prune
@@ -51,6 +52,11 @@ def test_logits_are_those_of_the_release_that_wrote_it(old, form):
     wanted = np.array(json.loads((old / "logits.json").read_text())[form])
     tolerance = 0.05 if form.endswith("int8") else 1e-4  # roundings of 8 bits hang on the processor
     assert np.abs(logits - wanted).max() < tolerance
+
+
+@pytest.mark.parametrize("form", RUN_OF)
+def test_all_of_it_is_known_as_ours(old, form):
+    check_output(old / form, force=True)  # which refuses to replace what others wrote
 
 
 @pytest.mark.parametrize("form", RUN_OF)

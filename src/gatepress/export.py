@@ -18,6 +18,7 @@ from gatepress.checkpoint import PROBE_FILE, read_probe
 from gatepress.config import METRIC_ROUNDING, DataSettings
 from gatepress.errors import GatepressError, MetricDropError, UsageError
 from gatepress.evaluation import Basis, basis_of, evaluate_runner, probe_rows
+from gatepress.families import dense_type
 from gatepress.files import check_output, json_text, new_directory, sha256_of
 from gatepress.graph import opset_of
 from gatepress.manifests import ONNX_FILE, ONNX_FORMAT, ONNX_MODEL
@@ -228,6 +229,6 @@ def _config(model: PreTrainedModel) -> dict[str, Any]:
         values: dict[str, Any] = model.config.to_diff_dict()
     for name in ("auto_map", "gatepress", "_name_or_path"):
         values.pop(name, None)
-    values["model_type"] = model.config.model_type.removeprefix("gatepress_").replace("_", "-")
+    values["model_type"] = dense_type(model.config.model_type)
     values["architectures"] = [type(model).__name__.removeprefix("Gatepress")]
     return values

@@ -81,6 +81,11 @@ FAMILIES: dict[str, FamilySpec] = {
 }
 
 
+def dense_type(model_type: object) -> str:
+    """Return the `model_type` that a dense or pruned one has before it is pruned."""
+    return str(model_type).removeprefix("gatepress_").replace("_", "-")
+
+
 def row_of(model_type: object) -> FamilySpec | None:
     """Return the row of a dense or pruned `model_type`; None where it has none."""
-    return FAMILIES.get(str(model_type).removeprefix("gatepress_").replace("_", "-"))
+    return FAMILIES.get(dense_type(model_type))

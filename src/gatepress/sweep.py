@@ -32,7 +32,7 @@ from gatepress.bench.render import markdown
 from gatepress.bench.summary import Cell, density, summarize, table
 from gatepress.checkpoint import dense_base, read_run
 from gatepress.config import DEFAULT_TARGET, METHODS, RUN_FILE, Method, Target, TrainSettings, spelled
-from gatepress.errors import ArtifactError, MissingExtraError, ModelError, OutputError, UsageError, reason_of
+from gatepress.errors import ArtifactError, MissingExtraError, ModelError, OutputError, UsageError
 from gatepress.export import export
 from gatepress.files import check_output, json_text, read_json, refuse_held, replace_file
 from gatepress.hub import locate_model
@@ -154,7 +154,7 @@ class _Sweep:
                 except Exception as error:  # whatever ends one training, the others are not to blame
                     if not self.reports:  # or are they all: wrong columns, no such model
                         raise
-                    self.failures[cell] = reason_of(error)
+                    self.failures[cell] = " ".join(str(error).split()) or type(error).__name__
                     logger.warning("%s failed: %s", cell.name, self.failures[cell])
                 self.save()
                 progress.advance(1)

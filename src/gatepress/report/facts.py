@@ -108,17 +108,15 @@ def read(directories: Iterable[Path], benches: Iterable[tuple[Path, Sequence[Rec
     groups: list[tuple[Item, ...]] = []
     taken: set[str] = set()
     for path, items, records in found:
-        own = bool(records)
-        times = (
-            _with_time(item, str(path), records or loose, alone=own or shared[item.kind, item.name] == 1)
+        timed = [
+            _with_time(item, str(path), records or loose, alone=bool(records) or shared[item.kind, item.name] == 1)
             for item in items
-        )
-        groups.append(tuple(_named_apart(item, taken) for item in times))
-    timed = [records for _, _, records in found]
+        ]
+        groups.append(tuple(_named_apart(item, taken) for item in timed))
     return Sheet(
         items=tuple(item for group in groups for item in group),
         sweeps=tuple(group for group in groups if group[0].kind == "sweep"),
-        records=tuple(filter(None, [*timed, *files])),
+        records=tuple(filter(None, [*(records for _, _, records in found), *files])),
     )
 
 
