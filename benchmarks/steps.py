@@ -28,7 +28,8 @@ from gatepress.distill import Teacher, learn_from_teacher_
 from gatepress.inject import attach_gates_, mark_trainable_, trainable
 from gatepress.losses import batch_loss
 from gatepress.machine import cpu_name
-from gatepress.narrowing import narrow_
+from gatepress.modeling_gatepress import first_token_alone
+from gatepress.narrowing import narrow_, narrow_last_layer_
 from gatepress.precision import computing
 from gatepress.progress import NoProgress
 from gatepress.tasks import TaskSpec, task_named
@@ -56,6 +57,7 @@ def gated_step(
     model = SHAPES[SHAPE]().train()
     layers = attach_gates_(model, granularity="structured", controller="importance", lora_rank=FINETUNED.rank)
     mark_trainable_(trainable(model, biases=True, layer_norms=True))
+    narrow_last_layer_(model, layers)
     teacher = Teacher(model) if taught else None
     if taught:
         learn_from_teacher_(model)
@@ -75,7 +77,7 @@ def stepping(model: Any, batch: dict[str, torch.Tensor], teacher: Teacher | None
     spec: TaskSpec = task_named("sst2")
 
     def step() -> None:
-        with computing(precision, "cpu"):
+        with computing(precision, "cpu"), first_token_alone():
             loss = batch_loss(model, batch, spec, teacher, SPECIAL)
         loss.backward()
         optimizer.step()

@@ -3,7 +3,10 @@
 import itertools
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -149,6 +152,7 @@ def test_uniform_attention_is_computed_once_for_all_tokens(family: str) -> None:
     for one in attentions:
         one.register_forward_hook(lambda _, __, given: lengths.append(given[0].shape[1]))
     length = tiny.random_batch(family)["input_ids"].shape[1]
+    pruned.first_token_alone = False
     logits(pruned, family)
     assert lengths == [length if family == "mpnet" else 1, length]
 
@@ -159,6 +163,81 @@ def test_uniform_attention_is_computed_once_for_all_tokens(family: str) -> None:
         assert {one.shape[-2:] for one in whole.attentions} == {(length, length)}
         torch.testing.assert_close(whole.logits, wanted, atol=1e-5, rtol=0)
         pruned.config.output_attentions = True
+
+
+def test_the_last_layer_computes_the_first_token_alone_unless_others_are_read(family: str) -> None:
+    pruned, _ = collapse(gated_model(family, "structured"), "inner")
+    inputs = tiny.random_batch(family)
+    length = inputs["input_ids"].shape[1]
+    lengths: list[int] = []
+    last = pruned.base_model.get_submodule(resolve(pruned)[-1].path)
+    last.register_forward_hook(
+        lambda _, __, given: lengths.append((given if isinstance(given, Tensor) else given[0]).shape[1])
+    )
+
+    def computed(run: Callable[[], Any]) -> tuple[int, Any]:
+        lengths.clear()
+        result = run()
+        return lengths[0], result
+
+    pruned.first_token_alone = False
+    tokens, whole = computed(lambda: pruned(**inputs, output_hidden_states=True, output_attentions=True))
+    assert tokens == length
+    assert computed(lambda: pruned(**inputs))[0] == length
+    pruned.first_token_alone = True
+    tokens, narrow = computed(lambda: pruned(**inputs))
+    assert tokens == 1
+    torch.testing.assert_close(narrow.logits, whole.logits, atol=1e-5, rtol=0)
+    assert computed(lambda: pruned(inputs["input_ids"], inputs["attention_mask"]))[0] == 1  # given by place
+
+    for asked in ("output_hidden_states", "output_attentions"):
+        tokens, told = computed(lambda asked=asked: pruned(**inputs, **{asked: True}))
+        assert tokens == length
+        torch.testing.assert_close(told.logits, whole.logits, atol=1e-5, rtol=0)
+    assert computed(lambda: pruned.base_model(**inputs))[0] == length
+    assert computed(lambda: pruned.train()(**inputs))[0] == length
+    pruned.eval().config.output_hidden_states = True
+    tokens, told = computed(lambda: pruned(**inputs))
+    assert tokens == told.hidden_states[-1].shape[1] == length
+    torch.testing.assert_close(told.hidden_states[-1], whole.hidden_states[-1], atol=1e-5, rtol=0)
+
+
+def test_calls_that_read_different_tokens_may_run_at_once_and_after_one_that_failed() -> None:
+    pruned, _ = collapse(gated_model("bert", "structured"), "inner")
+    inputs = tiny.random_batch("bert")
+    wanted = logits(pruned, "bert")
+    with pytest.raises(IndexError):
+        pruned(input_ids=inputs["input_ids"] + 10**6)
+    assert pruned.base_model(**inputs)[0].shape[1] == inputs["input_ids"].shape[1]
+
+    def ask(number: int) -> bool:
+        whole = pruned(**inputs, output_hidden_states=number % 2 == 0)
+        right = whole.hidden_states[-1].shape == whole.hidden_states[0].shape if number % 2 == 0 else True
+        return right and torch.allclose(whole.logits, wanted, atol=1e-6)
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(ask, range(64)))
+
+
+def test_a_forward_of_its_own_reads_all_tokens() -> None:
+    pruned, _ = collapse(gated_model("bert", "structured"), "inner")
+
+    class Mean(type(pruned)):  # type: ignore[misc]
+        def forward(self, **inputs: Tensor) -> Tensor:
+            return self.base_model(**inputs)[0].mean(1)
+
+    pruned.__class__ = Mean
+    inputs = tiny.random_batch("bert")
+    torch.testing.assert_close(pruned(**inputs), pruned.base_model(**inputs)[0].mean(1))
+
+
+def test_a_pruned_model_compiles_without_a_break(family: str) -> None:
+    pruned, _ = collapse(gated_model(family, "matrix"), "index")
+    compiled = torch.compile(pruned, fullgraph=True, backend="eager")
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            compiled(**tiny.random_batch(family)).logits, logits(pruned, family), atol=1e-6, rtol=0
+        )
 
 
 def test_eager_and_fused_attention_agree(family: str) -> None:

@@ -63,7 +63,7 @@ def test_a_batch_without_words_is_left_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("task", ["sst2", "stsb"])
-def test_logits_count_by_row_and_hidden_states_on_all_tokens(task: str) -> None:
+def test_logits_count_by_row_and_hidden_states_on_all_tokens_that_the_head_can_see(task: str) -> None:
     spec = task_named(task)
     generator = torch.Generator().manual_seed(0)
 
@@ -79,9 +79,13 @@ def test_logits_count_by_row_and_hidden_states_on_all_tokens(task: str) -> None:
     def apart(weights: torch.Tensor) -> float:
         return float(distance(student, teacher, mask, weights, spec))
 
+    first = torch.zeros_like(mask)
+    first[:, 0] = 1  # the last layer may also hold that one alone
     hidden = [
-        float(functional.mse_loss(x[mask.bool()], y[mask.bool()]) / y[mask.bool()].var())
-        for x, y in zip(student.hidden_states[1:], teacher.hidden_states[1:], strict=True)
+        float(functional.mse_loss(x[kept], y[kept]) / y[kept].var())
+        for x, y, kept in zip(
+            student.hidden_states[1:], teacher.hidden_states[1:], (mask.bool(), first.bool()), strict=True
+        )
     ]
     assert apart(no_rows) == pytest.approx(sum(hidden) / len(hidden), rel=1e-5)
     assert apart(no_rows) < apart(one) < apart(all_rows)

@@ -105,7 +105,8 @@ def distance(student: Any, teacher: Any, mask: Tensor, weights: Tensor, spec: Ta
     """Return how far a student lies from its teacher, on the tokens of `mask` [batch, length].
 
     Kullback-Leibler divergence of classes at a temperature (squared error of a number), rows weighted by `weights`
-    [batch], plus the mean over layers of the squared error of hidden states, over the variance of the teacher's.
+    [batch], plus the mean over layers of the squared error of hidden states, over the variance of the teacher's. Of the
+    last layer the first token alone counts: the head reads no other.
     """
     rows: Tensor
     ours, theirs = student.logits.float(), teacher.logits.float()
@@ -114,9 +115,10 @@ def distance(student: Any, teacher: Any, mask: Tensor, weights: Tensor, spec: Ta
     else:
         soft, wanted = ((value / TEMPERATURE).log_softmax(-1) for value in (ours, theirs))
         rows = TEMPERATURE**2 * functional.kl_div(soft, wanted, log_target=True, reduction="none").sum(-1)
-    pairs = zip(student.hidden_states[1:], teacher.hidden_states[1:], strict=True)
+    *inner, last = zip(student.hidden_states[1:], teacher.hidden_states[1:], strict=True)
     tokens = mask.flatten().nonzero()[:, 0]
-    layers = [_relative(*(z.flatten(0, 1).index_select(0, tokens).float() for z in pair)) for pair in pairs]
+    layers = [_relative(*(z.flatten(0, 1).index_select(0, tokens).float() for z in pair)) for pair in inner]
+    layers.append(_relative(*(z[:, 0].float() for z in last)))
     return (rows * weights).mean() + HIDDEN_WEIGHT * torch.stack(layers).mean()
 
 

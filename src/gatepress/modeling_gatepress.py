@@ -11,8 +11,16 @@ is narrower is data, in `config.gatepress`:
 Paths are below the base model. Every head that is left has `qk_width` query/key dimensions and
 `vo_width` value/output dimensions; `scale` is that of the dense model. Where attention is `uniform`,
 no query/key dimension is left: all scores are 0.
+
+The heads of all these classes read the first token of the last layer and no other. So outside of training
+that layer computes it alone, from the keys and values of all tokens; see `_Pruned.first_token_alone`.
 """
 
+import contextlib
+import functools
+import re
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -35,6 +43,16 @@ from transformers import (
 )
 
 VERSION = 1
+
+
+class _Call(threading.local):
+    """What the call of a model in this thread has told its last layer: threads may share a model."""
+
+    first_token_alone = False
+    keys_from: Tensor | None = None  # hidden states of all tokens, where the last layer is given the first ones
+
+
+_call = _Call()
 
 
 class PrunedLinear(nn.Linear):
@@ -85,8 +103,6 @@ def pick(x: Tensor, index: Tensor, zeros: int = 0) -> Tensor:
 class PrunedAttention:
     """Self-attention over the heads and widths that are left; mixed in before the family's own class."""
 
-    keys_from: Tensor | None = None  # hidden states of all tokens, where `forward` is given the first ones alone
-
     def forward(
         self: Any,
         hidden_states: Tensor,
@@ -101,7 +117,8 @@ class PrunedAttention:
         part = self.gatepress
         heads = len(part["heads"])
         dropout = self.dropout.p if self.training else 0.0
-        everything = hidden_states if self.keys_from is None else self.keys_from
+        given, _call.keys_from = _call.keys_from, None
+        everything = hidden_states if given is None else given
         once = part.get("uniform") and position_bias is None and not dropout
         if once:
             hidden_states = hidden_states[:, :1]
@@ -187,15 +204,74 @@ def _submodule(base: nn.Module, path: str) -> nn.Module:
         raise ValueError(f"config.gatepress names {path!r}, which this model does not have") from None
 
 
-class _Pruned(PreTrainedModel):
-    """What all pruned classes add to their stock class: narrower matrices from the first moment."""
+@contextlib.contextmanager
+def first_token_alone(*, wanted: bool = True) -> Iterator[None]:
+    """Let last layers that `narrow_layer_` prepared compute the first token alone, for as long as the block runs."""
+    before, _call.first_token_alone = _call.first_token_alone, wanted
+    try:
+        yield
+    finally:
+        _call.first_token_alone, _call.keys_from = before, None
 
+
+def narrow_layer_(layer: nn.Module) -> None:
+    """Prepare a last layer, whose attention is a `PrunedAttention`, for `first_token_alone`, in place."""
+    layer.register_forward_pre_hook(_narrow)
+
+
+def _narrow(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Give the layer the first token, and its attention the hidden states of all."""
+    if not _call.first_token_alone:
+        return None
+    _call.keys_from = given[0]
+    return (given[0][:, :1], *given[1:])
+
+
+def _last_layer(base: Any, attentions: dict[str, Any]) -> Any:
+    """Return the last layer, where its attention is one of `attentions`."""
+    for path in attentions:
+        layers, number, _ = re.split(r"\.(\d+)\.", path, maxsplit=1)
+        if int(number) == len(base.get_submodule(layers)) - 1:
+            return base.get_submodule(f"{layers}.{number}")
+    return None
+
+
+def _told(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a model's forward that tells the last layer whether anybody reads more than the first token."""
+
+    @functools.wraps(forward)
+    def told(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = {name: kwargs.get(name) for name in ("output_hidden_states", "output_attentions")}
+        asked = (getattr(self.config, name, False) if value is None else value for name, value in given.items())
+        inputs_only = len(args) <= 2  # noqa: PLR2004 - behind ids and mask, what a place means depends on the family
+        with first_token_alone(wanted=self.first_token_alone and not self.training and inputs_only and not any(asked)):
+            return forward(self, *args, **kwargs)
+
+    return told
+
+
+class _Pruned(PreTrainedModel):
+    """What all pruned classes add to their stock class: narrower matrices from the first moment.
+
+    The last layer computes the first token alone, except in training and where hidden states or attentions are
+    asked for. Who reads that layer by a hook sets `first_token_alone` of the model to False.
+    """
+
+    first_token_alone = True
     _supports_flash_attn = False  # head widths differ between query/key and value/output
     _supports_flex_attn = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)  # type: ignore[no-untyped-call]
+        if "forward" not in vars(cls):  # one of its own may read what it likes
+            cls.forward = _told(cls.forward)
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         shrink_(self, config.gatepress)
+        last = _last_layer(self.base_model, config.gatepress["attentions"])
+        if last is not None:
+            narrow_layer_(last)
 
 
 class GatepressBertConfig(BertConfig):

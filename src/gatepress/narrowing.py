@@ -15,9 +15,11 @@ from gatepress.collapse import describe
 from gatepress.config import DEFAULT_TARGET
 from gatepress.costs import analytic
 from gatepress.inject import gated_linear
-from gatepress.modeling_gatepress import narrow_attention_
+from gatepress.modeling_gatepress import narrow_attention_, narrow_layer_
 from gatepress.plan import ZERO_ROW, Axis, make_plan
 from gatepress.resolve import Layer
+
+COSTS = analytic(DEFAULT_TARGET)  # predict times that nobody reads here
 
 
 @torch.no_grad()
@@ -29,7 +31,7 @@ def narrow_(model: nn.Module, layers: list[Layer], vectors: list[GateVector]) ->
     """
     masks = [vector.gate.mask for vector in vectors]
     live = open_parts(layers, biases_of(model, layers), vectors, masks)
-    plan = make_plan(layers, live, "inner", analytic(DEFAULT_TARGET))
+    plan = make_plan(layers, live, "inner", COSTS)
     attentions = describe(layers, plan)["attentions"]
     base: Any = model.base_model
     for layer, part in zip(layers, plan.layers, strict=True):
@@ -42,6 +44,18 @@ def narrow_(model: nn.Module, layers: list[Layer], vectors: list[GateVector]) ->
             ]
             linear.narrow_(*indices)
         narrow_attention_(base.get_submodule(layer.attention), attentions[layer.attention])
+
+
+def narrow_last_layer_(model: Any, layers: list[Layer]) -> None:
+    """Prepare the gated `model`, in place, for steps that compute the first token of the last layer alone.
+
+    So they do within `modeling_gatepress.first_token_alone`; the head reads no other. Outside of it nothing changes.
+    """
+    base, last = model.base_model, layers[-1]
+    nothing_closed = make_plan(layers, open_parts(layers, biases_of(model, layers), [], []), "inner", COSTS)
+    whole = describe(layers, nothing_closed)["attentions"][last.attention]
+    narrow_attention_(base.get_submodule(last.attention), whole)
+    narrow_layer_(base.get_submodule(last.path))
 
 
 def _index(axis: Axis, blocks: list[int], width: int) -> Tensor:

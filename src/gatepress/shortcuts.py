@@ -1,6 +1,6 @@
 """What the graph of a pruned model need not compute: ways to the same logits, for as long as a graph is written.
 
-None of them changes the model: torch computes every token of every layer, for it may be asked for hidden states.
+None of them changes the model; what torch gains by as well, the model leaves out itself (`modeling_gatepress`).
 """
 
 import contextlib
@@ -18,34 +18,8 @@ from gatepress.resolve import Layer, resolve
 @contextlib.contextmanager
 def all_of_them(model: PreTrainedModel) -> Iterator[None]:
     """Take every shortcut for as long as the block runs; a model that is not pruned is left as it is."""
-    with first_token_alone(model), _fewer_biases(model), _rows_of_zeros(model):
+    with _fewer_biases(model), _rows_of_zeros(model):
         yield
-
-
-@contextlib.contextmanager
-def first_token_alone(model: PreTrainedModel) -> Iterator[None]:
-    """Let the last layer of a pruned model compute the first token alone, for as long as the block runs.
-
-    The head reads no other; keys and values are those of all tokens as ever. Were a head to read more, its logits
-    would not be those outside of the block.
-    """
-    layers = _pruned_layers(model)
-    if not layers:
-        yield
-        return
-    base: Any = model.base_model
-    attention = base.get_submodule(layers[-1].attention)
-
-    def narrow(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        attention.keys_from = given[0]
-        return (given[0][:, :1], *given[1:])
-
-    hook = base.get_submodule(layers[-1].path).register_forward_pre_hook(narrow)
-    try:
-        yield
-    finally:
-        hook.remove()
-        attention.keys_from = None
 
 
 @contextlib.contextmanager

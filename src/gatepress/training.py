@@ -35,8 +35,9 @@ from gatepress.hub import locate_model
 from gatepress.inject import mark_trainable_
 from gatepress.losses import batch_loss
 from gatepress.methods import Kinds, prepare_, trained
+from gatepress.modeling_gatepress import first_token_alone
 from gatepress.models import model_files, open_tokenizer
-from gatepress.narrowing import narrow_
+from gatepress.narrowing import narrow_, narrow_last_layer_
 from gatepress.precision import computing
 from gatepress.processes import Processes, seed_of
 from gatepress.progress import NoProgress, Progress
@@ -162,6 +163,8 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
     tokenizer = open_tokenizer(base)
     dense_params = parameters_of(model)
     layers = prepare_(model, settings)
+    if settings.gated:
+        narrow_last_layer_(model, layers)
     start = None if resumed else settings.start
     base_sha256 = model_files(base)
     if start:
@@ -290,7 +293,7 @@ def _step(job: _Job, batch: dict[str, Tensor]) -> Tensor:
             narrow_(job.gated, job.layers, job.budget.vectors)
     _seed_step(job)
     # Not accelerate's autocast: it wraps the model itself, and measuring must be in float32.
-    with computing(job.settings.precision, job.device.type):
+    with computing(job.settings.precision, job.device.type), first_token_alone():
         loss = batch_loss(job.gated, batch, job.spec, job.teacher, job.special)
     closing = job.budget if job.step >= job.open_steps else None
     penalty = closing.penalty(job.step - job.open_steps) if closing else None
