@@ -138,7 +138,7 @@ def render(record: dict[str, Any]) -> str:
     return text + (
         f"\n{record['shape']} shape, batch {record['batch']} x {record['length']} tokens, rank {record['rank']}, "
         f"{record['precision']}, {record['threads']} threads of {record['cpu']}, {record['repetitions']} repetitions "
-        f"by turns, torch {record['versions']['torch']}. *closing*: nothing is left out yet. *fixed at 4x*: gates "
+        f"by turns, torch {record['versions']['torch']}. *closing*: gates leave nothing out yet. *fixed at 4x*: they "
         "leave a quarter of the encoder, and the rest is not computed. *teacher*: the open model's answers and hidden "
         "states, as `--distill` asks.\n"
     )

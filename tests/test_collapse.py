@@ -222,13 +222,29 @@ def test_calls_that_read_different_tokens_may_run_at_once_and_after_one_that_fai
 def test_a_forward_of_its_own_reads_all_tokens() -> None:
     pruned, _ = collapse(gated_model("bert", "structured"), "inner")
 
-    class Mean(type(pruned)):  # type: ignore[misc]
-        def forward(self, **inputs: Tensor) -> Tensor:
+    class Mean:
+        def forward(self: Any, **inputs: Tensor) -> Tensor:
             return self.base_model(**inputs)[0].mean(1)
 
-    pruned.__class__ = Mean
+    class Mixed(Mean, type(pruned)):  # type: ignore[misc]
+        pass
+
+    class Inherited(Mixed):
+        pass
+
     inputs = tiny.random_batch("bert")
-    torch.testing.assert_close(pruned(**inputs), pruned.base_model(**inputs)[0].mean(1))
+    wanted = pruned.base_model(**inputs)[0].mean(1)
+    for kind in (Mixed, Inherited):
+        pruned.__class__ = kind
+        torch.testing.assert_close(pruned(**inputs), wanted)
+
+
+def test_a_feed_forward_part_in_chunks_of_tokens_computes_all_of_them() -> None:
+    gated = gated_model("bert", "structured")
+    wanted = logits(gated, "bert")
+    gated.config.chunk_size_feed_forward = 3
+    pruned, _ = collapse(gated, "inner")
+    torch.testing.assert_close(logits(pruned, "bert"), wanted, atol=1e-5, rtol=0)
 
 
 def test_a_pruned_model_compiles_without_a_break(family: str) -> None:

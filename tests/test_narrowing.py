@@ -113,6 +113,31 @@ def test_training_ends_in_the_same_numbers(
     assert all(torch.equal(narrow[name], mask) for name, mask in wide.items())
 
 
+@pytest.mark.parametrize("changes", [{}, {"distill": True}])
+def test_steps_compute_one_token_of_the_last_layer_and_measuring_computes_all(
+    changes: dict[str, bool],
+    tiny_model_dir: ModelDir,
+    tiny_task_files: TaskFiles,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lengths: dict[str, set[int]] = {"measured": set(), "learnt": set(), "taught": set()}
+
+    def watch(_: torch.nn.Module, __: Any, result: Tensor) -> None:
+        kind = "measured" if torch.is_inference_mode_enabled() else "learnt" if torch.is_grad_enabled() else "taught"
+        lengths[kind].add(result.shape[1])
+
+    def prepare(model: Any, layers: list[Any]) -> None:
+        narrow_last_layer_(model, layers)
+        model.base_model.get_submodule(layers[-1].path).output.register_forward_hook(watch)  # a teacher's, too
+
+    monkeypatch.setattr(training, "narrow_last_layer_", prepare)
+    train(settings_for(tiny_model_dir("bert"), tiny_task_files, sparsity=0.5, **changes), tmp_path / "run")
+    assert lengths["learnt"] == {1}
+    assert lengths["taught"] == ({1} if changes else set())
+    assert min(lengths["measured"]) > 1
+
+
 def masks_of(run: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the masks of a run, those of q and k added up.
 

@@ -2,7 +2,8 @@
 
 The teacher is the same frozen model with the numbers that were trained so far, all gates open: a copy of a few
 megabytes and one forward pass more. The student should give its logits, and its hidden states behind every
-layer: a layer that lost half of its neurons is told what it should have said, not only what became of it.
+layer, of the last one that of the first token, which the head reads: a layer that lost half of its neurons is told
+what it should have said, not only what became of it.
 
 A teacher answers for any text, labelled or not. So in most rows some words are exchanged for others of the batch: the
 student sees more than the training rows, which it would soon know by heart. Sentences of exchanged words are seldom

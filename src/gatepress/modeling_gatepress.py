@@ -118,7 +118,7 @@ class PrunedAttention:
         heads = len(part["heads"])
         dropout = self.dropout.p if self.training else 0.0
         given, _call.keys_from = _call.keys_from, None
-        everything = hidden_states if given is None else given
+        everything = hidden_states if given is None else given.to(hidden_states.device)  # layers may be spread
         once = part.get("uniform") and position_bias is None and not dropout
         if once:
             hidden_states = hidden_states[:, :1]
@@ -215,8 +215,12 @@ def first_token_alone(*, wanted: bool = True) -> Iterator[None]:
 
 
 def narrow_layer_(layer: nn.Module) -> None:
-    """Prepare a last layer, whose attention is a `PrunedAttention`, for `first_token_alone`, in place."""
-    layer.register_forward_pre_hook(_narrow)
+    """Prepare a last layer, whose attention is a `PrunedAttention`, for `first_token_alone`, in place.
+
+    Not one that cuts its tokens into chunks, which one token does not allow.
+    """
+    if all(getattr(part, "chunk_size_feed_forward", 0) <= 1 for part in layer.modules()):
+        layer.register_forward_pre_hook(_narrow)
 
 
 def _narrow(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -254,7 +258,7 @@ class _Pruned(PreTrainedModel):
     """What all pruned classes add to their stock class: narrower matrices from the first moment.
 
     The last layer computes the first token alone, except in training and where hidden states or attentions are
-    asked for. Who reads that layer by a hook sets `first_token_alone` of the model to False.
+    asked for. Who reads that layer by a hook or a head of their own sets `first_token_alone` of the model to False.
     """
 
     first_token_alone = True
@@ -263,7 +267,7 @@ class _Pruned(PreTrainedModel):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)  # type: ignore[no-untyped-call]
-        if "forward" not in vars(cls):  # one of its own may read what it likes
+        if _Pruned in cls.__bases__:  # not what is made of these classes: a forward of its own may read other tokens
             cls.forward = _told(cls.forward)
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
