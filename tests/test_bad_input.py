@@ -4,6 +4,7 @@ Every case asserts message, exit code, and that all files below the working dire
 bytes as before, those in hidden staging directories included.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ from typer.testing import CliRunner
 import tiny
 from gatepress.cli.app import app
 from gatepress.errors import OutputError
-from gatepress.files import new_directory, replace_file
+from gatepress.files import explained, new_directory, replace_file, temporary_directory
 
 TRAINING = ["--epochs", "1", "--batch-size", "32", "--max-length", "16", "--device", "cpu"]
 HEADER = ("text", "label")
@@ -476,6 +477,15 @@ def test_a_result_that_appeared_meanwhile_stays(here):
         write("slower")
     assert names(here) == ["out"]
     assert names(here / "out") == ["quicker.txt"]
+
+
+def test_a_full_disk_of_temporary_files_is_not_mended_by_another_output():
+    with (
+        temporary_directory() as built,
+        pytest.raises(OutputError, match=r"another disk with TMPDIR$"),
+        explained(Path(built) / "dense"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize("beside", ["gatepress_run.json", "gatepress_notes.md", None])

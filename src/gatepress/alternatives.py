@@ -6,7 +6,6 @@ gatepress makes of it, in torch, in ONNX Runtime, and in ONNX Runtime with 8-bit
 the run live in a temporary directory for as long as they are timed.
 """
 
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,7 +18,7 @@ from gatepress.checkpoint import open_base, read_run
 from gatepress.config import Layout, Target
 from gatepress.errors import UsageError
 from gatepress.export import export
-from gatepress.files import explained
+from gatepress.files import explained, temporary_directory
 from gatepress.hub import locate_model
 from gatepress.models import open_tokenizer
 from gatepress.progress import NoProgress, Progress
@@ -64,7 +63,7 @@ def run(
         raise UsageError(f"--baseline is {baseline!r}, expected one of: {', '.join(FORMS)}")
     if endtoend.check(**measuring).type != "cpu":
         raise UsageError("--alternatives compares runtimes of the CPU; leave out --device, or name the models to time")
-    with tempfile.TemporaryDirectory(prefix="gatepress-") as root:
+    with temporary_directory() as root:
         _build(run_dir, Path(root), target, max(measuring.get("seq_lens", (0,))), progress or NoProgress())
         names = [baseline, *(name for name in FORMS if name != baseline)]
         targets = {name: Path(root, FORMS[name]) if FORMS[name] else run_dir for name in names}

@@ -18,6 +18,7 @@ from gatepress.errors import ArtifactError, GatepressError, OutputError
 
 MAX_JSON_BYTES = 64 * 1024 * 1024
 _MANIFESTS = ("gatepress_run.json", "gatepress_pruned.json", "gatepress_onnx.json")
+_TEMPORARY = "gatepress-tmp-"
 _WRITTEN = (  # beside a manifest and what that names: early releases named no tokenizers
     *(*_MANIFESTS, "gates-*.safetensors", "state-*.safetensors", "probe.safetensors"),
     *("model.safetensors", "config.json", "README.md", "modeling_gatepress.py", "model.onnx", "model.onnx.data"),
@@ -60,6 +61,11 @@ def _os_error_in(error: Exception) -> OSError | None:
     return OSError(int(told[1]), os.strerror(int(told[1]))) if told else None
 
 
+def temporary_directory() -> tempfile.TemporaryDirectory[str]:
+    """Return a directory for what is only built to be timed; `explained` knows it, and names `TMPDIR` there."""
+    return tempfile.TemporaryDirectory(prefix=_TEMPORARY)
+
+
 @contextlib.contextmanager
 def explained(target: Path) -> Iterator[None]:
     """Turn an `OSError` while writing `target` into one `OutputError` with the remedy."""
@@ -71,12 +77,13 @@ def explained(target: Path) -> Iterator[None]:
         error = _os_error_in(found)
         if error is None:
             raise
+        by = "TMPDIR" if any(part.startswith(_TEMPORARY) for part in target.parts) else "-o"
         remedy = {
-            errno.ENOSPC: "free some space or choose another disk with -o",
-            errno.EDQUOT: "free some space or choose another disk with -o",
-            errno.EACCES: "choose a directory that you may write to with -o",
-            errno.EROFS: "choose a directory that you may write to with -o",
-        }.get(error.errno or 0, "choose another output with -o")
+            errno.ENOSPC: f"free some space or choose another disk with {by}",
+            errno.EDQUOT: f"free some space or choose another disk with {by}",
+            errno.EACCES: f"choose a directory that you may write to with {by}",
+            errno.EROFS: f"choose a directory that you may write to with {by}",
+        }.get(error.errno or 0, f"choose another output with {by}")
         reason = error.strerror or str(error)
         raise OutputError(f"{target}: cannot write ({reason}); {remedy}") from found
 

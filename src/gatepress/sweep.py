@@ -13,7 +13,6 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -34,7 +33,7 @@ from gatepress.checkpoint import dense_base, read_run
 from gatepress.config import DEFAULT_TARGET, METHODS, RUN_FILE, Method, Target, TrainSettings, spelled
 from gatepress.errors import ArtifactError, MissingExtraError, ModelError, OutputError, UsageError
 from gatepress.export import export
-from gatepress.files import check_output, json_text, read_json, refuse_held, replace_file
+from gatepress.files import check_output, json_text, read_json, refuse_held, replace_file, temporary_directory
 from gatepress.hub import locate_model
 from gatepress.manifests import SWEEP_FILE, SWEEP_FORMAT, read_manifest
 from gatepress.progress import NoProgress, Progress
@@ -168,7 +167,7 @@ class _Sweep:
             points.setdefault(cell.point, cell)
         if {record.name for record in self.records} == set(points):
             return
-        with tempfile.TemporaryDirectory(prefix="gatepress-") as root:
+        with temporary_directory() as root:
             progress.start(len(points), "building what is timed")
             try:
                 built = {}
