@@ -79,13 +79,13 @@ def explained(target: Path) -> Iterator[None]:
             raise
         by = "TMPDIR" if any(part.startswith(_TEMPORARY) for part in target.parts) else "-o"
         remedy = {
-            errno.ENOSPC: f"free some space or choose another disk with {by}",
-            errno.EDQUOT: f"free some space or choose another disk with {by}",
-            errno.EACCES: f"choose a directory that you may write to with {by}",
-            errno.EROFS: f"choose a directory that you may write to with {by}",
-        }.get(error.errno or 0, f"choose another output with {by}")
+            errno.ENOSPC: "free some space or choose another disk",
+            errno.EDQUOT: "free some space or choose another disk",
+            errno.EACCES: "choose a directory that you may write to",
+            errno.EROFS: "choose a directory that you may write to",
+        }.get(error.errno or 0, "choose another output")
         reason = error.strerror or str(error)
-        raise OutputError(f"{target}: cannot write ({reason}); {remedy}") from found
+        raise OutputError(f"{target}: cannot write ({reason}); {remedy} with {by}") from found
 
 
 def _open_to_readers(path: Path) -> None:
