@@ -62,16 +62,14 @@ class GateVector:
     axis: str = ""
 
 
-def gate_vectors(
-    model: nn.Module, layers: list[Layer], granularity: Granularity, *, equal_heads: bool = True
-) -> list[GateVector]:
+def gate_vectors(model: nn.Module, layers: list[Layer], granularity: Granularity) -> list[GateVector]:
     """Return the model's gate vectors with costs.
 
     A structured gate removes a row and a column (two matrices), a matrix gate one row or column, a head
-    as much as all of its dimensions. With `equal_heads` the dimensions of heads close alike in every head.
+    as much as all of its dimensions. Gates of single dimensions close alike in every head.
     """
     alone = granularity == "matrix"
-    of_heads = INSIDE_HEADS if equal_heads and granularity != "heads" else ()
+    of_heads = INSIDE_HEADS if granularity != "heads" else ()
     vectors = []
     for number, layer in enumerate(layers):
         for role in ROLES:
@@ -377,9 +375,7 @@ class Budget:
 
 def budget_of(model: nn.Module, layers: list[Layer], settings: TrainSettings, *, steps: int, tokens: int) -> Budget:
     """Return the budget of a prepared model as `settings` asks for it; `macs` count attention at `tokens` tokens."""
-    # The paper's gates know no heads; closure pads each of them to the widest.
-    paper = settings.granularity == "matrix" and settings.controller == "penalty"
-    vectors = gate_vectors(model, layers, settings.granularity, equal_heads=not paper)
+    vectors = gate_vectors(model, layers, settings.granularity)
     removed = None
     if settings.unit not in ("gates", "vectors"):
         removed = removed_by(model, layers, vectors, settings.unit, tokens=tokens, costs=analytic(DEFAULT_TARGET))
