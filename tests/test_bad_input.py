@@ -22,6 +22,7 @@ import pytest
 from typer.testing import CliRunner
 
 import tiny
+from gatepress import latency
 from gatepress.cli.app import app
 from gatepress.errors import OutputError
 from gatepress.files import explained, new_directory, replace_file, temporary_directory
@@ -486,6 +487,15 @@ def test_a_full_disk_of_temporary_files_is_not_mended_by_another_output():
         explained(Path(built) / "dense"),
     ):
         raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_while_a_latency_table_is_measured_names_it_too(monkeypatch):
+    def full(_: object, file: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(file))
+
+    monkeypatch.setattr("gatepress.latency.onnx.save", full)
+    with pytest.raises(OutputError, match=r"cannot write \(No space left on device\); .* another disk with TMPDIR$"):
+        latency.measure("ort-cpu")
 
 
 @pytest.mark.parametrize("beside", ["gatepress_run.json", "gatepress_notes.md", None])

@@ -27,6 +27,7 @@ from gatepress import __version__, costs
 from gatepress.config import Target
 from gatepress.costs import Costs, Entry, Op
 from gatepress.errors import ArtifactError, DeviceError, OutputError, UsageError
+from gatepress.files import explained, temporary_directory
 from gatepress.machine import device_name
 from gatepress.modeling_gatepress import pick
 from gatepress.progress import NoProgress, Progress
@@ -208,7 +209,7 @@ def _session(
     constants = [numpy_helper.from_array(value, name) for name, value in values.items()]
     graph = helper.make_graph(nodes, "one", ends[:1], ends[1:], constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    with tempfile.TemporaryDirectory() as place:
+    with temporary_directory() as place, explained(Path(place)):
         file = Path(place) / "one.onnx"
         onnx.save(model, file)
         if target == "ort-int8" and nodes[0].op_type == "MatMul":

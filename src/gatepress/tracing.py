@@ -9,7 +9,6 @@ import errno
 import json
 import logging
 import os
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from transformers import PreTrainedModel
 from gatepress import shortcuts
 from gatepress.agreement import random_rows
 from gatepress.errors import ModelError, reason_of
+from gatepress.files import explained, temporary_directory
 from gatepress.runners import Batch, input_names
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def operators(file: Path, batch: Batch) -> dict[str, int]:
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
     options.enable_profiling = True
-    with tempfile.TemporaryDirectory() as directory:
+    with temporary_directory() as directory, explained(Path(directory)):
         options.profile_file_prefix = str(Path(directory) / "profile")
         session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         session.run(None, {one.name: batch[one.name] for one in session.get_inputs()})
