@@ -38,6 +38,7 @@ TIMINGS = (
     "speed_base_avx2",
     "speed_trained",
     "speed_trained_xeon",
+    "speed_trained_xeon_penalty",
     "speed_trained_avx2",
     "speed_structured_minilm",
     "speed_structured_roberta-base",
