@@ -26,6 +26,7 @@ from gatepress.config import Granularity, Layout
 from gatepress.errors import ModelError
 from gatepress.gates import GatedLinear, counted, gates_of
 from gatepress.inject import attach_gates_, gated_linear
+from gatepress.modeling_gatepress import GATHER_FROM, pick
 from gatepress.pruning import _write
 from gatepress.resolve import resolve
 
@@ -51,6 +52,22 @@ def gated_model(family: str, granularity: Granularity, closed: float = 0.4, seed
 @torch.inference_mode()
 def logits(model: PreTrainedModel, family: str) -> Tensor:
     return model(**tiny.random_batch(family)).logits
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 5), (2, 3, 5), (1, 1, 5)])
+@pytest.mark.parametrize("threads", [1, GATHER_FROM])
+def test_any_shape_is_picked_from_with_any_number_of_threads(shape: tuple[int, ...], threads: int) -> None:
+    x, index = torch.randn(shape, requires_grad=True), torch.tensor([4, 0, 6, 2, 5])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        picked = pick(x, index, zeros=2)
+    finally:
+        torch.set_num_threads(before)
+    zero = x.new_zeros(shape[:-1])
+    assert torch.equal(picked, torch.stack([x[..., 4], x[..., 0], zero, x[..., 2], zero], -1))
+    picked.sum().backward()
+    assert torch.equal(x.grad, torch.tensor([1.0, 0, 1, 0, 1]).expand(shape))
 
 
 @pytest.mark.parametrize(("granularity", "layout"), list(itertools.product(GRANULARITIES, LAYOUTS)))
