@@ -25,6 +25,7 @@ from gatepress import errors
 from gatepress.cli import demo as demo_verb
 from gatepress.cli import train as train_verb
 from gatepress.cli._console import Terminated
+from gatepress.cli._groups import spread
 from gatepress.cli._progress import BarProgress, LineProgress, clock_text, rate_text
 from gatepress.cli.app import app
 from gatepress.config import DataSettings, TrainSettings
@@ -206,7 +207,7 @@ def test_version():
 
 
 def test_every_setting_has_an_option_with_its_default():
-    parameters = inspect.signature(train_verb.train).parameters
+    parameters = inspect.signature(spread(train_verb.train)).parameters
     for settings in (TrainSettings, DataSettings):
         for field in fields(settings):
             if field.name != "data":

@@ -1,5 +1,6 @@
 """The options that commands share: one annotated type each, so that `--help` says the same everywhere."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -450,6 +451,97 @@ Debug = Annotated[
 ]
 
 
+# --- groups: what several commands take together (_groups.py) ---------------------------------------
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows a model is measured on."""
+
+    task: Task = None
+    data_dir: DataDir = None
+    validation_file: ValidationFile = None
+    text_column: TextColumn = None
+    text_pair_column: TextPairColumn = None
+    label_column: LabelColumn = None
+    max_validation_samples: MaxValidationSamples = None
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """Which rows a model learns from and is measured on: the fields of `DataSettings`."""
+
+    task: Task = None
+    data_dir: DataDir = None
+    train_file: TrainFile = None
+    validation_file: ValidationFile = None
+    text_column: TextColumn = None
+    text_pair_column: TextPairColumn = None
+    label_column: LabelColumn = None
+    max_train_samples: MaxTrainSamples = None
+    max_validation_samples: MaxValidationSamples = None
+
+
+@dataclass(frozen=True)
+class Base:
+    """What is trained."""
+
+    model: Model = TrainSettings.model
+    revision: Revision = TrainSettings.revision
+
+
+@dataclass(frozen=True)
+class Gating:
+    """Which gates there are and how they close."""
+
+    budget: BudgetOption = TrainSettings.budget
+    granularity: GranularityOption = TrainSettings.granularity
+    gate_axes: GateAxesOption = TrainSettings.gate_axes
+    matrices: Matrices = ALL_MATRICES
+    controller: ControllerOption = TrainSettings.controller
+    lora_rank: LoraRank = TrainSettings.lora_rank
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """For how long, how fast, and behind which teacher."""
+
+    distill: Distill = TrainSettings.distill
+    open_epochs: OpenEpochs = TrainSettings.open_epochs
+    closing: Closing = TrainSettings.closing
+    epochs: Epochs = TrainSettings.epochs
+    batch_size: BatchSize = TrainSettings.batch_size
+    max_length: MaxLength = TrainSettings.max_length
+    learning_rate: LearningRate = TrainSettings.learning_rate
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where it is trained, in which arithmetic, from which seed."""
+
+    seed: Seed = TrainSettings.seed
+    device: DeviceOption = "auto"
+    precision: PrecisionOption = TrainSettings.precision
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a command prints: the parameters of `_console.session`."""
+
+    as_json: Json = False
+    quiet: Quiet = False
+    debug: Debug = False
+
+
+def train_settings(
+    rows: TrainingRows, base: Base, gating: Gating, *groups: Schedule | Machine, **others: Any
+) -> TrainSettings:
+    """Return what groups of options ask of a training, with `others` of its settings."""
+    given = {name: value for group in (base, gating, *groups) for name, value in vars(group).items()} | others
+    given["matrices"] = words(gating.matrices)
+    return TrainSettings(data=data_settings(**vars(rows)), **given)
+
+
 ROWS = {"task", "validation_file"}  # options that say which rows; the others say how
 
 
@@ -461,19 +553,19 @@ def data_settings(**given: Any) -> DataSettings:
     return settings
 
 
-def asked_data(**given: Any) -> DataSettings | None:
+def asked_data(rows: Rows) -> DataSettings | None:
     """Return where rows come from, or None where no option speaks of data at all."""
-    said = said_of(given)
+    said = said_of(vars(rows))
     if said and not ROWS & set(said):
         options = ", ".join(map(spelled, said))
         raise UsageError(f"{options} does not say which rows; give --task NAME or --validation-file FILE with it")
-    return data_settings(**given) if said else None
+    return data_settings(**vars(rows)) if said else None
 
 
-def rows_of(**given: Any) -> dict[str, Any]:
+def rows_of(rows: Rows) -> dict[str, Any]:
     """Return `data`, where options say which rows, or else the `changes` that they make to what a manifest says."""
-    changes = said_of(given)
-    data = data_settings(**given) if ROWS & set(changes) else None
+    changes = said_of(vars(rows))
+    data = data_settings(**vars(rows)) if ROWS & set(changes) else None
     return {"data": data, "changes": None if data else changes}
 
 

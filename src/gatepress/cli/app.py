@@ -12,6 +12,7 @@ from typer.core import TyperCommand, TyperGroup
 import gatepress
 from gatepress.cli import bench, demo, evaluate, export, inspect, prune, report, sweep, train, verify
 from gatepress.cli._console import INTERRUPTED, SIGNALS, Screen, Terminated, explain, is_first, leave, mend_streams
+from gatepress.cli._groups import spread
 from gatepress.cli._options import examples
 
 
@@ -113,17 +114,9 @@ def root(
     """
 
 
-# In the order of use.
-app.command(cls=Verb, epilog=train.EXAMPLES)(train.train)
-app.command(cls=Verb, epilog=prune.EXAMPLES)(prune.prune)
-app.command(cls=Verb, epilog=export.EXAMPLES)(export.export)
-app.command(cls=Verb, epilog=bench.EXAMPLES)(bench.bench)
-app.command(cls=Verb, epilog=evaluate.EXAMPLES)(evaluate.evaluate)
-app.command(cls=Verb, epilog=sweep.EXAMPLES)(sweep.sweep)
-app.command(cls=Verb, epilog=inspect.EXAMPLES)(inspect.inspect)
-app.command(cls=Verb, epilog=verify.EXAMPLES)(verify.verify)
-app.command(cls=Verb, epilog=report.EXAMPLES)(report.report)
-app.command(cls=Verb, epilog=demo.EXAMPLES)(demo.demo)
+for verb in (train, prune, export, bench, evaluate, sweep, inspect, verify, report, demo):  # in the order of use
+    command = getattr(verb, verb.__name__.rpartition(".")[2])
+    app.command(cls=Verb, epilog=verb.EXAMPLES)(spread(command))
 
 
 VERBS = [str(command.name or getattr(command.callback, "__name__", "")) for command in app.registered_commands]

@@ -151,20 +151,7 @@ def bench(  # noqa: PLR0913 - every option is a parameter
         ),
     ] = None,
     seed: opt.MeasuringSeed = 0,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="With models: time passes over the validation rows of this task instead of made-up batches.",
-            rich_help_panel=opt.DATA,
-        ),
-    ] = None,
-    data_dir: opt.DataDir = None,
-    validation_file: opt.ValidationFile = None,
-    text_column: opt.TextColumn = None,
-    text_pair_column: opt.TextPairColumn = None,
-    label_column: opt.LabelColumn = None,
-    max_validation_samples: opt.MaxValidationSamples = None,
+    rows: opt.Rows,
     max_length: Annotated[
         int | None,
         typer.Option(
@@ -189,34 +176,24 @@ def bench(  # noqa: PLR0913 - every option is a parameter
         ),
     ] = None,
     force: opt.Force = False,
-    as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    debug: opt.Debug = False,
+    shown: opt.Shown,
 ) -> None:
     """Time models against each other, or one weight.
 
     With models, the first is what the others are compared with. Without, one weight is multiplied with
     all and with some of its columns: what removing them gains. All that is compared takes turns on the
-    same inputs, so that a machine that slows down slows everything. Shown are medians with their
-    spread; a time factor of 2.00x means twice as fast as the first.
+    same inputs, so that a machine that slows down slows everything. Batches are made up; with --task or
+    --validation-file the passes are over those rows. Shown are medians with their spread; a time factor
+    of 2.00x means twice as fast as the first.
     """
-    with session(as_json=as_json, quiet=quiet, debug=debug) as screen:
-        data = {
-            "task": task,
-            "data_dir": data_dir,
-            "validation_file": validation_file,
-            "text_column": text_column,
-            "text_pair_column": text_pair_column,
-            "label_column": label_column,
-            "max_validation_samples": max_validation_samples,
-        }
+    with session(**vars(shown)) as screen:
         weights = {"shape": shape, "sparsity": sparsity, "tokens": tokens}
         models = {
             "batch_size": batch_size,
             "seq_len": seq_len,
             "max_length": max_length,
             "precision": precision,
-            **data,
+            **vars(rows),
         }
         if latency_table is not None:
             others = {**weights, **models, "plot": plot, "fail_under": fail_under, "for": for_target}
@@ -238,8 +215,8 @@ def bench(  # noqa: PLR0913 - every option is a parameter
         )
         plain = {"tokens": tokens, "max_length": max_length, "repetitions": repetitions, "warmup": warmup}
         asked |= {name: value for name, value in plain.items() if value is not None}
-        rows = opt.asked_data(**data)
-        if targets and rows:
+        data = opt.asked_data(rows)
+        if targets and data:
             _refuse_given({"seq-len": seq_len}, "means nothing to the rows of a task, which are as long as they are")
         elif targets:
             _refuse_given({"max-length": max_length}, "cuts rows of a task; give --task, or --seq-len in its place")
@@ -249,10 +226,10 @@ def bench(  # noqa: PLR0913 - every option is a parameter
         for path, check in ((output, render.check_report), (plot, render.check_plot)):
             if path is not None:
                 check(path, force=force)  # before anything is timed
-                refuse_overwriting(path, (*(targets or ()), data_dir, validation_file))
+                refuse_overwriting(path, (*(targets or ()), rows.data_dir, rows.validation_file))
         asked |= {"device": device, "threads": threads, "seed": seed, "progress": screen.progress}
         if targets:
-            asked |= {"data": rows, "trust_remote_code": trust_remote_code}
+            asked |= {"data": data, "trust_remote_code": trust_remote_code}
         asked |= {name: value for name, value in built.items() if value is not None}
         records = _records(targets, alternatives=alternatives, **asked)
         _deliver(screen, records, {"output": output, "plot": plot}, fail_under, force=force)

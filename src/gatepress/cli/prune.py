@@ -67,9 +67,7 @@ def prune(  # noqa: PLR0913 - every option is a parameter
         opt.output_option("DIR", "Directory of the smaller model; pruned/RUN unless given."),
     ] = None,
     force: opt.Force = False,
-    as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    debug: opt.Debug = False,
+    shown: opt.Shown,
 ) -> None:
     """Cut the closed gates out of the weights.
 
@@ -78,7 +76,7 @@ def prune(  # noqa: PLR0913 - every option is a parameter
     written. It loads with gatepress.load_pruned(DIR) or with plain transformers. Next step: gatepress
     export.
     """
-    with session(as_json=as_json, quiet=quiet, debug=debug) as screen:
+    with session(**vars(shown)) as screen:
         directory = output or Path("pruned") / run.resolve().name
         asked = None if sparsity is None else opt.numbers("--sparsity", sparsity)
         outputs = _outputs(directory, asked)

@@ -47,9 +47,7 @@ def report(  # noqa: PLR0913 - every option is a parameter
         opt.output_option("FILE", "The page, as .html."),
     ] = Path("report.html"),
     force: opt.Force = False,
-    as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    debug: opt.Debug = False,
+    shown: opt.Shown,
 ) -> None:
     """Write one HTML page to look at, to print and to send.
 
@@ -57,7 +55,7 @@ def report(  # noqa: PLR0913 - every option is a parameter
     and the commands that make it again. The file is complete in itself: it asks no other host for
     anything, and needs no script. Only manifests are read, so it takes a moment.
     """
-    with session(as_json=as_json, quiet=quiet, debug=debug) as screen:
+    with session(**vars(shown)) as screen:
         from gatepress.report import build
 
         result = build.report(directories, output, benches=bench or (), title=title, force=force)

@@ -21,17 +21,8 @@ EXAMPLES = opt.examples(
 
 def sweep(  # noqa: PLR0913 - every option is a parameter
     *,
-    task: opt.Task = None,
-    data_dir: opt.DataDir = None,
-    train_file: opt.TrainFile = None,
-    validation_file: opt.ValidationFile = None,
-    text_column: opt.TextColumn = None,
-    text_pair_column: opt.TextPairColumn = None,
-    label_column: opt.LabelColumn = None,
-    max_train_samples: opt.MaxTrainSamples = None,
-    max_validation_samples: opt.MaxValidationSamples = None,
-    model: opt.Model = TrainSettings.model,
-    revision: opt.Revision = TrainSettings.revision,
+    rows: opt.TrainingRows,
+    base: opt.Base,
     sparsity: Annotated[
         str,
         typer.Option(
@@ -52,12 +43,7 @@ def sweep(  # noqa: PLR0913 - every option is a parameter
             rich_help_panel=opt.GATES,
         ),
     ] = TrainSettings.method,
-    budget: opt.BudgetOption = TrainSettings.budget,
-    granularity: opt.GranularityOption = TrainSettings.granularity,
-    gate_axes: opt.GateAxesOption = TrainSettings.gate_axes,
-    matrices: opt.Matrices = opt.ALL_MATRICES,
-    controller: opt.ControllerOption = TrainSettings.controller,
-    lora_rank: opt.LoraRank = TrainSettings.lora_rank,
+    gating: opt.Gating,
     seeds: Annotated[
         int,
         typer.Option(
@@ -67,16 +53,8 @@ def sweep(  # noqa: PLR0913 - every option is a parameter
             rich_help_panel=opt.TRAINING,
         ),
     ] = 1,
-    distill: opt.Distill = TrainSettings.distill,
-    open_epochs: opt.OpenEpochs = TrainSettings.open_epochs,
-    closing: opt.Closing = TrainSettings.closing,
-    epochs: opt.Epochs = TrainSettings.epochs,
-    learning_rate: opt.LearningRate = TrainSettings.learning_rate,
-    batch_size: opt.BatchSize = TrainSettings.batch_size,
-    max_length: opt.MaxLength = TrainSettings.max_length,
-    seed: opt.Seed = TrainSettings.seed,
-    device: opt.DeviceOption = "auto",
-    precision: opt.PrecisionOption = TrainSettings.precision,
+    schedule: opt.Schedule,
+    machine: opt.Machine,
     target: opt.TargetOption = DEFAULT_TARGET,
     bench_batch_size: Annotated[
         str,
@@ -113,9 +91,7 @@ def sweep(  # noqa: PLR0913 - every option is a parameter
             rich_help_panel=opt.OUTPUT,
         ),
     ] = False,
-    as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    debug: opt.Debug = False,
+    shown: opt.Shown,
 ) -> None:
     """Find the sparsity that pays.
 
@@ -125,38 +101,8 @@ def sweep(  # noqa: PLR0913 - every option is a parameter
     Interrupt it at any time: the same command goes on with what is missing, and sparsities, methods and
     seeds may be added. All runs stay in DIR/runs, each as gatepress train leaves it.
     """
-    with session(as_json=as_json, quiet=quiet, debug=debug) as screen:
-        settings = TrainSettings(
-            data=opt.data_settings(
-                task=task,
-                data_dir=data_dir,
-                train_file=train_file,
-                validation_file=validation_file,
-                text_column=text_column,
-                text_pair_column=text_pair_column,
-                label_column=label_column,
-                max_train_samples=max_train_samples,
-                max_validation_samples=max_validation_samples,
-            ),
-            model=model,
-            revision=revision,
-            budget=budget,
-            granularity=granularity,
-            gate_axes=gate_axes,
-            matrices=opt.words(matrices),
-            controller=controller,
-            lora_rank=lora_rank,
-            distill=distill,
-            open_epochs=open_epochs,
-            closing=closing,
-            epochs=epochs,
-            learning_rate=learning_rate,
-            batch_size=batch_size,
-            max_length=max_length,
-            seed=seed,
-            device=device,
-            precision=precision,
-        )
+    with session(**vars(shown)) as screen:
+        settings = opt.train_settings(rows, base, gating, schedule, machine)
         asked: dict[str, Any] = {
             "methods": list(opt.words(method)),
             "sparsities": opt.numbers("--sparsity", sparsity),

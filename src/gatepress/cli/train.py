@@ -31,43 +31,21 @@ KINDS = ("gates", "biases", "layer_norms", "low_rank", "base", "head", "total")
 def train(  # noqa: PLR0913 - every option is a parameter
     *,
     context: opt.Context,
-    task: opt.Task = None,
-    data_dir: opt.DataDir = None,
-    train_file: opt.TrainFile = None,
-    validation_file: opt.ValidationFile = None,
-    text_column: opt.TextColumn = None,
-    text_pair_column: opt.TextPairColumn = None,
-    label_column: opt.LabelColumn = None,
-    max_train_samples: opt.MaxTrainSamples = None,
-    max_validation_samples: opt.MaxValidationSamples = None,
-    model: opt.Model = TrainSettings.model,
-    revision: opt.Revision = TrainSettings.revision,
+    rows: opt.TrainingRows,
+    base: opt.Base,
     method: opt.MethodOption = TrainSettings.method,
     sparsity: opt.Sparsity = TrainSettings.sparsity,
-    budget: opt.BudgetOption = TrainSettings.budget,
-    granularity: opt.GranularityOption = TrainSettings.granularity,
-    gate_axes: opt.GateAxesOption = TrainSettings.gate_axes,
-    matrices: opt.Matrices = opt.ALL_MATRICES,
-    controller: opt.ControllerOption = TrainSettings.controller,
-    lora_rank: opt.LoraRank = TrainSettings.lora_rank,
+    gating: opt.Gating,
     train_biases: opt.TrainBiases = TrainSettings.train_biases,
     train_layer_norms: opt.TrainLayerNorms = TrainSettings.train_layer_norms,
     penalty_weight: opt.PenaltyWeight = TrainSettings.penalty_weight,
     start: opt.Start = TrainSettings.start,
-    distill: opt.Distill = TrainSettings.distill,
-    open_epochs: opt.OpenEpochs = TrainSettings.open_epochs,
-    closing: opt.Closing = TrainSettings.closing,
-    epochs: opt.Epochs = TrainSettings.epochs,
-    batch_size: opt.BatchSize = TrainSettings.batch_size,
-    max_length: opt.MaxLength = TrainSettings.max_length,
-    learning_rate: opt.LearningRate = TrainSettings.learning_rate,
+    schedule: opt.Schedule,
     gate_learning_rate: opt.GateLearningRate = TrainSettings.gate_learning_rate,
     weight_decay: opt.WeightDecay = TrainSettings.weight_decay,
     warmup_ratio: opt.WarmupRatio = TrainSettings.warmup_ratio,
     save_every: opt.SaveEvery = TrainSettings.save_every,
-    seed: opt.Seed = TrainSettings.seed,
-    device: opt.DeviceOption = "auto",
-    precision: opt.PrecisionOption = TrainSettings.precision,
+    machine: opt.Machine,
     output: Annotated[
         Path | None,
         opt.output_option(
@@ -76,9 +54,7 @@ def train(  # noqa: PLR0913 - every option is a parameter
     ] = None,
     force: opt.TrainForce = False,
     resume: opt.Resume = None,
-    as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    debug: opt.Debug = False,
+    shown: opt.Shown,
 ) -> None:
     """Learn a task while gates close.
 
@@ -88,7 +64,7 @@ def train(  # noqa: PLR0913 - every option is a parameter
     belongs to. Stopped at any moment, a run goes on with --resume. Next step: gatepress prune. Other
     --method close no gates: full finetuning and adapters, to compare with, or to press afterwards.
     """
-    with session(as_json=as_json, quiet=quiet, debug=debug, launched=True) as screen:
+    with session(**vars(shown), launched=True) as screen:
         if resume is not None:
             opt.refuse_beside("--resume", context)
 
@@ -96,46 +72,22 @@ def train(  # noqa: PLR0913 - every option is a parameter
 
             _work(screen, resume, partial(training.resume, resume))
             return
-        settings = TrainSettings(
-            data=opt.data_settings(
-                task=task,
-                data_dir=data_dir,
-                train_file=train_file,
-                validation_file=validation_file,
-                text_column=text_column,
-                text_pair_column=text_pair_column,
-                label_column=label_column,
-                max_train_samples=max_train_samples,
-                max_validation_samples=max_validation_samples,
-            ),
-            model=model,
-            revision=revision,
+        settings = opt.train_settings(
+            rows,
+            base,
+            gating,
+            schedule,
+            machine,
             method=method,
             sparsity=sparsity,
-            budget=budget,
-            granularity=granularity,
-            gate_axes=gate_axes,
-            matrices=opt.words(matrices),
-            controller=controller,
-            lora_rank=lora_rank,
             train_biases=train_biases,
             train_layer_norms=train_layer_norms,
-            start=start,
-            distill=distill,
-            open_epochs=open_epochs,
-            closing=closing,
-            epochs=epochs,
-            batch_size=batch_size,
-            max_length=max_length,
-            learning_rate=learning_rate,
-            gate_learning_rate=gate_learning_rate,
             penalty_weight=penalty_weight,
+            start=start,
+            gate_learning_rate=gate_learning_rate,
             weight_decay=weight_decay,
             warmup_ratio=warmup_ratio,
             save_every=save_every,
-            seed=seed,
-            device=device,
-            precision=precision,
         )
         target = output or Path("runs") / default_run_name(settings)
         check_output(target, force=force)  # at once: what follows takes seconds to import

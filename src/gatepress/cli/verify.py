@@ -20,9 +20,7 @@ EXAMPLES = opt.examples(
 def verify(
     directory: opt.Written,
     *,
-    as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    debug: opt.Debug = False,
+    shown: opt.Shown,
 ) -> None:
     """Check that a directory is whole.
 
@@ -30,7 +28,7 @@ def verify(
     the configuration, a run's base model is the one it was trained on, logits are finite. Needs no
     network. Exit code 1 with one line for each fault.
     """
-    with session(as_json=as_json, quiet=quiet, debug=debug) as screen:
+    with session(**vars(shown)) as screen:
         from gatepress import verifying
 
         result = verifying.verify(directory)
