@@ -95,7 +95,7 @@ def pick(x: Tensor, index: Tensor, zeros: int = 0) -> Tensor:
     """Return `x[..., index]`, with so many zeros behind x; when exported, by way of the transposed x."""
     if zeros:
         x = functional.pad(x, (0, zeros))
-    rows = x.reshape(-1, x.shape[-1])  # a bias has one
+    rows = x.reshape(-1, x.shape[-1])  # one, where x is a bias
     if torch.compiler.is_exporting():
         picked = rows.t().index_select(0, index).t()
     elif not torch.compiler.is_compiling() and x.device.type == "cpu" and torch.get_num_threads() < GATHER_FROM:
