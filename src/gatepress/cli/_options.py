@@ -533,21 +533,19 @@ class Shown:
     debug: Debug = False
 
 
-def train_settings(
-    rows: TrainingRows, base: Base, gating: Gating, *groups: Schedule | Machine, **others: Any
-) -> TrainSettings:
+def train_settings(rows: TrainingRows, *groups: Base | Gating | Schedule | Machine, **others: Any) -> TrainSettings:
     """Return what groups of options ask of a training, with `others` of its settings."""
-    given = {name: value for group in (base, gating, *groups) for name, value in vars(group).items()} | others
-    given["matrices"] = words(gating.matrices)
-    return TrainSettings(data=data_settings(**vars(rows)), **given)
+    given = {name: value for group in groups for name, value in vars(group).items()} | others
+    given["matrices"] = words(given["matrices"])
+    return TrainSettings(data=data_settings(rows), **given)
 
 
 ROWS = {"task", "validation_file"}  # options that say which rows; the others say how
 
 
-def data_settings(**given: Any) -> DataSettings:
+def data_settings(rows: Rows | TrainingRows) -> DataSettings:
     """Return where rows come from; an unknown task is told at once, before anything slow is imported."""
-    settings = DataSettings(**given)
+    settings = DataSettings(**vars(rows))
     if settings.task is not None:
         task_named(settings.task)
     return settings
@@ -559,13 +557,13 @@ def asked_data(rows: Rows) -> DataSettings | None:
     if said and not ROWS & set(said):
         options = ", ".join(map(spelled, said))
         raise UsageError(f"{options} does not say which rows; give --task NAME or --validation-file FILE with it")
-    return data_settings(**vars(rows)) if said else None
+    return data_settings(rows) if said else None
 
 
 def rows_of(rows: Rows) -> dict[str, Any]:
     """Return `data`, where options say which rows, or else the `changes` that they make to what a manifest says."""
     changes = said_of(vars(rows))
-    data = data_settings(**vars(rows)) if ROWS & set(changes) else None
+    data = data_settings(rows) if ROWS & set(changes) else None
     return {"data": data, "changes": None if data else changes}
 
 
