@@ -24,6 +24,7 @@ import rotation
 import steps
 import training_time
 from cells import TASKS
+from speed import AGAIN
 
 from gatepress.bench import render
 from gatepress.bench.record import Record
@@ -69,73 +70,37 @@ def defaults_table(rows: list[dict[str, Any]]) -> str:
 
 def grid_table(rows: list[dict[str, Any]]) -> str:
     """Return whether the chosen layout was ever slower than a fixed one, in Markdown."""
-    cells: dict[tuple[Any, ...], dict[str, Record]] = {}
-    twins: dict[tuple[Any, ...], str | None] = {}
-    for row in rows:
-        record = Record.from_json(row["record"])
-        key = (row["encoder"], row["target"], row["sparsity_asked"], record.batch_size, record.seq_len)
-        cells.setdefault(key, {})[record.name] = record
-        twins[key] = row["auto_is"]
-    one = next(iter(next(iter(cells.values())).values()))
+    names = ["shape", "runtime", "closed", "batch x length", "dense", "inner", "index", "auto", "auto against dense"]
+    names += ["the fastest beside it", "against that", "in single rounds", "noise"]
     lines, behind, noise = [], [], []
-    for key, found in cells.items():
-        encoder, target, sparsity, batch, length = key
-        times = {name: record.latency_ms_median for name, record in found.items()}
-        twin = twins[key]
-        if twin is None:
-            best = min(found.keys() - {"auto"}, key=times.__getitem__)
-            behind.append(_ratio(found["auto"], found[best]) - 1)
-        else:
-            noise.append(abs(_ratio(found["auto"], found[twin]) - 1))
-        shown = " | ".join(f"{times[name]:.2f}" for name in ("dense", "inner", "index", "auto"))
-        against = f"is {twin}" if twin else f"{behind[-1]:+.1%}"
-        lines.append(
-            f"| {encoder} | {target} | {sparsity:.0%} | {batch} x {length} | {shown} "
-            f"| {times['dense'] / times['auto']:.2f}x | {against} |"
-        )
-    above = sum(1 for one in behind if one > TOLERATED)
-    together = _over_all_sizes(cells)
+    for row in rows:
+        ms = {name: f"{statistics.median(times):.2f}" for name, times in row["ms"].items()}
+        over = {name: statistics.median(ratios) - 1 for name, ratios in row["auto_over"].items()}
+        noise.append(abs(over.pop(AGAIN)))
+        best = max(over, key=over.__getitem__)
+        behind.append(over[best])
+        rounds = [ratio - 1 for ratio in row["auto_over"][best]]
+        cells = [row["encoder"], row["target"], f"{row['sparsity_asked']:.0%}"]
+        cells += [f"{row['batch_size']} x {row['seq_len']}"]
+        cells += [ms.get(name, "as auto") for name in ("dense", "inner", "index", "auto")]
+        cells += [f"{1 / (1 + over['dense']):.2f}x", best, f"{behind[-1]:+.1%}"]
+        cells += [f"{min(rounds):+.1%} to {max(rounds):+.1%}", f"{noise[-1]:.1%}"]
+        lines.append(f"| {' | '.join(cells)} |\n")
+    one = rows[0]
+    above = sum(1 for part in behind if part > TOLERATED)
     return (
         "# Is the chosen layout ever slower than a fixed one?\n\n`python benchmarks/speed.py grid`. Matrix gates "
-        "closed at random, on both axes of every matrix. Medians in milliseconds, each row one interleaved run. The "
-        "last column compares with the one of dense, inner and index whose median is the lowest: calls that took turns "
-        f"in pairs, and the median of their ratios. {one.device_name}, {one.threads} threads, {_range(cells)} "
-        f"repetitions.\n\nIn {len(noise)} of {len(lines)} rows the chosen layout is, byte by byte, "
-        "a fixed one. What was measured between such twins is the noise of this machine: half of them differ by up to "
-        f"{statistics.median(noise):.1%}, the worst by {max(noise):.1%}. Of the other {len(behind)} rows {above} are "
-        f"more than {TOLERATED:.0%} behind the fastest, the worst {max(behind):.1%}; the median is "
-        f"{statistics.median(behind):+.1%}. Over the batches and lengths of one shape, runtime and sparsity together "
-        f"(geometric mean), {sum(1 for one in together if one > TOLERATED)} of {len(together)} are more than "
-        f"{TOLERATED:.0%} behind, the worst {max(together):.1%}; the median is {statistics.median(together):+.1%}."
-        "\n\n| shape | runtime | closed | batch x length | dense | inner | index "
-        "| auto | auto against dense | auto against the best |\n|---|---|--:|---|--:|--:|--:|--:|--:|--:|\n"
-        + "\n".join(lines)
-        + "\n"
+        f"closed at random, on both axes of every matrix. Each row has {len(one['ms']['auto'])} rounds; in a round all "
+        f"layouts are opened anew and take turns, {one['repetitions']} calls each. Times are milliseconds, medians of "
+        "the medians of rounds. *Against that*: `auto` in parts of the one of dense, inner and index that is the "
+        "fastest beside it, by calls that took turns in pairs: the median of a round, the median of rounds, and the "
+        "least and the largest of them. *Noise*: the same of `auto` against `auto` opened once more. A fixed layout "
+        f"that is `auto`, byte by byte, was not timed beside it. {one['device_name']}, {one['threads']} threads.\n\n"
+        f"Of {len(rows)} rows {above} are more than {TOLERATED:.0%} behind, the worst {max(behind):.1%}; the median "
+        f"is {statistics.median(behind):+.1%}. Between `auto` and itself half of the rows lie up to "
+        f"{statistics.median(noise):.1%} apart, the worst {max(noise):.1%}.\n\n"
+        f"| {' | '.join(names)} |\n|---|---|--:|---|--:|--:|--:|--:|--:|---|--:|---|--:|\n" + "".join(lines)
     )
-
-
-def _range(cells: dict[tuple[Any, ...], dict[str, Record]]) -> str:
-    counts = {record.repetitions for found in cells.values() for record in found.values()}
-    return " to ".join(map(str, dict.fromkeys((min(counts), max(counts)))))
-
-
-def _over_all_sizes(cells: dict[tuple[Any, ...], dict[str, Record]]) -> list[float]:
-    """Return how far the chosen layout is behind the best fixed one, over the batches and lengths of each model."""
-    by_model: dict[tuple[Any, ...], list[dict[str, Record]]] = defaultdict(list)
-    for key, found in cells.items():
-        by_model[key[:3]].append(found)
-    behind = []
-    for sizes in by_model.values():
-        fixed = sizes[0].keys() - {"auto"}
-        times = {name: statistics.geometric_mean(one[name].latency_ms_median for one in sizes) for name in fixed}
-        best = min(fixed, key=times.__getitem__)
-        behind.append(statistics.geometric_mean(_ratio(one["auto"], one[best]) for one in sizes) - 1)
-    return behind
-
-
-def _ratio(one: Record, other: Record) -> float:
-    """Return the time of `one` in parts of that of `other`: in each pair of calls that took turns, then the median."""
-    return statistics.median(a / b for a, b in zip(one.samples_ms, other.samples_ms, strict=True))
 
 
 def collapse_table(result: dict[str, Any]) -> str:
@@ -309,6 +274,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "resume": resume.render,
     "rotation": rotation.render,
     "speed_collapse": collapse_table,
+    "speed_grid": grid_table,
     "steps": steps.render,
     "steps_bf16": steps.render,
     "training_time": training_time.render,
@@ -322,8 +288,6 @@ def tables() -> Iterator[tuple[Path, str]]:
         source = RESULTS / f"{name}.json"
         if source.exists():
             yield source.with_suffix(".md"), table(json.loads(source.read_text()))
-    grid = RESULTS / "speed_grid.jsonl"
-    yield grid.with_suffix(".md"), grid_table([json.loads(line) for line in grid.read_text().splitlines()])
 
 
 def readme() -> str:

@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -45,10 +46,11 @@ from transformers import (
 from gatepress import latency
 from gatepress.alternatives import run as against_alternatives
 from gatepress.bench import endtoend, render
+from gatepress.bench.record import Record
 from gatepress.checkpoint import RunManifest, RunWriter, open_base
 from gatepress.config import DataSettings, Granularity, Layout, Target, TrainSettings
 from gatepress.export import export
-from gatepress.files import sha256_of
+from gatepress.files import replace_file, sha256_of
 from gatepress.inject import attach_gates_, gated_linear
 from gatepress.machine import cpu_name
 from gatepress.modeling_gatepress import pick
@@ -71,7 +73,8 @@ SHAPES: dict[str, Any] = {
 BATCHES, LENGTHS = (1, 8), (32, 128)
 SPARSITIES = (0.1, 0.3, 0.5, 0.7)
 REPETITIONS = 20
-SMALL = 256  # tokens of a batch: up to here single times are short and scatter more
+ROUNDS = 5  # of the grid
+AGAIN = "auto, opened again"
 FIXED: tuple[Layout, ...] = ("inner", "index")
 GRID: dict[Target, bool] = {"torch-cpu": False, "ort-cpu": True, "ort-int8": True}  # whether ONNX Runtime computes it
 
@@ -236,29 +239,50 @@ def bf16(work: Path) -> None:
 
 
 def grid(work: Path) -> None:
-    """Time the chosen layout beside the fixed ones, for every sparsity, shape, batch, length and runtime."""
-    done = RESULTS / "speed_grid.jsonl"
-    rows = [json.loads(line) for line in done.read_text().splitlines()] if done.exists() else []
+    """Time the chosen layout beside the fixed ones, for every sparsity, shape, batch, length and runtime.
+
+    Two sessions of one graph may differ by more than two layouts do, so every form is opened anew in each of
+    `ROUNDS`, and the chosen one twice: what lies between these two is noise.
+    """
+    done = RESULTS / "speed_grid.json"
+    rows = json.loads(done.read_text()) if done.exists() else []
     for shape, sparsity, target in itertools.product(("minilm", "mpnet"), SPARSITIES, GRID):
         key = {"encoder": shape, "sparsity_asked": sparsity, "target": target}
         if any(key.items() <= row.items() for row in rows):
             continue
         run = random_run(shape, work, granularity="matrix", sparsity=sparsity)
-        targets = forms_of(run, target, (*FIXED, "auto"))
-        records = [
-            record
-            for batch, length in itertools.product(BATCHES, LENGTHS)
-            for record in endtoend.run(
-                targets,
-                batch_sizes=(batch,),
-                seq_lens=(length,),
-                repetitions=REPETITIONS * (1 if batch * length > SMALL else 4),
-            )
+        forms = forms_of(run, target, (*FIXED, "auto"))
+        twin = _twin(forms)
+        timed = {name: form for name, form in forms.items() if name != twin} | {AGAIN: forms["auto"]}
+        rounds = [
+            endtoend.run(timed, batch_sizes=BATCHES, seq_lens=LENGTHS, repetitions=REPETITIONS) for _ in range(ROUNDS)
         ]
-        chosen = {**key, "auto_is": _twin(targets)}
-        with done.open("a") as file:
-            for record in records:
-                file.write(json.dumps({**chosen, "record": record.to_json()}) + "\n")
+        cells: dict[tuple[int, int | None], list[dict[str, Record]]] = {}
+        for records in rounds:
+            for size, same in itertools.groupby(records, lambda record: (record.batch_size, record.seq_len)):
+                cells.setdefault(size, []).append({record.name: record for record in same})
+        rows += [{**key, "auto_is": twin, **_compared(found)} for found in cells.values()]
+        replace_file(done, json.dumps(rows, indent=1).encode() + b"\n")
+
+
+def _compared(rounds: list[dict[str, Record]]) -> dict[str, Any]:
+    """Return what one batch and length took: medians of each round, and `auto` in parts of what took turns with it."""
+    auto = rounds[0]["auto"]
+    facts = ("batch_size", "seq_len", "repetitions", "device_name", "threads", "versions", "timestamp")
+    return {
+        **{name: getattr(auto, name) for name in facts},
+        "macs": {name: record.macs for name, record in rounds[0].items()},
+        "ms": {name: [found[name].latency_ms_median for found in rounds] for name in rounds[0]},
+        "auto_over": {
+            name: [round(_paired(found["auto"], found[name]), 4) for found in rounds]
+            for name in rounds[0].keys() - {"auto"}
+        },
+    }
+
+
+def _paired(one: Record, other: Record) -> float:
+    """Return the time of `one` in parts of that of `other`: in each pair of calls that took turns, then the median."""
+    return statistics.median(a / b for a, b in zip(one.samples_ms, other.samples_ms, strict=True))
 
 
 def _twin(targets: dict[str, Path]) -> str | None:
