@@ -113,6 +113,7 @@ def train(run: Path, name: str, model: str, words: Sequence[object], options: ar
             key: settings[key]
             for key in ("granularity", "controller", "method", "lora_rank", "learning_rate", "distill", "precision")
         },
+        "rotate_heads": settings.get("rotate_heads", False),
         "versions": manifest["versions"],
         "cpu": cpu_name(),
         "cores": os.cpu_count(),

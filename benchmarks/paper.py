@@ -45,6 +45,8 @@ FACTORS = {"2x": 0.5, "4x": 0.75, "8x": 0.875}  # fewer multiply-accumulates of 
 SEEDS = 5
 FINETUNED = "full"  # the arm that others are measured by
 FROM_FINETUNED = "<full>"  # among the words of an arm: it starts from what that arm trained
+PRESSED = (FROM_FINETUNED, "--distill")
+AS_THEY_ARE = "--no-rotate-heads"
 KEY = ("encoder", "task", "arm", "seed")
 
 Words = tuple[object, ...]
@@ -113,7 +115,8 @@ EXPERIMENTS = {
         "What is kept of full finetuning at fewer multiply-accumulates",
         {
             FINETUNED: FULL,
-            **{name: (FROM_FINETUNED, *words, "--distill") for name, words in _at(FACTORS).items()},
+            **_at(FACTORS, *PRESSED),
+            **{f"{name}, heads as they are": words for name, words in _at(FACTORS, *PRESSED, AS_THEY_ARE).items()},
             **{f"{name}, from the pretrained model": words for name, words in _at(FACTORS).items()},
             **{f"{name}, gates alone": (*words, "--method", "gates") for name, words in _at(FACTORS).items()},
             **{f"{name}, penalty": (*words, "--controller", "penalty") for name, words in _at(FACTORS).items()},
@@ -233,7 +236,7 @@ def trained(
     if FROM_FINETUNED in words:
         full, _ = trained(name, (encoder, task, FINETUNED, seed), models, options)
         words, start = tuple(word for word in words if word != FROM_FINETUNED), ("run_of_full", str(full))
-        epochs = pressed_epochs(task, FACTORS[arm])
+        epochs = pressed_epochs(task, FACTORS[arm.partition(",")[0]])
     words = ("--task", task, *experiment.words, *words, "--seed", seed, *common(options, epochs))
     run = place_of(name, key, options)
     return run, train(run, *start, words, options)

@@ -20,7 +20,6 @@ import main_job
 import paper
 import pruning_baselines
 import resume
-import rotation
 import steps
 import training_time
 from cells import TASKS
@@ -90,7 +89,8 @@ def grid_table(rows: list[dict[str, Any]]) -> str:
     above = sum(1 for part in behind if part > TOLERATED)
     return (
         "# Is the chosen layout ever slower than a fixed one?\n\n`python benchmarks/speed.py grid`. Matrix gates "
-        f"closed at random, on both axes of every matrix. Each row has {len(one['ms']['auto'])} rounds; in a round all "
+        "closed at random, on both axes of every matrix; `auto` is chosen for the tokens of the row (`prune --tokens`, "
+        f"batch times length). Each row has {len(one['ms']['auto'])} rounds; in a round all "
         f"layouts are opened anew and take turns, {one['repetitions']} calls each. Times are milliseconds, medians of "
         "the medians of rounds. *Against that*: `auto` in parts of the one of dense, inner and index that is the "
         "fastest beside it, by calls that took turns in pairs: the median of a round, the median of rounds, and the "
@@ -272,7 +272,6 @@ TABLES: dict[str, Callable[[Any], str]] = {
     **{f"paper_{name}": partial(paper.render, experiment) for name, experiment in paper.EXPERIMENTS.items()},
     "pruning_baselines": pruning_baselines.render,
     "resume": resume.render,
-    "rotation": rotation.render,
     "speed_collapse": collapse_table,
     "speed_grid": grid_table,
     "steps": steps.render,

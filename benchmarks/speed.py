@@ -73,7 +73,7 @@ SHAPES: dict[str, Any] = {
 BATCHES, LENGTHS = (1, 8), (32, 128)
 SPARSITIES = (0.1, 0.3, 0.5, 0.7)
 REPETITIONS = 20
-ROUNDS = 5  # of the grid
+ROUNDS = 3  # of the grid
 AGAIN = "auto, opened again"
 FIXED: tuple[Layout, ...] = ("inner", "index")
 GRID: dict[Target, bool] = {"torch-cpu": False, "ort-cpu": True, "ort-int8": True}  # whether ONNX Runtime computes it
@@ -197,23 +197,27 @@ def compare(run: Path, name: str) -> None:
     render.write(records, RESULTS / f"speed_{name}.json", force=True)
 
 
-def forms_of(run: Path, target: Target, layouts: tuple[Layout, ...]) -> dict[str, Path]:
+def forms_of(run: Path, target: Target, layouts: tuple[Layout, ...], tokens: int | None = None) -> dict[str, Path]:
     """Return the directories of a run's dense form and of each layout, as the target runs them; kept for others."""
     base = Path(json.loads((run / "gatepress_run.json").read_text())["settings"]["model"])
     sources = {"dense": base}
     for layout in layouts:
-        pruned = run.with_name(f"{layout}-{target if layout == 'auto' else 'any'}-{run.name}")
+        what = f"{target}-{tokens or 'any'}" if layout == "auto" else "any"
+        pruned = run.with_name(f"{layout}-{what}-{run.name}")
         if not pruned.exists():
-            prune(run, pruned, layout=layout, target=target)
+            prune(run, pruned, layout=layout, target=target, tokens=tokens)
         sources[layout] = pruned
     if target == "torch-cpu":
         return sources
-    quantize: Literal["int8"] | None = "int8" if target == "ort-int8" else None
-    graphs = {name: source.with_name(f"{quantize or 'fp32'}-{source.name}") for name, source in sources.items()}
-    for name, graph in graphs.items():
-        if not graph.exists():
-            export(sources[name], graph, quantize=quantize)
-    return graphs
+    return {name: _graph_of(source, "int8" if target == "ort-int8" else None) for name, source in sources.items()}
+
+
+def _graph_of(source: Path, quantize: Literal["int8"] | None) -> Path:
+    """Return the ONNX directory of a model; layouts with the same weights have one together."""
+    graph = source.with_name(f"{quantize or 'fp32'}-{sha256_of(source / 'model.safetensors')[:16]}")
+    if not graph.exists():
+        export(source, graph, quantize=quantize)
+    return graph
 
 
 def structured(work: Path) -> None:
@@ -239,7 +243,7 @@ def bf16(work: Path) -> None:
 
 
 def grid(work: Path) -> None:
-    """Time the chosen layout beside the fixed ones, for every sparsity, shape, batch, length and runtime.
+    """Time the layout chosen for each batch and length beside the fixed ones, for every sparsity, shape and runtime.
 
     Two sessions of one graph may differ by more than two layouts do, so every form is opened anew in each of
     `ROUNDS`, and the chosen one twice: what lies between these two is noise.
@@ -251,17 +255,17 @@ def grid(work: Path) -> None:
         if any(key.items() <= row.items() for row in rows):
             continue
         run = random_run(shape, work, granularity="matrix", sparsity=sparsity)
-        forms = forms_of(run, target, (*FIXED, "auto"))
-        twin = _twin(forms)
-        timed = {name: form for name, form in forms.items() if name != twin} | {AGAIN: forms["auto"]}
-        rounds = [
-            endtoend.run(timed, batch_sizes=BATCHES, seq_lens=LENGTHS, repetitions=REPETITIONS) for _ in range(ROUNDS)
-        ]
-        cells: dict[tuple[int, int | None], list[dict[str, Record]]] = {}
-        for records in rounds:
-            for size, same in itertools.groupby(records, lambda record: (record.batch_size, record.seq_len)):
-                cells.setdefault(size, []).append({record.name: record for record in same})
-        rows += [{**key, "auto_is": twin, **_compared(found)} for found in cells.values()]
+        fixed = forms_of(run, target, FIXED)
+        for batch, length in itertools.product(BATCHES, LENGTHS):
+            auto = forms_of(run, target, ("auto",), batch * length)["auto"]
+            twin = next((name for name, form in fixed.items() if _weights(form) == _weights(auto)), None)
+            timed = {name: form for name, form in fixed.items() if name != twin} | {"auto": auto, AGAIN: auto}
+            rounds = [
+                endtoend.run(timed, batch_sizes=(batch,), seq_lens=(length,), repetitions=REPETITIONS)
+                for _ in range(ROUNDS)
+            ]
+            by_name = [{record.name: record for record in records} for records in rounds]
+            rows.append({**key, "auto_is": twin, **_compared(by_name)})
         replace_file(done, json.dumps(rows, indent=1).encode() + b"\n")
 
 
@@ -285,10 +289,9 @@ def _paired(one: Record, other: Record) -> float:
     return statistics.median(a / b for a, b in zip(one.samples_ms, other.samples_ms, strict=True))
 
 
-def _twin(targets: dict[str, Path]) -> str | None:
-    """Return the fixed layout whose weights or graph are those of `auto`, byte by byte, or None."""
-    digests = {name: [sha256_of(file) for file in sorted(path.glob("model.*"))] for name, path in targets.items()}
-    return next((name for name in FIXED if digests[name] == digests["auto"]), None)
+def _weights(form: Path) -> list[str]:
+    """Return the sha256 of a form's weights or graph."""
+    return [sha256_of(file) for file in sorted(form.glob("model.*"))]
 
 
 def fusions(work: Path) -> None:

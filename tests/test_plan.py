@@ -4,7 +4,7 @@ import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -257,15 +257,50 @@ def test_nothing_is_measured_where_nothing_hangs_on_it(
 
 def test_a_shipped_table_decides(tmp_path: Path, tiny_model_dir, tiny_task_files) -> None:
     run = forms.save_run(tmp_path / "run", tiny_model_dir("bert"), tiny_task_files, granularity="matrix")
-    indexed = {}
+    found = {}
     for name, moved in (("free", 1e-6), ("dear", 1e6)):
         costs.save(priced(moved), tmp_path / f"{name}.json")
         plan = prune(run, tmp_path / name, latency_table=tmp_path / f"{name}.json", dry_run=True)["plan"]
-        indexed[name] = any(part["gathered"] for layer in plan["layers"] for part in layer["matrices"].values())
-    assert indexed == {"free": True, "dear": False}
+        found[name] = indexed(plan)
+    assert found == {"free": True, "dear": False}
     assert not (tmp_path / "free").exists()
 
 
 def test_entries_of_one_operation_are_enough_for_a_prediction() -> None:
     entries = (Entry("product", 1, (2, 3), 6.0), Entry("gather", 1, (3, 2), 1.0), Entry("scatter", 1, (2, 3), 1.0))
     assert Costs("ort-cpu", "made up", entries).matrix((4, 6), (2, 3)) < 1
+
+
+def test_the_choice_is_made_for_the_tokens_of_a_call(tmp_path: Path, tiny_model_dir, tiny_task_files) -> None:
+    # An index operation that takes a fixed time pays on many tokens and not on few.
+    entries = [entry for entry in priced(1e-6).entries if entry.op == "product"]
+    products = [replace(entry, tokens=n, ms=entry.ms * n) for entry in entries for n in (1, 1000)]
+    moves = [
+        replace(entry, tokens=n, ms=1e4) for entry in priced(1.0).entries if entry.op != "product" for n in (1, 1000)
+    ]
+    table = Costs("ort-cpu", "made up", (*products, *moves))
+    costs.save(table, tmp_path / "table.json")
+    run = forms.save_run(tmp_path / "run", tiny_model_dir("bert"), tiny_task_files, granularity="matrix")
+    plans = {
+        tokens: prune(run, tmp_path / "p", latency_table=tmp_path / "table.json", tokens=tokens, dry_run=True)["plan"]
+        for tokens in (1, 1000, None)
+    }
+    assert {tokens: plan["tokens"] for tokens, plan in plans.items()} == {tokens: tokens for tokens in plans}
+    assert not indexed(plans[1])
+    assert indexed(plans[1000])
+    between = [
+        replace(table, tokens=tokens).milliseconds("product", (16, 16)).item() for tokens in (1, 400, 1000, 9999)
+    ]
+    assert between == sorted(between)
+    assert between[1] == pytest.approx(0.4 * between[2], rel=0.01)
+    assert between[3] == between[2]  # beyond the table its last count stands
+
+
+def indexed(plan: dict[str, Any]) -> bool:
+    return any(part["gathered"] for layer in plan["layers"] for part in layer["matrices"].values())
+
+
+def test_no_call_has_less_than_one_token(tmp_path: Path, tiny_model_dir, tiny_task_files) -> None:
+    run = forms.save_run(tmp_path / "run", tiny_model_dir("bert"), tiny_task_files)
+    with pytest.raises(UsageError, match="--tokens is 0, expected 1 or more"):
+        prune(run, tmp_path / "pruned", tokens=0)

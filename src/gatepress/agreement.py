@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from gatepress.errors import ParityError, reason_of
@@ -11,6 +12,7 @@ from gatepress.runners import Batch, Runner, TorchRunner, input_names
 
 LONGEST_TRIED = 512  # tokens
 SEED = 0
+MAX_LOGIT_DIFF = 1e-4  # between float32 forms of one model, of the largest logit where that is above 1
 # (batch, length, padded): what a graph with a frozen axis or a wrong mask fails on.
 SHAPES = (
     (1, 1, False),
@@ -51,6 +53,20 @@ def random_rows(model: PreTrainedModel, rows: int, length: int, *, padded: bool,
     second = (np.arange(length) >= lengths[:, None] // 2).astype(np.int64) * mask
     batch = {"input_ids": np.where(mask == 1, ids, pad), "attention_mask": mask, "token_type_ids": second}
     return {name: batch[name] for name in input_names(model)}
+
+
+def agree(wanted: Tensor, got: Tensor, what: str, remedy: str) -> float:
+    """Return the largest difference of two forms' logits [rows, outputs] on the same rows.
+
+    `ParityError`, naming `what` differs and the `remedy`, where it is too large or not a number.
+    """
+    difference = float((wanted - got).abs().max())
+    limit = allowed(MAX_LOGIT_DIFF, float(wanted.abs().max()))
+    if not difference <= limit:
+        raise ParityError(
+            f"{what} differ by {difference:.2e} on {len(wanted)} rows, expected at most {limit:.0e}; {remedy}"
+        )
+    return difference
 
 
 def allowed(limit: float, largest: float) -> float:

@@ -41,6 +41,7 @@ from gatepress.manifests import (
 from gatepress.methods import kept, merge_, prepare_
 from gatepress.models import model_errors, model_files, read_tensors, refuse_missing, save_tokenizer
 from gatepress.resolve import family_named, family_of
+from gatepress.rotation import turn_
 from gatepress.tasks import TaskSpec
 
 logger = logging.getLogger(__name__)
@@ -243,6 +244,8 @@ def load_trained_(model: PreTrainedModel, settings: TrainSettings, state: dict[s
             raise ArtifactError(
                 f"{where}: {name} is {list(value.shape)}, expected {list(own[name].shape)}; train again"
             )
+    if settings.rotate_heads:
+        turn_(model, state)
     model.load_state_dict(state, strict=False)
 
 
@@ -255,7 +258,7 @@ def load_start_(
     """
     directory = Path(str(settings.start))
     manifest = read_run(directory)
-    for name in ("model", "method", "granularity", "controller", "gate_axes", "matrices", "rank"):
+    for name in ("model", "method", "granularity", "controller", "gate_axes", "matrices", "rank", "rotate_heads"):
         there, here = getattr(manifest.settings, name), getattr(settings, name)
         if there != here:
             raise UsageError(f"{directory}: was trained with {name} {there}, this run asks for {here}; they must agree")

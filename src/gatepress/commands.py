@@ -9,7 +9,11 @@ from gatepress.config import DEFAULT_TARGET, DataSettings, TrainSettings, spelle
 from gatepress.errors import ArtifactError
 from gatepress.manifests import ONNX_FORMAT, PRUNED_FORMAT, RUN_FORMAT
 
-PRUNE_DEFAULTS: dict[str, Any] = {"sparsity": None, "layout": "auto", "target": DEFAULT_TARGET, "latency_table": None}
+PRUNE_DEFAULTS: dict[str, Any] = {
+    **dict.fromkeys(("sparsity", "latency_table", "tokens")),
+    "layout": "auto",
+    "target": DEFAULT_TARGET,
+}
 EXPORT_DEFAULTS: dict[str, Any] = {
     "opset": None,
     "max_diff": 1e-4,

@@ -23,6 +23,7 @@ Precision = Literal["fp32", "bf16"]  # of training; what is trained stays in flo
 Arithmetic = Literal["fp32", "bf16", "fp16"]  # that a torch model is served in, weights and all
 
 RUN_FILE = "gatepress_run.json"  # the manifest that makes a directory a run
+ROTATED: tuple[Granularity, ...] = ("structured", "matrix")  # with gates of single dimensions of heads
 DEFAULT_TARGET: Target = "ort-cpu"  # the runtime that most people deploy on
 METRIC_ROUNDING = 1e-9  # of a difference of two metrics: 0.87 - 0.86 is more than 0.01
 MOST_SEEDS = 2**32  # NumPy's
@@ -110,6 +111,7 @@ class TrainSettings:
     gate_axes: GateAxes = "both"  # of matrix gates
     matrices: tuple[str, ...] = ROLES  # which of a layer's matrices take part
     controller: Controller = "importance"
+    rotate_heads: bool | None = None  # gates stand on the singular basis of each head; None: structured gates do
     lora_rank: int | None = None  # None: the method's own, more in a finetuned model
     train_biases: bool = True
     train_layer_norms: bool = True
@@ -168,6 +170,9 @@ class TrainSettings:
             problems.append(f"own data has no {rows} rows; give them with {spelled(missing[0])} FILE")
         if self.gate_axes != "both" and self.granularity != "matrix":
             problems.append(f"--gate-axes {self.gate_axes} goes with --granularity matrix")
+        if self.rotate_heads and not (self.gated and self.granularity in ROTATED):
+            asked = f"--granularity {self.granularity}" if self.gated else f"--method {self.method}"
+            problems.append(f"--rotate-heads chooses the dimensions that gates of heads stand on, {asked} has none")
         if self.distill and not self.gated:
             problems.append(f"--distill teaches a model whose gates close, --method {self.method} has none")
         if self.open_epochs and self.start:
@@ -214,7 +219,8 @@ class TrainSettings:
             lora_rank=(self.lora_rank or own.rank) if own.rank else None,
             learning_rate=self.learning_rate or own.learning_rate,
             closing=(self.closing or own.closing) if own.gated else None,
-            distill=own.distill and not self.start if self.distill is None else self.distill,
+            distill=_unless_asked(self.distill, own.distill and not self.start),
+            rotate_heads=_unless_asked(self.rotate_heads, own.gated and self.granularity == "structured"),
         )
 
     def absolute(self) -> "TrainSettings":
@@ -238,7 +244,14 @@ class TrainSettings:
         try:
             matrices = tuple(value.get("matrices", ROLES))
             settings = cls(
-                **{"distill": False, **value, **method, "matrices": matrices, "data": DataSettings(**value["data"])}
+                **{
+                    "distill": False,
+                    "rotate_heads": False,
+                    **value,
+                    **method,
+                    "matrices": matrices,
+                    "data": DataSettings(**value["data"]),
+                }
             )
         except (TypeError, KeyError, UsageError) as error:
             raise ArtifactError(f"settings in the manifest are not understood ({error})") from None
@@ -279,6 +292,10 @@ def _is_directory(name: str) -> bool:
         return False
 
 
+def _unless_asked(asked: bool | None, otherwise: bool) -> bool:  # noqa: FBT001 - what a switch says
+    return otherwise if asked is None else asked
+
+
 def _refuse(problems: list[str]) -> None:
     if problems:
         raise UsageError("; ".join(problems))
@@ -287,6 +304,7 @@ def _refuse(problems: list[str]) -> None:
 __all__ = [
     "DEFAULT_TARGET",
     "METHODS",
+    "ROTATED",
     "RUN_FILE",
     "Arithmetic",
     "BudgetUnit",

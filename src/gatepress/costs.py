@@ -66,6 +66,7 @@ class Costs:
     source: str  # "analytic", or the machine that was measured
     entries: tuple[Entry, ...]
     about: dict[str, Any] = field(default_factory=dict)  # threads, versions, when
+    tokens: int | None = None  # of a call that is planned for; None: all token counts of the table alike
 
     def __post_init__(self) -> None:
         """Fit at once: `ArtifactError` where an operation has no entry."""
@@ -77,16 +78,16 @@ class Costs:
         return TARGETS[self.target]
 
     def milliseconds(self, op: Op, shape: tuple[int, int]) -> npt.NDArray[np.float64]:
-        """Return the predicted time [token counts of the table, ascending] of one operation."""
+        """Return the predicted time of one operation on each of the tokens planned for, ascending."""
         times: npt.NDArray[np.float64] = self._fits[op] @ np.array(_features(op, shape))
-        return times
+        return times if self.tokens is None else np.array([np.interp(self.tokens, self._counts, times)])
 
     def matrix(
         self, dense: tuple[int, int], kept: tuple[int, int], *, gathered: bool = False, scattered: bool = False
     ) -> float:
         """Return the time of a matrix of `kept` [out, in] with its index operations, over that of the `dense` one.
 
-        The mean of the ratio over the token counts of the table.
+        The mean of the ratio over the tokens planned for.
         """
         time = self.milliseconds("product", kept)
         if gathered:
@@ -96,10 +97,14 @@ class Costs:
         return float(np.mean(time / self.milliseconds("product", dense)))
 
     @cached_property
+    def _counts(self) -> list[int]:
+        """Token counts of the table, ascending."""
+        return sorted({entry.tokens for entry in self.entries})
+
+    @cached_property
     def _fits(self) -> dict[Op, npt.NDArray[np.float64]]:
         """What a time is of each feature, [token counts, features] by operation."""
-        tokens = sorted({entry.tokens for entry in self.entries})
-        return {op: np.stack([self._fitted(op, number) for number in tokens]) for op in get_args(Op)}
+        return {op: np.stack([self._fitted(op, number) for number in self._counts]) for op in get_args(Op)}
 
     def _fitted(self, op: Op, tokens: int) -> npt.NDArray[np.float64]:
         chosen = [entry for entry in self.entries if (entry.op, entry.tokens) == (op, tokens)]

@@ -27,9 +27,10 @@ class Gate(nn.Module):
 
     `noise` is sigma of eq. (5); 0 gives the deterministic gate, whose value is not clipped. Each gate
     stands before `repeat` neighbouring rows or columns (a head's), and in a budget for `counts` dimensions.
+    With `heads` it keeps which basis the dimensions of each head are those of (rotation.py).
     """
 
-    def __init__(self, size: int, *, noise: float = 0.0, repeat: int = 1, counts: int = 1) -> None:
+    def __init__(self, size: int, *, noise: float = 0.0, repeat: int = 1, counts: int = 1, heads: int = 0) -> None:
         super().__init__()
         self.noise = noise
         self.repeat = repeat
@@ -40,6 +41,8 @@ class Gate(nn.Module):
         self.register_buffer("mask", torch.ones(size))  # 1 open, 0 closed for good or for now
         self.score: Tensor
         self.register_buffer("score", torch.zeros(size))  # importance as a budget counts it (budget.py)
+        self.basis: Tensor | None
+        self.register_buffer("basis", torch.eye(size // heads).repeat(heads, 1, 1) if heads else None)
 
     @property
     def size(self) -> int:

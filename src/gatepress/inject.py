@@ -28,6 +28,7 @@ SITES: dict[Granularity, tuple[Site, ...]] = {
     "heads": (("o", "in"), ("down", "in")),
 }
 WHOLE_HEADS: set[tuple[Granularity, Site]] = {("heads", ("o", "in"))}  # sites with one gate a head
+TURNED: set[Site] = {("q", "out"), ("o", "in")}  # sites whose dimensions are those of a basis that may be chosen
 
 # Sigma of eq. (5) by controller: 0 makes the gate deterministic. With 0.25 the penalty of eq. (6)
 # still has a gradient at an open gate; with 0.1 it has none.
@@ -53,11 +54,13 @@ def attach_gates_(  # noqa: PLR0913 - each is a dial of the gates
     lora_rank: int = 0,
     axes: GateAxes = "both",
     matrices: Sequence[str] = ROLES,
+    rotate_heads: bool = False,
 ) -> list[Layer]:
     """Replace each encoder matrix of `model` by a `GatedLinear`, in place; return the layers.
 
-    `matrices` names the roles that get gates and low rank, `axes` the sides of matrix gates. Everything is
-    frozen afterwards; `mark_trainable_` then opens what a run trains.
+    `matrices` names the roles that get gates and low rank, `axes` the sides of matrix gates; with `rotate_heads` gates
+    of heads keep a basis, for `rotation.turn_`. Everything is frozen afterwards; `mark_trainable_` then opens what a
+    run trains.
     """
     layers = resolve(model)
     base: Any = model.base_model
@@ -70,7 +73,8 @@ def attach_gates_(  # noqa: PLR0913 - each is a dial of the gates
         role, axis = site
         size = layer.shapes[role][1 if axis == "in" else 0]
         if (granularity, site) not in WHOLE_HEADS:
-            return Gate(size, noise=NOISE[controller])
+            heads = layer.heads if rotate_heads and site in TURNED else 0
+            return Gate(size, noise=NOISE[controller], heads=heads)
         width = layer.head_width  # query/key and value/output dimensions go together
         return Gate(size // width, noise=NOISE[controller], repeat=width, counts=2 * width)
 

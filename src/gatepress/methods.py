@@ -66,6 +66,7 @@ def prepare_(model: PreTrainedModel, settings: TrainSettings) -> list[Layer]:
             lora_rank=settings.rank,
             axes=settings.gate_axes,
             matrices=settings.matrices,
+            rotate_heads=bool(settings.rotate_heads),
         )
     layers = resolve(model)
     model.requires_grad_(False)
@@ -105,7 +106,7 @@ def kept(model: PreTrainedModel, settings: TrainSettings) -> dict[str, Tensor]:
         kinds = trainable(model, biases=True, layer_norms=True)
         state = {name: value.detach() for group in kinds.values() for name, value in group.items()}
         for name, gate in gates_of(model):
-            state |= {f"{name}.mask": gate.mask, f"{name}.score": gate.score}
+            state |= {f"{name}.{part}": value for part, value in gate.named_buffers()}
     else:
         state = {name: value.detach() for group in trained(model, settings).values() for name, value in group.items()}
         state |= dict(_adapter_tensors(model))

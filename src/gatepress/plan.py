@@ -160,6 +160,7 @@ class PrunePlan:
             "layout": self.layout,
             "target": self.costs.target,
             "costs": self.costs.source,
+            "tokens": self.costs.tokens,
             "encoder_weights_removed": self.removed_fraction,
             "time_left": self.time_left,
             "layers": [layer.to_json() for layer in self.layers],

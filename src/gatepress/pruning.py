@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gatepress.agreement import allowed
+from gatepress.agreement import agree
 from gatepress.budget import budget_of
 from gatepress.card import CARD_FILE, card
 from gatepress.checkpoint import RunManifest, load_run, read_probe, read_run
 from gatepress.collapse import cut, live_parts, parameters_of, ship_code
 from gatepress.config import DEFAULT_TARGET, Layout, Target, TrainSettings
 from gatepress.costs import Costs, analytic
-from gatepress.errors import ArtifactError, ParityError, UsageError
+from gatepress.errors import ArtifactError, UsageError
 from gatepress.files import check_output, json_text, new_directory, read_json, sha256_of
 from gatepress.gates import counted, gates_of
 from gatepress.latency import for_target
@@ -30,8 +30,6 @@ from gatepress.versions import MADE_WITH, versions
 
 logger = logging.getLogger(__name__)
 
-MAX_LOGIT_DIFF = 1e-4  # between float32 forms of one model, of the largest logit where that is above 1
-
 
 def prune(  # noqa: PLR0913 - every option of the command is one
     run_dir: Path,
@@ -40,6 +38,7 @@ def prune(  # noqa: PLR0913 - every option of the command is one
     layout: Layout = "auto",
     target: Target = DEFAULT_TARGET,
     latency_table: str | Path | None = None,
+    tokens: int | None = None,
     sparsity: float | None = None,
     force: bool = False,
     dry_run: bool = False,
@@ -48,11 +47,14 @@ def prune(  # noqa: PLR0913 - every option of the command is one
     """Collapse a run's closed gates into smaller dense matrices and write a pruned directory.
 
     The layout `auto` is chosen for `target` by the times in `latency_table` (see `latency.for_target`), which
-    are read or measured only where the choice hangs on them. With `sparsity` the gates are closed anew, by the
+    are read or measured only where the choice hangs on them, for calls of so many `tokens` (batch size times sequence
+    length; None: of all sizes that the times are of). With `sparsity` the gates are closed anew, by the
     scores that the run keeps, to another fraction of its budget. The gated model and what is loaded back from
-    the new directory must agree on the run's probe rows within `MAX_LOGIT_DIFF`, else `ParityError` and
+    the new directory must agree on the run's probe rows within `agreement.MAX_LOGIT_DIFF`, else `ParityError` and
     nothing is written. `dry_run` plans only.
     """
+    if tokens is not None and tokens < 1:
+        raise UsageError(f"--tokens is {tokens}, expected 1 or more")
     settings = gated_settings(run_dir)
     if not dry_run:
         check_output(output, force=force, reads=(run_dir, settings.model))
@@ -64,7 +66,8 @@ def prune(  # noqa: PLR0913 - every option of the command is one
         manifest = _close_anew_(model, layers, manifest, sparsity, run_dir)
     total, closed = counted(gate for _, gate in gates_of(model))
     live = live_parts(model, layers)
-    plan = make_plan(layers, live, layout, _costs(live, layout, target, latency_table, progress))
+    costs = replace(_costs(live, layout, target, latency_table, progress), tokens=tokens)
+    plan = make_plan(layers, live, layout, costs)
     report: dict[str, Any] = {
         "task": manifest.task.name,
         "layout": layout,
@@ -90,7 +93,8 @@ def prune(  # noqa: PLR0913 - every option of the command is one
     with new_directory(output, force=force) as staged:
         _write(pruned, staged, layout)
         del pruned  # what counts is what is on disk, and that is loaded now
-        difference = _agree(wanted, _logits(open_pruned(staged), probe))
+        reloaded = _logits(open_pruned(staged), probe)
+        difference = agree(wanted, reloaded, "gated and reloaded logits", "nothing was written, please report it")
         bound = save_tokenizer(open_tokenizer(run_dir), staged)
         report |= {"max_abs_logit_diff": difference, "probe_rows": len(wanted)}
         loaded = [staged / "config.json", staged / "model.safetensors", *staged.glob("*.py")]
@@ -113,6 +117,7 @@ def prune(  # noqa: PLR0913 - every option of the command is one
                 "layout": layout,
                 "target": target,
                 "latency_table": None if latency_table is None else str(latency_table),
+                "tokens": tokens,
             },
             "sha256": {file.name: sha256_of(file) for file in loaded} | bound,
             "report": report,
@@ -172,15 +177,3 @@ def _write(pruned: PreTrainedModel, staged: Path, layout: Layout) -> None:
 def _logits(model: PreTrainedModel, probe: dict[str, Tensor]) -> Tensor:
     logits: Tensor = model(**probe).logits
     return logits.float()
-
-
-def _agree(wanted: Tensor, got: Tensor) -> float:
-    """Return max |difference|; `ParityError` above the tolerance or where it is not a number."""
-    difference = float((wanted - got).abs().max())
-    limit = allowed(MAX_LOGIT_DIFF, float(wanted.abs().max()))
-    if not difference <= limit:
-        raise ParityError(
-            f"gated and reloaded logits differ by {difference:.2e} on {len(wanted)} rows, "
-            f"expected at most {limit:.0e}; nothing was written, please report it"
-        )
-    return difference

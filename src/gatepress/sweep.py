@@ -47,7 +47,13 @@ logger = logging.getLogger(__name__)
 
 PATIENCE_S = 30.0  # for a training that is told to end: it writes a checkpoint
 IN_TORCH = ("torch-cpu", "cuda")  # targets that are timed without ONNX
-LEFT_OPEN = ("lora_rank", "closing", "learning_rate", "distill")  # what a training decides unless it is given
+LEFT_OPEN = (
+    "lora_rank",
+    "closing",
+    "learning_rate",
+    "distill",
+    "rotate_heads",
+)  # what a training decides unless it is given
 GRID = ("methods", "sparsities", "seeds")  # may grow; the rest of a training must stay for figures to be comparable
 TIMING = ("target", "batch_sizes", "seq_lens", "repetitions", "threads")  # may change: all is timed anew
 KEPT = (
@@ -309,7 +315,7 @@ def _meaningless(method: Method) -> dict[str, Any]:
     spec = METHODS.get(method)
     unset: dict[str, Any] = {}
     if spec and not spec.gated:
-        unset |= {"distill": False, "open_epochs": None, "closing": None, "start": None}
+        unset |= {"distill": False, "open_epochs": None, "closing": None, "start": None, "rotate_heads": None}
     if spec and not spec.rank:
         unset |= {"lora_rank": None}
     return unset

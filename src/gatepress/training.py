@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from gatepress.agreement import agree
 from gatepress.batches import left_of_epoch, make_loader, probe_batch, tokenize
 from gatepress.budget import budget_of
 from gatepress.checkpoint import (
@@ -25,7 +26,7 @@ from gatepress.checkpoint import (
     tell_other_classes,
 )
 from gatepress.collapse import parameters_of, plan_model, refuse_activation
-from gatepress.config import TrainSettings
+from gatepress.config import ROTATED, TrainSettings
 from gatepress.distill import Teacher, learn_from_teacher_
 from gatepress.errors import ModelError, UsageError
 from gatepress.evaluation import evaluate_model
@@ -43,6 +44,7 @@ from gatepress.processes import Processes, seed_of
 from gatepress.progress import NoProgress, Progress
 from gatepress.resolve import Layer
 from gatepress.resume import Resumable, make_optimizer, read_state, refuse_other, uninterrupted
+from gatepress.rotation import bases_of, turn_
 from gatepress.runners import max_tokens
 from gatepress.runtime import torch_device
 from gatepress.schema import refuse_unsound
@@ -57,6 +59,7 @@ MIN_STEPS, MIN_EPOCHS, MAX_EPOCHS = 1_500, 3, 20  # what an absent --epochs aims
 OPEN_SHARE = 3  # a third of the epochs makes a teacher of a model that does not know the task yet
 MAX_GRADIENT_NORM = 1.0
 LOSS_EVERY = 5  # steps: reading the loss waits for the device
+ROTATION_ROWS = 1_024  # whose second moments choose the bases of heads: the time of some ten steps
 BF16_LENGTHS = 8  # lengths are multiples of it in bf16: CPUs compile each shape, GPUs have units of that size
 SHORT = 512  # tokens that any encoder takes, where its configuration names no limit
 
@@ -154,6 +157,9 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
     refuse_unsound({"settings": settings.to_json(), "task": rows.spec.to_json()})
     base = locate_model(settings.model, settings.revision)
     finetuned = is_finetuned(base, rows.spec)
+    if settings.start and settings.rotate_heads is None and settings.granularity in ROTATED:
+        # whose gates these are, its heads these are
+        settings = replace(settings, rotate_heads=read_run(Path(settings.start)).settings.rotate_heads)
     settings = settings.resolved(finetuned=finetuned)
     model: Any = open_base(base, rows.spec)
     if finetuned and processes.main and not resumed:
@@ -192,6 +198,8 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
     optimizer, schedule = make_optimizer(kinds, settings, stages=[open_steps, steps - open_steps])
     budget = budget_of(model, layers, settings, steps=steps - open_steps, tokens=tokens) if settings.gated else None
     parameters = {name: parameter for group in kinds.values() for name, parameter in group.items()}
+    if settings.rotate_heads and not (resumed or start):
+        _rotate_heads_(model, train_rows, tokenizer, processes)
     processes.copy_first_(parameters.values())
     noise = torch.Generator(processes.device)
     for _, gate in gates_of(model):
@@ -254,6 +262,22 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
             versions=versions(*MADE_WITH),
         ),
     )
+
+
+def _rotate_heads_(model: Any, rows: Any, tokenizer: Any, processes: Processes) -> None:
+    """Turn heads into the bases that the first training rows choose, in place; `ParityError` where logits change."""
+    few = rows.select(range(min(ROTATION_ROWS, len(rows))))
+    loader = make_loader(few, tokenizer, VALIDATION_BATCH, shuffle=False, seed=0)
+    batches = [
+        {name: value.to(processes.device) for name, value in batch.items() if name != "labels"} for batch in loader
+    ]
+    bases = bases_of(model.eval(), batches)
+    processes.copy_first_(bases.values())
+    with torch.no_grad():
+        before = model(**batches[0]).logits
+        turn_(model, bases)
+        after = model(**batches[0]).logits
+    agree(before, after, "logits before and behind turning heads", "train with --no-rotate-heads, and please report it")
 
 
 def _open_epochs(settings: TrainSettings, epochs: int, *, finetuned: bool) -> int:

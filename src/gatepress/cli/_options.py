@@ -162,6 +162,16 @@ ControllerOption = Annotated[
         rich_help_panel=GATES,
     ),
 ]
+RotateHeads = Annotated[
+    bool | None,
+    typer.Option(
+        "--rotate-heads/--no-rotate-heads",
+        help="Let gates of heads stand on the singular basis of query with key and of value with output, which leaves "
+        "the model what it is: a closed gate takes away less. Unless given: yes with structured gates.",
+        rich_help_panel=GATES,
+        show_default=False,
+    ),
+]
 LoraRank = Annotated[
     int | None,
     typer.Option(
@@ -405,6 +415,16 @@ LatencyTable = Annotated[
     ),
 ]
 
+Tokens = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Tokens of one call that the layout auto is chosen for, batch size times sequence length: 1024 for "
+        "batches of 8 x 128. Unless given, calls of 32 to 1,024 tokens count alike.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+
 Force = Annotated[
     bool,
     typer.Option(
@@ -499,6 +519,7 @@ class Gating:
     gate_axes: GateAxesOption = TrainSettings.gate_axes
     matrices: Matrices = ALL_MATRICES
     controller: ControllerOption = TrainSettings.controller
+    rotate_heads: RotateHeads = TrainSettings.rotate_heads
     lora_rank: LoraRank = TrainSettings.lora_rank
 
 

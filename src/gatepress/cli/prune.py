@@ -36,6 +36,7 @@ def prune(  # noqa: PLR0913 - every option is a parameter
     layout: opt.LayoutOption = DEFAULT_LAYOUT,
     target: opt.TargetOption = DEFAULT_TARGET,
     latency_table: opt.LatencyTable = None,
+    tokens: opt.Tokens = None,
     sparsity: Annotated[
         str | None,
         typer.Option(
@@ -89,7 +90,8 @@ def prune(  # noqa: PLR0913 - every option is a parameter
             )
         if recover_epochs and asked is None:
             raise UsageError("--recover-epochs trains on at another sparsity; give --sparsity FRACTION with it")
-        options: dict[str, Any] = {"layout": layout, "target": target, "latency_table": latency_table, "force": force}
+        options: dict[str, Any] = {"layout": layout, "target": target, "latency_table": latency_table}
+        options |= {"tokens": tokens, "force": force}
 
         from gatepress import pruning, recovery
 

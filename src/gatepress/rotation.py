@@ -1,0 +1,135 @@
+"""Turn the bases of heads before gates close in them, so that what a closed gate takes away is worth less.
+
+The scores of a head hang on its query and key matrices through their product alone, and what it adds to the residual
+stream on its output and value matrices alike. With any invertible T [d, d] in between the function stays what it is:
+
+    q' = T q,   k' = T^-T k        and        o' = o T^T,   v' = T^-T v
+
+so the dimensions that gates stand on are a choice. Here it is the singular basis of the product, inputs counted by
+their second moments over training rows: dimensions come in the order of what they are worth, and dimension r of both
+matrices has the length sqrt(s_r), so that none is large on one side only. Biases take part: `[W | b]` acts on `[x, 1]`.
+Families that rotate queries by position have no such freedom between query and key; none of gatepress's does.
+
+A run keeps T beside the gates of a head (`Gate.basis`), and the base model is turned whenever it is opened for the run.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gatepress.inject import gated_linear
+from gatepress.resolve import resolve
+
+RIDGE = 1e-6  # of the mean second moment: behind a layer norm inputs lie in a plane, and their moments are singular
+FLAT = 1e-8  # of the largest singular value: a head with less than that in a dimension stays as it is
+
+
+class _Pair(NamedTuple):
+    """The two matrices of all heads of a layer that act through a product, and where their basis is kept."""
+
+    name: str  # of the buffer
+    basis: Tensor  # T of each head, [heads, d, d] float32
+    layer: int
+    first: nn.Linear  # of q: out rows; of o: in columns
+    axis: int  # of `first`, on which heads lie
+    second: nn.Linear  # of k or v, out rows
+
+
+@torch.no_grad()
+def bases_of(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the bases to turn the heads of a gated `model` into, from what it computes of `batches` of its inputs.
+
+    By the names under which a run keeps them, each [heads, d, d] float32; `turn_` takes them.
+    """
+    roots = _roots(model, batches)
+    bases = {}
+    for pair in _pairs(model):
+        heads, root = len(pair.basis), roots[pair.layer]
+        second = _with_bias(pair.second, heads) @ root
+        first = _by_head(pair.first.weight.T, heads) if pair.axis else _with_bias(pair.first, heads) @ root
+        bases[pair.name] = _singular_basis(first, second).to(pair.basis)
+    return bases
+
+
+@torch.no_grad()
+def turn_(model: PreTrainedModel, bases: Mapping[str, Tensor]) -> None:
+    """Turn the heads of a gated `model`, whose base weights are as they were read, into `bases`, in place."""
+    for pair in _pairs(model):
+        pair.basis.copy_(bases[pair.name])
+        there = pair.basis.double()
+        back = torch.linalg.inv(there).mT
+        turned = [(pair.first.weight.T, there)] if pair.axis else [(pair.first.weight, there), (pair.first.bias, there)]
+        for values, by in (*turned, (pair.second.weight, back), (pair.second.bias, back)):
+            if values is not None:
+                values.copy_((by @ _by_head(values, len(by))).reshape(values.shape))
+
+
+def _pairs(model: PreTrainedModel) -> Iterator[_Pair]:
+    """Yield what may be turned: q with k and o with v of each layer, where the gates there have a basis."""
+    for layer in resolve(model):
+        for first, second, axis, side in (("q", "k", 0, "gate_out"), ("o", "v", 1, "gate_in")):
+            gated = gated_linear(model, layer, first)
+            gate = getattr(gated, side)
+            if gate is not None and gate.basis is not None:
+                name = f"{model.base_model_prefix}.{layer.paths[first]}.{side}.basis"
+                yield _Pair(name, gate.basis, layer.index, gated.base, axis, gated_linear(model, layer, second).base)
+
+
+def _by_head(values: Tensor, heads: int) -> Tensor:
+    """Return [heads * d, n], or [heads * d], as [heads, d, n] in float64."""
+    return values.detach().double().reshape(heads, len(values) // heads, -1)
+
+
+def _with_bias(linear: nn.Linear, heads: int) -> Tensor:
+    """Return [W | b] [heads, d, in + 1] in float64."""
+    weight = _by_head(linear.weight, heads)
+    bias = weight.new_zeros(*weight.shape[:2], 1) if linear.bias is None else _by_head(linear.bias, heads)
+    return torch.cat([weight, bias], dim=2)
+
+
+def _singular_basis(first: Tensor, second: Tensor) -> Tensor:
+    """Return T [heads, d, d] of first [heads, d, m] and second [heads, d, n], which act through first^T second.
+
+    With first = R^T Q^T and second = P^T O^T only d x d is taken apart: R P^T = u s v^T, and T = sqrt(s) u^T R^-T.
+    """
+    r, p = (torch.linalg.qr(matrix.mT)[1] for matrix in (first, second))
+    u, s, _ = torch.linalg.svd(r @ p.mT)
+    whole = (s[:, -1] > FLAT * s[:, 0])[:, None, None]
+    same = torch.eye(r.shape[1], dtype=r.dtype, device=r.device).expand_as(r)
+    basis = s.sqrt()[:, :, None] * torch.linalg.solve_triangular(torch.where(whole, r, same), u, upper=True).mT
+    return torch.where(whole, basis, same)
+
+
+def _roots(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> dict[int, Tensor]:
+    """Return L [D + 1, D + 1] float64 of each layer: L L^T is the mean of [x, 1] [x, 1]^T over all real tokens."""
+    base: Any = model.base_model
+    sums: dict[int, Tensor] = {}
+    real = torch.empty(0)  # which tokens of the batch under way are; the hooks read it
+
+    def count(index: int, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        tokens = inputs[0][real].double()
+        tokens = torch.cat([tokens, tokens.new_ones(len(tokens), 1)], dim=1)
+        sums[index] = sums.get(index, 0) + tokens.T @ tokens
+
+    hooks = [
+        base.get_submodule(layer.paths["q"]).register_forward_pre_hook(partial(count, layer.index))
+        for layer in resolve(model)
+    ]
+    try:
+        for batch in batches:
+            real = batch["attention_mask"].bool()
+            model(**batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {index: _root(total / total[-1, -1]) for index, total in sums.items()}
+
+
+def _root(moments: Tensor) -> Tensor:
+    ridge = RIDGE * moments.diagonal().mean() * torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
+    root: Tensor = torch.linalg.cholesky(moments + ridge)
+    return root
