@@ -167,8 +167,18 @@ def render(experiment: Experiment, cells: list[dict[str, Any]]) -> str:
         f"Trained in {', and in '.join(machines)}; measured in float32 on all "
         "validation rows; seconds with measuring and whatever else ran. "
         "Peak memory is that of trainings whose command sets no environment. Commands, curves and versions stand in "
-        "the JSON.\n"
+        f"the JSON.{_turned(cells)}\n"
     )
+
+
+def _turned(cells: list[dict[str, Any]]) -> str:
+    """Return in which cells heads were turned, where some were and some were not: releases before 0.17 could not."""
+    counted = {}
+    for arm in dict.fromkeys(c["arm"] for c in cells):
+        turned = [c.get("rotate_heads", False) for c in cells if c["arm"] == arm]
+        if any(turned):
+            counted[arm] = f"in {sum(turned)} of {len(turned)} cells of `{arm}`"
+    return f" Heads were turned before gates closed {', '.join(counted.values())}." if counted else ""
 
 
 def _values(cells: list[dict[str, Any]], encoder: str, task: str, arm: str) -> dict[int, float]:

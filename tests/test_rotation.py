@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tiny
@@ -16,7 +16,8 @@ from conftest import TaskFiles
 from forms import settings_for
 from gatepress.checkpoint import load_run, read_run
 from gatepress.config import RUN_FILE, DataSettings, TrainSettings
-from gatepress.errors import ParityError, UsageError
+from gatepress.errors import ArtifactError, ParityError, UsageError
+from gatepress.files import sha256_of
 from gatepress.gates import gates_of
 from gatepress.inject import attach_gates_, gated_linear
 from gatepress.resolve import Layer, resolve
@@ -146,6 +147,19 @@ def test_a_run_of_an_earlier_release_is_opened_as_it_was_trained(settings: Train
     assert read_run(run).settings.rotate_heads is False
     model, _ = load_run(run)
     assert all(gate.basis is None for _, gate in gates_of(model))
+
+
+def test_a_basis_that_cannot_be_undone_is_refused(settings: TrainSettings, tmp_path: Path) -> None:
+    train(settings, tmp_path / "run")
+    manifest = json.loads((tmp_path / "run" / RUN_FILE).read_text())
+    file = tmp_path / "run" / manifest["tensors"]["file"]
+    tensors = load_file(file)
+    tensors[next(name for name in tensors if name.endswith(".basis"))].zero_()
+    save_file(tensors, file)
+    manifest["tensors"]["sha256"] = sha256_of(file)
+    (tmp_path / "run" / RUN_FILE).write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match="basis has no inverse; train again"):
+        load_run(tmp_path / "run")
 
 
 @pytest.mark.parametrize("rotated", [True, False])

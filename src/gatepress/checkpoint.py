@@ -245,7 +245,10 @@ def load_trained_(model: PreTrainedModel, settings: TrainSettings, state: dict[s
                 f"{where}: {name} is {list(value.shape)}, expected {list(own[name].shape)}; train again"
             )
     if settings.rotate_heads:
-        turn_(model, state)
+        try:
+            turn_(model, state)
+        except ValueError as error:
+            raise ArtifactError(f"{where}: {error}; train again") from None
     model.load_state_dict(state, strict=False)
 
 

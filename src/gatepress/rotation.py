@@ -57,11 +57,17 @@ def bases_of(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> di
 
 @torch.no_grad()
 def turn_(model: PreTrainedModel, bases: Mapping[str, Tensor]) -> None:
-    """Turn the heads of a gated `model`, whose base weights are as they were read, into `bases`, in place."""
+    """Turn the heads of a gated `model`, whose base weights are as they were read, into `bases`, in place.
+
+    `ValueError` where one has no inverse.
+    """
     for pair in _pairs(model):
         pair.basis.copy_(bases[pair.name])
         there = pair.basis.double()
-        back = torch.linalg.inv(there).mT
+        inverse, fault = torch.linalg.inv_ex(there)
+        if fault.any():
+            raise ValueError(f"{pair.name} has no inverse")
+        back = inverse.mT
         turned = [(pair.first.weight.T, there)] if pair.axis else [(pair.first.weight, there), (pair.first.bias, there)]
         for values, by in (*turned, (pair.second.weight, back), (pair.second.bias, back)):
             if values is not None:
