@@ -22,6 +22,7 @@ from gatepress.gates import gates_of
 from gatepress.inject import gated_linear
 from gatepress.plan import chooses
 from gatepress.pruning import prune
+from gatepress.recovery import prune_each
 from gatepress.resolve import resolve
 from test_collapse import gated_model, logits
 
@@ -304,3 +305,6 @@ def test_no_call_has_less_than_one_token(tmp_path: Path, tiny_model_dir, tiny_ta
     run = forms.save_run(tmp_path / "run", tiny_model_dir("bert"), tiny_task_files)
     with pytest.raises(UsageError, match="--tokens is 0, expected 1 or more"):
         prune(run, tmp_path / "pruned", tokens=0)
+    with pytest.raises(UsageError, match="--tokens is 0, expected 1 or more"):  # before anything is trained
+        prune_each(run, {0.5: tmp_path / "pruned"}, recover_epochs=1, tokens=0)
+    assert not (tmp_path / "pruned").exists()

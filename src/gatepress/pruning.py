@@ -53,8 +53,7 @@ def prune(  # noqa: PLR0913 - every option of the command is one
     the new directory must agree on the run's probe rows within `agreement.MAX_LOGIT_DIFF`, else `ParityError` and
     nothing is written. `dry_run` plans only.
     """
-    if tokens is not None and tokens < 1:
-        raise UsageError(f"--tokens is {tokens}, expected 1 or more")
+    refuse_tokens(tokens)
     settings = gated_settings(run_dir)
     if not dry_run:
         check_output(output, force=force, reads=(run_dir, settings.model))
@@ -151,6 +150,12 @@ def _costs(
     if table is None and (layout != "auto" or not chooses(live)):
         return analytic(target)
     return for_target(target, table, progress)
+
+
+def refuse_tokens(tokens: int | None) -> None:
+    """Raise `UsageError` on a call that has no tokens."""
+    if tokens is not None and tokens < 1:
+        raise UsageError(f"--tokens is {tokens}, expected 1 or more")
 
 
 def gated_settings(run_dir: Path) -> TrainSettings:

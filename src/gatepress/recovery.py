@@ -13,7 +13,7 @@ from typing import Any
 from gatepress.errors import UsageError
 from gatepress.files import check_output
 from gatepress.progress import Progress
-from gatepress.pruning import gated_settings, prune
+from gatepress.pruning import gated_settings, prune, refuse_tokens
 from gatepress.training import train
 
 
@@ -33,6 +33,7 @@ def prune_each(
     seconds). All else goes to `pruning.prune`, whose errors are raised.
     """
     _check(outputs, recover_epochs)
+    refuse_tokens(pruning.get("tokens"))  # now, not behind a training
     settings = gated_settings(run_dir)
     for output in outputs.values():
         check_output(output, force=force, reads=(run_dir, settings.model))
