@@ -4,7 +4,7 @@ A field's comment is what `--help` says of its option; a wrong value raises one 
 lists every problem in the command line's spelling.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -81,7 +81,7 @@ class DataSettings:
             problems.append("--task and --train-file/--validation-file exclude each other; give one of them")
         if self.task is None and not (self.train_file or self.validation_file):
             problems.append("no data: give --task NAME, or --train-file and --validation-file")
-        _refuse(problems)
+        refuse(problems)
 
 
 _FRACTION = "a fraction of at least 0 and "
@@ -134,7 +134,7 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         """Collect what is wrong and raise it once."""
-        _refuse([*self._unknown_words(), *self._wrong_numbers(), *self._wrong_pairs()])
+        refuse([*self._unknown_words(), *self._wrong_numbers(), *self._wrong_pairs()])
 
     def _unknown_words(self) -> list[str]:
         kinds: tuple[tuple[str, Any], ...] = (
@@ -296,7 +296,19 @@ def _unless_asked(asked: bool | None, otherwise: bool) -> bool:  # noqa: FBT001 
     return otherwise if asked is None else asked
 
 
-def _refuse(problems: list[str]) -> None:
+def refuse_below(least: int, **options: int | None) -> None:
+    """Raise one `UsageError` naming every option that is given and below `least`."""
+    refuse(
+        [
+            f"{spelled(name)} is {value}, expected {least} or more"
+            for name, value in options.items()
+            if value is not None and value < least
+        ]
+    )
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Raise the collected problems, if any, as one `UsageError`."""
     if problems:
         raise UsageError("; ".join(problems))
 
@@ -318,5 +330,7 @@ __all__ = [
     "Target",
     "TrainSettings",
     "default_run_name",
+    "refuse",
+    "refuse_below",
     "spelled",
 ]

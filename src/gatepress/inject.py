@@ -28,7 +28,8 @@ SITES: dict[Granularity, tuple[Site, ...]] = {
     "heads": (("o", "in"), ("down", "in")),
 }
 WHOLE_HEADS: set[tuple[Granularity, Site]] = {("heads", ("o", "in"))}  # sites with one gate a head
-TURNED: set[Site] = {("q", "out"), ("o", "in")}  # sites whose dimensions are those of a basis that may be chosen
+# Sites whose dimensions are those of a basis that may be chosen, and whose rows share it.
+TURNED: dict[Site, str] = {("q", "out"): "k", ("o", "in"): "v"}
 
 # Sigma of eq. (5) by controller: 0 makes the gate deterministic. With 0.25 the penalty of eq. (6)
 # still has a gradient at an open gate; with 0.1 it has none.

@@ -14,7 +14,7 @@ from gatepress.budget import budget_of
 from gatepress.card import CARD_FILE, card
 from gatepress.checkpoint import RunManifest, load_run, read_probe, read_run
 from gatepress.collapse import cut, live_parts, parameters_of, ship_code
-from gatepress.config import DEFAULT_TARGET, Layout, Target, TrainSettings
+from gatepress.config import DEFAULT_TARGET, Layout, Target, TrainSettings, refuse_below
 from gatepress.costs import Costs, analytic
 from gatepress.errors import ArtifactError, UsageError
 from gatepress.files import check_output, json_text, new_directory, read_json, sha256_of
@@ -53,7 +53,7 @@ def prune(  # noqa: PLR0913 - every option of the command is one
     the new directory must agree on the run's probe rows within `agreement.MAX_LOGIT_DIFF`, else `ParityError` and
     nothing is written. `dry_run` plans only.
     """
-    refuse_tokens(tokens)
+    refuse_below(1, tokens=tokens)
     settings = gated_settings(run_dir)
     if not dry_run:
         check_output(output, force=force, reads=(run_dir, settings.model))
@@ -150,12 +150,6 @@ def _costs(
     if table is None and (layout != "auto" or not chooses(live)):
         return analytic(target)
     return for_target(target, table, progress)
-
-
-def refuse_tokens(tokens: int | None) -> None:
-    """Raise `UsageError` on a call that has no tokens."""
-    if tokens is not None and tokens < 1:
-        raise UsageError(f"--tokens is {tokens}, expected 1 or more")
 
 
 def gated_settings(run_dir: Path) -> TrainSettings:

@@ -10,10 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gatepress.config import refuse_below
 from gatepress.errors import UsageError
 from gatepress.files import check_output
 from gatepress.progress import Progress
-from gatepress.pruning import gated_settings, prune, refuse_tokens
+from gatepress.pruning import gated_settings, prune
 from gatepress.training import train
 
 
@@ -33,7 +34,7 @@ def prune_each(
     seconds). All else goes to `pruning.prune`, whose errors are raised.
     """
     _check(outputs, recover_epochs)
-    refuse_tokens(pruning.get("tokens"))  # now, not behind a training
+    refuse_below(1, tokens=pruning.get("tokens"))  # now, not behind a training
     settings = gated_settings(run_dir)
     for output in outputs.values():
         check_output(output, force=force, reads=(run_dir, settings.model))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gatepress.inject import gated_linear
+from gatepress.inject import TURNED, gated_linear
 from gatepress.resolve import resolve
 
 RIDGE = 1e-6  # of the mean second moment: behind a layer norm inputs lie in a plane, and their moments are singular
@@ -77,12 +77,12 @@ def turn_(model: PreTrainedModel, bases: Mapping[str, Tensor]) -> None:
 def _pairs(model: PreTrainedModel) -> Iterator[_Pair]:
     """Yield what may be turned: q with k and o with v of each layer, where the gates there have a basis."""
     for layer in resolve(model):
-        for first, second, axis, side in (("q", "k", 0, "gate_out"), ("o", "v", 1, "gate_in")):
-            gated = gated_linear(model, layer, first)
-            gate = getattr(gated, side)
+        for (role, side), partner in TURNED.items():
+            gated, second = gated_linear(model, layer, role), gated_linear(model, layer, partner).base
+            gate = gated.gate_in if side == "in" else gated.gate_out
             if gate is not None and gate.basis is not None:
-                name = f"{model.base_model_prefix}.{layer.paths[first]}.{side}.basis"
-                yield _Pair(name, gate.basis, layer.index, gated.base, axis, gated_linear(model, layer, second).base)
+                name = f"{model.base_model_prefix}.{layer.paths[role]}.gate_{side}.basis"
+                yield _Pair(name, gate.basis, layer.index, gated.base, int(side == "in"), second)
 
 
 def _by_head(values: Tensor, heads: int) -> Tensor:

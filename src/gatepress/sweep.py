@@ -25,12 +25,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gatepress import training
-from gatepress.bench import endtoend, timing
+from gatepress.bench import endtoend
 from gatepress.bench.record import Record
 from gatepress.bench.render import markdown
 from gatepress.bench.summary import Cell, density, summarize, table
 from gatepress.checkpoint import dense_base, read_run
-from gatepress.config import DEFAULT_TARGET, METHODS, RUN_FILE, Method, Target, TrainSettings, spelled
+from gatepress.config import (
+    DEFAULT_TARGET,
+    METHODS,
+    RUN_FILE,
+    Method,
+    Target,
+    TrainSettings,
+    refuse,
+    refuse_below,
+    spelled,
+)
 from gatepress.errors import ArtifactError, MissingExtraError, ModelError, OutputError, UsageError
 from gatepress.export import export
 from gatepress.files import check_output, json_text, read_json, refuse_held, replace_file, temporary_directory
@@ -83,7 +93,7 @@ def run(  # noqa: PLR0913 - every option of the command is one
     """
     progress = progress or NoProgress()
     wanted = _cells(settings, methods, sparsities, seeds)
-    timing.refuse([f"--bench-batch-size is {size}, expected 1 or more" for size in batch_sizes if size < 1])
+    refuse([f"--bench-batch-size is {size}, expected 1 or more" for size in batch_sizes if size < 1])
     measuring: dict[str, Any] = {
         "batch_sizes": list(batch_sizes),
         "seq_lens": list(seq_lens),
@@ -285,10 +295,8 @@ def _cells(
     settings: TrainSettings, methods: Sequence[Method], sparsities: Sequence[float], seeds: int
 ) -> dict[Cell, TrainSettings]:
     """Return what each cell is trained with, seed by seed: a whole picture is there after the first."""
-    timing.refuse_below(1, seeds=seeds)
-    timing.refuse(
-        [f"--{name} is empty" for name, given in (("method", methods), ("sparsity", sparsities)) if not given]
-    )
+    refuse_below(1, seeds=seeds)
+    refuse([f"--{name} is empty" for name, given in (("method", methods), ("sparsity", sparsities)) if not given])
     wanted = {}
     for seed in range(settings.seed, settings.seed + seeds):
         for method in methods:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from gatepress.batches import make_loader, tokenize
 from gatepress.bench import timing
 from gatepress.bench.record import Record, latencies, now, relative_to
-from gatepress.config import Arithmetic, DataSettings
+from gatepress.config import Arithmetic, DataSettings, refuse, refuse_below
 from gatepress.errors import GatepressError, ModelError, UsageError, reason_of
 from gatepress.machine import device_name
 from gatepress.models import open_tokenizer
@@ -97,7 +97,7 @@ def run(  # noqa: PLR0913 - every knob of a measurement is named
     own number, for every runtime.
     Raises `UsageError`, `DeviceError`, and `ModelError` where a target cannot run a cell.
     """
-    timing.refuse([] if targets else ["nothing to time: give a directory, an .onnx file or a model"])
+    refuse([] if targets else ["nothing to time: give a directory, an .onnx file or a model"])
     place = check(
         device=device,
         batch_sizes=batch_sizes,
@@ -175,9 +175,9 @@ def check(  # noqa: PLR0913 - those of `run` that can be wrong by themselves
         if not sizes:
             problems.append(f"{option} is empty, expected sizes like 1,8")
         problems += [f"{option} is {size}, expected 1 or more" for size in sizes if size < 1]
-    timing.refuse(problems)
-    timing.refuse_below(1, repetitions=repetitions, threads=threads, max_length=max_length)
-    timing.refuse_below(0, warmup=warmup)
+    refuse(problems)
+    refuse_below(1, repetitions=repetitions, threads=threads, max_length=max_length)
+    refuse_below(0, warmup=warmup)
     return torch.device(torch_device(device))
 
 

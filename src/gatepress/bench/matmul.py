@@ -17,6 +17,7 @@ from torch.nn.functional import linear
 
 from gatepress.bench import timing
 from gatepress.bench.record import Record, latencies, now, relative_to
+from gatepress.config import refuse, refuse_below
 from gatepress.machine import device_name
 from gatepress.progress import NoProgress, Progress
 from gatepress.runtime import torch_device
@@ -55,8 +56,8 @@ def run(  # noqa: PLR0913 - every knob of a measurement is named
     shape, the dense product first; the others refer to it. Raises `UsageError`, `DeviceError`.
     """
     _check(shapes, sparsities)
-    timing.refuse_below(1, repetitions=repetitions, tokens=tokens, threads=threads)
-    timing.refuse_below(0, warmup=warmup)
+    refuse_below(1, repetitions=repetitions, tokens=tokens, threads=threads)
+    refuse_below(0, warmup=warmup)
     place = torch.device(torch_device(device))
     shapes = list(dict.fromkeys(shapes))  # names are made of these and must stay unique
     sparsities = list(dict.fromkeys(round(value, 4) for value in sparsities))
@@ -144,4 +145,4 @@ def _check(shapes: Sequence[tuple[int, int]], sparsities: Sequence[float]) -> No
         problems.append("--shape is empty, expected sizes like 768x768")
     if not sparsities:
         problems.append("--sparsity is empty, expected fractions like 0,0.3,0.6")
-    timing.refuse(problems)
+    refuse(problems)

@@ -14,13 +14,11 @@ times as long; a runtime that never spins is itself 5 to 45 % slower.
 import contextlib
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from gatepress.config import spelled
-from gatepress.errors import UsageError
 from gatepress.progress import Progress
 
 Call = Callable[[], object]
@@ -113,20 +111,3 @@ def cuda_events(device: torch.device) -> Measure:
         return [float(start.elapsed_time(stop)) for start, stop in pairs]
 
     return measure
-
-
-def refuse_below(least: int, **options: int | None) -> None:
-    """Raise one `UsageError` naming every option that is given and below `least`."""
-    refuse(
-        [
-            f"{spelled(name)} is {value}, expected {least} or more"
-            for name, value in options.items()
-            if value is not None and value < least
-        ]
-    )
-
-
-def refuse(problems: Sequence[str]) -> None:
-    """Raise the collected problems, if any, as one `UsageError`."""
-    if problems:
-        raise UsageError("; ".join(problems))
