@@ -23,7 +23,7 @@ import resume
 import steps
 import training_time
 from cells import TASKS
-from speed import AGAIN
+from speed import AGAIN, GRID
 
 from gatepress.bench import render
 from gatepress.bench.record import Record
@@ -72,7 +72,7 @@ def grid_table(rows: list[dict[str, Any]]) -> str:
     names = ["shape", "runtime", "closed", "batch x length", "dense", "inner", "index", "auto", "auto against dense"]
     names += ["the fastest beside it", "against that", "in single rounds", "noise"]
     lines, behind, noise = [], [], []
-    for row in rows:
+    for row in sorted(rows, key=_of_grid):
         ms = {name: f"{statistics.median(times):.2f}" for name, times in row["ms"].items()}
         over = {name: statistics.median(ratios) - 1 for name, ratios in row["auto_over"].items()}
         noise.append(abs(over.pop(AGAIN)))
@@ -86,21 +86,29 @@ def grid_table(rows: list[dict[str, Any]]) -> str:
         cells += [f"{min(rounds):+.1%} to {max(rounds):+.1%}", f"{noise[-1]:.1%}"]
         lines.append(f"| {' | '.join(cells)} |\n")
     one = rows[0]
+    counts = " or ".join(str(count) for count in sorted({len(row["ms"]["auto"]) for row in rows}))
+    releases = " and ".join(sorted({row["versions"]["gatepress"] for row in rows}))
     above = sum(1 for part in behind if part > TOLERATED)
     return (
         "# Is the chosen layout ever slower than a fixed one?\n\n`python benchmarks/speed.py grid`. Matrix gates "
         "closed at random, on both axes of every matrix; `auto` is chosen for the tokens of the row (`prune --tokens`, "
-        f"batch times length). Each row has {len(one['ms']['auto'])} rounds; in a round all "
+        f"batch times length). Each row has {counts} rounds; in a round all "
         f"layouts are opened anew and take turns, {one['repetitions']} calls each. Times are milliseconds, medians of "
         "the medians of rounds. *Against that*: `auto` in parts of the one of dense, inner and index that is the "
         "fastest beside it, by calls that took turns in pairs: the median of a round, the median of rounds, and the "
         "least and the largest of them. *Noise*: the same of `auto` against `auto` opened once more. A fixed layout "
-        f"that is `auto`, byte by byte, was not timed beside it. {one['device_name']}, {one['threads']} threads.\n\n"
+        f"that is `auto`, byte by byte, was not timed beside it. {one['device_name']}, {one['threads']} threads; "
+        f"gatepress {releases}.\n\n"
         f"Of {len(rows)} rows {above} are more than {TOLERATED:.0%} behind, the worst {max(behind):.1%}; the median "
         f"is {statistics.median(behind):+.1%}. Between `auto` and itself half of the rows lie up to "
         f"{statistics.median(noise):.1%} apart, the worst {max(noise):.1%}.\n\n"
         f"| {' | '.join(names)} |\n|---|---|--:|---|--:|--:|--:|--:|--:|---|--:|---|--:|\n" + "".join(lines)
     )
+
+
+def _of_grid(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Return where a row stands: rows that are measured anew come last in the file."""
+    return row["encoder"], row["sparsity_asked"], list(GRID).index(row["target"]), row["batch_size"], row["seq_len"]
 
 
 def collapse_table(result: dict[str, Any]) -> str:

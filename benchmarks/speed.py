@@ -31,7 +31,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from onnx import helper
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -73,7 +72,7 @@ SHAPES: dict[str, Any] = {
 BATCHES, LENGTHS = (1, 8), (32, 128)
 SPARSITIES = (0.1, 0.3, 0.5, 0.7)
 REPETITIONS = 20
-ROUNDS = 3  # of the grid
+ROUNDS = 5  # of the grid
 AGAIN = "auto, opened again"
 FIXED: tuple[Layout, ...] = ("inner", "index")
 GRID: dict[Target, bool] = {"torch-cpu": False, "ort-cpu": True, "ort-int8": True}  # whether ONNX Runtime computes it
@@ -174,17 +173,17 @@ def kernels(work: Path) -> None:
             for what, (out, columns) in products:
                 linear, x = torch.nn.Linear(columns, out), torch.randn(1, tokens, columns)
                 add(what, "torch-cpu", (out, columns), tokens, partial(linear, x))
-                values = {"w": random.standard_normal((columns, out)).astype(np.float32)}
-                nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
+                weight = random.standard_normal((columns, out)).astype(np.float32)
                 for target in ("ort-cpu", "ort-int8"):
-                    call = latency._session(nodes, values, (columns, out), target, tokens)
-                    add(what, target, (out, columns), tokens, call)
+                    call_of = latency._session([[[("MatMul", [weight], {})]]], columns, target)
+                    add(what, target, (out, columns), tokens, call_of(tokens))
             kept = np.linspace(0, 767, 544).astype(np.int64)
-            last = [helper.make_node("Gather", ["x", "index"], ["y"], axis=-1)]
-            call = latency._session(last, {"index": kept}, (768, 544), "ort-cpu", tokens)
-            add("gather from the last axis", "ort-cpu", (768, 544), tokens, call)
-            call = latency._session(*latency._rows_moved(768, kept), (768, 544), "ort-cpu", tokens)
-            add("gather by rows of the transposed", "ort-cpu", (768, 544), tokens, call)
+            ways: dict[str, latency.Chain] = {
+                "gather from the last axis": [("Gather", [kept], {"axis": -1})],
+                "gather by rows of the transposed": latency._rows_moved(768, kept),
+            }
+            for what, chain in ways.items():
+                add(what, "ort-cpu", (768, 544), tokens, latency._session([[chain]], 768, "ort-cpu")(tokens))
             x, index = torch.randn(1, tokens, 768), torch.from_numpy(kept)
             add("index_select from the last axis", "torch-cpu", (768, 544), tokens, partial(x.index_select, -1, index))
             add("gather from the last axis", "torch-cpu", (768, 544), tokens, partial(pick, x, index))
@@ -250,22 +249,22 @@ def grid(work: Path) -> None:
     """
     done = RESULTS / "speed_grid.json"
     rows = json.loads(done.read_text()) if done.exists() else []
-    for shape, sparsity, target in itertools.product(("minilm", "mpnet"), SPARSITIES, GRID):
+    cells = itertools.product(("minilm", "mpnet"), SPARSITIES, GRID, BATCHES, LENGTHS)
+    for shape, sparsity, target, batch, length in cells:
         key = {"encoder": shape, "sparsity_asked": sparsity, "target": target}
-        if any(key.items() <= row.items() for row in rows):
+        if any({**key, "batch_size": batch, "seq_len": length}.items() <= row.items() for row in rows):
             continue
         run = random_run(shape, work, granularity="matrix", sparsity=sparsity)
         fixed = forms_of(run, target, FIXED)
-        for batch, length in itertools.product(BATCHES, LENGTHS):
-            auto = forms_of(run, target, ("auto",), batch * length)["auto"]
-            twin = next((name for name, form in fixed.items() if _weights(form) == _weights(auto)), None)
-            timed = {name: form for name, form in fixed.items() if name != twin} | {"auto": auto, AGAIN: auto}
-            rounds = [
-                endtoend.run(timed, batch_sizes=(batch,), seq_lens=(length,), repetitions=REPETITIONS)
-                for _ in range(ROUNDS)
-            ]
-            by_name = [{record.name: record for record in records} for records in rounds]
-            rows.append({**key, "auto_is": twin, **_compared(by_name)})
+        auto = forms_of(run, target, ("auto",), batch * length)["auto"]
+        twin = next((name for name, form in fixed.items() if _weights(form) == _weights(auto)), None)
+        timed = {name: form for name, form in fixed.items() if name != twin} | {"auto": auto, AGAIN: auto}
+        rounds = [
+            endtoend.run(timed, batch_sizes=(batch,), seq_lens=(length,), repetitions=REPETITIONS)
+            for _ in range(ROUNDS)
+        ]
+        by_name = [{record.name: record for record in records} for records in rounds]
+        rows.append({**key, "auto_is": twin, **_compared(by_name)})
         replace_file(done, json.dumps(rows, indent=1).encode() + b"\n")
 
 

@@ -7,6 +7,7 @@ here, from one figure per runtime: how many multiply-accumulates pass while one 
 Both are a list of `Entry`, fitted by the same few features.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -21,11 +22,11 @@ from gatepress.config import Target
 from gatepress.errors import ArtifactError
 from gatepress.files import json_text, read_json, replace_file
 
-FORMAT = {"format": "gatepress-latency", "version": 1}
+FORMAT = {"format": "gatepress-latency", "version": 2}
 MAX_SIZE = 1_000_000  # of a side of a matrix, or tokens, in a table that is read
-WORTH = 0.02  # an index operation must save this fraction of the dense product, or it is not taken
+WORTH = 0.02  # of a matrix that an index operation must save, or it is not taken
 
-Op = Literal["product", "gather", "scatter"]
+Op = Literal["product", "gather", "again", "scatter"]  # again: a gather from an input that another one reads
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,12 @@ class TargetFacts:
     macs_per_moved: float  # linear multiply-accumulates in the time that an index operation moves one number
     multiple: int  # kernels are slower on widths that are no multiple of this
     equal_widths: bool  # fused attention wants query/key and value/output dimensions of one width
+    picks_share: bool = True  # gathers from one input; False: each of them costs a quantization that was shared
 
 
 TARGETS: dict[Target, TargetFacts] = {
     "ort-cpu": TargetFacts(macs_per_moved=45, multiple=1, equal_widths=False),
-    "ort-int8": TargetFacts(macs_per_moved=160, multiple=1, equal_widths=False),
+    "ort-int8": TargetFacts(macs_per_moved=160, multiple=1, equal_widths=False, picks_share=False),
     "torch-cpu": TargetFacts(macs_per_moved=45, multiple=16, equal_widths=True),
     "cuda": TargetFacts(macs_per_moved=300, multiple=8, equal_widths=True),
 }
@@ -49,7 +51,7 @@ TARGETS: dict[Target, TargetFacts] = {
 class Entry:
     """The time of one operation on `tokens` rows.
 
-    `shape` is [out, in] of a product, [width, kept] of a gather, [kept, width] of a scatter.
+    `shape` is [out, in] of a product, [width, kept] of a gather (again or not), [kept, width] of a scatter.
     """
 
     op: Op
@@ -83,7 +85,12 @@ class Costs:
         return times if self.tokens is None else np.array([np.interp(self.tokens, self._counts, times)])
 
     def matrix(
-        self, dense: tuple[int, int], kept: tuple[int, int], *, gathered: bool = False, scattered: bool = False
+        self,
+        dense: tuple[int, int],
+        kept: tuple[int, int],
+        *,
+        gathered: Literal["gather", "again"] | None = None,
+        scattered: bool = False,
     ) -> float:
         """Return the time of a matrix of `kept` [out, in] with its index operations, over that of the `dense` one.
 
@@ -91,7 +98,7 @@ class Costs:
         """
         time = self.milliseconds("product", kept)
         if gathered:
-            time = time + self.milliseconds("gather", (dense[1], kept[1]))
+            time = time + self.milliseconds(gathered, (dense[1], kept[1]))
         if scattered:
             time = time + self.milliseconds("scatter", (kept[0], dense[0]))
         return float(np.mean(time / self.milliseconds("product", dense)))
@@ -127,8 +134,9 @@ def analytic(target: Target) -> Costs:
     moved = TARGETS[target].macs_per_moved
     sides = (256, 1024, 4096)
     entries = [Entry("product", 1, (rows, columns), float(rows * columns)) for rows in sides for columns in sides]
-    for op in ("gather", "scatter"):
-        entries += [Entry(op, 1, (a, b), moved * (a + b)) for a in sides for b in sides]
+    for a, b in itertools.product(sides, sides):
+        entries += [Entry("gather", 1, (a, b), moved * (a + b)), Entry("scatter", 1, (a, b), moved * (a + b))]
+        entries.append(Entry("again", 1, (a, b), moved * b))
     return Costs(target, "analytic", tuple(entries))
 
 

@@ -1,8 +1,10 @@
 """Measure what `costs` needs on this machine: products and index operations, as pruned models do them.
 
-A few seconds, kept per machine: the answer changes with processor, threads and the runtime's version,
+Some twenty seconds, kept per machine: the answer changes with processor, threads and the runtime's version,
 and with nothing else. What is timed is what a pruned model runs: a product with its bias in the
-target's runtime, a gather or scatter in front of or behind it.
+target's runtime, a gather or scatter in front of or behind it. In a model none of them finds what it reads
+in the nearest cache, and all of them run in one call of the runtime; so here a call runs each operation a
+few times, on inputs and weights of their own.
 """
 
 import hashlib
@@ -36,13 +38,20 @@ from gatepress.quantize import quantize_file
 logger = logging.getLogger(__name__)
 
 TOKENS = (32, 128, 256, 1024)  # batch times length of one call
-PRODUCTS = ((384, 384), (768, 768), (1536, 384), (384, 1536), (1536, 768), (768, 1536))  # [out, in]
+WIDE = ((384, 384), (768, 768), (1536, 384), (384, 1536), (1536, 768), (768, 1536))  # [out, in]
+PRODUCTS = (*WIDE, (128, 384), (384, 128), (256, 768), (768, 256))  # and as narrow as what pruning leaves
 MOVED = ((384, 272), (768, 544), (768, 240), (1536, 768))  # [all, kept]
-ROUNDS = 3  # over everything: a machine that is slow for a second must not decide how models are stored
-REPEATS = 15
-UNTIMED = 3
+ROUNDS = 5  # over everything: a machine that is slow for a second must not decide how models are stored
+REPEATS = 6
+UNTIMED = 2
+STEADY = 256  # tokens of a call that is long enough to be timed so often
+COPIES = 2  # of an operation in one call
+LEAST = 0.1  # of two gathers from one input is the second one, whatever noise says
 
 Call = Callable[[], Any]
+Operation = tuple[Op, tuple[int, int], Callable[[int], Call]]  # with its shape, and its call on so many tokens
+Step = tuple[str, list[npt.NDArray[Any]], dict[str, Any]]  # operator, constants behind its input, attributes
+Chain = list[Step]
 
 
 def for_target(target: Target, table: str | Path | None = None, progress: Progress | None = None) -> Costs:
@@ -100,16 +109,20 @@ def measure(target: Target, *, progress: Progress | None = None, repeats: int = 
     prepare = _torch_calls if target in ("torch-cpu", "cuda") else _onnx_calls
     name, about = _about(target)
     fastest: dict[tuple[Op, int, tuple[int, int]], float] = {}
-    progress.start(ROUNDS * len(TOKENS) * (len(PRODUCTS) + 2 * len(MOVED)), f"measuring {target}")
+    progress.start(ROUNDS * len(TOKENS) * (len(PRODUCTS) + 3 * len(MOVED)), f"measuring {target}")
     try:
         with torch.inference_mode():
-            for _, tokens in itertools.product(range(ROUNDS), TOKENS):
-                for op, shape, call in prepare(target, tokens):
-                    ms = round(_fastest(call, repeats), 5)
-                    fastest[op, tokens, shape] = min(ms, fastest.get((op, tokens, shape), ms))
-                    progress.advance(1)
+            operations = list(prepare(target))
+            for _, tokens, (op, shape, call_of) in itertools.product(range(ROUNDS), TOKENS, operations):
+                often = repeats * max(1, STEADY // tokens)  # what is short is noisier
+                ms = round(_fastest(call_of(tokens), often) / COPIES, 5)
+                fastest[op, tokens, shape] = min(ms, fastest.get((op, tokens, shape), ms))
+                progress.advance(1)
     finally:
         progress.finish()
+    for (op, tokens, shape), ms in fastest.items():
+        if op == "again":  # timed together with the gather whose input it reads
+            fastest[op, tokens, shape] = round(max(ms - fastest["gather", tokens, shape], ms * LEAST), 5)
     entries = [Entry(op, tokens, shape, ms) for (op, tokens, shape), ms in fastest.items()]
     return Costs(target, name, tuple(entries), about)
 
@@ -134,90 +147,126 @@ def _fastest(call: Call, repeats: int) -> float:
     return min(times) / 1e6
 
 
-def _torch_calls(target: Target, tokens: int) -> Iterator[tuple[Op, tuple[int, int], Call]]:
+def _torch_calls(target: Target) -> Iterator[Operation]:
     """Yield what to time in torch, as `PrunedLinear.forward` computes it."""
     device = torch.device("cuda" if target == "cuda" else "cpu")
 
-    def waited(call: Call) -> Call:
-        def run() -> None:
-            call()
-            torch.cuda.synchronize()
+    def together(copies: list[list[Callable[[torch.Tensor], torch.Tensor]]], width: int) -> Callable[[int], Call]:
+        def call_of(tokens: int) -> Call:
+            work = [(torch.randn(1, tokens, width, device=device), calls) for calls in copies]
 
-        return call if device.type == "cpu" else run
+            def run() -> None:
+                for x, calls in work:
+                    for call in calls:
+                        call(x)
+                if device.type != "cpu":
+                    torch.cuda.synchronize()
+
+            return run
+
+        return call_of
 
     for rows, columns in PRODUCTS:
-        linear, x = torch.nn.Linear(columns, rows, device=device), torch.randn(1, tokens, columns, device=device)
-        yield "product", (rows, columns), waited(partial(linear, x))
+        linears: list[Any] = [[torch.nn.Linear(columns, rows, device=device)] for _ in range(COPIES)]
+        yield "product", (rows, columns), together(linears, columns)
     for width, kept in MOVED:
-        picked = torch.linspace(0, width - 1, kept, device=device).long()
-        yield "gather", (width, kept), waited(partial(pick, torch.randn(1, tokens, width, device=device), picked))
-        spread = torch.arange(width, device=device).clamp_max(kept)
-        yield "scatter", (kept, width), waited(partial(pick, torch.randn(1, tokens, kept, device=device), spread, 1))
+        first, other = (torch.from_numpy(index).to(device) for index in _picked(width, kept))
+        spread = torch.from_numpy(_spread(kept, width)).to(device)
+        gather, again = partial(pick, index=first), partial(pick, index=other)
+        scatter = partial(pick, index=spread, zeros=1)
+        yield "gather", (width, kept), together([[gather]] * COPIES, width)
+        yield "again", (width, kept), together([[gather, again]] * COPIES, width)
+        yield "scatter", (kept, width), together([[scatter]] * COPIES, kept)
 
 
-def _onnx_calls(target: Target, tokens: int) -> Iterator[tuple[Op, tuple[int, int], Call]]:
+def _onnx_calls(target: Target) -> Iterator[Operation]:
     """Yield what to time in ONNX Runtime, in the form in which `PrunedLinear` is exported."""
-    random = np.random.default_rng(0)
     for rows, columns in PRODUCTS:
-        values = {
-            "weight": random.standard_normal((columns, rows)).astype(np.float32),
-            "bias": random.standard_normal(rows).astype(np.float32),
-        }
-        nodes = [helper.make_node("MatMul", ["x", "weight"], ["m"]), helper.make_node("Add", ["m", "bias"], ["y"])]
-        yield "product", (rows, columns), _session(nodes, values, (columns, rows), target, tokens)
+        copies = [[_product(columns, rows)] for _ in range(COPIES)]
+        yield "product", (rows, columns), _session(copies, columns, target)
     for width, kept in MOVED:
-        index = np.linspace(0, width - 1, kept).astype(np.int64)
-        yield "gather", (width, kept), _session(*_rows_moved(width, index), (width, kept), target, tokens)
-        index = np.minimum(np.arange(width), kept).astype(np.int64)  # the last row: zeros that the product computed
-        yield "scatter", (kept, width), _session(*_rows_moved(kept + 1, index), (kept + 1, width), target, tokens)
+        gather, again = (_rows_moved(width, index) for index in _picked(width, kept))
+        scatter = _rows_moved(kept + 1, _spread(kept, width))  # the last row: zeros that the product computed
+        yield "gather", (width, kept), _session([[gather]] * COPIES, width, target)
+        yield "again", (width, kept), _session([[gather, again]] * COPIES, width, target)
+        yield "scatter", (kept, width), _session([[scatter]] * COPIES, kept + 1, target)
 
 
-def _rows_moved(width: int, index: npt.NDArray[np.int64]) -> tuple[list[onnx.NodeProto], dict[str, npt.NDArray[Any]]]:
-    """Return nodes and constants that pick `index` from the last axis by moving rows of the transposed input."""
-    values: dict[str, npt.NDArray[Any]] = {
-        "index": index,
-        "flat": np.array([-1, width]),
-        "shape": np.array([1, -1, len(index)]),
-    }
-    steps: list[tuple[str, list[str], dict[str, Any]]] = [
-        ("Reshape", ["flat"], {}),
+def _picked(width: int, kept: int) -> list[npt.NDArray[np.int64]]:
+    """Return two choices of `kept` of `width` positions."""
+    index = np.linspace(0, width - 1, kept).astype(np.int64)
+    return [index, width - 1 - index]
+
+
+def _spread(kept: int, width: int) -> npt.NDArray[np.int64]:
+    """Return which of `kept` positions, and one of zeros behind them, each of `width` positions reads."""
+    return np.minimum(np.arange(width), kept).astype(np.int64)
+
+
+def _product(columns: int, rows: int) -> Chain:
+    """Return a product with weights and a bias of its own."""
+    random = np.random.default_rng()
+    weight, bias = (random.standard_normal(shape).astype(np.float32) for shape in ((columns, rows), rows))
+    return [("MatMul", [weight], {}), ("Add", [bias], {})]
+
+
+def _rows_moved(width: int, index: npt.NDArray[np.int64]) -> Chain:
+    """Return what picks `index` from the last axis of `width` by moving rows of the transposed input."""
+    return [
+        ("Reshape", [np.array([-1, width])], {}),
         ("Transpose", [], {"perm": [1, 0]}),
-        ("Gather", ["index"], {"axis": 0}),
+        ("Gather", [index], {"axis": 0}),
         ("Transpose", [], {"perm": [1, 0]}),
-        ("Reshape", ["shape"], {}),
+        ("Reshape", [np.array([1, -1, len(index)])], {}),
     ]
-    names = ["x", *(f"step{number}" for number in range(1, len(steps))), "y"]
-    nodes = [
-        helper.make_node(op, [names[number], *inputs], [names[number + 1]], **attributes)
-        for number, (op, inputs, attributes) in enumerate(steps)
-    ]
-    return nodes, values
 
 
-def _session(
-    nodes: list[onnx.NodeProto],
-    values: dict[str, npt.NDArray[Any]],
-    widths: tuple[int, int],
-    target: Target,
-    tokens: int,
-) -> Call:
-    """Return a call of a small graph from x [1, tokens, width] to y, quantized where the target is."""
-    ends = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, "tokens", width])
-        for name, width in zip("xy", widths, strict=True)
-    ]
-    constants = [numpy_helper.from_array(value, name) for name, value in values.items()]
-    graph = helper.make_graph(nodes, "one", ends[:1], ends[1:], constants)
+def _session(copies: list[list[Chain]], width: int, target: Target) -> Callable[[int], Call]:
+    """Return the calls of a small graph, quantized where the target is. Chains of a copy read one x [1, tokens, width].
+
+    Equal constants are one, so the runtime computes once what chains of a copy have in common, as in exported models.
+    """
+    constants: dict[bytes, onnx.TensorProto] = {}
+    nodes, ends = [], []
+    for number, chains in enumerate(copies):
+        for name, steps in enumerate(chains):
+            value = f"x{number}"
+            for step, (op, arrays, attributes) in enumerate(steps):
+                inputs = [value]
+                for array in arrays:
+                    kept = constants.setdefault(array.tobytes(), numpy_helper.from_array(array, f"c{len(constants)}"))
+                    inputs.append(kept.name)
+                value = f"y{number}.{name}.{step}"
+                nodes.append(helper.make_node(op, inputs, [value], **attributes))
+            ends.append(value)
+    graph = helper.make_graph(
+        nodes,
+        "few",
+        [_floats(f"x{number}", [1, "tokens", width]) for number in range(len(copies))],
+        [_floats(end, [1, "tokens", None]) for end in ends],
+        list(constants.values()),
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     with temporary_directory() as place, explained(Path(place)):
-        file = Path(place) / "one.onnx"
+        file = Path(place) / "few.onnx"
         onnx.save(model, file)
         if target == "ort-int8" and nodes[0].op_type == "MatMul":
             quantize_file(file, file)
         options = ort.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # many sessions, one machine
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # the next session needs the cores
         session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    x = np.random.default_rng(0).standard_normal((1, tokens, widths[0])).astype(np.float32)
-    return lambda: session.run(None, {"x": x})
+
+    def call_of(tokens: int) -> Call:
+        random = np.random.default_rng(0)
+        names = [one.name for one in session.get_inputs()]
+        return partial(
+            session.run, None, {name: random.standard_normal((1, tokens, width)).astype(np.float32) for name in names}
+        )
+
+    return call_of
+
+
+def _floats(name: str, shape: list[Any]) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)

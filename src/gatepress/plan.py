@@ -20,8 +20,9 @@ index operation: columns by picking inputs (gather), rows by spreading outputs (
 """
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from gatepress.costs import WORTH, Costs, rounded
 from gatepress.families import ROLES
 from gatepress.resolve import Layer
 
+READERS = (("q", "k", "v"), ("o",), ("up",), ("down",))  # roles that read one input
 ZERO_ROW = -1  # in a list of source rows or columns: a padded one, all zeros
 
 Axis = list[int]  # sources of the rows or columns that are kept
@@ -201,7 +203,9 @@ def make_plan(layers: list[Layer], live: list[dict[str, Live]], layout: Layout, 
         }
         if layout == "paper":
             axes = dict.fromkeys(ROLES, (None, None))
-        matrices = {role: _matrix(layer.shapes[role], parts[role], axes[role], layout, costs) for role in ROLES}
+        matrices: dict[str, MatrixPlan] = {}
+        for roles in READERS:
+            matrices |= _matrices(layer, parts, {role: axes[role] for role in roles}, layout, costs)
         plans.append(LayerPlan(heads, qk_width, vo_width, matrices, _time(matrices, costs)))
     return PrunePlan(layout, plans, sum(layer.weights for layer in layers), costs)
 
@@ -214,26 +218,49 @@ def chooses(live: list[dict[str, Live]]) -> bool:
     )
 
 
-def _matrix(
+def _matrices(
+    layer: Layer, parts: dict[str, Live], axes: dict[str, tuple[Axis | None, Axis | None]], layout: Layout, costs: Costs
+) -> dict[str, MatrixPlan]:
+    """Plan the matrices that read one input; an axis that is None is the residual side (or, for `paper`, any)."""
+    options = [_options(layer.shapes[role], parts[role], sides, layout, costs) for role, sides in axes.items()]
+
+    def price(choice: tuple[MatrixPlan, ...]) -> float:
+        prices = zip(choice, _prices(choice, costs), strict=True)
+        return sum(time * (1 + WORTH * (plan.gathered + plan.scattered)) for plan, time in prices)
+
+    chosen = min(itertools.product(*options), key=price) if layout == "auto" else [each[-1] for each in options]
+    return dict(zip(axes, chosen, strict=True))
+
+
+def _options(
     shape: tuple[int, int], live: Live, axes: tuple[Axis | None, Axis | None], layout: Layout, costs: Costs
-) -> MatrixPlan:
-    """Plan one matrix; an axis that is None is the residual side (or, for `paper`, any)."""
+) -> list[MatrixPlan]:
+    """Return what one matrix may become; the last one leaves out all that it can."""
     every = [list(range(size)) for size in shape]
     options = [[(every[side] if axis is None else axis, False)] for side, axis in enumerate(axes)]
     for side, (axis, alive) in enumerate(zip(axes, (live.rows, live.columns), strict=True)):
         if axis is None and layout not in ("inner", "stock") and not alive.all():
             multiple = costs.facts.multiple if layout == "auto" else 1
             options[side].append((_some(alive, multiple), True))
-
-    def price(choice: tuple[tuple[Axis, bool], ...]) -> float:
-        (rows, scattered), (columns, gathered) = choice
-        time = costs.matrix(shape, (len(rows), len(columns)), gathered=gathered, scattered=scattered)
-        return time + WORTH * (gathered + scattered)
-
-    choices = list(itertools.product(*options))  # the last one leaves out all that it can
-    (rows, scattered), (columns, gathered) = min(choices, key=price) if layout == "auto" else choices[-1]
     counted = (int(live.rows.sum()), int(live.columns.sum()))
-    return MatrixPlan(rows, columns, shape, live.biased, counted, gathered, scattered)
+    return [
+        MatrixPlan(rows, columns, shape, live.biased, counted, gathered, scattered)
+        for (rows, scattered), (columns, gathered) in itertools.product(*options)
+    ]
+
+
+def _prices(plans: Iterable[MatrixPlan], costs: Costs) -> list[float]:
+    """Return the times of matrices that read one input, each over that of the dense one.
+
+    The first that picks from the input pays for what all that pick from it have in common.
+    """
+    prices: list[float] = []
+    gather: Literal["gather", "again"] = "gather"
+    for plan in plans:
+        picks = gather if plan.gathered else None
+        gather = "again" if plan.gathered and costs.facts.picks_share else gather
+        prices.append(costs.matrix(plan.dense_shape, plan.shape, gathered=picks, scattered=plan.scattered))
+    return prices
 
 
 def _some(alive: Tensor, multiple: int) -> Axis:
@@ -247,11 +274,11 @@ def _some(alive: Tensor, multiple: int) -> Axis:
 def _time(matrices: dict[str, MatrixPlan], costs: Costs) -> float:
     """Return the predicted time of a layer's matrices over that of the dense ones."""
     dense = {role: float(costs.milliseconds("product", m.dense_shape).mean()) for role, m in matrices.items()}
-    left = {
-        role: dense[role] * costs.matrix(m.dense_shape, m.shape, gathered=m.gathered, scattered=m.scattered)
-        for role, m in matrices.items()
-    }
-    return sum(left.values()) / sum(dense.values())
+    left = 0.0
+    for roles in READERS:
+        prices = _prices([matrices[role] for role in roles], costs)
+        left += sum(dense[role] * price for role, price in zip(roles, prices, strict=True))
+    return left / sum(dense.values())
 
 
 def _attention(layer: Layer, parts: dict[str, Live]) -> tuple[list[int], list[Axis], list[Axis]]:

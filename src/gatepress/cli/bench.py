@@ -303,7 +303,7 @@ def _latency_table(  # noqa: PLR0913 - each is an option of the command
         for entry in table.entries
     ]
     calls = latency.ROUNDS * latency.REPEATS
-    title = f"{target} on {table.source}, {table.about['threads']} threads, the fastest of {calls} calls"
+    title = f"{target} on {table.source}, {table.about['threads']} threads, the fastest of at least {calls} calls"
     screen.result(table.to_json(), lambda _: [grid(title, columns, rows)])
 
 
