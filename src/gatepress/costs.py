@@ -36,7 +36,7 @@ class TargetFacts:
     macs_per_moved: float  # linear multiply-accumulates in the time that an index operation moves one number
     multiple: int  # kernels are slower on widths that are no multiple of this
     equal_widths: bool  # fused attention wants query/key and value/output dimensions of one width
-    picks_share: bool = True  # gathers from one input, a part of them; else a quantization is shared without them
+    picks_share: bool = True  # further gathers from one input cost less; int8 loses a shared quantization by them
 
 
 TARGETS: dict[Target, TargetFacts] = {
