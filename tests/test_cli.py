@@ -284,6 +284,16 @@ def test_outputs_have_a_default_place_and_are_told(library, arguments, expected)
     assert json_of(result)["output_dir"] == str(expected)
 
 
+@pytest.mark.parametrize("more", [[], ["--sparsity", "0.3"]])
+def test_one_size_does_not_wait_for_what_trains(library, monkeypatch, more):
+    monkeypatch.delattr(gatepress, "recovery")
+    monkeypatch.setitem(sys.modules, "gatepress.recovery", None)  # importing it now fails
+    assert run("prune", "runs/x", *more).exit_code == 0
+    (_, _, kwargs) = library.only_call()
+    assert kwargs["sparsity"] == (0.3 if more else None)
+    assert run("prune", "runs/x", "--sparsity", "0.3,0.5").exit_code == 1
+
+
 def test_dry_run_promises_no_output(library):
     result = run("prune", "runs/x", "--dry-run", "--layout", "stock", "--json")
     assert "output_dir" not in json_of(result)

@@ -19,9 +19,9 @@ from conftest import TaskFiles
 from forms import settings_for
 from gatepress.checkpoint import read_run
 from gatepress.cli.app import app
-from gatepress.config import RUN_FILE, TrainSettings
+from gatepress.config import TrainSettings
 from gatepress.errors import ArtifactError, OutputError
-from gatepress.files import replace_file
+from gatepress.files import RUN_FILE, replace_file
 from gatepress.progress import NoProgress
 from gatepress.pruning import prune
 from gatepress.resume import uninterrupted

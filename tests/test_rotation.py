@@ -15,9 +15,9 @@ import tiny
 from conftest import TaskFiles
 from forms import settings_for
 from gatepress.checkpoint import load_run, read_run
-from gatepress.config import RUN_FILE, DataSettings, TrainSettings
+from gatepress.config import DataSettings, TrainSettings
 from gatepress.errors import ArtifactError, ParityError, UsageError
-from gatepress.files import sha256_of
+from gatepress.files import RUN_FILE, sha256_of
 from gatepress.gates import gates_of
 from gatepress.inject import attach_gates_, gated_linear
 from gatepress.resolve import Layer, resolve

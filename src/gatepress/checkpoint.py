@@ -27,9 +27,9 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
-from gatepress.config import RUN_FILE, TrainSettings
+from gatepress.config import TrainSettings
 from gatepress.errors import ArtifactError, ModelError, UsageError
-from gatepress.files import explained, json_text, lock, publish, read_json, replace_file, sha256_of
+from gatepress.files import RUN_FILE, explained, json_text, lock, publish, read_json, replace_file, sha256_of
 from gatepress.hub import locate_model
 from gatepress.manifests import (
     RUN_FORMAT,

@@ -22,7 +22,6 @@ Target = Literal["ort-cpu", "ort-int8", "torch-cpu", "cuda"]
 Precision = Literal["fp32", "bf16"]  # of training; what is trained stays in float32
 Arithmetic = Literal["fp32", "bf16", "fp16"]  # that a torch model is served in, weights and all
 
-RUN_FILE = "gatepress_run.json"  # the manifest that makes a directory a run
 ROTATED: tuple[Granularity, ...] = ("structured", "matrix")  # with gates of single dimensions of heads
 DEFAULT_TARGET: Target = "ort-cpu"  # the runtime that most people deploy on
 METRIC_ROUNDING = 1e-9  # of a difference of two metrics: 0.87 - 0.86 is more than 0.01
@@ -317,7 +316,6 @@ __all__ = [
     "DEFAULT_TARGET",
     "METHODS",
     "ROTATED",
-    "RUN_FILE",
     "Arithmetic",
     "BudgetUnit",
     "Controller",

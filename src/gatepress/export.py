@@ -19,9 +19,9 @@ from gatepress.config import METRIC_ROUNDING, DataSettings
 from gatepress.errors import GatepressError, MetricDropError, UsageError
 from gatepress.evaluation import Basis, basis_of, evaluate_runner, probe_rows
 from gatepress.families import dense_type
-from gatepress.files import check_output, json_text, new_directory, sha256_of
+from gatepress.files import ONNX_FILE, check_output, json_text, new_directory, sha256_of
 from gatepress.graph import opset_of
-from gatepress.manifests import ONNX_FILE, ONNX_FORMAT, ONNX_MODEL
+from gatepress.manifests import ONNX_FORMAT, ONNX_MODEL
 from gatepress.models import model_errors, open_tokenizer, save_tokenizer
 from gatepress.progress import Progress
 from gatepress.quantize import quantize_file

@@ -13,9 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from gatepress.config import RUN_FILE
 from gatepress.errors import GatepressError, HubError, MissingExtraError, ModelError, OutputError, UsageError
-from gatepress.files import sha256_of
+from gatepress.files import RUN_FILE, sha256_of
 
 logger = logging.getLogger(__name__)
 

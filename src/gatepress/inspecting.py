@@ -6,12 +6,12 @@ from typing import Any
 
 from gatepress.card import metric_after
 from gatepress.commands import commands_of
-from gatepress.config import RUN_FILE, TrainSettings
+from gatepress.config import TrainSettings
 from gatepress.families import row_of
+from gatepress.files import PRUNED_FILE, RUN_FILE
 from gatepress.graph import describe, read_graph
 from gatepress.manifests import (
     ONNX_FORMAT,
-    PRUNED_FILE,
     PRUNED_FORMAT,
     RUN_FORMAT,
     Form,

@@ -34,6 +34,7 @@ from gatepress.machine import device_name
 from gatepress.modeling_gatepress import pick
 from gatepress.progress import NoProgress, Progress
 from gatepress.quantize import quantize_file
+from gatepress.runners import session_options
 
 logger = logging.getLogger(__name__)
 
@@ -252,11 +253,7 @@ def _session(copies: list[list[Chain]], width: int, target: Target) -> Callable[
         onnx.save(model, file)
         if target == "ort-int8" and nodes[0].op_type == "MatMul":
             quantize_file(file, file)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.force_spinning_stop", "1")  # the next session needs the cores
-        session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(str(file), session_options(), providers=["CPUExecutionProvider"])
 
     def call_of(tokens: int) -> Call:
         random = np.random.default_rng(0)

@@ -7,13 +7,11 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
-from gatepress.config import RUN_FILE, DataSettings, TrainSettings
+from gatepress.config import DataSettings, TrainSettings
 from gatepress.errors import ArtifactError
-from gatepress.files import read_json, sha256_of
+from gatepress.files import ONNX_FILE, PRUNED_FILE, RUN_FILE, read_json, sha256_of
 from gatepress.schema import Schema, check_fields, every, schema_of
 
-PRUNED_FILE = "gatepress_pruned.json"
-ONNX_FILE = "gatepress_onnx.json"
 ONNX_MODEL = "model.onnx"
 SWEEP_FILE = "sweep.json"
 RUN_FORMAT = {"format": "gatepress-run", "version": 1}

@@ -13,9 +13,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from gatepress.errors import ArtifactError, GatepressError, ModelError, reason_of
 from gatepress.families import FAMILIES
-from gatepress.files import read_json, sha256_of
+from gatepress.files import PRUNED_FILE, read_json, sha256_of
 from gatepress.manifests import (
-    PRUNED_FILE,
     PRUNED_FORMAT,
     check_beside,
     check_files,

@@ -17,10 +17,10 @@ from gatepress.collapse import cut, live_parts, parameters_of, ship_code
 from gatepress.config import DEFAULT_TARGET, Layout, Target, TrainSettings, refuse_below
 from gatepress.costs import Costs, analytic
 from gatepress.errors import ArtifactError, UsageError
-from gatepress.files import check_output, json_text, new_directory, read_json, sha256_of
+from gatepress.files import PRUNED_FILE, check_output, json_text, new_directory, read_json, sha256_of
 from gatepress.gates import counted, gates_of
 from gatepress.latency import for_target
-from gatepress.manifests import PRUNED_FILE, PRUNED_FORMAT
+from gatepress.manifests import PRUNED_FORMAT
 from gatepress.models import open_pruned, open_tokenizer, save_tokenizer
 from gatepress.plan import Live, chooses, make_plan
 from gatepress.progress import Progress

@@ -31,6 +31,16 @@ Batch = Mapping[str, npt.NDArray[np.integer[Any]]]  # each [batch, length]
 Logits = npt.NDArray[np.float32]  # [batch, labels]
 
 
+def session_options() -> ort.SessionOptions:
+    """Return how gatepress opens sessions of ONNX Runtime: as many threads as torch has, and no word of its own."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # its errors are raised; what it warns of is not the user's doing
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Its threads go on spinning for a while after a run, on cores that whoever comes next needs.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
 @dataclass(frozen=True)
 class Runner(ABC):
     """A model that is ready to run, and what is known of the files behind it.

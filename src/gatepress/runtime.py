@@ -13,15 +13,14 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from gatepress.checkpoint import load_run, read_run
-from gatepress.config import RUN_FILE, Arithmetic
+from gatepress.config import Arithmetic
 from gatepress.errors import ArtifactError, DeviceError, ModelError, UsageError, reason_of
-from gatepress.files import read_json
+from gatepress.files import PRUNED_FILE, RUN_FILE, read_json
 from gatepress.graph import check_graph, read_graph
 from gatepress.hub import locate_model
 from gatepress.manifests import (
     ONNX_FORMAT,
     ONNX_MODEL,
-    PRUNED_FILE,
     check_files,
     form_of,
     hashes_of,
@@ -30,7 +29,7 @@ from gatepress.manifests import (
     read_manifest,
 )
 from gatepress.models import has_tokenizer, load_pruned, model_errors, refuse_missing
-from gatepress.runners import INPUTS, Kind, OnnxRunner, Runner, TorchRunner
+from gatepress.runners import INPUTS, Kind, OnnxRunner, Runner, TorchRunner, session_options
 
 logger = logging.getLogger(__name__)
 
@@ -201,15 +200,10 @@ def _session(file: Path, device: str) -> tuple[ort.InferenceSession, str]:
         raise DeviceError(
             "this onnxruntime has no CUDA provider; pip install onnxruntime-gpu instead, or use --device cpu"
         )
-    options = ort.SessionOptions()
-    options.log_severity_level = 4  # its errors are raised; what it warns of is not the user's doing
-    options.intra_op_num_threads = torch.get_num_threads()
-    # Its threads go on spinning for a while after a run, on cores that whoever comes next needs.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
     index = int(device.partition(":")[2] or 0)
     providers: list[Any] = ["CPUExecutionProvider"] if device == "cpu" else [(cuda, {"device_id": index})]
     try:
-        session = ort.InferenceSession(str(file), options, providers=providers)
+        session = ort.InferenceSession(str(file), session_options(), providers=providers)
     except Exception as error:  # its exceptions share no base class but this one
         raise ArtifactError(f"{file}: ONNX Runtime cannot load it ({reason_of(error)}); export it again") from error
     if device != "cpu" and cuda not in session.get_providers():  # it falls back to the CPU without a word

@@ -30,20 +30,10 @@ from gatepress.bench.record import Record
 from gatepress.bench.render import markdown
 from gatepress.bench.summary import Cell, density, summarize, table
 from gatepress.checkpoint import dense_base, read_run
-from gatepress.config import (
-    DEFAULT_TARGET,
-    METHODS,
-    RUN_FILE,
-    Method,
-    Target,
-    TrainSettings,
-    refuse,
-    refuse_below,
-    spelled,
-)
+from gatepress.config import DEFAULT_TARGET, METHODS, Method, Target, TrainSettings, refuse, refuse_below, spelled
 from gatepress.errors import ArtifactError, MissingExtraError, ModelError, OutputError, UsageError
 from gatepress.export import export
-from gatepress.files import check_output, json_text, read_json, refuse_held, replace_file, temporary_directory
+from gatepress.files import RUN_FILE, check_output, json_text, read_json, refuse_held, replace_file, temporary_directory
 from gatepress.hub import locate_model
 from gatepress.manifests import SWEEP_FILE, SWEEP_FORMAT, read_manifest
 from gatepress.progress import NoProgress, Progress

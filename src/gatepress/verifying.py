@@ -9,14 +9,12 @@ import numpy as np
 import torch
 
 from gatepress.checkpoint import PROBE_FILE, load_run, read_probe, read_run
-from gatepress.config import RUN_FILE
 from gatepress.errors import ArtifactError, GatepressError
+from gatepress.files import ONNX_FILE, PRUNED_FILE, RUN_FILE
 from gatepress.graph import check_graph, describe, read_graph
 from gatepress.manifests import (
-    ONNX_FILE,
     ONNX_FORMAT,
     ONNX_MODEL,
-    PRUNED_FILE,
     PRUNED_FORMAT,
     RUN_FORMAT,
     Form,

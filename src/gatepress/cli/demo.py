@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from gatepress.cli import _options as opt
 from gatepress.cli._console import Screen, count, grid, megabytes, milliseconds, percent, session
-from gatepress.config import RUN_FILE, DataSettings, TrainSettings
-from gatepress.files import check_output
+from gatepress.config import DataSettings, TrainSettings
+from gatepress.files import RUN_FILE, check_output
 
 if TYPE_CHECKING:
     from gatepress.bench.record import Record

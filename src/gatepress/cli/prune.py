@@ -93,18 +93,20 @@ def prune(  # noqa: PLR0913 - every option is a parameter
         options: dict[str, Any] = {"layout": layout, "target": target, "latency_table": latency_table}
         options |= {"tokens": tokens, "force": force}
 
-        from gatepress import pruning, recovery
+        if recover_epochs or len(outputs) > 1:
+            from gatepress import recovery  # with all that trains: seconds that pruning alone need not wait for
 
-        if dry_run or asked is None:
-            one = None if asked is None else asked[0]
-            result = pruning.prune(run, directory, sparsity=one, dry_run=dry_run, progress=screen.progress, **options)
-            screen.result(result if dry_run else {"output_dir": str(directory), **result}, tables)
-        else:
             reports = recovery.prune_each(
                 run, outputs, recover_epochs=recover_epochs, progress=screen.progress, **options
             )
             result = reports[0] if len(reports) == 1 else {"results": reports}
             screen.result(result, lambda _: [table for report in reports for table in tables(report)])
+        else:
+            from gatepress import pruning
+
+            one = None if asked is None else asked[0]
+            result = pruning.prune(run, directory, sparsity=one, dry_run=dry_run, progress=screen.progress, **options)
+            screen.result(result if dry_run else {"output_dir": str(directory), **result}, tables)
         if not dry_run:
             screen.note(f"next: gatepress export {shlex.quote(str(next(iter(outputs.values()))))}")
 

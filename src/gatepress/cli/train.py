@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from gatepress.cli import _options as opt
 from gatepress.cli._console import Screen, count, facts, percent, pick, session
-from gatepress.config import METHODS, RUN_FILE, TrainSettings, default_run_name
+from gatepress.config import METHODS, TrainSettings, default_run_name
 from gatepress.errors import ArtifactError
-from gatepress.files import check_output, read_json
+from gatepress.files import RUN_FILE, check_output, read_json
 
 if TYPE_CHECKING:
     from gatepress.cli._console import Titled

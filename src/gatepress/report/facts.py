@@ -11,14 +11,11 @@ from gatepress.bench.record import MAX_NUMBER, Record
 from gatepress.bench.summary import Cell
 from gatepress.card import metric_after
 from gatepress.commands import commands_of, shown
-from gatepress.config import RUN_FILE
 from gatepress.errors import ArtifactError
 from gatepress.families import FAMILIES
-from gatepress.files import read_json
+from gatepress.files import ONNX_FILE, PRUNED_FILE, RUN_FILE, read_json
 from gatepress.manifests import (
-    ONNX_FILE,
     ONNX_FORMAT,
-    PRUNED_FILE,
     PRUNED_FORMAT,
     RUN_FORMAT,
     SWEEP_FILE,
