@@ -325,16 +325,19 @@ def collapse(work: Path) -> None:
             if code:
                 raise SystemExit(f"prune exited with {code}")
         rows.append({"layout": layout, "seconds": round(seconds, 2), "peak_rss_bytes": peak["bytes"]})
+    started = time.perf_counter()
     imported = subprocess.run(
         [sys.executable, "-c", "import gatepress.pruning; print(open('/proc/self/status').read())"],
         capture_output=True,
         text=True,
         check=True,
     )
+    seconds = time.perf_counter() - started
     result = {
         "shape": "roberta-base",
         "base_bytes": (base / "model.safetensors").stat().st_size,
         "rss_of_the_imports_alone_bytes": _high_water(imported.stdout),
+        "seconds_of_the_imports_alone": round(seconds, 2),
         "runs": rows,
     }
     (RESULTS / "speed_collapse.json").write_text(json.dumps(result, indent=1) + "\n")
