@@ -18,10 +18,10 @@ from gatepress.errors import ArtifactError, GatepressError, OutputError
 
 MAX_JSON_BYTES = 64 * 1024 * 1024
 RUN_FILE, PRUNED_FILE, ONNX_FILE = "gatepress_run.json", "gatepress_pruned.json", "gatepress_onnx.json"
-MANIFESTS = (RUN_FILE, PRUNED_FILE, ONNX_FILE)  # what makes a directory a run, a pruned model, an ONNX model of ours
+_MANIFESTS = (RUN_FILE, PRUNED_FILE, ONNX_FILE)  # what makes a directory a run, a pruned model, an ONNX model of ours
 _TEMPORARY = "gatepress-tmp-"
 _WRITTEN = (  # beside a manifest and what that names: early releases named no tokenizers
-    *(*MANIFESTS, "gates-*.safetensors", "state-*.safetensors", "probe.safetensors"),
+    *(*_MANIFESTS, "gates-*.safetensors", "state-*.safetensors", "probe.safetensors"),
     *("model.safetensors", "config.json", "README.md", "modeling_gatepress.py", "model.onnx", "model.onnx.data"),
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
     *("*.model", "chat_template.jinja"),
@@ -170,7 +170,7 @@ def _of_others(directory: Path) -> list[str]:
     """Return what lies in a directory that gatepress did not write: all of it where no manifest of ours is there."""
     with explained(directory):
         names = sorted(path.name for path in directory.iterdir())
-    manifests = [name for name in names if name in MANIFESTS]
+    manifests = [name for name in names if name in _MANIFESTS]
     bound: set[str] = set(manifests)
     for name in manifests:
         with contextlib.suppress(ArtifactError, TypeError):  # a broken one names nothing
