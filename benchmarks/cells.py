@@ -25,12 +25,21 @@ MORE_EPOCHS = {  # of models so small that these take about as long: fraction re
     0.75: {"sst2": 4, "cola": 8, "stsb": 6, "rte": 10},
     0.875: {"sst2": 4, "cola": 8, "stsb": 8, "rte": 12},
 }
+LARGE = {  # encoders of which a smaller part of a step is anything but matrix products
+    "mpnet": {
+        0.75: {"sst2": 5, "cola": 8, "stsb": 7, "rte": 12},
+        0.875: {"sst2": 5, "cola": 9, "stsb": 8, "rte": 14},
+    }
+}
 TASKS = tuple(EPOCHS)
 MAX_ROWS = 10_000  # training rows
 ROWS = ("--max-train-samples", MAX_ROWS)
 FULL = ("--method", "full")
-KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"  # takes gigabytes in bf16 on a CPU (notes/kernels.md): commands say so
-KEPT = f"{KERNELS}={os.environ[KERNELS]} " if KERNELS in os.environ else ""
+MEMORY = (  # environment that trades memory for time on a CPU (notes/kernels.md): commands say so
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY",
+    *(f"MALLOC_{name}_" for name in ("MMAP_THRESHOLD", "TRIM_THRESHOLD", "TOP_PAD")),
+)
+KEPT = "".join(f"{name}={os.environ[name]} " for name in MEMORY if name in os.environ)
 COUNTED = (
     *("metric_name", "metric_value", "examples", "asked_sparsity", "budget", "total_gates", "closed_gates"),
     *("removed_of_budget", "encoder_macs_removed", "dense_params", "total_params", "trainable_params"),
@@ -133,12 +142,12 @@ def is_finished(run: Path) -> bool:
     return _status(run) == "finished"
 
 
-def pressed_epochs(task: str, removed: float) -> int | None:
+def pressed_epochs(encoder: str, task: str, removed: float) -> int | None:
     """Return for how long a finetuned model is pressed, or finetuned again behind a cut.
 
     It should take about as long as full finetuning, so there are more where less of the encoder is left.
     """
-    smaller = [epochs for least, epochs in MORE_EPOCHS.items() if removed >= least]
+    smaller = [epochs for least, epochs in LARGE.get(encoder, MORE_EPOCHS).items() if removed >= least]
     return (smaller or [EPOCHS])[-1].get(task)
 
 

@@ -1,10 +1,14 @@
 """What is computed in bfloat16, and what is kept in float32 (precision.py)."""
 
+import gc
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention as attention
 
+from gatepress import precision
 from gatepress.gates import Gate, GatedLinear
 from gatepress.precision import computing
 
@@ -60,3 +64,42 @@ def test_gates_keep_products_in_bf16_and_learn_in_float32() -> None:
         assert gate is not None
         assert gate.mu.grad is not None
         assert gate.mu.grad.dtype is torch.float32
+
+
+def test_a_frozen_weight_is_cast_once_to_what_autocast_makes_of_it() -> None:
+    layer, x = nn.Linear(8, 6).requires_grad_(requires_grad=False), torch.randn(3, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = layer(x)
+    with computing("bf16", "cpu"):
+        assert torch.equal(layer(x), expected)
+        assert torch.equal(layer(x), expected)
+    assert precision._cast_once(layer.weight) is precision._cast_once(layer.weight)
+
+
+def test_a_frozen_weight_that_was_written_into_is_cast_anew() -> None:
+    layer, x = nn.Linear(8, 6, bias=False).requires_grad_(requires_grad=False), torch.randn(3, 8)
+    with computing("bf16", "cpu"):
+        layer(x)
+        layer.weight.mul_(2)
+        assert torch.equal(layer(x), functional.linear(x.bfloat16(), layer.weight.bfloat16()))
+
+
+def test_a_weight_that_learns_gets_its_gradient_and_no_second_form() -> None:
+    layer = nn.Linear(8, 6)
+    known = len(precision._CASTS)
+    with computing("bf16", "cpu"):
+        layer(torch.randn(3, 8)).float().sum().backward()
+    assert layer.weight.grad is not None
+    assert len(precision._CASTS) == known
+
+
+def test_forms_of_weights_go_with_them() -> None:
+    gc.collect()
+    known = len(precision._CASTS)
+    layer = nn.Linear(8, 6).requires_grad_(requires_grad=False)
+    with computing("bf16", "cpu"):
+        layer(torch.randn(3, 8))
+    assert len(precision._CASTS) == known + 1
+    del layer
+    gc.collect()
+    assert len(precision._CASTS) == known

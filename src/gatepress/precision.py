@@ -1,17 +1,20 @@
 """What a training step computes in bfloat16.
 
-Matrix products do, as autocast has it. Attention that learns does not on a CPU: its backward pass in bfloat16 takes two
-to eight times as long there as in float32, which is much of what a pressed layer costs.
+Matrix products do, as autocast has it. Two things are otherwise on a CPU. Attention that learns stays in float32: its
+backward pass in bfloat16 takes two to eight times as long there, which is much of what a pressed layer costs. And
+frozen weights are cast once, where autocast casts them anew in every step: a student's and its teacher's are most of
+what a step of few tokens reads.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from gatepress.config import Precision
 
@@ -22,24 +25,30 @@ def computing(precision: Precision, device: str) -> Iterator[None]:
     if precision == "fp32":
         yield
         return
-    with torch.autocast(device, torch.bfloat16), _WholeAttention() if device == "cpu" else contextlib.nullcontext():
+    with torch.autocast(device, torch.bfloat16), _OnCpu() if device == "cpu" else contextlib.nullcontext():
         yield
 
 
-class _WholeAttention(TorchFunctionMode):
-    """Attention in float32 where it will be differentiated, whichever module asks for it.
-
-    Not under dropout, for which torch has no kernel of one piece on a CPU: there bfloat16 is no slower.
-    """
+class _OnCpu(TorchFunctionMode):
+    """Attention and matrix products as they are quick on a CPU, whichever module asks for them."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func is not functional.scaled_dot_product_attention or not _learns(*args, **kwargs):
-            return func(*args, **kwargs)
-        with torch.autocast("cpu", enabled=False):
-            return func(*map(_float32, args), **{name: _float32(value) for name, value in kwargs.items()})
+        return _INSTEAD.get(func, func)(*args, **(kwargs or {}))
+
+
+def _attention(*args: Any, **kwargs: Any) -> Any:
+    """Attend in float32 where it will be differentiated.
+
+    Not under dropout, for which torch has no kernel of one piece on a CPU: there bfloat16 is no slower.
+    """
+    if not _learns(*args, **kwargs):
+        return functional.scaled_dot_product_attention(*args, **kwargs)
+    with torch.autocast("cpu", enabled=False):
+        return functional.scaled_dot_product_attention(
+            *map(_float32, args), **{name: _float32(value) for name, value in kwargs.items()}
+        )
 
 
 def _learns(*arguments: Any, dropout_p: float = 0.0, **named: Any) -> bool:
@@ -51,3 +60,27 @@ def _learns(*arguments: Any, dropout_p: float = 0.0, **named: Any) -> bool:
 
 def _float32(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Map x [..., in] by weight [out, in], in bfloat16; a frozen weight as it was cast before."""
+    return functional.linear(x, weight if weight.requires_grad else _cast_once(weight), bias)
+
+
+def _cast_once(weight: Tensor) -> Tensor:
+    """Return a frozen float32 weight in bfloat16: the same tensor until something is written into the weight."""
+    if weight.dtype is not torch.float32:
+        return weight
+    version, cast = _CASTS.get(weight, (None, weight))
+    if version != weight._version:  # noqa: SLF001 - how torch tells that a tensor was written into
+        cast = weight.detach().bfloat16()
+        _CASTS[weight] = (weight._version, cast)  # noqa: SLF001
+    return cast
+
+
+# Frozen weight -> its version, and its form in bfloat16; gone with the weight.
+_CASTS: MutableMapping[Tensor, tuple[int | None, Tensor]] = WeakTensorKeyDictionary()
+_INSTEAD: dict[Any, Callable[..., Any]] = {
+    functional.scaled_dot_product_attention: _attention,
+    functional.linear: _linear,
+}
