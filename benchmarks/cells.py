@@ -25,12 +25,6 @@ MORE_EPOCHS = {  # of models so small that these take about as long: fraction re
     0.75: {"sst2": 4, "cola": 8, "stsb": 6, "rte": 10},
     0.875: {"sst2": 4, "cola": 8, "stsb": 8, "rte": 12},
 }
-LARGE = {  # encoders of which a smaller part of a step is anything but matrix products
-    "mpnet": {
-        0.75: {"sst2": 5, "cola": 8, "stsb": 7, "rte": 12},
-        0.875: {"sst2": 5, "cola": 9, "stsb": 8, "rte": 14},
-    }
-}
 TASKS = tuple(EPOCHS)
 MAX_ROWS = 10_000  # training rows
 ROWS = ("--max-train-samples", MAX_ROWS)
@@ -142,12 +136,12 @@ def is_finished(run: Path) -> bool:
     return _status(run) == "finished"
 
 
-def pressed_epochs(encoder: str, task: str, removed: float) -> int | None:
+def pressed_epochs(task: str, removed: float) -> int | None:
     """Return for how long a finetuned model is pressed, or finetuned again behind a cut.
 
     It should take about as long as full finetuning, so there are more where less of the encoder is left.
     """
-    smaller = [epochs for least, epochs in LARGE.get(encoder, MORE_EPOCHS).items() if removed >= least]
+    smaller = [epochs for least, epochs in MORE_EPOCHS.items() if removed >= least]
     return (smaller or [EPOCHS])[-1].get(task)
 
 

@@ -246,7 +246,7 @@ def trained(
     if FROM_FINETUNED in words:
         full, _ = trained(name, (encoder, task, FINETUNED, seed), models, options)
         words, start = tuple(word for word in words if word != FROM_FINETUNED), ("run_of_full", str(full))
-        epochs = pressed_epochs(encoder, task, FACTORS[arm.partition(",")[0]])
+        epochs = pressed_epochs(task, FACTORS[arm.partition(",")[0]])
     words = ("--task", task, *experiment.words, *words, "--seed", seed, *common(options, epochs))
     run = place_of(name, key, options)
     return run, train(run, *start, words, options)

@@ -114,7 +114,7 @@ def cell(key: tuple[Any, ...], load: Callable[[str, str, int], Job]) -> dict[str
     model, counted = pruned(full, method, kept, job, seed)
     prune_seconds = round(time.perf_counter() - started, 1)
     at_once = job.metric(model)["metric_value"]
-    epochs = job.asked_epochs or pressed_epochs(encoder, task, 1 - kept) or EPOCHS[task]
+    epochs = job.asked_epochs or pressed_epochs(task, 1 - kept) or EPOCHS[task]
     teacher = Teacher(full.requires_grad_(requires_grad=False)) if METHODS[method].taught else None
     seconds = finetune_(model, job, epochs, seed, teacher)
     measured = job.metric(model)

@@ -29,10 +29,7 @@ ROWS, VALIDATION_ROWS = 2_000, 100
 def measure(encoder: str, model: str, task: str, options: Any) -> dict[str, Any]:
     """Train every arm by turns; return the seconds of each."""
     seconds: dict[str, list[float]] = {name: [] for name in (FINETUNED, *FACTORS)}
-    epochs = {
-        FINETUNED: EPOCHS[task],
-        **{name: pressed_epochs(encoder, task, removed) for name, removed in FACTORS.items()},
-    }
+    epochs = {FINETUNED: EPOCHS[task], **{name: pressed_epochs(task, removed) for name, removed in FACTORS.items()}}
     where = [] if options.data_dir is None else ["--data-dir", options.data_dir]
     rows = ("--task", task, *where, "--max-train-samples", ROWS, "--max-validation-samples", VALIDATION_ROWS)
     with tempfile.TemporaryDirectory() as staged:
