@@ -22,7 +22,7 @@ from gatepress.batches import make_loader, tokenize
 from gatepress.checkpoint import load_run, open_base
 from gatepress.distill import distance
 from gatepress.hub import locate_model
-from gatepress.losses import batch_loss
+from gatepress.losses import task_losses
 from gatepress.metrics import compute_metric
 from gatepress.models import open_tokenizer
 from gatepress.tasks.sources import load_rows
@@ -40,13 +40,13 @@ def nearness(run: Path) -> dict[str, float]:
     tokenizer = open_tokenizer(base)
     rows = next(iter(load_rows(settings.data, splits="validation", spec=spec).validation.values()))
     loader = make_loader(tokenize(rows, tokenizer, settings.max_length), tokenizer, BATCH, shuffle=False, seed=0)
-    logits, labels, sums, special = [], [], np.zeros(2), torch.tensor(tokenizer.all_special_ids)
+    logits, labels, sums = [], [], np.zeros(2)
     for batch in loader:
         inputs: dict[str, Tensor] = {name: value for name, value in batch.items() if name != "labels"}
         ours, theirs = (model(**inputs, output_hidden_states=True) for model in (student, teacher))
         far = distance(ours, theirs, inputs["attention_mask"], torch.ones(len(batch["labels"])), spec)
-        loss = batch_loss(student, batch, spec, None, special)
-        sums += len(batch["labels"]) * np.array([loss.item(), far.item()])
+        losses = task_losses(ours.logits, batch["labels"], spec)
+        sums += [losses.sum().item(), len(losses) * far.item()]
         logits.append(ours.logits.numpy())
         labels.append(batch["labels"].numpy())
     outputs, wanted = np.concatenate(logits), np.concatenate(labels)

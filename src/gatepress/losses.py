@@ -20,15 +20,15 @@ def batch_loss(
     labels = batch["labels"]
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     if teacher is None:
-        return _task_losses(model(**inputs).logits, labels, spec).mean()
+        return task_losses(model(**inputs).logits, labels, spec).mean()
     inputs, same = varied(inputs, special)
     outputs, answers = model(**inputs, output_hidden_states=True), teacher(inputs)
-    labelled = _task_losses(outputs.logits, labels, spec) * same
+    labelled = task_losses(outputs.logits, labels, spec) * same
     weights = balanced(answers, labels, same, spec)
     return labelled.mean() + distance(outputs, answers, inputs["attention_mask"], weights, spec)
 
 
-def _task_losses(logits: Tensor, labels: Tensor, spec: TaskSpec) -> Tensor:
+def task_losses(logits: Tensor, labels: Tensor, spec: TaskSpec) -> Tensor:
     """Return the loss of each row [batch] from `logits` [batch, labels]: squared error or cross entropy."""
     if spec.label_names is None:
         return functional.mse_loss(logits[:, 0].float(), labels.float(), reduction="none")
