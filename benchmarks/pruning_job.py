@@ -16,7 +16,7 @@ from transformers import get_linear_schedule_with_warmup
 
 from gatepress.batches import make_loader, probe_batch, tokenize
 from gatepress.config import DataSettings
-from gatepress.distill import Teacher, learn_from_teacher_
+from gatepress.distill import Lesson, Teacher, learn_from_teacher_
 from gatepress.evaluation import MAX_LENGTH, evaluate_model
 from gatepress.losses import batch_loss
 from gatepress.models import open_tokenizer
@@ -55,14 +55,14 @@ class Job:
         )
 
     @cached_property
-    def special(self) -> Tensor:
-        """Return the ids of tokens that are no words."""
-        return torch.tensor(self.tokenizer.all_special_ids)
+    def lesson(self) -> Lesson:
+        """Return what a teacher must know of the training rows."""
+        return Lesson.of(self.train_rows["label"], self.spec, self.tokenizer)
 
     def loss(self, model: Any, batch: dict[str, Tensor], teacher: Teacher | None = None) -> Tensor:
         """Return the task loss of a batch, and the teacher's if there is one, in the asked precision."""
         with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
-            return batch_loss(model, batch, self.spec, teacher, self.special)
+            return batch_loss(model, batch, self.spec, teacher, self.lesson)
 
     def metric(self, model: Any) -> dict[str, Any]:
         """Return the metric on all validation rows, in float32."""

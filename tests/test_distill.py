@@ -99,22 +99,20 @@ def test_classes_are_as_frequent_among_exchanged_rows_as_among_labels() -> None:
     """Of eight rows six are exchanged; the teacher calls two of these the class that half of the labels are."""
     classes = torch.tensor([0, 1, 0, 0, 0, 0, 1, 1])
     answers = SimpleNamespace(logits=functional.one_hot(classes, 2).float())
-    same = torch.tensor([True, True, *[False] * 6])
-    labels = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
-    weights = balanced(answers, labels, same, task_named("sst2"))
-    assert weights[same].tolist() == [1, 1]
+    labelled, half = torch.tensor([True, True, *[False] * 6]), torch.tensor([0.5, 0.5])
+    weights = balanced(answers, labelled, half)
+    assert weights[labelled].tolist() == [1, 1]
     for number in (0, 1):
-        assert float(weights[~same & (classes == number)].sum()) == pytest.approx(3)
-    assert torch.equal(balanced(answers, labels, torch.ones_like(same), task_named("sst2")), torch.ones(8))
+        assert float(weights[~labelled & (classes == number)].sum()) == pytest.approx(3)
+    assert torch.equal(balanced(answers, torch.ones_like(labelled), half), torch.ones(8))
     numbers = SimpleNamespace(logits=torch.rand(8, 1))
-    assert torch.equal(balanced(numbers, torch.rand(8), same, task_named("stsb")), torch.ones(8))
+    assert torch.equal(balanced(numbers, labelled, None), torch.ones(8))
 
 
 def test_no_exchanged_row_counts_for_a_crowd() -> None:
     classes = torch.tensor([1] + [0] * 31)
     answers = SimpleNamespace(logits=functional.one_hot(classes, 2).float())
-    labels, exchanged = torch.ones(32, dtype=torch.long), torch.zeros(32, dtype=torch.bool)
-    weights = balanced(answers, labels, exchanged, task_named("sst2"))
+    weights = balanced(answers, torch.zeros(32, dtype=torch.bool), torch.tensor([0.0, 1.0]))
     assert float(weights.max()) == MOST
     assert not weights[1:].any()  # a class that no label names
 

@@ -171,6 +171,7 @@ def world(
         shutil.copytree(tiny_model_dir("roberta"), root / name)
     shutil.copytree(tiny_classifier_dir("bert"), root / "my-finetuned")
     shutil.copytree(tiny_glue_dir, root / "glue")
+    tiny.write_table(root / "texts.csv", ("text",), [(text,) for text, _ in tiny.made_up_rows(48, seed=7)])
     for seed, name in enumerate(("train", "dev", "fresh")):
         tiny.write_table(root / f"{name}.csv", ("text", "topic"), tiny.made_up_rows(96, seed=seed))
         pairs = [

@@ -20,7 +20,7 @@ from gatepress.bench import timing
 from gatepress.budget import Budget, GateVector, gate_vectors
 from gatepress.collapse import plan_model
 from gatepress.config import Controller, DataSettings, TrainSettings
-from gatepress.distill import distance, learn_from_teacher_
+from gatepress.distill import Lesson, distance, learn_from_teacher_
 from gatepress.gates import Gate, GatedLinear, gates_of
 from gatepress.inject import attach_gates_
 from gatepress.methods import LoraXsLinear
@@ -157,8 +157,10 @@ def test_labels_count_where_words_are_as_they_were_and_the_teacher_reads_the_sam
         seen.append(input_ids)
         return outputs(input_ids)
 
+    lesson = Lesson(torch.tensor([0]), torch.tensor([0.5, 0.5]))
+
     def loss() -> float:
-        value: Tensor = losses.batch_loss(model, batch, SST2, lambda inputs: model(**inputs), torch.tensor([0]))
+        value: Tensor = losses.batch_loss(model, batch, SST2, lambda inputs: model(**inputs), lesson)
         return float(value)
 
     monkeypatch.setattr(losses, "varied", lambda inputs, _: ({**inputs, "input_ids": ids + 1}, same))

@@ -228,7 +228,7 @@ def test_gates_that_would_stand_nowhere_are_refused() -> None:
         (True, {"distill": False}, False),
         (True, {"method": "gates"}, False),
         (True, {"method": "full"}, False),
-        (True, {"start": "runs/before"}, False),  # what recovers is cut already: open, it is no model that was trained
+        (True, {"start": "runs/before"}, True),
         (False, {}, False),
         (False, {"distill": True}, True),
     ],

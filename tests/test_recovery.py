@@ -10,13 +10,15 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from forms import settings_for
-from gatepress.checkpoint import read_run
+from gatepress import training
+from gatepress.checkpoint import load_run, read_run
 from gatepress.cli.app import app
 from gatepress.config import BudgetUnit, Granularity
 from gatepress.errors import ArtifactError, UsageError
 from gatepress.evaluation import evaluate
 from gatepress.export import export
 from gatepress.files import sha256_of
+from gatepress.losses import batch_loss
 from gatepress.models import load_pruned
 from gatepress.pruning import prune
 from gatepress.recovery import prune_each
@@ -77,6 +79,28 @@ def test_recovery_trains_what_was_cut_and_leaves_only_the_pruned_directory(run: 
     assert plain["closed_gates"] == report["closed_gates"]
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "small"))
     assert not all(before[name].equal(after[name]) for name in before if before[name].shape == after[name].shape)
+
+
+@pytest.mark.parametrize("rotate", [True, False])
+def test_a_finetuned_model_teaches_what_recovers(
+    *, rotate: bool, tiny_model_dir: Any, tiny_task_files: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = settings_for(tiny_model_dir("bert"), tiny_task_files, method="full", lora_rank=None, epochs=1)
+    train(full, tmp_path / "full")
+    pressed = settings_for(tmp_path / "full", tiny_task_files, sparsity=0.4, epochs=1, rotate_heads=rotate)
+    train(pressed, tmp_path / "run")
+    finetuned, _ = load_run(tmp_path / "full")
+    far: list[float] = []
+
+    def watched(model: Any, batch: Any, spec: Any, teacher: Any, lesson: Any) -> Any:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        far.append((teacher(inputs).logits - finetuned(**inputs).logits).abs().max().item())
+        return batch_loss(model, batch, spec, teacher, lesson)
+
+    monkeypatch.setattr(training, "batch_loss", watched)
+    prune_each(tmp_path / "run", {0.6: tmp_path / "small"}, recover_epochs=1)
+    assert far
+    assert max(far) < 1e-4
 
 
 def test_a_start_that_was_trained_otherwise_is_refused(

@@ -231,7 +231,13 @@ def tell_other_classes(directory: Path, spec: TaskSpec) -> None:
 
 
 def load_trained_(model: PreTrainedModel, settings: TrainSettings, state: dict[str, Tensor], where: Path) -> None:
-    """Set what a run trained, in place; `ArtifactError` where names or shapes do not fit.
+    """Set what a run trained, in place; `ArtifactError` where names or shapes do not fit."""
+    _fit_(model, settings, state, where)
+    model.load_state_dict(state, strict=False)
+
+
+def _fit_(model: PreTrainedModel, settings: TrainSettings, state: dict[str, Tensor], where: Path) -> None:
+    """Turn the heads of a model as a run's are, in place; `ArtifactError` where its tensors do not fit the model.
 
     Runs of the first releases keep no scores of gates.
     """
@@ -249,15 +255,16 @@ def load_trained_(model: PreTrainedModel, settings: TrainSettings, state: dict[s
             turn_(model, state)
         except ValueError as error:
             raise ArtifactError(f"{where}: {error}; train again") from None
-    model.load_state_dict(state, strict=False)
 
 
 def load_start_(
     model: PreTrainedModel, settings: TrainSettings, spec: TaskSpec, base: Path, base_sha256: dict[str, str]
-) -> None:
+) -> dict[str, Tensor]:
     """Set what the run `settings.start` trained, in place, in a model prepared alike; `UsageError` where it was not.
 
-    Its labels must be those of `spec`, its base weights those in `base`, whose sha256 are given; else `ArtifactError`.
+    Returns the numbers that stood there, of heads that are turned as the run's are: with them a `Teacher` is the model
+    that the run began with. Its labels must be those of `spec`, its base weights those in `base`, whose sha256 are
+    given; else `ArtifactError`.
     """
     directory = Path(str(settings.start))
     manifest = read_run(directory)
@@ -271,7 +278,11 @@ def load_start_(
             f"{directory}: was trained for other labels than these rows have; name its rows, or train again"
         )
     tensors = directory / manifest.tensors["file"]
-    load_trained_(model, settings, read_tensors(tensors), tensors)
+    state = read_tensors(tensors)
+    _fit_(model, settings, state, tensors)
+    before = {name: value.clone() for name, value in kept(model, settings).items()}
+    model.load_state_dict(state, strict=False)
+    return before
 
 
 def _refuse_other_weights(directory: Path, manifest: RunManifest, base: Path, base_sha256: dict[str, str]) -> None:

@@ -63,6 +63,7 @@ class DataSettings:
     data_dir: str | None = None  # directory with <task>/train.tsv and <task>/validation.tsv
     train_file: str | None = None  # csv, tsv, jsonl or parquet
     validation_file: str | None = None
+    unlabelled_file: str | None = None  # texts that a teacher answers for, in columns of the same names
     text_column: str | None = None  # None: guessed from usual names, an error names the choices
     text_pair_column: str | None = None  # None: one text a row
     label_column: str | None = None
@@ -83,6 +84,7 @@ class DataSettings:
         refuse(problems)
 
 
+_PATHS = ("data_dir", "train_file", "validation_file", "unlabelled_file")  # of rows
 _FRACTION = "a fraction of at least 0 and "
 _NUMBERS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (("sparsity",), lambda value: 0 <= value < 1, f"{_FRACTION}below 1"),
@@ -184,7 +186,7 @@ class TrainSettings:
     def reads(self) -> tuple[str | None, ...]:
         """What training reads from disk, where these are paths."""
         data = self.data
-        return (self.model, self.start, data.data_dir, data.train_file, data.validation_file)
+        return (self.model, self.start, *(getattr(data, name) for name in _PATHS))
 
     @property
     def gated(self) -> bool:
@@ -208,24 +210,32 @@ class TrainSettings:
         return self.budget or ("vectors" if self.controller == "penalty" else "gates")
 
     def resolved(self, *, finetuned: bool) -> "TrainSettings":
-        """Return the settings with what a method chooses: a manifest must not hang on later defaults."""
+        """Return the settings with what a method chooses: a manifest must not hang on later defaults.
+
+        `UsageError` where texts without labels would have nobody to answer for them, at any step.
+        """
         own = METHODS[self.method]
         if finetuned and own.gated and own.rank:
             little = self.sparsity >= LITTLE_LEFT
             own = replace(FINETUNED, learning_rate=RATE_OF_LITTLE) if little else FINETUNED
+        distill = _unless_asked(self.distill, own.distill)
+        if self.data.unlabelled_file and not (finetuned and distill and not self.open_epochs):
+            raise UsageError(
+                "--unlabelled-file holds texts that a teacher must answer for from the first step, and there is none; "
+                "give a --model that was finetuned for the task, --distill, and no --open-epochs"
+            )
         return replace(
             self,
             lora_rank=(self.lora_rank or own.rank) if own.rank else None,
             learning_rate=self.learning_rate or own.learning_rate,
             closing=(self.closing or own.closing) if own.gated else None,
-            distill=_unless_asked(self.distill, own.distill and not self.start),
+            distill=distill,
             rotate_heads=_unless_asked(self.rotate_heads, own.gated and self.granularity == "structured"),
         )
 
     def absolute(self) -> "TrainSettings":
         """Return the settings with local paths made absolute: a run is used from anywhere."""
-        paths = ("data_dir", "train_file", "validation_file")
-        values = {name: getattr(self.data, name) for name in paths}
+        values = {name: getattr(self.data, name) for name in _PATHS}
         moved: dict[str, Any] = {name: _absolute(value) for name, value in values.items() if value}
         data = replace(self.data, **moved)
         start = _absolute(self.start) if self.start else None

@@ -5,13 +5,15 @@ megabytes and one forward pass more. The student should give its logits, and its
 layer, of the last one that of the first token, which the head reads: a layer that lost half of its neurons is told
 what it should have said, not only what became of it.
 
-A teacher answers for any text, labelled or not. So in most rows some words are exchanged for others of the batch: the
-student sees more than the training rows, which it would soon know by heart. Sentences of exchanged words are seldom
-acceptable ones, and a student should not learn that of sentences: the logits of such rows count so that classes are as
-frequent among them as among labels.
+A teacher answers for any text, labelled or not: for texts that a user has no labels of, and in most rows some words are
+exchanged for others of the batch. The student sees more than the training rows, which it would soon know by heart.
+Sentences of exchanged words are seldom acceptable ones, and a student should not learn that of sentences: the logits of
+rows without a label that holds count so that classes are as frequent among them as among labels.
 """
 
 import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +29,23 @@ TEMPERATURE = 2.0  # of the logits of classes
 HIDDEN_WEIGHT = 1.0  # of the hidden states, where logits and labels have 1 each
 VARIED_ROWS, VARIED_WORDS = 0.7, 0.25  # rows in which words are exchanged, and how many of theirs
 MOST = 4.0  # that one such row counts: classes are counted in a batch, where a rare one may stand once
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What is known of all training rows, on the device of the model."""
+
+    special: Tensor  # ids of tokens that are no words
+    shares: Tensor | None  # of each class among labels [classes]; None: labels are numbers
+
+    @classmethod
+    def of(cls, labels: Sequence[Any], spec: TaskSpec, tokenizer: Any, device: torch.device | str = "cpu") -> "Lesson":
+        """Return the lesson of rows that have these labels."""
+        special = torch.tensor(tokenizer.all_special_ids, device=device)
+        if spec.label_names is None:
+            return cls(special, None)
+        counted = torch.bincount(torch.as_tensor(labels), minlength=spec.num_labels)
+        return cls(special, (counted / len(labels)).to(device))
 
 
 class Teacher:
@@ -88,18 +107,19 @@ def varied(inputs: dict[str, Tensor], special: Tensor) -> tuple[dict[str, Tensor
     return {**inputs, "input_ids": torch.where(here, others, ids)}, ~here.any(1)
 
 
-def balanced(teacher: Any, labels: Tensor, same: Tensor, spec: TaskSpec) -> Tensor:
-    """Return how much the logits of each row count [batch], from a teacher's outputs and `labels` [batch].
+def balanced(teacher: Any, labelled: Tensor, shares: Tensor | None) -> Tensor:
+    """Return how much the logits of each row count [batch], from a teacher's outputs and which rows are `labelled`.
 
-    Rows that are not the `same` any more count so that a class has the share among them that it has among labels; those
-    of a class that is rarer than a quarter of that, less. With numbers all rows count alike.
+    The others count so that a class has the share among them that it has among labels, `shares` [classes]; those of a
+    class that is rarer than a quarter of that, less. With numbers all rows count alike.
     """
-    rows = torch.ones(len(labels), device=labels.device)
-    if spec.label_names is None or bool(same.all()):
+    rows = torch.ones(len(labelled), device=labelled.device)
+    if shares is None or bool(labelled.all()):
         return rows
     classes = teacher.logits.argmax(-1)
-    wanted, got = (torch.bincount(of, minlength=spec.num_labels) / len(of) for of in (labels, classes[~same]))
-    return torch.where(same, rows, (wanted / got)[classes].clamp(max=MOST))
+    counted = torch.bincount(classes[~labelled], minlength=len(shares))
+    weights = shares * counted.sum() / counted
+    return torch.where(labelled, rows, weights[classes].clamp(max=MOST))
 
 
 def distance(student: Any, teacher: Any, mask: Tensor, weights: Tensor, spec: TaskSpec) -> Tensor:

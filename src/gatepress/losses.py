@@ -5,27 +5,27 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-from gatepress.distill import Teacher, balanced, distance, varied
+from gatepress.distill import Lesson, Teacher, balanced, distance, varied
 from gatepress.tasks import TaskSpec
+from gatepress.tasks.spec import NO_CLASS
 
 
-def batch_loss(
-    model: Any, batch: dict[str, Tensor], spec: TaskSpec, teacher: Teacher | None, special: Tensor
-) -> Tensor:
+def batch_loss(model: Any, batch: dict[str, Tensor], spec: TaskSpec, teacher: Teacher | None, lesson: Lesson) -> Tensor:
     """Return the loss of a batch of inputs [batch, length] and `labels` [batch].
 
-    Behind a teacher words are partly exchanged: labels count where they still hold, and the distance everywhere.
-    `special` holds the ids of tokens that stay where they are.
+    Behind a teacher words are partly exchanged: labels count where there are any and they still hold, and the distance
+    everywhere.
     """
     labels = batch["labels"]
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     if teacher is None:
         return task_losses(model(**inputs).logits, labels, spec).mean()
-    inputs, same = varied(inputs, special)
+    inputs, same = varied(inputs, lesson.special)
     outputs, answers = model(**inputs, output_hidden_states=True), teacher(inputs)
-    labelled = task_losses(outputs.logits, labels, spec) * same
-    weights = balanced(answers, labels, same, spec)
-    return labelled.mean() + distance(outputs, answers, inputs["attention_mask"], weights, spec)
+    labelled = same & (labels.isfinite() if spec.label_names is None else labels != NO_CLASS)
+    losses = task_losses(outputs.logits, labels.where(labelled, 0), spec) * labelled
+    weights = balanced(answers, labelled, lesson.shares)
+    return losses.mean() + distance(outputs, answers, inputs["attention_mask"], weights, spec)
 
 
 def task_losses(logits: Tensor, labels: Tensor, spec: TaskSpec) -> Tensor:

@@ -31,7 +31,8 @@ def prune_each(
 
     With `recover_epochs` each is trained on for so many passes over the run's rows, gates fixed, before it is
     pruned, at the rates of the run with a schedule of its own; its report then has the `recovery` (metric, steps,
-    seconds). All else goes to `pruning.prune`, whose errors are raised.
+    seconds). Where the run began with a finetuned model that taught it, that one teaches again. All else goes to
+    `pruning.prune`, whose errors are raised.
     """
     _check(outputs, recover_epochs)
     refuse_below(1, tokens=pruning.get("tokens"))  # now, not behind a training
@@ -45,7 +46,12 @@ def prune_each(
             reports.append(prune(run_dir, output, sparsity=sparsity, **options))
             continue
         asked = replace(
-            settings, sparsity=sparsity, start=str(run_dir), epochs=recover_epochs, open_epochs=0, distill=False
+            settings,
+            sparsity=sparsity,
+            start=str(run_dir),
+            epochs=recover_epochs,
+            open_epochs=0,
+            distill=None if settings.distill else False,  # a pretrained model has learned the task in this run alone
         )
         output.absolute().parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent) as staged:

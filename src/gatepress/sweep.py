@@ -290,7 +290,7 @@ def _cells(
     wanted = {}
     for seed in range(settings.seed, settings.seed + seeds):
         for method in methods:
-            dense = replace(settings, **_meaningless(method), method=method, sparsity=0.0, seed=seed)
+            dense = replace(settings, **_meaningless(method, settings), method=method, sparsity=0.0, seed=seed)
             for sparsity in sparsities if dense.gated else (0.0,):
                 wanted[Cell(method, sparsity, seed)] = replace(dense, sparsity=sparsity).absolute()
     return wanted
@@ -302,12 +302,19 @@ def _located(settings: TrainSettings) -> Path:
     return dense_base(base, lambda one: locate_model(one.model, one.revision)) or base
 
 
-def _meaningless(method: Method) -> dict[str, Any]:
+def _meaningless(method: Method, settings: TrainSettings) -> dict[str, Any]:
     """Return what a method has no use for, unset: the methods of a sweep share one set of options."""
     spec = METHODS.get(method)
     unset: dict[str, Any] = {}
     if spec and not spec.gated:
-        unset |= {"distill": False, "open_epochs": None, "closing": None, "start": None, "rotate_heads": None}
+        unset |= {
+            "data": replace(settings.data, unlabelled_file=None),
+            "distill": False,
+            "open_epochs": None,
+            "closing": None,
+            "start": None,
+            "rotate_heads": None,
+        }
     if spec and not spec.rank:
         unset |= {"lora_rank": None}
     return unset

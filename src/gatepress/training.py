@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import set_seed
+from datasets import concatenate_datasets
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -27,7 +28,7 @@ from gatepress.checkpoint import (
 )
 from gatepress.collapse import parameters_of, plan_model, refuse_activation
 from gatepress.config import ROTATED, TrainSettings
-from gatepress.distill import Teacher, learn_from_teacher_
+from gatepress.distill import Lesson, Teacher, learn_from_teacher_
 from gatepress.errors import ModelError, UsageError
 from gatepress.evaluation import evaluate_model
 from gatepress.files import check_output
@@ -139,7 +140,7 @@ class _Job(Resumable):
     open_steps: int
     steps_per_epoch: int
     layers: list[Layer]
-    special: Tensor  # ids of tokens that are no words
+    lesson: Lesson
 
 
 def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
@@ -173,13 +174,13 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
         narrow_last_layer_(model, layers)
     start = None if resumed else settings.start
     base_sha256 = model_files(base)
-    if start:
-        load_start_(model, settings, rows.spec, base, base_sha256)
+    before = load_start_(model, settings, rows.spec, base, base_sha256) if start else {}
     kinds = trained(model, settings)
     mark_trainable_(kinds)
 
     tokens = min(settings.max_length, max_tokens(model.config.to_dict()) or SHORT, int(tokenizer.model_max_length))
-    train_rows = tokenize(_present(rows.train), tokenizer, tokens)
+    texts = [part for part in (_present(rows.train), rows.unlabelled) if part is not None]
+    train_rows = tokenize(concatenate_datasets(texts), tokenizer, tokens)
     validation_rows = {name: tokenize(split, tokenizer, tokens) for name, split in rows.validation.items()}
     loader = make_loader(
         train_rows,
@@ -219,7 +220,8 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
         "total_gates": budget.total_gates if budget else 0,
         "dense_params": dense_params,
         "trainable_params": _count(kinds),
-        "train_examples": len(train_rows),
+        "train_examples": len(texts[0]),
+        "unlabelled_examples": len(train_rows) - len(texts[0]),
         "tokens": tokens,
         "epochs": epochs,
         "steps": steps,
@@ -245,11 +247,13 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
         },
         probe=probe_batch(next(iter(validation_rows.values())), tokenizer),
         budget=budget,
+        # Gates of a start may be closed: opened again, they make no model that ever was. The finetuned one was.
+        teacher=Teacher(model, before) if start and finetuned and settings.distill else None,
         steps=steps,
         open_steps=open_steps,
         steps_per_epoch=steps_per_epoch,
         layers=layers,
-        special=torch.tensor(tokenizer.all_special_ids, device=processes.device),
+        lesson=Lesson.of(texts[0]["label"], rows.spec, tokenizer, processes.device),
         manifest=RunManifest(
             settings=settings,
             task=rows.spec,
@@ -318,7 +322,7 @@ def _step(job: _Job, batch: dict[str, Tensor]) -> Tensor:
     _seed_step(job)
     # Not accelerate's autocast: it wraps the model itself, and measuring must be in float32.
     with computing(job.settings.precision, job.device.type), first_token_alone():
-        loss = batch_loss(job.gated, batch, job.spec, job.teacher, job.special)
+        loss = batch_loss(job.gated, batch, job.spec, job.teacher, job.lesson)
     closing = job.budget if job.step >= job.open_steps else None
     penalty = closing.penalty(job.step - job.open_steps) if closing else None
     batches: Any = job.loader.batch_sampler

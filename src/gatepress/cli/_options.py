@@ -75,6 +75,15 @@ ValidationFile = Annotated[
         rich_help_panel=DATA,
     ),
 ]
+UnlabelledFile = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Texts without labels, in columns named as those of the training rows: a finetuned --model answers for "
+        "them, and the model whose gates close learns its answers (--distill).",
+        rich_help_panel=DATA,
+    ),
+]
 TextColumn = Annotated[
     str | None,
     typer.Option(
@@ -221,7 +230,7 @@ Distill = Annotated[
     typer.Option(
         help="Let what the model knows with open gates, logits and hidden states, teach the one whose gates close, for "
         "one more forward pass a step. Unless given: where a model was finetuned for the task and has a low-rank "
-        "update, without --start. A pretrained one that is to teach learns the task first.",
+        "update. A pretrained one that is to teach learns the task first.",
         rich_help_panel=TRAINING,
     ),
 ]
@@ -230,7 +239,7 @@ Start = Annotated[
     typer.Option(
         metavar="RUN",
         help="Go on from a run of the same model and method: its gates are closed to --sparsity at once, by the scores "
-        "that it keeps, and the epochs are recovery.",
+        "that it keeps, and the epochs are recovery. A finetuned --model teaches them, if there is a teacher.",
         rich_help_panel=TRAINING,
     ),
 ]
@@ -495,6 +504,7 @@ class TrainingRows:
     data_dir: DataDir = None
     train_file: TrainFile = None
     validation_file: ValidationFile = None
+    unlabelled_file: UnlabelledFile = None
     text_column: TextColumn = None
     text_pair_column: TextPairColumn = None
     label_column: LabelColumn = None

@@ -31,6 +31,7 @@ class Rows:
     spec: TaskSpec
     train: datasets.Dataset | None  # None where only validation was asked for
     validation: dict[str, datasets.Dataset]  # by split name
+    unlabelled: datasets.Dataset | None  # with `TaskSpec.no_label`; None where there are none, or only validation
     fingerprint: str  # sha256 over all rows above, in order
 
 
@@ -69,11 +70,19 @@ def load_rows(
         _refuse_one_class(used["label"], spec, train.where, cut=data.max_train_samples is not None)
         tables.append(used)
     checked = {split.name: _table(split, spec, data) for split in validation}
+    tables += checked.values()
+    more = None
+    if data.unlabelled_file and splits == "all":
+        path = data.unlabelled_file
+        more = _text_columns(_Split("unlabelled", path, read_columns(Path(path))), spec, data, None)
+        more["label"] = [spec.no_label] * len(more["text"])
+        tables.append(more)
     return Rows(
         spec,
         None if used is None else _dataset(used, spec),
         {name: _dataset(table, spec) for name, table in checked.items()},
-        _fingerprint([*tables, *checked.values()]),
+        None if more is None else _dataset(more, spec),
+        _fingerprint(tables),
     )
 
 
@@ -158,12 +167,7 @@ def _refuse_unfit_columns(spec: TaskSpec) -> None:
 def _table(split: _Split, spec: TaskSpec, data: DataSettings) -> Columns:
     """Return the checked columns of one split, cut to the first rows as asked."""
     limit = data.max_train_samples if split.name == "train" else data.max_validation_samples
-    table: dict[str, list[Any]] = {}
-    options = ("--text-column", "--text-pair-column")
-    for key, name, option in zip(("text", "text_pair"), spec.text_columns, options, strict=False):
-        values = require_column(split.columns, name, option, split.where)[:limit]
-        # GLUE has a few empty texts; in own data one is more likely a mistake.
-        table[key] = _texts(values, f"{split.where}, column {name!r}", empty_allowed=data.task is not None)
+    table = _text_columns(split, spec, data, limit)
     values = require_column(split.columns, spec.label_column, "--label-column", split.where)[:limit]
     where = f"{split.where}, column {spec.label_column!r}"
     if spec.label_names is None:
@@ -172,6 +176,17 @@ def _table(split: _Split, spec: TaskSpec, data: DataSettings) -> Columns:
         known = TASKS.get(spec.name)
         ids_too = known is not None and known.label_names == spec.label_names
         table["label"] = class_ids(values, spec.label_names, where, ids_too=ids_too)
+    return table
+
+
+def _text_columns(split: _Split, spec: TaskSpec, data: DataSettings, limit: int | None) -> dict[str, list[Any]]:
+    """Return the checked texts of one split, cut to `limit` rows."""
+    table: dict[str, list[Any]] = {}
+    options = ("--text-column", "--text-pair-column")
+    for key, name, option in zip(("text", "text_pair"), spec.text_columns, options, strict=False):
+        values = require_column(split.columns, name, option, split.where)[:limit]
+        # GLUE has a few empty texts; in own data one is more likely a mistake.
+        table[key] = _texts(values, f"{split.where}, column {name!r}", empty_allowed=data.task is not None)
     return table
 
 

@@ -1,6 +1,7 @@
 """One row a task: its columns, its labels, its metric, its validation splits."""
 
 import difflib
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
@@ -10,6 +11,7 @@ from gatepress.errors import ArtifactError, UsageError
 Metric = Literal["accuracy", "matthews", "pearson"]
 ONE_TEXT, PAIR = 1, 2  # text columns a row can have
 MIN_CLASSES = 2
+NO_CLASS = -100
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,11 @@ class TaskSpec:
     def num_labels(self) -> int:
         """Width of the task head: the number of classes, or 1 for regression."""
         return 1 if self.label_names is None else len(self.label_names)
+
+    @property
+    def no_label(self) -> int | float:
+        """What stands for the label of a row that has none: the id that torch ignores, or no number."""
+        return math.nan if self.label_names is None else NO_CLASS
 
     def to_json(self) -> dict[str, Any]:
         """Return the row as plain JSON values."""
