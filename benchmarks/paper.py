@@ -13,6 +13,7 @@ median over seeds; they and the figures are rendered from the JSON:
 
 import argparse
 import io
+import itertools
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 from cells import (
     EPOCHS,
     FULL,
+    MAX_ROWS,
     RESULTS,
     ROWS,
     TASKS,
@@ -34,7 +36,9 @@ from cells import (
     train,
 )
 
+from gatepress.config import DataSettings
 from gatepress.files import replace_file
+from gatepress.tasks.sources import load_rows
 
 PAPER_TASKS = ("cola", "stsb", "mrpc", "rte", "sst2", "mnli", "qnli", "qqp")
 PAPER_MODELS = {"roberta-base": "FacebookAI/roberta-base", "roberta-large": "FacebookAI/roberta-large"}
@@ -50,6 +54,32 @@ AS_THEY_ARE = "--no-rotate-heads"
 KEY = ("encoder", "task", "arm", "seed")
 
 Words = tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Among the words of an arm: a file of so many training rows behind the first `MAX_ROWS`, without their labels."""
+
+    count: int
+
+    def __str__(self) -> str:
+        """Return what the arm calls it."""
+        return f"{self.count}_texts"
+
+    def file(self, task: str, options: argparse.Namespace) -> Path:
+        """Return the file; written unless it is there."""
+        path: Path = options.work / f"{task}-{self}.parquet"
+        if not path.exists():
+            directory = None if options.data_dir is None else str(options.data_dir)
+            rows: Any = load_rows(DataSettings(task=task, data_dir=directory))
+            texts = rows.train.select(range(MAX_ROWS, MAX_ROWS + self.count)).remove_columns("label")
+            names = zip(texts.column_names, rows.spec.text_columns, strict=True)
+            texts.rename_columns(dict(names)).to_parquet(path)
+        return path
+
+    def epochs(self, without: int) -> int:
+        """Return in how many epochs there are about as many steps as in so many `without` texts."""
+        return max(1, round(without * MAX_ROWS / (MAX_ROWS + self.count)))
 
 
 @dataclass(frozen=True)
@@ -122,6 +152,21 @@ EXPERIMENTS = {
             **{f"{name}, penalty": (*words, "--controller", "penalty") for name, words in _at(FACTORS).items()},
         },
         tasks=TASKS,
+        models={},
+    ),
+    "texts": Experiment(
+        "What texts without labels are worth, in as many steps",
+        {
+            FINETUNED: FULL,
+            **{
+                f"{name}{f', {count:,} texts' if count else ''}": (
+                    *(*PRESSED, "--sparsity", FACTORS[name]),
+                    *(("--unlabelled-file", Texts(count)) if count else ()),
+                )
+                for name, count in itertools.product(("4x", "8x"), (0, 10_000, 30_000))
+            },
+        },
+        tasks=("sst2",),
         models={},
     ),
     "heads": Experiment(
@@ -247,9 +292,13 @@ def trained(
         full, _ = trained(name, (encoder, task, FINETUNED, seed), models, options)
         words, start = tuple(word for word in words if word != FROM_FINETUNED), ("run_of_full", str(full))
         epochs = pressed_epochs(task, FACTORS[arm.partition(",")[0]])
+    for texts in (word for word in words if isinstance(word, Texts)):
+        words = tuple(texts.file(task, options) if word is texts else word for word in words)
+        epochs = epochs and texts.epochs(epochs)
     words = ("--task", task, *experiment.words, *words, "--seed", seed, *common(options, epochs))
     run = place_of(name, key, options)
-    return run, train(run, *start, words, options)
+    told = train(run, *start, words, options)
+    return run, {**told, "command": told["command"].replace(f"{options.work}/", "")}
 
 
 def place_of(name: str, key: tuple[Any, ...], options: argparse.Namespace) -> Path:

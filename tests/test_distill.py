@@ -46,6 +46,16 @@ def test_words_are_exchanged_for_words_of_the_batch_and_nothing_else() -> None:
     assert 1 - same.float().mean() == pytest.approx(changed_rows, abs=0.1)
 
 
+def test_half_of_the_rows_take_words_of_their_own() -> None:
+    torch.manual_seed(0)
+    ids = torch.arange(3, 3 + 2_000 * 9).reshape(2_000, 9)  # no word stands in two rows
+    changed, same = varied({"input_ids": ids}, SPECIAL)
+    after = changed["input_ids"][~same]
+    own = ((after - 3) // 9 == torch.arange(2_000)[~same, None]).all(1)
+    assert own.float().mean() == pytest.approx(distill.OWN_ROWS, abs=0.05)
+    assert (after[own] != ids[~same][own]).any(1).float().mean() > 0.8  # a word may be drawn for its own place
+
+
 def test_the_same_seed_exchanges_the_same_words() -> None:
     inputs = drawn()
     torch.manual_seed(7)

@@ -6,7 +6,8 @@ layer, of the last one that of the first token, which the head reads: a layer th
 what it should have said, not only what became of it.
 
 A teacher answers for any text, labelled or not: for texts that a user has no labels of, and in most rows some words are
-exchanged for others of the batch. The student sees more than the training rows, which it would soon know by heart.
+exchanged, for others of the batch or of the row itself. The student sees more than the training rows, which it would
+soon know by heart; and what it sees of a row's own words in other places tells what their order is worth.
 Sentences of exchanged words are seldom acceptable ones, and a student should not learn that of sentences: the logits of
 rows without a label that holds count so that classes are as frequent among them as among labels.
 """
@@ -28,6 +29,7 @@ from gatepress.tasks import TaskSpec
 TEMPERATURE = 2.0  # of the logits of classes
 HIDDEN_WEIGHT = 1.0  # of the hidden states, where logits and labels have 1 each
 VARIED_ROWS, VARIED_WORDS = 0.7, 0.25  # rows in which words are exchanged, and how many of theirs
+OWN_ROWS = 0.5  # of these, in which the words that come are the row's own
 MOST = 4.0  # that one such row counts: classes are counted in a batch, where a rare one may stand once
 
 
@@ -91,10 +93,10 @@ def learn_from_teacher_(model: nn.Module) -> None:
 
 
 def varied(inputs: dict[str, Tensor], special: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Return `inputs` with words of most rows exchanged for others of the batch, and which rows are as they were.
+    """Return `inputs` with words of most rows exchanged for others, and which rows are as they were.
 
-    `special` holds the ids of tokens that stay where they are. Labels hold only where nothing was exchanged
-    ([batch] bool).
+    What comes is of the batch or, in half of these rows, of the row. `special` holds the ids of tokens that stay where
+    they are. Labels hold only where nothing was exchanged ([batch] bool).
     """
     ids = inputs["input_ids"]
     is_word = ~torch.isin(ids, special)
@@ -104,6 +106,9 @@ def varied(inputs: dict[str, Tensor], special: Tensor) -> tuple[dict[str, Tensor
         return inputs, torch.ones_like(rows)
     here = is_word & rows[:, None] & (torch.rand(ids.shape, device=ids.device) < VARIED_WORDS)
     others = words[torch.randint(len(words), ids.shape, device=ids.device)]
+    drawn = (is_word | ~is_word.any(1, keepdim=True)).float()  # a row without words is drawn from too, for nothing
+    own = ids.gather(1, torch.multinomial(drawn, ids.shape[1], replacement=True))
+    others = torch.where(torch.rand(len(ids), 1, device=ids.device) < OWN_ROWS, own, others)
     return {**inputs, "input_ids": torch.where(here, others, ids)}, ~here.any(1)
 
 
