@@ -17,6 +17,7 @@ from gatepress.distill import MOST, Teacher, balanced, distance, varied
 from gatepress.gates import GatedLinear, gates_of
 from gatepress.inject import attach_gates_, mark_trainable_, trainable
 from gatepress.tasks import task_named
+from gatepress.tasks.spec import NO_CLASS
 from gatepress.training import train
 
 SPECIAL = torch.tensor([0, 1, 2])
@@ -44,16 +45,6 @@ def test_words_are_exchanged_for_words_of_the_batch_and_nothing_else() -> None:
     untouched = (1 - distill.VARIED_WORDS) ** (~is_special).sum(1)  # the chance that no word of a row is drawn
     changed_rows = distill.VARIED_ROWS * float((1 - untouched).mean())
     assert 1 - same.float().mean() == pytest.approx(changed_rows, abs=0.1)
-
-
-def test_half_of_the_rows_take_words_of_their_own() -> None:
-    torch.manual_seed(0)
-    ids = torch.arange(3, 3 + 2_000 * 9).reshape(2_000, 9)  # no word stands in two rows
-    changed, same = varied({"input_ids": ids}, SPECIAL)
-    after = changed["input_ids"][~same]
-    own = ((after - 3) // 9 == torch.arange(2_000)[~same, None]).all(1)
-    assert own.float().mean() == pytest.approx(distill.OWN_ROWS, abs=0.05)
-    assert (after[own] != ids[~same][own]).any(1).float().mean() > 0.8  # a word may be drawn for its own place
 
 
 def test_the_same_seed_exchanges_the_same_words() -> None:
@@ -109,20 +100,35 @@ def test_classes_are_as_frequent_among_exchanged_rows_as_among_labels() -> None:
     """Of eight rows six are exchanged; the teacher calls two of these the class that half of the labels are."""
     classes = torch.tensor([0, 1, 0, 0, 0, 0, 1, 1])
     answers = SimpleNamespace(logits=functional.one_hot(classes, 2).float())
-    labelled, half = torch.tensor([True, True, *[False] * 6]), torch.tensor([0.5, 0.5])
-    weights = balanced(answers, labelled, half)
-    assert weights[labelled].tolist() == [1, 1]
+    same, half = torch.tensor([True, True, *[False] * 6]), torch.tensor([0.5, 0.5])
+    labels, known = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]), torch.ones_like(same)
+    weights = balanced(answers, labels, known, same, half)
+    assert weights[same].tolist() == [1, 1]
     for number in (0, 1):
-        assert float(weights[~labelled & (classes == number)].sum()) == pytest.approx(3)
-    assert torch.equal(balanced(answers, torch.ones_like(labelled), half), torch.ones(8))
+        assert float(weights[~same & (classes == number)].sum()) == pytest.approx(3)
+    assert torch.equal(balanced(answers, labels, known, torch.ones_like(same), half), torch.ones(8))
     numbers = SimpleNamespace(logits=torch.rand(8, 1))
-    assert torch.equal(balanced(numbers, labelled, None), torch.ones(8))
+    assert torch.equal(balanced(numbers, torch.rand(8), known, same, None), torch.ones(8))
+
+
+def test_rows_without_a_label_count_by_the_shares_of_all_labels() -> None:
+    classes = torch.tensor([0, 0, 0, 1])
+    answers = SimpleNamespace(logits=functional.one_hot(classes, 2).float())
+    none = torch.zeros(4, dtype=torch.bool)
+    labels, shares = torch.full((4,), NO_CLASS), torch.tensor([0.6, 0.4])
+    weights = balanced(answers, labels, none, ~none, shares)
+    assert [float(weights[classes == number].sum()) for number in (0, 1)] == pytest.approx([2.4, 1.6])
+    one = torch.tensor([1, NO_CLASS, NO_CLASS, NO_CLASS])
+    weights = balanced(answers, one, one == 1, ~none, shares)  # the label and three times the shares: .45 and .55
+    assert float(weights[0]) == 1
+    assert [float(weights[1:][classes[1:] == n].sum()) for n in (0, 1)] == pytest.approx([3 * 0.45, 3 * 0.55])
 
 
 def test_no_exchanged_row_counts_for_a_crowd() -> None:
     classes = torch.tensor([1] + [0] * 31)
     answers = SimpleNamespace(logits=functional.one_hot(classes, 2).float())
-    weights = balanced(answers, torch.zeros(32, dtype=torch.bool), torch.tensor([0.0, 1.0]))
+    labels, exchanged = torch.ones(32, dtype=torch.long), torch.zeros(32, dtype=torch.bool)
+    weights = balanced(answers, labels, ~exchanged, exchanged, torch.tensor([0.5, 0.5]))
     assert float(weights.max()) == MOST
     assert not weights[1:].any()  # a class that no label names
 

@@ -6,8 +6,7 @@ layer, of the last one that of the first token, which the head reads: a layer th
 what it should have said, not only what became of it.
 
 A teacher answers for any text, labelled or not: for texts that a user has no labels of, and in most rows some words are
-exchanged, for others of the batch or of the row itself. The student sees more than the training rows, which it would
-soon know by heart; and what it sees of a row's own words in other places tells what their order is worth.
+exchanged for others of the batch. The student sees more than the training rows, which it would soon know by heart.
 Sentences of exchanged words are seldom acceptable ones, and a student should not learn that of sentences: the logits of
 rows without a label that holds count so that classes are as frequent among them as among labels.
 """
@@ -29,7 +28,6 @@ from gatepress.tasks import TaskSpec
 TEMPERATURE = 2.0  # of the logits of classes
 HIDDEN_WEIGHT = 1.0  # of the hidden states, where logits and labels have 1 each
 VARIED_ROWS, VARIED_WORDS = 0.7, 0.25  # rows in which words are exchanged, and how many of theirs
-OWN_ROWS = 0.5  # of these, in which the words that come are the row's own
 MOST = 4.0  # that one such row counts: classes are counted in a batch, where a rare one may stand once
 
 
@@ -93,10 +91,10 @@ def learn_from_teacher_(model: nn.Module) -> None:
 
 
 def varied(inputs: dict[str, Tensor], special: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Return `inputs` with words of most rows exchanged for others, and which rows are as they were.
+    """Return `inputs` with words of most rows exchanged for others of the batch, and which rows are as they were.
 
-    What comes is of the batch or, in half of these rows, of the row. `special` holds the ids of tokens that stay where
-    they are. Labels hold only where nothing was exchanged ([batch] bool).
+    `special` holds the ids of tokens that stay where they are. Labels hold only where nothing was exchanged
+    ([batch] bool).
     """
     ids = inputs["input_ids"]
     is_word = ~torch.isin(ids, special)
@@ -106,25 +104,25 @@ def varied(inputs: dict[str, Tensor], special: Tensor) -> tuple[dict[str, Tensor
         return inputs, torch.ones_like(rows)
     here = is_word & rows[:, None] & (torch.rand(ids.shape, device=ids.device) < VARIED_WORDS)
     others = words[torch.randint(len(words), ids.shape, device=ids.device)]
-    drawn = (is_word | ~is_word.any(1, keepdim=True)).float()  # a row without words is drawn from too, for nothing
-    own = ids.gather(1, torch.multinomial(drawn, ids.shape[1], replacement=True))
-    others = torch.where(torch.rand(len(ids), 1, device=ids.device) < OWN_ROWS, own, others)
     return {**inputs, "input_ids": torch.where(here, others, ids)}, ~here.any(1)
 
 
-def balanced(teacher: Any, labelled: Tensor, shares: Tensor | None) -> Tensor:
-    """Return how much the logits of each row count [batch], from a teacher's outputs and which rows are `labelled`.
+def balanced(teacher: Any, labels: Tensor, known: Tensor, same: Tensor, shares: Tensor | None) -> Tensor:
+    """Return how much the logits of each row count [batch], from a teacher's outputs and `labels` [batch].
 
-    The others count so that a class has the share among them that it has among labels, `shares` [classes]; those of a
-    class that is rarer than a quarter of that, less. With numbers all rows count alike.
+    Rows whose label is not `known`, or that are not the `same` any more, count so that a class has the share among them
+    that it has among labels: those of the batch, for rows without one the `shares` [classes] of all. Those of a class
+    that is rarer than a quarter of that, less. With numbers all rows count alike.
     """
-    rows = torch.ones(len(labelled), device=labelled.device)
-    if shares is None or bool(labelled.all()):
+    rows = torch.ones(len(labels), device=labels.device)
+    held = known & same
+    if shares is None or bool(held.all()):
         return rows
     classes = teacher.logits.argmax(-1)
-    counted = torch.bincount(classes[~labelled], minlength=len(shares))
-    weights = shares * counted.sum() / counted
-    return torch.where(labelled, rows, weights[classes].clamp(max=MOST))
+    wanted = torch.bincount(labels[known], minlength=len(shares)) + (~known).sum() * shares
+    got = torch.bincount(classes[~held], minlength=len(shares))
+    weights = (wanted / wanted.sum()) / (got / got.sum())
+    return torch.where(held, rows, weights[classes].clamp(max=MOST))
 
 
 def distance(student: Any, teacher: Any, mask: Tensor, weights: Tensor, spec: TaskSpec) -> Tensor:

@@ -22,9 +22,9 @@ def batch_loss(model: Any, batch: dict[str, Tensor], spec: TaskSpec, teacher: Te
         return task_losses(model(**inputs).logits, labels, spec).mean()
     inputs, same = varied(inputs, lesson.special)
     outputs, answers = model(**inputs, output_hidden_states=True), teacher(inputs)
-    labelled = same & (labels.isfinite() if spec.label_names is None else labels != NO_CLASS)
-    losses = task_losses(outputs.logits, labels.where(labelled, 0), spec) * labelled
-    weights = balanced(answers, labelled, lesson.shares)
+    known = labels.isfinite() if spec.label_names is None else labels != NO_CLASS
+    losses = task_losses(outputs.logits, labels.where(known, 0), spec) * (known & same)
+    weights = balanced(answers, labels, known, same, lesson.shares)
     return losses.mean() + distance(outputs, answers, inputs["attention_mask"], weights, spec)
 
 
