@@ -57,7 +57,7 @@ class Job:
     @cached_property
     def lesson(self) -> Lesson:
         """Return what a teacher must know of the training rows."""
-        return Lesson.of(self.train_rows["label"], self.spec, self.tokenizer)
+        return Lesson.of(self.train_rows["label"][:], self.spec, self.tokenizer)
 
     def loss(self, model: Any, batch: dict[str, Tensor], teacher: Teacher | None = None) -> Tensor:
         """Return the task loss of a batch, and the teacher's if there is one, in the asked precision."""

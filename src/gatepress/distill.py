@@ -12,7 +12,6 @@ rows without a label that holds count so that classes are as frequent among them
 """
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,12 +38,12 @@ class Lesson:
     shares: Tensor | None  # of each class among labels [classes]; None: labels are numbers
 
     @classmethod
-    def of(cls, labels: Sequence[Any], spec: TaskSpec, tokenizer: Any, device: torch.device | str = "cpu") -> "Lesson":
+    def of(cls, labels: list[Any], spec: TaskSpec, tokenizer: Any, device: torch.device | str = "cpu") -> "Lesson":
         """Return the lesson of rows that have these labels."""
         special = torch.tensor(tokenizer.all_special_ids, device=device)
         if spec.label_names is None:
             return cls(special, None)
-        counted = torch.bincount(torch.as_tensor(labels), minlength=spec.num_labels)
+        counted = torch.bincount(torch.tensor(labels), minlength=spec.num_labels)
         return cls(special, (counted / len(labels)).to(device))
 
 
