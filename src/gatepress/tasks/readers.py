@@ -134,7 +134,8 @@ class _Parquet(Mapping[str, list[Any]]):
             raise KeyError(name)
         try:
             values: list[Any] = self.table.column(name).to_pylist()
-        except (ValueError, OverflowError, pa.ArrowException) as error:  # UnicodeDecodeError is a ValueError
+        # UnicodeDecodeError is a ValueError; of a time zone that nobody knows some releases raise a KeyError
+        except (ValueError, OverflowError, KeyError, pa.ArrowException) as error:
             raise DataError(f"{self.path}: column {name!r} cannot be read ({reason_of(error)})") from None
         return values
 
