@@ -81,13 +81,13 @@ def test_recovery_trains_what_was_cut_and_leaves_only_the_pruned_directory(run: 
     assert not all(before[name].equal(after[name]) for name in before if before[name].shape == after[name].shape)
 
 
-@pytest.mark.parametrize("rotate", [True, False])
+@pytest.mark.parametrize("changes", [{}, {"rotate_heads": False}, {"method": "gates", "distill": True}])
 def test_a_finetuned_model_teaches_what_recovers(
-    *, rotate: bool, tiny_model_dir: Any, tiny_task_files: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], tiny_model_dir: Any, tiny_task_files: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = settings_for(tiny_model_dir("bert"), tiny_task_files, method="full", lora_rank=None, epochs=1)
     train(full, tmp_path / "full")
-    pressed = settings_for(tmp_path / "full", tiny_task_files, sparsity=0.4, epochs=1, rotate_heads=rotate)
+    pressed = settings_for(tmp_path / "full", tiny_task_files, sparsity=0.4, epochs=1, **changes)
     train(pressed, tmp_path / "run")
     finetuned, _ = load_run(tmp_path / "full")
     far: list[float] = []

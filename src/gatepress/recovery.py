@@ -10,9 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gatepress.checkpoint import is_finetuned, read_run
 from gatepress.config import refuse_below
 from gatepress.errors import UsageError
 from gatepress.files import check_output
+from gatepress.hub import locate_model
 from gatepress.progress import Progress
 from gatepress.pruning import gated_settings, prune
 from gatepress.training import train
@@ -37,6 +39,10 @@ def prune_each(
     _check(outputs, recover_epochs)
     refuse_below(1, tokens=pruning.get("tokens"))  # now, not behind a training
     settings = gated_settings(run_dir)
+    # A pretrained model has learned the task in this run alone, whose gates are closed: nobody is left to teach.
+    taught = bool(recover_epochs and settings.distill) and is_finetuned(
+        locate_model(settings.model, settings.revision), read_run(run_dir).task
+    )
     for output in outputs.values():
         check_output(output, force=force, reads=(run_dir, settings.model))
     reports = []
@@ -51,7 +57,7 @@ def prune_each(
             start=str(run_dir),
             epochs=recover_epochs,
             open_epochs=0,
-            distill=None if settings.distill else False,  # a pretrained model has learned the task in this run alone
+            distill=taught,
         )
         output.absolute().parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent) as staged:

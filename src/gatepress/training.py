@@ -179,8 +179,9 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
     mark_trainable_(kinds)
 
     tokens = min(settings.max_length, max_tokens(model.config.to_dict()) or SHORT, int(tokenizer.model_max_length))
-    texts = [part for part in (_present(rows.train), rows.unlabelled) if part is not None]
-    train_rows = tokenize(concatenate_datasets(texts), tokenizer, tokens)
+    labelled = _present(rows.train)
+    every = labelled if rows.unlabelled is None else concatenate_datasets([labelled, rows.unlabelled])
+    train_rows = tokenize(every, tokenizer, tokens)
     validation_rows = {name: tokenize(split, tokenizer, tokens) for name, split in rows.validation.items()}
     loader = make_loader(
         train_rows,
@@ -220,8 +221,8 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
         "total_gates": budget.total_gates if budget else 0,
         "dense_params": dense_params,
         "trainable_params": _count(kinds),
-        "train_examples": len(texts[0]),
-        "unlabelled_examples": len(train_rows) - len(texts[0]),
+        "train_examples": len(labelled),
+        "unlabelled_examples": len(every) - len(labelled),
         "tokens": tokens,
         "epochs": epochs,
         "steps": steps,
@@ -253,7 +254,7 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
         open_steps=open_steps,
         steps_per_epoch=steps_per_epoch,
         layers=layers,
-        lesson=Lesson.of(texts[0]["label"][:], rows.spec, tokenizer, processes.device),
+        lesson=Lesson.of(labelled["label"][:], rows.spec, tokenizer, processes.device),
         manifest=RunManifest(
             settings=settings,
             task=rows.spec,

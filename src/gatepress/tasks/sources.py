@@ -73,8 +73,7 @@ def load_rows(
     tables += checked.values()
     more = None
     if data.unlabelled_file and splits == "all":
-        path = data.unlabelled_file
-        more = _text_columns(_Split("unlabelled", path, read_columns(Path(path))), spec, data, None)
+        more = _text_columns(_file_split("unlabelled", data.unlabelled_file), spec, data, None)
         more["label"] = [spec.no_label] * len(more["text"])
         tables.append(more)
     return Rows(
@@ -95,9 +94,12 @@ def _own_splits(data: DataSettings, splits: Splits, spec: TaskSpec | None) -> tu
         raise DataError("own data has no training rows; give them with --train-file FILE")
     train = None
     if data.train_file and (splits == "all" or spec is None):  # its labels name the classes
-        train = _Split("train", data.train_file, read_columns(Path(data.train_file)))
-    path = data.validation_file
-    return train, [_Split("validation", path, read_columns(Path(path)))]
+        train = _file_split("train", data.train_file)
+    return train, [_file_split("validation", data.validation_file)]
+
+
+def _file_split(name: str, path: str) -> _Split:
+    return _Split(name, path, read_columns(Path(path)))
 
 
 def _named_splits(data: DataSettings, task: TaskSpec, splits: Splits) -> tuple[_Split | None, list[_Split]]:
