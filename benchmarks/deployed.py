@@ -11,19 +11,18 @@ figure are rendered from the JSON:
 """
 
 import argparse
-import io
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cells import RESULTS, gatepress, is_finished, keep, models_of, parser
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from paper import FINETUNED, KEY, place_of, trained
 
 from gatepress.bench import endtoend
-from gatepress.bench.figures import BLUE, FAINT, ORANGE, STYLE
+from gatepress.bench.figures import BLUE, FAINT, ORANGE, drawn
 from gatepress.bench.record import Record, relative_to
 from gatepress.files import replace_file
 
@@ -114,27 +113,23 @@ def render(rows: list[Row]) -> str:
     )
 
 
-def draw(rows: list[Row], suffix: str) -> bytes:
-    """Return metric against latency as the bytes of a `png` or `svg` file: a panel for each batch and length."""
-    file = io.BytesIO()
+def draw(rows: list[Row], figure: Figure) -> None:
+    """Draw metric against latency on a figure: a panel for each batch and length."""
     encoders = list(dict.fromkeys(row["encoder"] for row in rows))
-    with rc_context(STYLE):
-        figure = Figure(figsize=(8.4, 3.9), layout="constrained")
-        panels = figure.subplots(1, len(SHOWN), sharey=True)
-        for axes, size in zip(panels, SHOWN, strict=True):
-            for encoder, color in zip(encoders, (BLUE, ORANGE, "#009e73"), strict=False):
-                for dtype, style in zip(DTYPES, ("-", "--"), strict=True):
-                    _curve(axes, at(rows, *size, encoder=encoder, dtype=dtype), f"{encoder}, {dtype}", color, style)
-            axes.set_xscale("log")
-            axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
-            axes.xaxis.set_minor_formatter(lambda value, _: f"{value:,g}" if f"{value:e}"[0] in "25" else "")
-            axes.margins(y=0.12)
-            axes.grid(color=FAINT, linewidth=0.8)
-            axes.set(xlabel=f"one batch of {size[0]} x {size[1]} tokens in ONNX Runtime (ms)")
-        panels[0].set_ylabel(f"{rows[0]['metric_name']} on {rows[0]['task']}")
-        panels[0].legend(frameon=False, fontsize=8.5)
-        figure.savefig(file, format=suffix, dpi=160, metadata={"Date": None} if suffix == "svg" else {"Software": None})
-    return file.getvalue()
+    figure.set_size_inches(8.4, 3.9)
+    panels = figure.subplots(1, len(SHOWN), sharey=True)
+    for axes, size in zip(panels, SHOWN, strict=True):
+        for encoder, color in zip(encoders, (BLUE, ORANGE, "#009e73"), strict=False):
+            for dtype, style in zip(DTYPES, ("-", "--"), strict=True):
+                _curve(axes, at(rows, *size, encoder=encoder, dtype=dtype), f"{encoder}, {dtype}", color, style)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+        axes.xaxis.set_minor_formatter(lambda value, _: f"{value:,g}" if f"{value:e}"[0] in "25" else "")
+        axes.margins(y=0.12)
+        axes.grid(color=FAINT, linewidth=0.8)
+        axes.set(xlabel=f"one batch of {size[0]} x {size[1]} tokens in ONNX Runtime (ms)")
+    panels[0].set_ylabel(f"{rows[0]['metric_name']} on {rows[0]['task']}")
+    panels[0].legend(frameon=False, fontsize=8.5)
 
 
 def _curve(axes: Axes, points: list[tuple[Row, Record]], label: str, color: str, style: str) -> None:
@@ -152,7 +147,7 @@ def main() -> None:
     task, seed = (options.task or [TASK])[0], (options.seed or [SEED])[0]
     rows = keep(PATH, None if options.render else measure(task, seed, options), render)
     for suffix in ("png", "svg"):
-        replace_file(PATH.with_suffix(f".{suffix}"), draw(rows, suffix))
+        replace_file(PATH.with_suffix(f".{suffix}"), drawn(suffix, partial(draw, rows)))
 
 
 if __name__ == "__main__":

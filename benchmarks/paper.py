@@ -12,10 +12,10 @@ median over seeds; they and the figures are rendered from the JSON:
 """
 
 import argparse
-import io
 import itertools
 import statistics
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +184,7 @@ def render(experiment: Experiment, cells: list[dict[str, Any]]) -> str:
     measured = FINETUNED in experiment.arms
     average = ["kept on average"] if measured else []
     names = ["encoder", "arm", "trained, without head", "MACs removed", *tasks, *average]
-    names += ["steps", "seconds", "peak memory"]
+    names += ["steps", "seconds", "peak memory", "trained by"]
     text = f"# {experiment.title}\n\n| {' | '.join(names)} |\n" + "|---" * len(names) + "|\n"
     for encoder in sorted({c["encoder"] for c in cells}):
         for arm in experiment.arms:
@@ -203,6 +203,7 @@ def render(experiment: Experiment, cells: list[dict[str, Any]]) -> str:
                 _range(rows, "steps"),
                 _range(rows, "train_seconds"),
                 f"{max(c['peak_memory_bytes'] for c in usual or rows) / 1e9:.1f} GB",
+                _releases(rows),
             ]
             text += f"| {' | '.join(columns)} |\n"
     machines = sorted({f"{c['precision']} on {c['cores']} cores of {c['cpu']}" for c in cells})
@@ -256,17 +257,21 @@ def _kept(parts: list[float | None]) -> str:
     return f"{statistics.mean(there):.1%}" if len(there) == len(parts) else ""
 
 
+def _releases(rows: list[dict[str, Any]]) -> str:
+    """Return the first and the last release that trained one of the cells: a recipe changes with them."""
+    known = sorted((c["versions"]["gatepress"] for c in rows), key=lambda name: [*map(int, name.split("."))])
+    return " to ".join(dict.fromkeys((known[0], known[-1])))
+
+
 def _range(rows: list[dict[str, Any]], key: str, form: str = "{:,.0f}") -> str:
     ends = [form.format(end(c[key] for c in rows)) for end in (min, max)]
     return " to ".join(dict.fromkeys(ends))
 
 
-def draw(experiment: Experiment, cells: list[dict[str, Any]], path: Path) -> None:
-    """Draw the metric over the arms, a panel for each task and a line for each encoder, as PNG and SVG."""
-    from matplotlib.figure import Figure  # noqa: PLC0415 - tables need none
-
+def draw(experiment: Experiment, cells: list[dict[str, Any]], figure: Any) -> None:
+    """Draw the metric over the arms on a figure: a panel for each task, a line for each encoder."""
     tasks = sorted({c["task"] for c in cells}, key=[*PAPER_TASKS].index)
-    figure = Figure(figsize=(4 * len(tasks), 3.2), layout="constrained")
+    figure.set_size_inches(4 * len(tasks), 3.2)
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         for encoder in sorted({c["encoder"] for c in cells}):
             values = {arm: _values(cells, encoder, task, arm).values() for arm in experiment.arms}
@@ -275,10 +280,6 @@ def draw(experiment: Experiment, cells: list[dict[str, Any]], path: Path) -> Non
         axes.set(title=task, xlabel=experiment.line, ylabel=cells[0]["metric_name"] if len(tasks) == 1 else "metric")
         axes.legend()
         axes.grid(alpha=0.3)
-    for suffix in ("png", "svg"):
-        file = io.BytesIO()
-        figure.savefig(file, format=suffix, dpi=150)
-        replace_file(path.with_suffix(f".{suffix}"), file.getvalue())
 
 
 def trained(
@@ -359,7 +360,11 @@ def main() -> None:
 
     cells = sweep(path, keys, KEY, cell, lambda done: render(experiment, done))
     if experiment.line:
-        draw(experiment, cells, path)
+        from gatepress.bench.figures import drawn  # noqa: PLC0415 - tables need no matplotlib
+
+        for suffix in ("png", "svg"):
+            file = drawn(suffix, partial(draw, experiment, cells))
+            replace_file(path.with_suffix(f".{suffix}"), file)
 
 
 if __name__ == "__main__":
