@@ -1,15 +1,17 @@
-"""How near pressed runs are to the model they started from, on validation rows: what the notes call distance.
+"""How near pressed runs are to the model they started from: what the notes call distance.
 
     python benchmarks/nearness.py RUN [RUN ...]
 
-Prints a row for each finished run of `gatepress train --model FINETUNED`: the metric; for two classes the area under
-the ROC curve (AUC); the mean loss; and the distance to the model that it was pressed from, which is what `--distill`
-presses down (`gatepress.distill.distance`: logits and hidden states), on the words as they are and without dropout. A
-metric of a few hundred rows moves by hundredths from one training to the next, these move less.
+Prints two rows for each finished run of `gatepress train --model FINETUNED`, of validation rows and of as many training
+rows: the metric; for two classes the area under the ROC curve (AUC); the mean loss; and how far logits and
+hidden states are from those of the model that it was pressed from, whose sum is the distance (`gatepress.distill`), on
+the words as they are and without dropout. A metric of a few hundred rows moves by hundredths from one training to the
+next, these move less. What is near on training rows and far on others was learnt by heart.
 """
 
 import argparse
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,50 +22,57 @@ from torch import Tensor
 
 from gatepress.batches import make_loader, tokenize
 from gatepress.checkpoint import load_run, open_base
-from gatepress.distill import distance
+from gatepress.distill import hidden_distances, logit_distances
 from gatepress.hub import locate_model
 from gatepress.losses import task_losses
 from gatepress.metrics import compute_metric
 from gatepress.models import open_tokenizer
+from gatepress.tasks import TaskSpec
 from gatepress.tasks.sources import load_rows
 
 BATCH = 32
 
 
-@torch.inference_mode()
-def nearness(run: Path) -> dict[str, float]:
-    """Return metric, AUC (two classes only), loss and distance of a run."""
+def nearness(run: Path) -> Iterator[tuple[str, dict[str, float]]]:
+    """Yield the name of a split and metric, AUC (two classes only), loss and distances of a run on its rows."""
     student, manifest = load_run(run)
     settings, spec = manifest.settings, manifest.task
     base = locate_model(settings.model, settings.revision)
-    teacher = open_base(base, spec).eval()
-    tokenizer = open_tokenizer(base)
-    rows = next(iter(load_rows(settings.data, splits="validation", spec=spec).validation.values()))
-    loader = make_loader(tokenize(rows, tokenizer, settings.max_length), tokenizer, BATCH, shuffle=False, seed=0)
-    logits, labels, sums = [], [], np.zeros(2)
+    teacher, tokenizer = open_base(base, spec).eval(), open_tokenizer(base)
+    rows = load_rows(settings.data, spec=spec)
+    validation = next(iter(rows.validation.values()))
+    for name, split in {"validation": validation, "train": rows.train}.items():
+        table = tokenize(split.select(range(min(len(split), len(validation)))), tokenizer, settings.max_length)
+        yield name, _measured(student, teacher, make_loader(table, tokenizer, BATCH, shuffle=False, seed=0), spec)
+
+
+@torch.inference_mode()
+def _measured(student: Any, teacher: Any, loader: Iterable[dict[str, Tensor]], spec: TaskSpec) -> dict[str, float]:
+    logits, labels, sums = [], [], np.zeros(3)
     for batch in loader:
-        inputs: dict[str, Tensor] = {name: value for name, value in batch.items() if name != "labels"}
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
         ours, theirs = (model(**inputs, output_hidden_states=True) for model in (student, teacher))
-        far = distance(ours, theirs, inputs["attention_mask"], torch.ones(len(batch["labels"])), spec)
-        losses = task_losses(ours.logits, batch["labels"], spec)
-        sums += [losses.sum().item(), len(losses) * far.item()]
+        hidden = hidden_distances(ours, theirs, inputs["attention_mask"]).mean()
+        rows = (task_losses(ours.logits, batch["labels"], spec), logit_distances(ours, theirs, spec))
+        sums += [*(values.sum().item() for values in rows), len(batch["labels"]) * hidden.item()]
         logits.append(ours.logits.numpy())
         labels.append(batch["labels"].numpy())
     outputs, wanted = np.concatenate(logits), np.concatenate(labels)
-    loss, far = sums / len(wanted)
-    found: dict[str, Any] = {spec.metric: compute_metric(spec.metric, outputs, wanted)}
+    loss, answers, inner = sums / len(wanted)
+    found: dict[str, float] = {spec.metric: compute_metric(spec.metric, outputs, wanted)}
     if spec.num_labels == 2:  # noqa: PLR2004 - positives against negatives
         found["auc"] = roc_auc_score(wanted, outputs[:, 1] - outputs[:, 0])
-    return {**found, "loss": loss, "distance": far}
+    return {**found, "loss": loss, "logits": answers, "hidden": inner, "distance": answers + inner}
 
 
 def main() -> None:
-    """Print a row for each run."""
+    """Print the rows of each run."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     for run in made.parse_args().runs:
-        figures = "  ".join(f"{name} {value:.4f}" for name, value in nearness(run).items())
-        sys.stdout.write(f"{run}  {figures}\n")
+        for split, found in nearness(run):
+            figures = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
+            sys.stdout.write(f"{run}  {split:10}  {figures}\n")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup
 
 from gatepress.batches import make_loader, probe_batch, tokenize
-from gatepress.config import DataSettings
+from gatepress.config import HIDDEN_WEIGHT, DataSettings
 from gatepress.distill import Lesson, Teacher, learn_from_teacher_
 from gatepress.evaluation import MAX_LENGTH, evaluate_model
 from gatepress.losses import batch_loss
@@ -57,7 +57,7 @@ class Job:
     @cached_property
     def lesson(self) -> Lesson:
         """Return what a teacher must know of the training rows."""
-        return Lesson.of(self.train_rows["label"][:], self.spec, self.tokenizer)
+        return Lesson.of(self.train_rows["label"][:], self.spec, self.tokenizer, hidden_weight=HIDDEN_WEIGHT)
 
     def loss(self, model: Any, batch: dict[str, Tensor], teacher: Teacher | None = None) -> Tensor:
         """Return the task loss of a batch, and the teacher's if there is one, in the asked precision."""

@@ -23,7 +23,7 @@ from speed import SHAPES, closed_mask
 
 from gatepress.bench.timing import Call, interleave, wall_clock
 from gatepress.budget import gate_vectors
-from gatepress.config import FINETUNED, Precision
+from gatepress.config import FINETUNED, HIDDEN_WEIGHT, Precision
 from gatepress.distill import Lesson, Teacher, learn_from_teacher_
 from gatepress.inject import attach_gates_, mark_trainable_, trainable
 from gatepress.losses import batch_loss
@@ -38,7 +38,7 @@ from gatepress.versions import MADE_WITH, versions
 PATHS: dict[Precision, Path] = {"fp32": RESULTS / "steps.json", "bf16": RESULTS / "steps_bf16.json"}
 SHAPE, BATCH, LENGTH = "minilm", 32, 32
 REPETITIONS, BLOCK, WARMUP = 20, 4, 1
-LESSON = Lesson(torch.tensor([0, 101, 102]), torch.tensor([0.5, 0.5]))
+LESSON = Lesson(torch.tensor([0, 101, 102]), torch.tensor([0.5, 0.5]), HIDDEN_WEIGHT)
 LEFT = {"2x": 0.5, "4x": 0.25, "8x": 0.125}
 FULL_NAME = "full finetuning"
 

@@ -13,7 +13,7 @@ import tiny
 from conftest import TaskFiles
 from forms import settings_for
 from gatepress import distill
-from gatepress.distill import MOST, Teacher, balanced, distance, varied
+from gatepress.distill import MOST, Teacher, balanced, hidden_distances, logit_distances, varied
 from gatepress.gates import GatedLinear, gates_of
 from gatepress.inject import attach_gates_, mark_trainable_, trainable
 from gatepress.tasks import task_named
@@ -64,7 +64,7 @@ def test_a_batch_without_words_is_left_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("task", ["sst2", "stsb"])
-def test_logits_count_by_row_and_hidden_states_on_all_tokens_that_the_head_can_see(task: str) -> None:
+def test_logits_are_compared_by_row_and_hidden_states_on_all_tokens_that_the_head_can_see(task: str) -> None:
     spec = task_named(task)
     generator = torch.Generator().manual_seed(0)
 
@@ -75,25 +75,22 @@ def test_logits_count_by_row_and_hidden_states_on_all_tokens_that_the_head_can_s
     student, teacher = outputs(), outputs()
     mask = torch.ones(4, 6, dtype=torch.long)
     mask[1, 3:] = 0
-    all_rows, no_rows, one = torch.ones(4), torch.zeros(4), torch.tensor([0.0, 0.0, 1.0, 0.0])
-
-    def apart(weights: torch.Tensor) -> float:
-        return float(distance(student, teacher, mask, weights, spec))
-
     first = torch.zeros_like(mask)
     first[:, 0] = 1  # the last layer may also hold that one alone
     hidden = [
-        float(functional.mse_loss(x[kept], y[kept]) / y[kept].var())
+        functional.mse_loss(x[kept], y[kept]) / y[kept].var()
         for x, y, kept in zip(
             student.hidden_states[1:], teacher.hidden_states[1:], (mask.bool(), first.bool()), strict=True
         )
     ]
-    assert apart(no_rows) == pytest.approx(sum(hidden) / len(hidden), rel=1e-5)
-    assert apart(no_rows) < apart(one) < apart(all_rows)
+    torch.testing.assert_close(hidden_distances(student, teacher, mask), torch.stack(hidden))
+    assert (logit_distances(student, teacher, spec) > 0).all()
     student.hidden_states, student.logits = teacher.hidden_states, teacher.logits.clone()
     student.logits[0] += torch.arange(spec.num_labels) + 1.0
-    assert apart(one) == pytest.approx(0, abs=1e-6)
-    assert apart(all_rows) > 0
+    assert not hidden_distances(student, teacher, mask).any()
+    apart = logit_distances(student, teacher, spec)
+    assert apart[0] > 0
+    torch.testing.assert_close(apart[1:], torch.zeros(3))
 
 
 def test_classes_are_as_frequent_among_exchanged_rows_as_among_labels() -> None:

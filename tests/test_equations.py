@@ -20,7 +20,7 @@ from gatepress.bench import timing
 from gatepress.budget import Budget, GateVector, gate_vectors
 from gatepress.collapse import plan_model
 from gatepress.config import Controller, DataSettings, TrainSettings
-from gatepress.distill import Lesson, distance, learn_from_teacher_
+from gatepress.distill import Lesson, learn_from_teacher_, logit_distances
 from gatepress.gates import Gate, GatedLinear, gates_of
 from gatepress.inject import attach_gates_
 from gatepress.methods import LoraXsLinear
@@ -157,7 +157,7 @@ def test_labels_count_where_words_are_as_they_were_and_the_teacher_reads_the_sam
         seen.append(input_ids)
         return outputs(input_ids)
 
-    lesson = Lesson(torch.tensor([0]), torch.tensor([0.5, 0.5]))
+    lesson = Lesson(torch.tensor([0]), torch.tensor([0.5, 0.5]), hidden_weight=3.0)
 
     def loss() -> float:
         value: Tensor = losses.batch_loss(model, batch, SST2, lambda inputs: model(**inputs), lesson)
@@ -169,8 +169,9 @@ def test_labels_count_where_words_are_as_they_were_and_the_teacher_reads_the_sam
     assert all(torch.equal(one, ids + 1) for one in seen)
     each = functional.cross_entropy(outputs(ids + 1).logits, labels, reduction="none")
     assert plain == pytest.approx(float(each[same].sum() / 8))  # equals have no distance
-    monkeypatch.setattr(losses, "distance", lambda *_: torch.tensor(100.0))
-    assert loss() == pytest.approx(plain + 100)
+    monkeypatch.setattr(losses, "logit_distances", lambda *_: torch.full((8,), 100.0))
+    monkeypatch.setattr(losses, "hidden_distances", lambda *_: torch.tensor([10.0, 30.0]))
+    assert loss() == pytest.approx(plain + 100 + 3 * 20)
 
 
 def test_the_distance_of_classes_is_the_divergence_of_the_teacher_at_a_temperature_of_2() -> None:
@@ -178,8 +179,8 @@ def test_the_distance_of_classes_is_the_divergence_of_the_teacher_at_a_temperatu
     states = torch.zeros(3, 2, 4), torch.randn(3, 2, 4)
     student, teacher = (SimpleNamespace(logits=torch.randn(3, 2), hidden_states=states) for _ in range(2))
     p, q = ((one.logits / 2).softmax(-1) for one in (teacher, student))
-    wanted = 4 * (p * (p / q).log()).sum(-1).mean()
-    found = distance(student, teacher, torch.ones(3, 2), torch.ones(3), SST2)
+    wanted = 4 * (p * (p / q).log()).sum(-1)
+    found = logit_distances(student, teacher, SST2)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, RobertaConfig
 import tiny
 from forms import settings_for
 from gatepress.checkpoint import is_finetuned, load_run, open_base, read_run, tell_other_classes
-from gatepress.config import METHODS, DataSettings, GateAxes, Method, TrainSettings
+from gatepress.config import HIDDEN_WEIGHT, METHODS, DataSettings, GateAxes, Method, TrainSettings
 from gatepress.errors import ModelError, UsageError
 from gatepress.evaluation import evaluate
 from gatepress.export import export
@@ -201,6 +201,9 @@ def test_matrices_that_take_no_part_are_as_they_were() -> None:
         ({"matrices": ("q", "x")}, "--matrices is 'q,x', expected some of q,k,v,o,up,down"),
         ({"gate_axes": "in"}, "--gate-axes in goes with --granularity matrix"),
         ({"method": "lora", "distill": True}, "--distill teaches a model whose gates close"),
+        ({"method": "lora", "hidden_weight": 1.0}, "--hidden-weight weighs what a teacher computes, --method lora"),
+        ({"distill": False, "hidden_weight": 1.0}, "--hidden-weight weighs what a teacher computes, --no-distill"),
+        ({"hidden_weight": -1.0}, "--hidden-weight is -1.0, expected a number from 0 on"),
         ({"method": "gates", "lora_rank": 8}, "--lora-rank means nothing to --method gates"),
         ({"method": "prune"}, "--method is 'prune', expected one of gates"),
         ({"budget": "flops"}, "--budget is 'flops', expected one of gates"),
@@ -237,7 +240,21 @@ def test_a_finetuned_model_teaches_unless_it_is_told_not_to(
     *, finetuned: bool, changes: dict[str, Any], taught: bool
 ) -> None:
     settings = replace(SETTINGS, method="gates+lora", lora_rank=None)
-    assert replace(settings, **changes).resolved(finetuned=finetuned).distill is taught
+    resolved = replace(settings, **changes).resolved(finetuned=finetuned)
+    assert resolved.distill is taught
+    assert resolved.hidden_weight == (HIDDEN_WEIGHT if taught else None)
+    if taught:
+        assert replace(resolved, hidden_weight=0.0).resolved(finetuned=finetuned).hidden_weight == 0
+        return
+    with pytest.raises(UsageError, match="--hidden-weight weighs what a teacher computes"):
+        replace(settings, **changes, hidden_weight=0.0).resolved(finetuned=finetuned)
+
+
+@pytest.mark.parametrize("distill", [True, False])
+def test_what_an_older_release_began_goes_on_with_its_weight_of_hidden_states(*, distill: bool) -> None:
+    old = replace(SETTINGS, method="gates+lora", distill=distill).resolved(finetuned=True).to_json()
+    del old["hidden_weight"]
+    assert TrainSettings.from_json(old).hidden_weight == (1.0 if distill else None)
 
 
 def test_manifests_from_before_there_were_methods_are_read() -> None:

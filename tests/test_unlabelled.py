@@ -56,7 +56,7 @@ def test_a_row_without_a_label_counts_by_the_answer_of_the_teacher_alone(
     rows = len(inputs["input_ids"])
     known = torch.tensor([1, 0, 1, 0]) if spec.label_names else torch.rand(rows)
     shares = torch.tensor([0.5, 0.5]) if spec.label_names else None
-    lesson = Lesson(torch.unique(inputs["input_ids"]), shares)  # there are no words to exchange
+    lesson = Lesson(torch.unique(inputs["input_ids"]), shares, hidden_weight=1.0)  # there are no words to exchange
     first, none = known.where(torch.arange(rows) == 0, spec.no_label), torch.full_like(known, spec.no_label)
 
     def loss(labels: torch.Tensor) -> torch.Tensor:
@@ -68,7 +68,8 @@ def test_a_row_without_a_label_counts_by_the_answer_of_the_teacher_alone(
         return value.detach()
 
     assert loss(none) > 0
-    monkeypatch.setattr(losses, "distance", lambda student, *_: 0 * student.logits.sum())
+    for name in ("logit_distances", "hidden_distances"):
+        monkeypatch.setattr(losses, name, lambda student, *_: 0 * student.logits.sum(-1))
     each = losses.task_losses(model(**inputs).logits.detach(), known, spec)
     torch.testing.assert_close(loss(known), each.mean())
     torch.testing.assert_close(loss(first), each[0] / rows)

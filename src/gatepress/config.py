@@ -53,6 +53,9 @@ METHODS: dict[str, MethodSpec] = {
 # model knew teaches it. Where little is left, most of it is learnt anew, at a higher rate.
 FINETUNED = MethodSpec(gated=True, learning_rate=5e-4, rank=32, closing=0.35, distill=True)
 LITTLE_LEFT, RATE_OF_LITTLE = 0.8, 1e-3  # from that sparsity on
+# Answers to training rows can be learnt by heart, hidden states are too many for it: a student that computes as its
+# teacher does answers as it does on rows that neither has seen.
+HIDDEN_WEIGHT, HIDDEN_WEIGHT_OF_OLD = 20.0, 1.0  # before 0.21
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ _NUMBERS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (("epochs", "batch_size", "max_length", "lora_rank", "save_every"), lambda value: value >= 1, "1 or more"),
     (("open_epochs",), lambda value: value >= 0, "0 or more"),
     (("learning_rate", "gate_learning_rate"), lambda value: 0 < value < float("inf"), "a positive number"),
-    (("weight_decay", "penalty_weight"), lambda value: 0 <= value < float("inf"), "a number from 0 on"),
+    (("weight_decay", "penalty_weight", "hidden_weight"), lambda v: 0 <= v < float("inf"), "a number from 0 on"),
     (("seed",), lambda value: 0 <= value < MOST_SEEDS, f"a whole number from 0 to {MOST_SEEDS - 1}"),
 )
 
@@ -120,6 +123,7 @@ class TrainSettings:
     open_epochs: int | None = None  # with all gates open, before any closes; None: none, or a third to teach
     start: str | None = None  # run directory to go on from: its gates are closed at once, and all else recovers
     distill: bool | None = None  # what the open model knew teaches the one that closes; None: where it was finetuned
+    hidden_weight: float | None = None  # of a teacher's hidden states, where logits and labels have 1; None: chosen
     epochs: int | None = None  # None: enough for about 1,500 steps, 3 at least, 20 at most
     batch_size: int = 32
     max_length: int = 128  # tokens
@@ -176,6 +180,9 @@ class TrainSettings:
             problems.append(f"--rotate-heads chooses the dimensions that gates of heads stand on, {asked} has none")
         if self.distill and not self.gated:
             problems.append(f"--distill teaches a model whose gates close, --method {self.method} has none")
+        if self.hidden_weight is not None and (self.distill is False or not self.gated):
+            asked = "--no-distill" if self.gated else f"--method {self.method}"
+            problems.append(f"--hidden-weight weighs what a teacher computes, {asked} has none")
         if self.open_epochs and self.start:
             problems.append("--open-epochs says nothing to --start, whose gates are closed at once")
         if self.lora_rank is not None and self.method in METHODS and not METHODS[self.method].rank:
@@ -212,7 +219,8 @@ class TrainSettings:
     def resolved(self, *, finetuned: bool) -> "TrainSettings":
         """Return the settings with what a method chooses: a manifest must not hang on later defaults.
 
-        `UsageError` where texts without labels would have nobody to answer for them, at any step.
+        `UsageError` where what is asked of a teacher finds none: answers for texts without labels, from the first step
+        on, or a weight.
         """
         own = METHODS[self.method]
         if finetuned and own.gated and own.rank:
@@ -224,12 +232,18 @@ class TrainSettings:
                 "--unlabelled-file holds texts that a teacher must answer for from the first step, and there is none; "
                 "give a --model that was finetuned for the task, --distill, and no --open-epochs"
             )
+        if self.hidden_weight is not None and not distill:
+            raise UsageError(
+                "--hidden-weight weighs what a teacher computes, and there is none; "
+                "give --distill, or a --model that was finetuned for the task"
+            )
         return replace(
             self,
             lora_rank=(self.lora_rank or own.rank) if own.rank else None,
             learning_rate=self.learning_rate or own.learning_rate,
             closing=(self.closing or own.closing) if own.gated else None,
             distill=distill,
+            hidden_weight=(HIDDEN_WEIGHT if self.hidden_weight is None else self.hidden_weight) if distill else None,
             rotate_heads=_unless_asked(self.rotate_heads, own.gated and self.granularity == "structured"),
         )
 
@@ -256,6 +270,7 @@ class TrainSettings:
                 **{
                     "distill": False,
                     "rotate_heads": False,
+                    "hidden_weight": HIDDEN_WEIGHT_OF_OLD if value.get("distill") else None,
                     **value,
                     **method,
                     "matrices": matrices,

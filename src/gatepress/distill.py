@@ -12,6 +12,7 @@ rows without a label that holds count so that classes are as frequent among them
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,26 +26,34 @@ from gatepress.inject import replace_module_
 from gatepress.tasks import TaskSpec
 
 TEMPERATURE = 2.0  # of the logits of classes
-HIDDEN_WEIGHT = 1.0  # of the hidden states, where logits and labels have 1 each
 VARIED_ROWS, VARIED_WORDS = 0.7, 0.25  # rows in which words are exchanged, and how many of theirs
 MOST = 4.0  # that one such row counts: classes are counted in a batch, where a rare one may stand once
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What is known of all training rows, on the device of the model."""
+    """What is known of all training rows, on the device of the model, and what is asked of a student."""
 
     special: Tensor  # ids of tokens that are no words
     shares: Tensor | None  # of each class among labels [classes]; None: labels are numbers
+    hidden_weight: float  # of the teacher's hidden states, where its logits and the labels have 1 each
 
     @classmethod
-    def of(cls, labels: list[Any], spec: TaskSpec, tokenizer: Any, device: torch.device | str = "cpu") -> "Lesson":
+    def of(
+        cls,
+        labels: Sequence[Any],
+        spec: TaskSpec,
+        tokenizer: Any,
+        *,
+        hidden_weight: float,
+        device: torch.device | str = "cpu",
+    ) -> "Lesson":
         """Return the lesson of rows that have these labels."""
         special = torch.tensor(tokenizer.all_special_ids, device=device)
         if spec.label_names is None:
-            return cls(special, None)
+            return cls(special, None, hidden_weight)
         counted = torch.bincount(torch.tensor(labels), minlength=spec.num_labels)
-        return cls(special, (counted / len(labels)).to(device))
+        return cls(special, (counted / len(labels)).to(device), hidden_weight)
 
 
 class Teacher:
@@ -124,25 +133,30 @@ def balanced(teacher: Any, labels: Tensor, known: Tensor, same: Tensor, shares: 
     return torch.where(held, rows, weights[classes].clamp(max=MOST))
 
 
-def distance(student: Any, teacher: Any, mask: Tensor, weights: Tensor, spec: TaskSpec) -> Tensor:
-    """Return how far a student lies from its teacher, on the tokens of `mask` [batch, length].
+def logit_distances(student: Any, teacher: Any, spec: TaskSpec) -> Tensor:
+    """Return how far the logits of each row lie from a teacher's [batch].
 
-    Kullback-Leibler divergence of classes at a temperature (squared error of a number), rows weighted by `weights`
-    [batch], plus the mean over layers of the squared error of hidden states, over the variance of the teacher's. Of the
-    last layer the first token alone counts: the head reads no other.
+    Kullback-Leibler divergence of classes at a temperature; squared error of a number.
     """
-    rows: Tensor
-    ours, theirs = student.logits.float(), teacher.logits.float()
+    ours: Tensor = student.logits.float()
+    theirs: Tensor = teacher.logits.float()
     if spec.label_names is None:
-        rows = (ours - theirs).square().mean(-1)
-    else:
-        soft, wanted = ((value / TEMPERATURE).log_softmax(-1) for value in (ours, theirs))
-        rows = TEMPERATURE**2 * functional.kl_div(soft, wanted, log_target=True, reduction="none").sum(-1)
+        return (ours - theirs).square().mean(-1)
+    soft, wanted = ((value / TEMPERATURE).log_softmax(-1) for value in (ours, theirs))
+    return TEMPERATURE**2 * functional.kl_div(soft, wanted, log_target=True, reduction="none").sum(-1)
+
+
+def hidden_distances(student: Any, teacher: Any, mask: Tensor) -> Tensor:
+    """Return how far the hidden states behind each layer lie from a teacher's, on the tokens of `mask` [layers].
+
+    Squared error over the variance of the teacher's. Of the last layer the first token alone counts: the head reads no
+    other.
+    """
     *inner, last = zip(student.hidden_states[1:], teacher.hidden_states[1:], strict=True)
     tokens = mask.flatten().nonzero()[:, 0]
     layers = [_relative(*(z.flatten(0, 1).index_select(0, tokens).float() for z in pair)) for pair in inner]
     layers.append(_relative(*(z[:, 0].float() for z in last)))
-    return (rows * weights).mean() + HIDDEN_WEIGHT * torch.stack(layers).mean()
+    return torch.stack(layers)
 
 
 def _relative(x: Tensor, y: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-from gatepress.distill import Lesson, Teacher, balanced, distance, varied
+from gatepress.distill import Lesson, Teacher, balanced, hidden_distances, logit_distances, varied
 from gatepress.tasks import TaskSpec
 from gatepress.tasks.spec import NO_CLASS
 
@@ -13,8 +13,8 @@ from gatepress.tasks.spec import NO_CLASS
 def batch_loss(model: Any, batch: dict[str, Tensor], spec: TaskSpec, teacher: Teacher | None, lesson: Lesson) -> Tensor:
     """Return the loss of a batch of inputs [batch, length] and `labels` [batch].
 
-    Behind a teacher words are partly exchanged: labels count where there are any and they still hold, and the distance
-    everywhere.
+    Behind a teacher words are partly exchanged: labels count where there are any and they still hold; how far logits
+    and hidden states are from the teacher's, everywhere.
     """
     labels = batch["labels"]
     inputs = {name: value for name, value in batch.items() if name != "labels"}
@@ -25,7 +25,9 @@ def batch_loss(model: Any, batch: dict[str, Tensor], spec: TaskSpec, teacher: Te
     known = labels.isfinite() if spec.label_names is None else labels != NO_CLASS
     losses = task_losses(outputs.logits, labels.where(known, 0), spec) * (known & same)
     weights = balanced(answers, labels, known, same, lesson.shares)
-    return losses.mean() + distance(outputs, answers, inputs["attention_mask"], weights, spec)
+    of_logits = logit_distances(outputs, answers, spec) * weights
+    of_hidden = hidden_distances(outputs, answers, inputs["attention_mask"])
+    return losses.mean() + of_logits.mean() + lesson.hidden_weight * of_hidden.mean()
 
 
 def task_losses(logits: Tensor, labels: Tensor, spec: TaskSpec) -> Tensor:

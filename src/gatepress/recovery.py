@@ -58,6 +58,7 @@ def prune_each(
             epochs=recover_epochs,
             open_epochs=0,
             distill=taught,
+            hidden_weight=settings.hidden_weight if taught else None,
         )
         output.absolute().parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent) as staged:

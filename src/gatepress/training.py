@@ -254,7 +254,13 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
         open_steps=open_steps,
         steps_per_epoch=steps_per_epoch,
         layers=layers,
-        lesson=Lesson.of(labelled["label"][:], rows.spec, tokenizer, processes.device),
+        lesson=Lesson.of(
+            labelled["label"][:],
+            rows.spec,
+            tokenizer,
+            hidden_weight=settings.hidden_weight or 0.0,  # none: nobody teaches
+            device=processes.device,
+        ),
         manifest=RunManifest(
             settings=settings,
             task=rows.spec,

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 import typer
 
 from gatepress.config import (
+    HIDDEN_WEIGHT,
     Arithmetic,
     BudgetUnit,
     Controller,
@@ -240,6 +241,15 @@ Start = Annotated[
         metavar="RUN",
         help="Go on from a run of the same model and method: its gates are closed to --sparsity at once, by the scores "
         "that it keeps, and the epochs are recovery. A finetuned --model teaches them, if there is a teacher.",
+        rich_help_panel=TRAINING,
+    ),
+]
+HiddenWeight = Annotated[
+    float | None,
+    typer.Option(
+        metavar="WEIGHT",
+        help="What a teacher's hidden states count for, where its logits and the labels have 1 each. Unless given: "
+        f"{HIDDEN_WEIGHT:g}.",
         rich_help_panel=TRAINING,
     ),
 ]
@@ -538,6 +548,7 @@ class Schedule:
     """For how long, how fast, and behind which teacher."""
 
     distill: Distill = TrainSettings.distill
+    hidden_weight: HiddenWeight = TrainSettings.hidden_weight
     open_epochs: OpenEpochs = TrainSettings.open_epochs
     closing: Closing = TrainSettings.closing
     epochs: Epochs = TrainSettings.epochs
