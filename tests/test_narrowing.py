@@ -107,7 +107,8 @@ def test_training_ends_in_the_same_numbers(
         load_file(path / read_run(path).tensors["file"]) for path in (tmp_path / "narrow", tmp_path / "wide")
     )
     assert narrow.keys() == wide.keys()
-    for name in (name for name in wide if not name.endswith(".mask")):
+    # The bias of a key adds the same to all scores of a query: its gradient is rounding, of which Adam makes steps.
+    for name in (name for name in wide if not name.endswith((".mask", ".key.base.bias"))):
         torch.testing.assert_close(narrow[name], wide[name], atol=1e-3, rtol=1e-2, msg=name)
     narrow, wide = masks_of(narrow), masks_of(wide)
     assert all(torch.equal(narrow[name], mask) for name, mask in wide.items())
