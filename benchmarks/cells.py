@@ -163,6 +163,14 @@ def keep(path: Path, measured: Any, render: Callable[[Any], str]) -> Any:
     return found
 
 
+def draw_both(path: Path, draw_on: Callable[[Any], None]) -> None:
+    """Write what `draw_on` makes of an empty figure beside `path`, as PNG and SVG."""
+    from gatepress.bench.figures import drawn  # noqa: PLC0415 - tables need no matplotlib
+
+    for suffix in ("png", "svg"):
+        replace_file(path.with_suffix(f".{suffix}"), drawn(suffix, draw_on))
+
+
 def sweep(
     path: Path,
     keys: Iterable[tuple[Any, ...]],

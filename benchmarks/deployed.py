@@ -16,15 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cells import RESULTS, gatepress, is_finished, keep, models_of, parser
+from cells import RESULTS, draw_both, gatepress, is_finished, keep, models_of, parser
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from paper import FINETUNED, KEY, place_of, trained
 
 from gatepress.bench import endtoend
-from gatepress.bench.figures import BLUE, FAINT, ORANGE, drawn
+from gatepress.bench.figures import BLUE, FAINT, ORANGE
 from gatepress.bench.record import Record, relative_to
-from gatepress.files import replace_file
 
 PATH = RESULTS / "deployed.json"
 TASK, SEED = "sst2", 2
@@ -146,8 +145,7 @@ def main() -> None:
     options = made.parse_args()
     task, seed = (options.task or [TASK])[0], (options.seed or [SEED])[0]
     rows = keep(PATH, None if options.render else measure(task, seed, options), render)
-    for suffix in ("png", "svg"):
-        replace_file(PATH.with_suffix(f".{suffix}"), drawn(suffix, partial(draw, rows)))
+    draw_both(PATH, partial(draw, rows))
 
 
 if __name__ == "__main__":

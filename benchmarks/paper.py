@@ -27,6 +27,7 @@ from cells import (
     ROWS,
     TASKS,
     common,
+    draw_both,
     gatepress,
     models_of,
     parser,
@@ -37,7 +38,6 @@ from cells import (
 )
 
 from gatepress.config import DataSettings
-from gatepress.files import replace_file
 from gatepress.tasks.sources import load_rows
 
 PAPER_TASKS = ("cola", "stsb", "mrpc", "rte", "sst2", "mnli", "qnli", "qqp")
@@ -360,11 +360,7 @@ def main() -> None:
 
     cells = sweep(path, keys, KEY, cell, lambda done: render(experiment, done))
     if experiment.line:
-        from gatepress.bench.figures import drawn  # noqa: PLC0415 - tables need no matplotlib
-
-        for suffix in ("png", "svg"):
-            file = drawn(suffix, partial(draw, experiment, cells))
-            replace_file(path.with_suffix(f".{suffix}"), file)
+        draw_both(path, partial(draw, experiment, cells))
 
 
 if __name__ == "__main__":

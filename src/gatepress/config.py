@@ -7,11 +7,12 @@ lists every problem in the command line's spelling.
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from gatepress.errors import ArtifactError, UsageError
 from gatepress.families import ROLES
 
+T = TypeVar("T")
 Method = Literal["gates+lora", "gates", "full", "lora", "lora-fa", "vera", "lora-xs"]
 Granularity = Literal["structured", "matrix", "heads"]
 GateAxes = Literal["both", "in", "out"]
@@ -243,7 +244,7 @@ class TrainSettings:
             learning_rate=self.learning_rate or own.learning_rate,
             closing=(self.closing or own.closing) if own.gated else None,
             distill=distill,
-            hidden_weight=(HIDDEN_WEIGHT if self.hidden_weight is None else self.hidden_weight) if distill else None,
+            hidden_weight=_unless_asked(self.hidden_weight, HIDDEN_WEIGHT) if distill else None,
             rotate_heads=_unless_asked(self.rotate_heads, own.gated and self.granularity == "structured"),
         )
 
@@ -316,7 +317,7 @@ def _is_directory(name: str) -> bool:
         return False
 
 
-def _unless_asked(asked: bool | None, otherwise: bool) -> bool:  # noqa: FBT001 - what a switch says
+def _unless_asked(asked: T | None, otherwise: T) -> T:
     return otherwise if asked is None else asked
 
 
