@@ -175,6 +175,15 @@ def test_without_steps_between_there_is_a_checkpoint_at_each_epoch(
     assert_same(run, whole)
 
 
+def test_what_an_older_release_began_has_as_many_epochs_as_it_was_to_have(half: Path, whole: Path) -> None:
+    path = half / RUN_FILE
+    manifest = json.loads(path.read_text())
+    manifest["settings"]["epochs"] = None  # chosen by rows and batches then, and told by the report alone
+    path.write_text(json.dumps(manifest))
+    resume(half)
+    assert_same(half, whole)
+
+
 def test_seconds_add_up(half: Path) -> None:
     path = half / RUN_FILE
     manifest = json.loads(path.read_text())

@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 PATIENCE_S = 30.0  # for a training that is told to end: it writes a checkpoint
 IN_TORCH = ("torch-cpu", "cuda")  # targets that are timed without ONNX
 # Decided by a training, unless given.
-LEFT_OPEN = ("lora_rank", "closing", "learning_rate", "distill", "hidden_weight", "rotate_heads")
+LEFT_OPEN = ("lora_rank", "closing", "epochs", "learning_rate", "distill", "hidden_weight", "rotate_heads")
 GRID = ("methods", "sparsities", "seeds")  # may grow; the rest of a training must stay for figures to be comparable
 TIMING = ("target", "batch_sizes", "seq_lens", "repetitions", "threads")  # may change: all is timed anew
 KEPT = (

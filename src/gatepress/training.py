@@ -91,7 +91,8 @@ def resume(output: Path, *, progress: Progress | None = None) -> dict[str, Any]:
         logger.info("%s is finished: nothing is left to train, this is its report", output)
         return {**manifest.report, "output_dir": str(output)}
     state = read_state(output, manifest)
-    job = _prepare(manifest.settings, resumed=True)
+    began = replace(manifest.settings, epochs=manifest.settings.epochs or manifest.report.get("epochs"))
+    job = _prepare(began, resumed=True)
     refuse_other(output, manifest, job.manifest)
     job.restore_(output, manifest, state)
     return _run(job, output, progress or NoProgress(), force=False)
@@ -262,7 +263,7 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
             device=processes.device,
         ),
         manifest=RunManifest(
-            settings=settings,
+            settings=replace(settings, epochs=epochs),  # as `resolved`: chosen by rows, it must not be chosen anew
             task=rows.spec,
             status="training",
             step=0,
