@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ GRANULARITIES: list[Granularity] = ["structured", "matrix", "heads"]
 CONTROLLERS: list[Controller] = ["importance", "penalty"]
 UNITS: dict[Controller, BudgetUnit] = {"importance": "gates", "penalty": "vectors"}
 STEPS = 30
+RUN = Path("run")
 
 
 def choose_closed(
@@ -163,11 +165,25 @@ def test_closing_anew_meets_any_fraction_and_keeps_to_what_is_closed(
     """Fewer are a part of what was closed, more hold all of it; the same again is the same."""
     budget = run_budget(granularity, controller, 0.4)
     before = [vector.gate.mask.clone() for vector in budget.vectors]
-    budget.close_anew(asked)
+    budget.close_anew(asked, run=RUN)
     assert budget.closed_gates == gates_to_close(budget.total_gates, asked)
     for mask, vector in zip(before, budget.vectors, strict=True):
         assert (vector.gate.mask >= mask).all() if asked <= 0.4 else (vector.gate.mask <= mask).all()
         assert asked != 0.4 or torch.equal(vector.gate.mask, mask)
+
+
+@pytest.mark.parametrize("asked", [0.28, 0.29, 0.295, 0.3, 0.31])
+def test_what_a_vector_cannot_close_is_closed_in_others(asked: float) -> None:
+    """Of gates that open again some stay closed: not every vector has as many as are asked of it."""
+    torch.manual_seed(0)
+    sizes = [(12, 128), (3072, 1)] * 12
+    vectors = [GateVector(Gate(size, counts=counts), 1.0, 1, number) for number, (size, counts) in enumerate(sizes)]
+    budget = Budget(vectors, sparsity=0.3, controller="penalty", steps=1, unit="vectors")
+    for vector in vectors:
+        vector.gate.score.uniform_()
+    for fraction in (0.3, asked):
+        budget.close_anew(fraction, run=RUN)
+        assert budget.closed_gates == gates_to_close(budget.total_gates, fraction)
 
 
 @pytest.mark.parametrize("controller", CONTROLLERS)
@@ -182,7 +198,7 @@ def test_single_dimensions_close_alike_in_every_head(controller: Controller) -> 
     budget = budget_of(model, layers, settings, steps=10, tokens=8)
     for vector in budget.vectors:
         vector.gate.score.uniform_()
-    budget.close_anew(0.5)
+    budget.close_anew(0.5, run=RUN)
     inside = [vector for vector in budget.vectors if (vector.role, vector.axis) in INSIDE_HEADS]
     assert len(inside) == len(INSIDE_HEADS) * tiny.LAYERS
     for vector in inside:

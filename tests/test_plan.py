@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -225,6 +226,21 @@ def test_a_broken_cache_is_measured_again_and_one_that_cannot_be_written_is_done
     assert costs.read(kept)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert latency.for_target("torch-cpu").entries
+
+
+@pytest.mark.usefixtures("few")
+def test_a_cache_that_nobody_may_look_into_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container that runs as another user than the one whose home it has."""
+    stat = os.stat
+
+    def refused(path: Any, *args: Any, **options: Any) -> Any:
+        if "latency" in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", refused)
+    monkeypatch.setattr(costs, "save", lambda *_: None)
     assert latency.for_target("torch-cpu").entries
 
 

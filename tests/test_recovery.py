@@ -126,7 +126,35 @@ def test_an_older_run_without_scores_still_prunes_but_not_to_another_sparsity(ru
     assert prune(old, tmp_path / "pruned")["closed_gates"] == read_run(run).report["closed_gates"]
     with pytest.raises(ArtifactError, match="keeps no scores"):
         prune(old, tmp_path / "other", sparsity=0.2)
+    with pytest.raises(ArtifactError, match="keeps no scores"):
+        prune_each(old, {0.2: tmp_path / "other"}, recover_epochs=1)
     assert not (tmp_path / "other").exists()
+
+
+def test_no_teacher_is_made_of_closed_gates(
+    run: Path, tiny_model_dir: Any, tiny_task_files: Any, tmp_path: Path
+) -> None:
+    """What a run that began with a pretrained model knew with open gates is not kept."""
+    settings = settings_for(tiny_model_dir("bert"), tiny_task_files, start=str(run), distill=True)
+    with pytest.raises(UsageError, match="--distill with --start has nobody to teach"):
+        train(settings, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("asked", "made"), [("0.6,0.6", ["x"]), ("0.6,0.5", ["x-s0.5", "x-s0.6"])])
+def test_a_sparsity_that_is_asked_twice_is_made_once(asked: str, made: list[str], run: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["prune", str(run), "--sparsity", asked, "-o", str(tmp_path / "x")])
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == made
+    (told,) = (line for line in result.stderr.splitlines() if line.startswith("next: gatepress export "))
+    assert Path(told.split()[-1]).is_dir()
+
+
+def test_two_sparsities_do_not_share_a_directory(run: Path, tmp_path: Path) -> None:
+    asked = ["--sparsity", "0.3,0.30000001", "-o", str(tmp_path / "x")]
+    result = CliRunner().invoke(app, ["prune", str(run), *asked])
+    assert result.exit_code == 2
+    assert "too near to each other" in result.output
+    assert not any(tmp_path.iterdir())
 
 
 def test_an_open_training_can_be_pruned_afterwards(tiny_model_dir: Any, tiny_task_files: Any, tmp_path: Path) -> None:
@@ -153,7 +181,7 @@ def test_an_open_model_teaches_the_one_that_closes(tiny_model_dir: Any, tiny_tas
         pytest.approx(0.45, abs=0.06),
         pytest.approx(0.5, abs=0.005),
     ]
-    with pytest.raises(UsageError, match="--open-epochs is 3 of 3 epochs"):
+    with pytest.raises(UsageError, match="--epochs is 3, expected more than the 3"):
         train(settings_for(tiny_model_dir("bert"), tiny_task_files, open_epochs=3), tmp_path / "none")
 
 

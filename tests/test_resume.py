@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from conftest import TaskFiles
 from forms import settings_for
+from gatepress import training
 from gatepress.checkpoint import read_run
 from gatepress.cli.app import app
 from gatepress.config import TrainSettings
@@ -194,6 +195,33 @@ def test_seconds_add_up(half: Path) -> None:
     assert report["peak_memory_bytes"] == 10**15
 
 
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_an_interrupt_need_not_wait_until_all_is_measured(
+    epoch: int, settings: TrainSettings, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hours of validation rows behind an epoch: what the epoch learned is written, and measured when it goes on."""
+    measure, calls = training.evaluate_model, []
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == epoch:
+            signal.raise_signal(signal.SIGINT)
+        return measure(*args, **options)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "evaluate_model", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                train(settings, tmp_path / "run")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    found = read_run(tmp_path / "run")
+    assert (found.status, found.step, len(found.report["curve"])) == ("interrupted", epoch * EPOCH, epoch - 1)
+    assert resume(tmp_path / "run")["metric_value"] == read_run(whole).report["metric_value"]
+    assert_same(tmp_path / "run", whole)
+
+
 def test_an_interrupt_waits_for_the_end_of_a_step() -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     through = []
@@ -214,10 +242,11 @@ def test_an_interrupt_waits_for_the_end_of_a_step() -> None:
 
 @pytest.mark.parametrize("distill", [False, True])
 def test_a_run_that_started_from_another_needs_it_no_more(
-    settings: TrainSettings, tmp_path: Path, *, distill: bool
+    settings: TrainSettings, tiny_classifier_dir: Callable[..., Path], tmp_path: Path, *, distill: bool
 ) -> None:
+    settings = replace(settings, model=str(tiny_classifier_dir("bert")), distill=distill)
     train(settings, tmp_path / "first")
-    later = replace(settings, start=str(tmp_path / "first"), sparsity=0.5, distill=distill)
+    later = replace(settings, start=str(tmp_path / "first"), sparsity=0.5)
     train(later, tmp_path / "whole")
     run = stopped(later, tmp_path / "run", 11)
     shutil.rmtree(tmp_path / "first")

@@ -1,6 +1,9 @@
 """From an open model to fixed gates, on tiny models and, where it is at hand, on real data."""
 
+import copy
+import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,15 +14,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import tiny
 from conftest import TaskFiles
-from forms import settings_for
+from forms import save_run, settings_for
 from gatepress.checkpoint import PROBE_FILE, load_run, read_run
 from gatepress.config import DataSettings, Granularity, TrainSettings
 from gatepress.errors import ArtifactError
 from gatepress.evaluation import evaluate
 from gatepress.export import export
 from gatepress.gates import gates_of
-from gatepress.models import load_pruned
+from gatepress.models import load_pruned, open_tokenizer
 from gatepress.pruning import prune
 from gatepress.training import train
 
@@ -142,6 +146,36 @@ def test_a_changed_byte_in_a_pruned_directory_is_refused(
     file.write_bytes(bytes(data))
     with pytest.raises(ArtifactError, match="does not match its sha256"):
         load_pruned(tmp_path / "pruned")
+
+
+def test_a_pruned_model_trains_on_and_can_be_copied(
+    family: str, tiny_model_dir: ModelDir, tiny_task_files: TaskFiles, tmp_path: Path
+) -> None:
+    """As any model of transformers: whoever loads it may ask for gradients, and hand it to another process."""
+    prune(save_run(tmp_path / "run", tiny_model_dir(family), tiny_task_files), tmp_path / "pruned", layout="inner")
+    model, batch = load_pruned(tmp_path / "pruned"), tiny.random_batch(family)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(model))(**batch).logits, model(**batch).logits)  # noqa: S301
+    assert type(copy.deepcopy(model)) is type(model)
+    model(**batch, labels=torch.tensor([0, 1, 0, 1])).loss.backward()
+    assert all(value.grad is not None for name, value in model.named_parameters() if ".query." in name)
+
+
+def test_what_a_tokenizer_emits_and_the_model_does_not_take_is_left_out(
+    family: str, tiny_model_dir: ModelDir, tiny_regression_files: TaskFiles, tmp_path: Path
+) -> None:
+    """A tokenizer of BERT beside DistilBERT, say: pairs come with token types that DistilBERT has no table for."""
+    base = shutil.copytree(tiny_model_dir(family), tmp_path / "base")
+    settings = base / "tokenizer_config.json"
+    named = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **named}))
+    if (tokenizer := json.loads((base / "tokenizer.json").read_text()))["post_processor"]:
+        for part in tokenizer["post_processor"]["pair"][3:]:
+            next(iter(part.values()))["type_id"] = 1
+        (base / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert open_tokenizer(base)("anda", "boro")["token_type_ids"][-1] == 1
+    train(settings_for(base, tiny_regression_files, epochs=1), tmp_path / "run")
+    assert prune(tmp_path / "run", tmp_path / "pruned")["max_abs_logit_diff"] <= 1e-4
+    assert ("token_type_ids" in open_tokenizer(tmp_path / "pruned")("anda")) == tiny.BY_FAMILY[family].segments
 
 
 def test_a_dry_run_plans_and_writes_nothing(

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
 from forms import save_run
@@ -44,6 +45,16 @@ def made(tiny_model_dir: Any, tiny_task_files: Any, tmp_path_factory: pytest.Tem
 def copy(made: SimpleNamespace, tmp_path: Path) -> Callable[[str], Path]:
     """Return kind -> a copy that may be broken."""
     return lambda kind: shutil.copytree(getattr(made, kind), tmp_path / kind)
+
+
+def test_a_graph_without_a_tokenizer_is_whole(made: SimpleNamespace, tmp_path: Path) -> None:
+    """One that was asked for, as `export` takes models that come without."""
+    model = shutil.copytree(made.base, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
+    AutoModelForSequenceClassification.from_pretrained(model).save_pretrained(model)
+    export(model, tmp_path / "onnx")
+    found = verify(tmp_path / "onnx")
+    assert found["ok"], found
+    assert "tokenizer: the model was exported without one" in found["skipped"]
 
 
 def change(file: Path, edit: Callable[[dict[str, Any]], Any]) -> None:

@@ -25,13 +25,14 @@ end of the schedule they are closed by rank of mu, and the rest of the training 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from gatepress.config import DEFAULT_TARGET, BudgetUnit, Controller, Granularity, MethodSpec, TrainSettings
 from gatepress.costs import Costs, analytic
-from gatepress.errors import UsageError
+from gatepress.errors import ArtifactError, UsageError
 from gatepress.families import ROLES
 from gatepress.gates import Gate, counted
 from gatepress.inject import gated_linear
@@ -304,8 +305,16 @@ class Budget:
         self._close(fraction, [vector.gate.mask.bool() for vector in self.vectors])
 
     @torch.no_grad()
-    def close_anew(self, fraction: float) -> None:
-        """Close more gates until `fraction` of the unit is gone, or open those of the best scores until no more is."""
+    def close_anew(self, fraction: float, *, run: Path) -> None:
+        """Close more gates until `fraction` of the unit is gone, or open those of the best scores until no more is.
+
+        Raises `ArtifactError`, naming the `run` whose gates these are, where it keeps no scores to choose by.
+        """
+        if fraction and not any(vector.gate.score.any() for vector in self.vectors):
+            raise ArtifactError(
+                f"{run}: keeps no scores that its gates could be ranked by (it was written by an older release, or "
+                "stopped or fixed before any gate closed); train again with the --sparsity that is wanted"
+            )
         if self.removed < fraction:
             self.close(fraction)
             return
@@ -351,12 +360,11 @@ class Budget:
         pairs = list(zip(self.vectors, among, strict=True))
         whole = [(vector, own) for vector, own in pairs if vector.gate.counts > 1]
         single = [(vector, own) for vector, own in pairs if vector.gate.counts == 1]
-        carried = 0.0  # dimensions that rounding left to the vectors that follow; single ones come last
+        carried = 0.0  # dimensions that are left to the vectors that follow; single ones come last
         for vector, own in whole:
             exact = fraction * vector.gate.size + carried / vector.gate.counts
             count = math.floor(exact + ROUNDING)
-            carried = (exact - count) * vector.gate.counts
-            self._close_lowest(vector, own, count * vector.gate.counts)
+            carried = exact * vector.gate.counts - self._close_lowest(vector, own, count * vector.gate.counts)
         open_heads = [vector.gate for vector, _ in whole if vector.gate.mask.any()]
         if open_heads and carried > (1 - fraction) * sum(vector.gate.size for vector, _ in single) + ROUNDING:
             last = min(open_heads, key=lambda gate: float(gate.score[gate.mask == 1].min()))
@@ -365,12 +373,12 @@ class Budget:
         for vector, own in single:
             exact = fraction * vector.gate.size + carried
             count = min(vector.gate.size, max(0, math.ceil(exact - ROUNDING)))
-            carried = exact - count
-            self._close_lowest(vector, own, count)
+            carried = exact - self._close_lowest(vector, own, count)
 
-    def _close_lowest(self, vector: GateVector, among: Tensor, count: int) -> None:
-        """Close gates of `among` until `count` dimensions of a vector are closed."""
+    def _close_lowest(self, vector: GateVector, among: Tensor, count: int) -> int:
+        """Close gates of `among` until `count` dimensions of a vector are closed, or all; return how many are."""
         vector.gate.mask.copy_(self._ranking([vector], [among]).closing(count)[0])
+        return counted([vector.gate])[1]
 
 
 def budget_of(model: nn.Module, layers: list[Layer], settings: TrainSettings, *, steps: int, tokens: int) -> Budget:

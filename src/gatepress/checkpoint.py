@@ -47,6 +47,7 @@ from gatepress.tasks import TaskSpec
 logger = logging.getLogger(__name__)
 
 PROBE_FILE = "probe.safetensors"
+HEAD = "classifier"  # what all families call it; a configuration may speak of one that the weights do not have
 OTHER_CLASSES = "%s: the classes of its head are %s; they are taken for %s, in this order"
 
 
@@ -209,7 +210,10 @@ def is_finetuned(directory: Path, spec: TaskSpec) -> bool:
         return True
     config = read_json(directory / "config.json")
     headed = any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or ())
-    return headed and len(config.get("id2label") or (0, 1)) == spec.num_labels  # absent: the two of transformers
+    if not headed or len(config.get("id2label") or (0, 1)) != spec.num_labels:  # absent: the two of transformers
+        return False
+    shapes = {name: shape for file in directory.glob("*.safetensors") for name, shape in tensor_shapes(file).items()}
+    return any(HEAD in name and shape[0] == spec.num_labels for name, shape in shapes.items())
 
 
 def _classes(config: PreTrainedConfig) -> list[str]:

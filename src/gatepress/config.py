@@ -233,6 +233,11 @@ class TrainSettings:
                 "--unlabelled-file holds texts that a teacher must answer for from the first step, and there is none; "
                 "give a --model that was finetuned for the task, --distill, and no --open-epochs"
             )
+        if self.start and distill and not finetuned:
+            raise UsageError(
+                "--distill with --start has nobody to teach: the run's gates are closed, and its --model was not "
+                "finetuned for the task; leave out --distill"
+            )
         if self.hidden_weight is not None and not distill:
             raise UsageError(
                 "--hidden-weight weighs what a teacher computes, and there is none; "

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from gatepress.gates import GatedLinear, gates_of
 from gatepress.inject import replace_module_
+from gatepress.processes import ALONE, Processes
 from gatepress.tasks import TaskSpec
 
 TEMPERATURE = 2.0  # of the logits of classes
@@ -37,6 +38,7 @@ class Lesson:
     special: Tensor  # ids of tokens that are no words
     shares: Tensor | None  # of each class among labels [classes]; None: labels are numbers
     hidden_weight: float  # of the teacher's hidden states, where its logits and the labels have 1 each
+    processes: Processes = ALONE  # that share the rows of a batch
 
     @classmethod
     def of(
@@ -46,14 +48,14 @@ class Lesson:
         tokenizer: Any,
         *,
         hidden_weight: float,
-        device: torch.device | str = "cpu",
+        processes: Processes = ALONE,
     ) -> "Lesson":
         """Return the lesson of rows that have these labels."""
-        special = torch.tensor(tokenizer.all_special_ids, device=device)
+        special = torch.tensor(tokenizer.all_special_ids, device=processes.device)
         if spec.label_names is None:
-            return cls(special, None, hidden_weight)
+            return cls(special, None, hidden_weight, processes)
         counted = torch.bincount(torch.tensor(labels), minlength=spec.num_labels)
-        return cls(special, (counted / len(labels)).to(device), hidden_weight)
+        return cls(special, (counted / len(labels)).to(processes.device), hidden_weight, processes)
 
 
 class Teacher:
@@ -64,11 +66,11 @@ class Teacher:
 
     def __init__(self, model: PreTrainedModel, values: dict[str, Tensor] | None = None) -> None:
         trained = {name for name, value in model.named_parameters() if value.requires_grad}
-        frozen = [value for value in model.parameters() if not value.requires_grad]
+        own = values or {}
+        frozen = [value for name, value in model.named_parameters() if not value.requires_grad and name not in own]
         drawn = [gate.random for _, gate in gates_of(model)]
         self.model = copy.deepcopy(model, {id(shared): shared for shared in (*frozen, *drawn)})
-        if values:
-            self.model.load_state_dict(values, strict=False)
+        self.model.load_state_dict(own, strict=False)
         self.values = {name: value.detach() for name, value in self.model.named_parameters() if name in trained}
         self.model.requires_grad_(False).eval()
         for _, gate in gates_of(self.model):
@@ -115,20 +117,25 @@ def varied(inputs: dict[str, Tensor], special: Tensor) -> tuple[dict[str, Tensor
     return {**inputs, "input_ids": torch.where(here, others, ids)}, ~here.any(1)
 
 
-def balanced(teacher: Any, labels: Tensor, known: Tensor, same: Tensor, shares: Tensor | None) -> Tensor:
+def balanced(teacher: Any, labels: Tensor, known: Tensor, same: Tensor, lesson: Lesson) -> Tensor:
     """Return how much the logits of each row count [batch], from a teacher's outputs and `labels` [batch].
 
     Rows whose label is not `known`, or that are not the `same` any more, count so that a class has the share among them
-    that it has among labels: those of the batch, for rows without one the `shares` [classes] of all. Those of a class
-    that is rarer than a quarter of that, less. With numbers all rows count alike.
+    that it has among labels: those of the batch, for rows without one the shares of all in `lesson`. Those of a class
+    that is rarer than a quarter of that, less. With numbers all rows count alike. Of several processes each has rows of
+    the batch, and classes are counted in all of it.
     """
     rows = torch.ones(len(labels), device=labels.device)
-    held = known & same
-    if shares is None or bool(held.all()):
+    shares = lesson.shares
+    if shares is None:
         return rows
+    held = known & same
     classes = teacher.logits.argmax(-1)
     wanted = torch.bincount(labels[known], minlength=len(shares)) + (~known).sum() * shares
-    got = torch.bincount(classes[~held], minlength=len(shares))
+    got = torch.bincount(classes[~held], minlength=len(shares)).to(wanted.dtype)
+    lesson.processes.sum_([wanted, got])
+    if not got.any():
+        return rows
     weights = (wanted / wanted.sum()) / (got / got.sum())
     return torch.where(held, rows, weights[classes].clamp(max=MOST))
 

@@ -24,7 +24,7 @@ def batch_loss(model: Any, batch: dict[str, Tensor], spec: TaskSpec, teacher: Te
     outputs, answers = model(**inputs, output_hidden_states=True), teacher(inputs)
     known = labels.isfinite() if spec.label_names is None else labels != NO_CLASS
     losses = task_losses(outputs.logits, labels.where(known, 0), spec) * (known & same)
-    weights = balanced(answers, labels, known, same, lesson.shares)
+    weights = balanced(answers, labels, known, same, lesson)
     of_logits = logit_distances(outputs, answers, spec) * weights
     of_hidden = hidden_distances(outputs, answers, inputs["attention_mask"])
     return losses.mean() + of_logits.mean() + lesson.hidden_weight * of_hidden.mean()

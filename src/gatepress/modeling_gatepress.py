@@ -162,6 +162,10 @@ class PrunedAttention:
         context = context.transpose(1, 2).flatten(2)
         return context if part["o"] is None else getattr(self, part["o"])(context), weights
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Return how this is copied and pickled."""
+        return _blank, (type(self).__bases__[1],), self.__dict__
+
 
 def shrink_(model: Any, gatepress: dict[str, Any]) -> None:
     """Swap what `gatepress` (see the module) names for its narrower form, in place; values stay unset.
@@ -198,8 +202,21 @@ def shrink_(model: Any, gatepress: dict[str, Any]) -> None:
 def narrow_attention_(attention: Any, part: dict[str, Any]) -> None:
     """Let a self-attention expect the heads and widths that `part` (of `attentions`) names, in place."""
     if not isinstance(attention, PrunedAttention):
-        attention.__class__ = type("Pruned" + type(attention).__name__, (PrunedAttention, type(attention)), {})
+        dense: Any = type(attention)
+        attention.__class__ = _narrowed(dense)
     attention.gatepress = dict(part)
+
+
+@functools.cache
+def _narrowed(dense: Any) -> Any:
+    """Return the pruned form of a family's self-attention."""
+    return type("Pruned" + dense.__name__, (PrunedAttention, dense), {})
+
+
+def _blank(dense: Any) -> Any:
+    """Return a pruned attention without its state: how one is unpickled, for no module has its class by name."""
+    narrowed = _narrowed(dense)
+    return narrowed.__new__(narrowed)
 
 
 def _submodule(base: nn.Module, path: str) -> nn.Module:

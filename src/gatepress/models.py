@@ -83,7 +83,6 @@ def load_pruned(directory: str | Path) -> PreTrainedModel:
     return open_pruned(path)
 
 
-@torch.inference_mode()
 def open_pruned(path: Path) -> PreTrainedModel:
     """Load the model of a pruned directory as it lies there, manifest or not.
 
@@ -94,7 +93,8 @@ def open_pruned(path: Path) -> PreTrainedModel:
     with model_errors(path):
         model: PreTrainedModel = _class_of(path).from_pretrained(path, dtype=torch.float32, use_safetensors=True)
         model.eval()
-        model(torch.zeros(1, 2, dtype=torch.int64))  # widths and indices that do not fit show here
+        with torch.inference_mode():  # not around loading: buffers made inside it could take part in no training
+            model(torch.zeros(1, 2, dtype=torch.int64))  # widths and indices that do not fit show here
     return model
 
 

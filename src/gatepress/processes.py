@@ -2,7 +2,8 @@
 
 Each process takes its share of the rows of every batch, gradients are summed, and so all of them take the same
 step: what comes out is what one process makes of the same batches, but for what each draws in its own rows, words that
-are exchanged for a teacher and dropout. The first process writes, for all.
+are exchanged for a teacher and dropout, and for the tokens over which hidden states are compared, its own too. The
+first process writes, for all.
 """
 
 import atexit

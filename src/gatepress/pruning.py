@@ -16,7 +16,7 @@ from gatepress.checkpoint import RunManifest, load_run, read_probe, read_run
 from gatepress.collapse import cut, live_parts, parameters_of, ship_code
 from gatepress.config import DEFAULT_TARGET, Layout, Target, TrainSettings, refuse_below
 from gatepress.costs import Costs, analytic
-from gatepress.errors import ArtifactError, UsageError
+from gatepress.errors import UsageError
 from gatepress.files import PRUNED_FILE, check_output, json_text, new_directory, read_json, sha256_of
 from gatepress.gates import counted, gates_of
 from gatepress.latency import for_target
@@ -133,13 +133,8 @@ def _close_anew_(
 ) -> RunManifest:
     """Close a run's gates to another sparsity, in place; return the manifest as if that had been asked."""
     settings = replace(manifest.settings, sparsity=sparsity)
-    if not any(gate.score.any() for _, gate in gates_of(model)):
-        raise ArtifactError(
-            f"{run_dir}: keeps no scores that its gates could be ranked by (it was written by an older release, or "
-            "trained with --sparsity 0); train again, or leave out --sparsity"
-        )
     tokens = int(manifest.report.get("tokens", settings.max_length))
-    budget_of(model, layers, settings, steps=1, tokens=tokens).close_anew(sparsity)
+    budget_of(model, layers, settings, steps=1, tokens=tokens).close_anew(sparsity, run=run_dir)
     return replace(manifest, settings=settings)
 
 

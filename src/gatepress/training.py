@@ -46,7 +46,7 @@ from gatepress.progress import NoProgress, Progress
 from gatepress.resolve import Layer
 from gatepress.resume import Resumable, make_optimizer, read_state, refuse_other, uninterrupted
 from gatepress.rotation import bases_of, turn_
-from gatepress.runners import max_tokens
+from gatepress.runners import input_names, max_tokens
 from gatepress.runtime import torch_device
 from gatepress.schema import refuse_unsound
 from gatepress.tasks import TaskSpec
@@ -103,15 +103,14 @@ def _run(job: "_Job", output: Path, progress: Progress, *, force: bool) -> dict[
     with _writer(job, output, force=force) as writer:
         progress.start(job.steps - job.step, "training")
         try:
+            if _unmeasured(job):  # stopped while the pass before was measured
+                _end_epoch(job, writer)
             for epoch in range(job.step // job.steps_per_epoch, job.steps // job.steps_per_epoch):
                 _one_epoch(job, epoch, writer, progress)
-                _checkpoint(job, writer)
-                report = job.manifest.report
-                if writer:
-                    logger.info("epoch %d: %s %.4f", epoch + 1, report["metric_name"], report["metric_value"])
+                _end_epoch(job, writer)
         except KeyboardInterrupt:
             if job.step > job.manifest.step:
-                _checkpoint(job, writer, "interrupted")
+                _checkpoint(job, writer, "interrupted", job.manifest.report)
             raise
         finally:
             progress.finish()
@@ -168,7 +167,7 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
         tell_other_classes(base, rows.spec)
     if settings.gated:
         refuse_activation(model)  # now, not when it comes to pruning
-    tokenizer = open_tokenizer(base)
+    tokenizer = _tokenizer_of(base, model)
     dense_params = parameters_of(model)
     layers = prepare_(model, settings)
     if settings.gated:
@@ -208,7 +207,7 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
     for _, gate in gates_of(model):
         gate.random = noise
     if budget and start:
-        budget.close_anew(settings.sparsity)
+        budget.close_anew(settings.sparsity, run=Path(start))
         budget.fixed = True
     report = {
         "task": rows.spec.name,
@@ -260,7 +259,7 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
             rows.spec,
             tokenizer,
             hidden_weight=settings.hidden_weight or 0.0,  # none: nobody teaches
-            device=processes.device,
+            processes=processes,
         ),
         manifest=RunManifest(
             settings=replace(settings, epochs=epochs),  # as `resolved`: chosen by rows, it must not be chosen anew
@@ -274,6 +273,14 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
             versions=versions(*MADE_WITH),
         ),
     )
+
+
+def _tokenizer_of(base: Path, model: Any) -> Any:
+    """Return the tokenizer beside a model; it emits what the model takes, whatever its class is made for."""
+    tokenizer = open_tokenizer(base)
+    taken = input_names(model)
+    tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name in taken]
+    return tokenizer
 
 
 def _rotate_heads_(model: Any, rows: Any, tokenizer: Any, processes: Processes) -> None:
@@ -296,11 +303,20 @@ def _open_epochs(settings: TrainSettings, epochs: int, *, finetuned: bool) -> in
     """Return for how many epochs all gates stay open before the closing begins."""
     if not settings.gated or settings.start:  # what is gone on from closes at once
         return 0
+    least = int(bool(settings.distill and not finetuned))  # what teaches must have learned the task
     asked = settings.open_epochs
     if asked is None:
-        asked = epochs // OPEN_SHARE if settings.distill and not finetuned else 0
+        asked = max(least, epochs // OPEN_SHARE) if least else 0
+    if asked < least:
+        raise UsageError(
+            "--open-epochs is 0, expected 1 or more: with --distill a model that was not finetuned learns the task "
+            "before it teaches"
+        )
     if asked >= epochs:
-        raise UsageError(f"--open-epochs is {asked} of {epochs} epochs, expected fewer: gates close in the others")
+        raise UsageError(
+            f"--epochs is {epochs}, expected more than the {asked} in which all gates stay open (--open-epochs): they "
+            "close in the others"
+        )
     return asked
 
 
@@ -317,7 +333,22 @@ def _one_epoch(job: _Job, epoch: int, writer: RunWriter | None, progress: Progre
         progress.advance(1, **(_figures(job, loss) if job.step % LOSS_EVERY == 0 else {}))
         every = job.settings.save_every
         if every and job.step % every == 0 and job.step % job.steps_per_epoch:
-            _checkpoint(job, writer)
+            _checkpoint(job, writer, "training", job.manifest.report)
+
+
+def _unmeasured(job: _Job) -> bool:
+    """Say whether a pass is through whose end was not measured."""
+    measured = [point["step"] for point in job.manifest.report["curve"]]
+    return job.step > 0 and job.step % job.steps_per_epoch == 0 and job.step not in measured
+
+
+def _end_epoch(job: _Job, writer: RunWriter | None) -> None:
+    """Measure and count the model behind a pass over the rows, and write it."""
+    report = _measured(job)
+    _checkpoint(job, writer, "finished" if job.step == job.steps else "training", report)
+    if writer:
+        epoch, metric = job.step // job.steps_per_epoch, report["metric_name"]
+        logger.info("epoch %d: %s %.4f", epoch, metric, report["metric_value"])
 
 
 @uninterrupted()
@@ -365,10 +396,9 @@ def _figures(job: _Job, loss: Tensor) -> dict[str, float]:
 
 
 @uninterrupted()
-def _checkpoint(job: _Job, writer: RunWriter | None, status: str = "training") -> None:
-    """Write the run as it is; at the end of a pass measured and counted, inside one with the last report."""
-    report = job.manifest.report if job.step % job.steps_per_epoch else _measured(job)
-    job.manifest = job.manifest_at("finished" if job.step == job.steps else status, report)
+def _checkpoint(job: _Job, writer: RunWriter | None, status: str, report: dict[str, Any]) -> None:
+    """Write the run as it is, with what was measured last."""
+    job.manifest = job.manifest_at(status, report)
     if writer:
         writer.save(job.gated, job.manifest, job.state() if job.manifest.resume else None)
 

@@ -25,7 +25,7 @@ from gatepress.manifests import (
     tensor_shapes,
     written_form,
 )
-from gatepress.models import open_tokenizer, refuse_unfit
+from gatepress.models import TOKENIZER_FILES, open_tokenizer, refuse_unfit
 from gatepress.ondisk import base_of, offline
 from gatepress.runners import COUNTED_TOKEN
 from gatepress.runtime import open_runner
@@ -133,7 +133,10 @@ def _onnx(path: Path, found: Findings) -> None:
             *(hashes_of, manifest, named, (ONNX_MODEL,), "export again"),
         )
         _files(directory, hashes or {}, "export again", found)
-        found.check("tokenizer", open_tokenizer, directory)
+        if hashes and not hashes.keys() & set(TOKENIZER_FILES):
+            found.skipped.append("tokenizer: the model was exported without one")
+        else:
+            found.check("tokenizer", open_tokenizer, directory)
     else:
         found.skipped.append(f"sha256 of {file.name}: no {ONNX_FILE} names it")
     if not found.faults:

@@ -104,7 +104,7 @@ def prune(  # noqa: PLR0913 - every option is a parameter
         else:
             from gatepress import pruning
 
-            one = None if asked is None else asked[0]
+            one = None if asked is None else next(iter(outputs))
             result = pruning.prune(run, directory, sparsity=one, dry_run=dry_run, progress=screen.progress, **options)
             screen.result(result if dry_run else {"output_dir": str(directory), **result}, tables)
         if not dry_run:
@@ -113,9 +113,13 @@ def prune(  # noqa: PLR0913 - every option is a parameter
 
 def _outputs(directory: Path, asked: list[float] | None) -> dict[float, Path]:
     """Return where each sparsity goes: one to `directory` itself, several beside each other."""
-    if asked is None or len(asked) == 1:
-        return {(asked or [0.0])[0]: directory}
-    return {sparsity: directory.with_name(f"{directory.name}-s{sparsity:g}") for sparsity in asked}
+    fractions = list(dict.fromkeys(asked or [0.0]))
+    if len(fractions) == 1:
+        return {fractions[0]: directory}
+    outputs = {sparsity: directory.with_name(f"{directory.name}-s{sparsity:g}") for sparsity in fractions}
+    if len(set(outputs.values())) < len(outputs):
+        raise UsageError("--sparsity names fractions too near to each other for a directory each; round them")
+    return outputs
 
 
 def tables(result: dict[str, Any]) -> "list[Titled]":
