@@ -110,7 +110,7 @@ def finetune_(model: Any, job: Job, epochs: int, seed: int, teacher: Teacher | N
     schedule = get_linear_schedule_with_warmup(optimizer, int(WARMUP * steps), steps)
     started = time.perf_counter()
     for epoch in range(epochs):
-        loader.batch_sampler.set_epoch(epoch)
+        loader.batch_sampler.skip_to(epoch)
         model.train()
         if teacher:
             learn_from_teacher_(model)

@@ -7,12 +7,12 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gatepress.config import MAX_LOGIT_DIFF
 from gatepress.errors import ParityError, reason_of
 from gatepress.runners import Batch, Runner, TorchRunner, input_names
 
 LONGEST_TRIED = 512  # tokens
 SEED = 0
-MAX_LOGIT_DIFF = 1e-4  # between float32 forms of one model, of the largest logit where that is above 1
 # (batch, length, padded): what a graph with a frozen axis or a wrong mask fails on.
 SHAPES = (
     (1, 1, False),

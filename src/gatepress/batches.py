@@ -71,22 +71,11 @@ class GroupedBatches(Sampler[list[int]]):
         self.shuffle = shuffle
         self.seed = seed
         self.processes = processes
-        self.epoch = 0
-        self._start = (0, 0)
+        self.epoch = self.first = 0
 
-    @property
-    def order(self) -> npt.NDArray[np.int64]:
-        """Row numbers in the order they are served: row `order[i]` is the i-th result of this epoch."""
-        return np.concatenate(self.batches(self.epoch))
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next pass."""
-        self.epoch = epoch
-
-    def skip_to(self, epoch: int, batch: int) -> None:
-        """Begin the next pass at batch `batch` of `epoch`; later epochs are served whole."""
-        self.epoch = epoch
-        self._start = (epoch, batch)
+    def skip_to(self, epoch: int, batch: int = 0) -> None:
+        """Let the next pass be `epoch`, from batch `batch` on."""
+        self.epoch, self.first = epoch, batch
 
     def share(self, batch: int) -> float:
         """Return which part of the rows of a batch is this process's."""
@@ -110,8 +99,7 @@ class GroupedBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield the batches of this epoch, from where `skip_to` said."""
-        epoch, first = self._start
-        for rows in self.batches(self.epoch)[first if epoch == self.epoch else 0 :]:
+        for rows in self.batches(self.epoch)[self.first :]:
             own = rows[self.processes.index :: self.processes.count]
             yield (own if len(own) else rows[:1]).tolist()
 
@@ -194,7 +182,7 @@ def make_loader(  # noqa: PLR0913 - each is a dial of the batches
 ) -> DataLoader[Any]:
     """Return a loader of padded batches over tokenised rows; its `batch_sampler` is a `GroupedBatches`.
 
-    `loader.batch_sampler.set_epoch(e)` chooses the order, `.skip_to(e, k)` resumes, `.order` undoes it.
+    `loader.batch_sampler.skip_to(epoch, batch)` chooses the order and where it begins.
     """
     rows = TokenRows(dataset)
     batches = GroupedBatches(rows.lengths, batch_size, shuffle=shuffle, seed=seed, processes=processes)

@@ -5,7 +5,7 @@
     gates     gates that are closed
     weights   weights and biases of the matrices that closure removes
     macs      multiply-accumulates at the longest input, those of attention itself among them
-    latency   time of the matrices on the runtime of `costs`, as it is predicted there
+    latency   time of the matrices, as the analytic costs of the default target predict it
     vectors   gates that are closed, in each vector on its own (the paper)
 
 Two controllers over the same gates say which of them close.
@@ -30,8 +30,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gatepress.config import DEFAULT_TARGET, BudgetUnit, Controller, Granularity, MethodSpec, TrainSettings
-from gatepress.costs import Costs, analytic
+from gatepress.config import BudgetUnit, Controller, Granularity, MethodSpec, TrainSettings
 from gatepress.errors import ArtifactError, UsageError
 from gatepress.families import ROLES
 from gatepress.gates import Gate, counted
@@ -93,8 +92,8 @@ def gate_vectors(model: nn.Module, layers: list[Layer], granularity: Granularity
     return vectors
 
 
-def removed_by(  # noqa: PLR0913 - each is a part of the measure
-    model: nn.Module, layers: list[Layer], vectors: list[GateVector], unit: BudgetUnit, *, tokens: int, costs: Costs
+def removed_by(
+    model: nn.Module, layers: list[Layer], vectors: list[GateVector], unit: BudgetUnit, *, tokens: int
 ) -> Callable[[Masks], float]:
     """Return the measure of a budget that is not counted in gates: masks, one a vector -> fraction of `unit` gone.
 
@@ -105,7 +104,7 @@ def removed_by(  # noqa: PLR0913 - each is a part of the measure
 
     def planned(masks: Masks) -> float:
         live = open_parts(layers, biased, vectors, masks)
-        return make_plan(layers, live, "inner", costs).removed(unit, tokens)
+        return make_plan(layers, live, "inner").removed(unit, tokens)
 
     return planned
 
@@ -386,7 +385,7 @@ def budget_of(model: nn.Module, layers: list[Layer], settings: TrainSettings, *,
     vectors = gate_vectors(model, layers, settings.granularity)
     removed = None
     if settings.unit not in ("gates", "vectors"):
-        removed = removed_by(model, layers, vectors, settings.unit, tokens=tokens, costs=analytic(DEFAULT_TARGET))
+        removed = removed_by(model, layers, vectors, settings.unit, tokens=tokens)
     return Budget(
         vectors,
         sparsity=settings.sparsity,

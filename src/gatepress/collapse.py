@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from gatepress import modeling_gatepress
-from gatepress.config import DEFAULT_TARGET, Layout
-from gatepress.costs import Costs, analytic
+from gatepress.config import Layout
+from gatepress.costs import Costs
 from gatepress.errors import ModelError
 from gatepress.families import ROLES
 from gatepress.inject import gated_linear
@@ -23,7 +23,7 @@ from gatepress.resolve import Layer, family_of, model_class, resolve
 def plan_model(model: PreTrainedModel, layout: Layout, costs: Costs | None = None) -> PrunePlan:
     """Return the plan of a gated model, without changing it; `costs` None: the analytic ones."""
     layers = resolve(model)
-    return make_plan(layers, live_parts(model, layers), layout, costs or analytic(DEFAULT_TARGET))
+    return make_plan(layers, live_parts(model, layers), layout, costs)
 
 
 def live_parts(model: PreTrainedModel, layers: list[Layer]) -> list[dict[str, Live]]:
@@ -87,20 +87,20 @@ def describe(layers: list[Layer], plan: PrunePlan) -> dict[str, Any]:
                 "gathered": matrix.gathered,
                 "scattered": matrix.scattered,
             }
-        inside = f"{layer.attention}."
-        names: dict[str, str | None] = {
-            role: layer.paths[role].removeprefix(inside) if layer.paths[role].startswith(inside) else None
-            for role in ("q", "k", "v", "o")
-        }
-        attentions[layer.attention] = {
-            **names,
-            "heads": part.heads,
-            "qk_width": part.qk_width,
-            "vo_width": part.vo_width,
-            "scale": layer.head_width**-0.5,
-            "uniform": set(part.matrices["q"].rows) == {ZERO_ROW},
-        }
+        uniform = set(part.matrices["q"].rows) == {ZERO_ROW}
+        attentions[layer.attention] = attention_part(layer, part.heads, part.qk_width, part.vo_width, uniform=uniform)
     return {"version": modeling_gatepress.VERSION, "linears": linears, "attentions": attentions}
+
+
+def attention_part(layer: Layer, heads: list[int], qk_width: int, vo_width: int, *, uniform: bool) -> dict[str, Any]:
+    """Return what `config.gatepress` says of one self-attention: where its matrices are, what of its heads is left."""
+    inside = f"{layer.attention}."
+    names: dict[str, str | None] = {
+        role: layer.paths[role].removeprefix(inside) if layer.paths[role].startswith(inside) else None
+        for role in ("q", "k", "v", "o")
+    }
+    scale = layer.head_width**-0.5
+    return {**names, "heads": heads, "qk_width": qk_width, "vo_width": vo_width, "scale": scale, "uniform": uniform}
 
 
 def _pruned_state(model: PreTrainedModel, layers: list[Layer], plan: PrunePlan, *, consume: bool) -> dict[str, Tensor]:

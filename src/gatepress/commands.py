@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from gatepress.config import DEFAULT_TARGET, DataSettings, TrainSettings, spelled
+from gatepress.config import DEFAULT_TARGET, MAX_LOGIT_DIFF, DataSettings, TrainSettings, spelled
 from gatepress.errors import ArtifactError
 from gatepress.manifests import ONNX_FORMAT, PRUNED_FORMAT, RUN_FORMAT
 
@@ -16,7 +16,7 @@ PRUNE_DEFAULTS: dict[str, Any] = {
 }
 EXPORT_DEFAULTS: dict[str, Any] = {
     "opset": None,
-    "max_diff": 1e-4,
+    "max_diff": MAX_LOGIT_DIFF,
     "quantize": None,
     "max_metric_drop": None,
     **{one.name: one.default for one in fields(DataSettings)},

@@ -25,6 +25,7 @@ Arithmetic = Literal["fp32", "bf16", "fp16"]  # that a torch model is served in,
 
 ROTATED: tuple[Granularity, ...] = ("structured", "matrix")  # with gates of single dimensions of heads
 DEFAULT_TARGET: Target = "ort-cpu"  # the runtime that most people deploy on
+MAX_LOGIT_DIFF = 1e-4  # between float32 forms of one model, of the largest logit where that is above 1
 METRIC_ROUNDING = 1e-9  # of a difference of two metrics: 0.87 - 0.86 is more than 0.01
 MOST_SEEDS = 2**32  # NumPy's
 
@@ -341,25 +342,3 @@ def refuse(problems: Sequence[str]) -> None:
     """Raise the collected problems, if any, as one `UsageError`."""
     if problems:
         raise UsageError("; ".join(problems))
-
-
-__all__ = [
-    "DEFAULT_TARGET",
-    "METHODS",
-    "ROTATED",
-    "Arithmetic",
-    "BudgetUnit",
-    "Controller",
-    "DataSettings",
-    "GateAxes",
-    "Granularity",
-    "Layout",
-    "Method",
-    "Precision",
-    "Target",
-    "TrainSettings",
-    "default_run_name",
-    "refuse",
-    "refuse_below",
-    "spelled",
-]

@@ -10,7 +10,7 @@ Both are a list of `Entry`, fitted by the same few features.
 import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -129,6 +129,7 @@ class Costs:
         return {**FORMAT, "target": self.target, "source": self.source, **self.about, "entries": entries}
 
 
+@cache
 def analytic(target: Target) -> Costs:
     """Return costs in units of multiply-accumulates, from `TARGETS` alone."""
     moved = TARGETS[target].macs_per_moved

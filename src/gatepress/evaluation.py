@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gatepress.batches import PROBE_ROWS, make_loader, probe_batch, tokenize
 from gatepress.checkpoint import OTHER_CLASSES
-from gatepress.config import Arithmetic, DataSettings
+from gatepress.config import Arithmetic, DataSettings, refuse_below
 from gatepress.errors import ArtifactError, ModelError, UsageError
 from gatepress.metrics import compute_metric
 from gatepress.models import open_tokenizer
@@ -56,10 +56,7 @@ def evaluate(  # noqa: PLR0913 - every option of the command is one
     own, else 128 tokens. Raises `UsageError` where neither names rows, `ModelError` where the model has no head
     for the task, `ArtifactError` on a malformed manifest, and what opening and loading raise.
     """
-    sizes = {"--batch-size": batch_size, "--max-length": max_length}
-    wrong = [f"{name} is {size}, expected 1 or more" for name, size in sizes.items() if size is not None and size < 1]
-    if wrong:
-        raise UsageError("; ".join(wrong))
+    refuse_below(1, batch_size=batch_size, max_length=max_length)
     runner = open_runner(target, device=device, precision=precision, trust_remote_code=trust_remote_code)
     if precision != "fp32" and runner.runtime != "torch":
         raise UsageError(f"--precision is {precision}, but {target} computes in what it was exported in; leave it out")

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from gatepress.agreement import compare, quantized_difference, random_batches
 from gatepress.checkpoint import PROBE_FILE, read_probe
-from gatepress.config import METRIC_ROUNDING, DataSettings
+from gatepress.config import MAX_LOGIT_DIFF, METRIC_ROUNDING, DataSettings
 from gatepress.errors import GatepressError, MetricDropError, UsageError
 from gatepress.evaluation import Basis, basis_of, evaluate_runner, probe_rows
 from gatepress.families import dense_type
@@ -33,7 +33,6 @@ from gatepress.versions import versions
 
 logger = logging.getLogger(__name__)
 
-MAX_DIFF = 1e-4  # between float32 logits, of the largest where that is above 1
 MIN_OPSET = 17  # LayerNormalization as one operator
 
 
@@ -43,7 +42,7 @@ def export(  # noqa: PLR0913 - every option of the command is one
     *,
     force: bool = False,
     opset: int | None = None,
-    max_diff: float = MAX_DIFF,
+    max_diff: float = MAX_LOGIT_DIFF,
     quantize: Literal["int8"] | None = None,
     max_metric_drop: float | None = None,
     measure: bool = True,

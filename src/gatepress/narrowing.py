@@ -11,15 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from gatepress.budget import GateVector, biases_of, open_parts
-from gatepress.collapse import describe
-from gatepress.config import DEFAULT_TARGET
-from gatepress.costs import analytic
+from gatepress.collapse import attention_part, describe
 from gatepress.inject import gated_linear
 from gatepress.modeling_gatepress import narrow_attention_, narrow_layer_
 from gatepress.plan import ZERO_ROW, Axis, make_plan
 from gatepress.resolve import Layer
-
-COSTS = analytic(DEFAULT_TARGET)  # predict times that nobody reads here
 
 
 @torch.no_grad()
@@ -31,7 +27,7 @@ def narrow_(model: nn.Module, layers: list[Layer], vectors: list[GateVector]) ->
     """
     masks = [vector.gate.mask for vector in vectors]
     live = open_parts(layers, biases_of(model, layers), vectors, masks)
-    plan = make_plan(layers, live, "inner", COSTS)
+    plan = make_plan(layers, live, "inner")
     attentions = describe(layers, plan)["attentions"]
     base: Any = model.base_model
     for layer, part in zip(layers, plan.layers, strict=True):
@@ -52,8 +48,7 @@ def narrow_last_layer_(model: Any, layers: list[Layer]) -> None:
     So they do within `modeling_gatepress.first_token_alone`; the head reads no other. Outside of it nothing changes.
     """
     base, last = model.base_model, layers[-1]
-    nothing_closed = make_plan(layers, open_parts(layers, biases_of(model, layers), [], []), "inner", COSTS)
-    whole = describe(layers, nothing_closed)["attentions"][last.attention]
+    whole = attention_part(last, list(range(last.heads)), last.head_width, last.head_width, uniform=False)
     narrow_attention_(base.get_submodule(last.attention), whole)
     narrow_layer_(base.get_submodule(last.path))
 

@@ -8,8 +8,7 @@ import torch
 from huggingface_hub import constants
 
 from gatepress.checkpoint import dense_base, read_run
-from gatepress.config import DEFAULT_TARGET, TrainSettings
-from gatepress.costs import analytic
+from gatepress.config import TrainSettings
 from gatepress.errors import GatepressError
 from gatepress.families import ROLES
 from gatepress.gates import GatedLinear
@@ -57,7 +56,7 @@ def plan_of_run(directory: Path) -> tuple[PrunePlan, int] | None:
         kept = {name: value for name, value in state.items() if ".gate_" in name or name.endswith(".base.bias")}
         model.load_state_dict(kept, strict=False, assign=True)
         live = [{role: _live(gated_linear(model, layer, role)) for role in ROLES} for layer in layers]
-    return make_plan(layers, live, "inner", analytic(DEFAULT_TARGET)), layers[0].heads
+    return make_plan(layers, live, "inner"), layers[0].heads
 
 
 def _live(linear: GatedLinear) -> Live:

@@ -19,6 +19,7 @@ index operation: columns by picking inputs (gather), rows by spreading outputs (
     stock   the intermediate size alone, alike in all layers, so that plain transformers loads it
 """
 
+import functools
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,8 +28,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gatepress.config import BudgetUnit, Layout
-from gatepress.costs import WORTH, Costs, rounded
+from gatepress.config import DEFAULT_TARGET, BudgetUnit, Layout
+from gatepress.costs import WORTH, Costs, analytic, rounded
 from gatepress.families import ROLES
 from gatepress.resolve import Layer
 
@@ -95,7 +96,12 @@ class LayerPlan:
     qk_width: int
     vo_width: int
     matrices: dict[str, MatrixPlan]
-    time_left: float  # predicted time of the layer's products and index operations, over that of the dense layer
+    costs: Costs
+
+    @functools.cached_property
+    def time_left(self) -> float:
+        """Predicted time of the layer's products and index operations, over that of the dense layer."""
+        return _time(self.matrices, self.costs)
 
     def to_json(self) -> dict[str, Any]:
         """Return the layer as a person reads it."""
@@ -169,11 +175,14 @@ class PrunePlan:
         }
 
 
-def make_plan(layers: list[Layer], live: list[dict[str, Live]], layout: Layout, costs: Costs) -> PrunePlan:
+def make_plan(
+    layers: list[Layer], live: list[dict[str, Live]], layout: Layout, costs: Costs | None = None
+) -> PrunePlan:
     """Plan every layer from the zeros of its folded matrices (activation(0) = 0 is the caller's to know).
 
-    `costs` chooses in the layout `auto` and predicts in all of them.
+    `costs` (None: the analytic ones) choose in the layout `auto` and predict in all of them.
     """
+    costs = costs or analytic(DEFAULT_TARGET)
     needed = [_indices(parts["up"].rows & parts["down"].columns) for parts in live]
     widest = max(1, *map(len, needed))
     plans = []
@@ -206,7 +215,7 @@ def make_plan(layers: list[Layer], live: list[dict[str, Live]], layout: Layout, 
         matrices: dict[str, MatrixPlan] = {}
         for roles in READERS:
             matrices |= _matrices(layer, parts, {role: axes[role] for role in roles}, layout, costs)
-        plans.append(LayerPlan(heads, qk_width, vo_width, matrices, _time(matrices, costs)))
+        plans.append(LayerPlan(heads, qk_width, vo_width, matrices, costs))
     return PrunePlan(layout, plans, sum(layer.weights for layer in layers), costs)
 
 

@@ -50,7 +50,7 @@ def prune(  # noqa: PLR0913 - every option of the command is one
     are read or measured only where the choice hangs on them, for calls of so many `tokens` (batch size times sequence
     length; None: of all sizes that the times are of). With `sparsity` the gates are closed anew, by the
     scores that the run keeps, to another fraction of its budget. The gated model and what is loaded back from
-    the new directory must agree on the run's probe rows within `agreement.MAX_LOGIT_DIFF`, else `ParityError` and
+    the new directory must agree on the run's probe rows within `config.MAX_LOGIT_DIFF`, else `ParityError` and
     nothing is written. `dry_run` plans only.
     """
     refuse_below(1, tokens=tokens)

@@ -84,14 +84,13 @@ def run(  # noqa: PLR0913 - every option of the command is one
     """
     progress = progress or NoProgress()
     wanted = _cells(settings, methods, sparsities, seeds)
-    refuse([f"--bench-batch-size is {size}, expected 1 or more" for size in batch_sizes if size < 1])
     measuring: dict[str, Any] = {
         "batch_sizes": list(batch_sizes),
         "seq_lens": list(seq_lens),
         "repetitions": repetitions,
         "threads": threads,
     }
-    endtoend.check(device=_device(target), **measuring)
+    endtoend.check(device=_device(target), prefix="bench-", **measuring)
     if plot and not _can_plot():
         raise MissingExtraError("--plot needs matplotlib; install it with: pip install 'gatepress[plot]'")
     train = {key: value for key, value in settings.absolute().to_json().items() if key not in ("method", "sparsity")}

@@ -167,11 +167,15 @@ def check(  # noqa: PLR0913 - those of `run` that can be wrong by themselves
     warmup: int | None = None,
     threads: int | None = None,
     max_length: int = 1,
+    prefix: str = "",
     **_others: Any,
 ) -> torch.device:
-    """Raise what `run` raises on wrong arguments, before anything is opened; return where it computes."""
+    """Raise what `run` raises on wrong arguments, before anything is opened; return where it computes.
+
+    `prefix` stands before the names of sizes on the command line that took them.
+    """
     problems = []
-    for option, sizes in (("--batch-size", batch_sizes), ("--seq-len", seq_lens)):
+    for option, sizes in ((f"--{prefix}batch-size", batch_sizes), (f"--{prefix}seq-len", seq_lens)):
         if not sizes:
             problems.append(f"{option} is empty, expected sizes like 1,8")
         problems += [f"{option} is {size}, expected 1 or more" for size in sizes if size < 1]

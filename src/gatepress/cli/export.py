@@ -8,6 +8,7 @@ import typer
 
 from gatepress.cli import _options as opt
 from gatepress.cli._console import facts, megabytes, pick, session
+from gatepress.config import MAX_LOGIT_DIFF
 from gatepress.files import check_output
 from gatepress.hub import without_revision
 
@@ -45,10 +46,11 @@ def export(  # noqa: PLR0913 - every option is a parameter
         float,
         typer.Option(
             metavar="LIMIT",
-            help="Refuse to write when a logit of ONNX Runtime and torch differs by more than this.",
+            help="Refuse to write when a logit of ONNX Runtime and torch differs by more than this, of the largest "
+            "logit where that is above 1.",
             rich_help_panel=opt.OUTPUT,
         ),
-    ] = 1e-4,
+    ] = MAX_LOGIT_DIFF,
     quantize: Annotated[
         Literal["int8"] | None,
         typer.Option(
