@@ -103,6 +103,34 @@ def copied(made, here) -> Path:
 # --- names ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("verb", ["evaluate", "bench", "export"])
+def test_a_path_in_nobody_s_home(here, verb):
+    refused(
+        here, [verb, "~nobody-of-that-name/x"], 1 if verb in ("verify", "inspect") else 2, "~nobody-of-that-name/x: "
+    )
+
+
+def test_a_pruned_model_is_no_base(copied, tiny_task_files):
+    arguments = ["train", *tiny_task_files.options(), *TRAINING, "--model", "pruned"]
+    refused(copied, arguments, 1, r"pruned: is pruned, expected a dense model; go on from the run .* with --start$")
+
+
+def test_a_decoder_is_refused(here, train_on, tiny_model_dir):
+    """Its tokens do not see what follows them, and what is pruned lets all see all."""
+    base = shutil.copytree(tiny_model_dir("bert"), here / "causal")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "is_decoder": True}))
+    refused(here, [*train_on("good.csv"), "--model", "causal"], 1, "causal: is a decoder by its config.json")
+
+
+def test_a_run_whose_base_is_gone_says_so(here, train_on, tiny_model_dir):
+    shutil.copytree(tiny_model_dir("bert"), here / "base")
+    assert run(*train_on("good.csv", "-o", "run", "--model", "base")).exit_code == 0
+    (here / "base").rename(here / "moved")
+    for verb in ("prune", "evaluate"):
+        refused(here, [verb, "run"], 1, r"^run: the model that it was trained on is missing; .*/base: is not there")
+
+
 def test_unknown_task(here):
     message = r"--task is 'sst3', no task of that name; did you mean sst2\? known: cola, .*demo"
     refused(here, ["train", "--task", "sst3", "--model", "demo"], 2, message)
@@ -414,6 +442,17 @@ def test_an_output_that_cannot_be_replaced(here, writer, output):
     )
 
 
+def test_force_replaces_what_a_link_points_to(here, writer):
+    """Who links to a larger disk wants the result there."""
+    (here / "disk").mkdir()
+    (here / "out").symlink_to("disk/out")
+    (here / "disk/out").mkdir()
+    assert run(*writer, "-o", "out", "--force").exit_code == 0
+    assert (here / "out").is_symlink()
+    assert any((here / "disk/out").glob("gatepress_*.json"))
+    assert names(here / "disk") == ["out"]
+
+
 def test_force_does_not_replace_what_is_read(copied, tiny_model_dir, tiny_task_files):
     shutil.copytree(tiny_model_dir("bert"), copied / "model")
     shutil.copytree(tiny_task_files.train.parent, copied / "rows")
@@ -683,14 +722,22 @@ def test_an_interrupted_training(here, train_on, sign, exit_code):
         assert "warning: run: is not finished" in result.stderr
 
 
-@pytest.mark.parametrize("force", [False, True])
-def test_interrupted_before_the_first_checkpoint(here, train_on, force, monkeypatch):
+@pytest.mark.parametrize(
+    ("earlier", "note"),
+    [
+        (None, "nothing was written"),
+        ("{}", "nothing was written, run is as it was"),
+        ('{"resume": {}}', "nothing was written, run is as it was; go on with: gatepress train --resume run"),
+    ],
+)
+def test_interrupted_before_the_first_checkpoint(here, train_on, earlier, note, monkeypatch):
+    """What lies there is no checkpoint of this training."""
+
     def interrupted(*_args, **_kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("gatepress.training.open_base", interrupted)
-    if force:
+    if earlier:
         (here / "run").mkdir()
-        (here / "run/gatepress_run.json").write_text("{}")
-    message = "the last complete checkpoint is in run" if force else "nothing was written"
-    refused(here, train_on("good.csv", "-o", "run", *(["--force"] if force else [])), 130, message)
+        (here / "run/gatepress_run.json").write_text(earlier)
+    refused(here, train_on("good.csv", "-o", "run", *(["--force"] if earlier else [])), 130, f"interrupted; {note}$")

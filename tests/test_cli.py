@@ -414,6 +414,7 @@ class OutOfMemoryError(RuntimeError):
         (OutOfMemoryError("CUDA out of memory"), 1, "out of memory; lower --batch-size"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory; lower --batch-size"),
         (OSError(errno.ENOSPC, "No space left on device", "there"), 1, "there: cannot write (No space left"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "output: cannot write (No space left on device); free"),
         (PermissionError(errno.EACCES, "Permission denied", "there"), 1, "there: cannot read or write (Perm"),
         (
             ZeroDivisionError("division by zero"),
@@ -596,6 +597,29 @@ def test_stopped_while_it_starts(sign):
     assert done.returncode == 128 + sign, done.stderr
     assert json.loads(done.stdout)["error"]["type"] == "Interrupted"
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("where", ["mend_streams", "Verb.make_context"])
+def test_stopped_outside_of_a_session(sign, where):
+    """While modules are imported, or options read: there is no session, and pipelines parse stdout all the same."""
+    program = (
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "import gatepress.__main__\n"
+        "from gatepress.cli import app\n"
+        "def stop(*_args, **_kwargs):\n"
+        f"    os.kill(os.getpid(), {int(sign)})\n"
+        "    for _ in range(1_000_000): pass\n"
+        f"app.{where} = stop\n"
+        "sys.argv = ['gatepress', 'inspect', 'x', '--json']\n"
+        "gatepress.__main__.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 128 + sign, done.stderr
+    told = {"type": "Interrupted", "message": "interrupted; nothing was written"}
+    assert json.loads(done.stdout) == {"error": told, "exit_code": 128 + sign}
+    assert done.stderr == "error: interrupted; nothing was written\n"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo terminal")

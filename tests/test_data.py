@@ -174,6 +174,7 @@ def test_rows_of_some_classes_are_measured_with_those_of_the_model(tmp_path: Pat
         ([10, 9, 10], ("9", "10"), [1, 0, 1]),  # by number, not by spelling
         ([-1, 0, 1], ("-1", "0", "1"), [0, 1, 2]),
         ([True, False, True], ("false", "true"), [1, 0, 1]),
+        (["1_0", "2_0", "1_0"], ("1_0", "2_0"), [0, 1, 0]),  # codes, which Python would read as 10 and 20
         ([1.0, 0.0, 1.0], ("0.0", "1.0"), [1, 0, 1]),  # as pandas writes classes beside a gap
         ([0.5, 3, 1.25], None, [0.5, 3.0, 1.25]),
         ([1.0, 2.0, 3.0], None, [1.0, 2.0, 3.0]),

@@ -106,6 +106,15 @@ def test_longest_text_fits(family: str, tiny_classifier_dir) -> None:
     assert np.isfinite(runner.logits({"input_ids": np.full((1, runner.max_tokens), 7)})).all()
 
 
+@pytest.mark.parametrize("pad", [0, 3, None])
+def test_positions_of_mpnet_do_not_hang_on_its_padding(pad: int | None, tmp_path: Path) -> None:
+    """Its embeddings count from behind 1, whatever the configuration says."""
+    model = tiny.build_classifier("mpnet", pad_token_id=pad)
+    runner = open_runner(tiny.save_model(model, "mpnet", tmp_path / "mpnet"))
+    assert runner.max_tokens == tiny.MAX_TOKENS
+    assert np.isfinite(runner.logits({"input_ids": np.full((1, runner.max_tokens), 7)})).all()
+
+
 def test_fresh_head_is_marked_and_always_the_same(tiny_model_dir) -> None:
     first, again = open_runner(tiny_model_dir("bert")), open_runner(tiny_model_dir("bert"))
     assert first.head_is_random

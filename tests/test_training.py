@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +21,11 @@ from conftest import TaskFiles
 from forms import save_run, settings_for
 from gatepress.checkpoint import PROBE_FILE, load_run, read_run
 from gatepress.config import DataSettings, Granularity, TrainSettings
-from gatepress.errors import ArtifactError
+from gatepress.errors import ArtifactError, ParityError
 from gatepress.evaluation import evaluate
 from gatepress.export import export
 from gatepress.gates import gates_of
+from gatepress.modeling_gatepress import PrunedAttention
 from gatepress.models import load_pruned, open_tokenizer
 from gatepress.pruning import prune
 from gatepress.training import train
@@ -158,6 +161,33 @@ def test_a_pruned_model_trains_on_and_can_be_copied(
     assert type(copy.deepcopy(model)) is type(model)
     model(**batch, labels=torch.tensor([0, 1, 0, 1])).loss.backward()
     assert all(value.grad is not None for name, value in model.named_parameters() if ".query." in name)
+
+
+def test_the_tokenizer_of_a_pruned_model_runs_no_code(
+    tiny_model_dir: ModelDir, tiny_task_files: TaskFiles, tmp_path: Path
+) -> None:
+    """In a process that loads the model first, transformers does not ask whether to run what lies beside it."""
+    prune(save_run(tmp_path / "run", tiny_model_dir("bert"), tiny_task_files), tmp_path / "pruned", layout="inner")
+    program = "import sys, gatepress, transformers; gatepress.load_pruned(sys.argv[1])\n"
+    program += "print(transformers.AutoTokenizer.from_pretrained(sys.argv[1])('anda')['input_ids'])\n"
+    command = [sys.executable, "-c", program, str(tmp_path / "pruned")]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == open_tokenizer(tmp_path / "pruned")("anda")["input_ids"]
+    assert "custom code" not in done.stderr
+
+
+def test_rows_without_padding_are_compared_too(
+    tiny_model_dir: ModelDir, tiny_task_files: TaskFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then there is no mask, and attention may go another way."""
+    run, forward = save_run(tmp_path / "run", tiny_model_dir("bert"), tiny_task_files), PrunedAttention.forward
+
+    def wrong(self: Any, states: Any, attention_mask: Any = None, *rest: Any, **options: Any) -> Any:
+        return forward(self, states if attention_mask is not None else 1.5 * states, attention_mask, *rest, **options)
+
+    monkeypatch.setattr(PrunedAttention, "forward", wrong)
+    with pytest.raises(ParityError, match="gated and reloaded logits"):
+        prune(run, tmp_path / "pruned", layout="inner")
 
 
 def test_what_a_tokenizer_emits_and_the_model_does_not_take_is_left_out(

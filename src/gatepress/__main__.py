@@ -1,5 +1,6 @@
 """`gatepress` and `python -m gatepress`: the command line, and an end without a traceback before that is there."""
 
+import json
 import sys
 from typing import NoReturn
 
@@ -11,8 +12,11 @@ def main() -> NoReturn:
 
         run()
     except KeyboardInterrupt as stopped:
-        print("error: interrupted; nothing was written", file=sys.stderr)  # noqa: T201 - there is nothing else yet
-        sys.exit(143 if type(stopped).__name__ == "Terminated" else 130)
+        exit_code, line = 143 if type(stopped).__name__ == "Terminated" else 130, "interrupted; nothing was written"
+        print(f"error: {line}", file=sys.stderr)  # noqa: T201 - there is nothing else yet
+        if "--json" in sys.argv:
+            print(json.dumps({"error": {"type": "Interrupted", "message": line}, "exit_code": exit_code}))  # noqa: T201
+        sys.exit(exit_code)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,10 @@ OWN_CODE = """With gatepress, no registration and no remote code:
 
 ```python
 import gatepress
+from transformers import AutoTokenizer
 
 model = gatepress.load_pruned("DIR")
+tokenizer = AutoTokenizer.from_pretrained("DIR")
 ```
 
 With gatepress and the Auto classes of transformers, pipelines and `Trainer`:

@@ -28,8 +28,18 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from gatepress.config import TrainSettings
-from gatepress.errors import ArtifactError, ModelError, UsageError
-from gatepress.files import RUN_FILE, explained, json_text, lock, publish, read_json, replace_file, sha256_of
+from gatepress.errors import ArtifactError, HubError, ModelError, UsageError
+from gatepress.files import (
+    RUN_FILE,
+    behind_link,
+    explained,
+    json_text,
+    lock,
+    publish,
+    read_json,
+    replace_file,
+    sha256_of,
+)
 from gatepress.hub import locate_model
 from gatepress.manifests import (
     RUN_FORMAT,
@@ -137,7 +147,7 @@ def read_probe(directory: Path, model: PreTrainedModel) -> dict[str, Tensor]:
     shape = probe["input_ids"].shape
     segments = getattr(config, "type_vocab_size", None) or 1
     ends = {"input_ids": config.vocab_size, "attention_mask": 2, "token_type_ids": segments}
-    first = config.pad_token_id + 1 if family_of(config).positions_follow_padding else 0
+    first = family_of(config).first_position(config.pad_token_id)
     for name, value in probe.items():
         fits = name in ends and value.dtype == torch.int64 and value.shape == shape and value.dim() == 2  # noqa: PLR2004
         if not (fits and value.min() >= 0 and value.max() < ends[name]):
@@ -156,9 +166,18 @@ def open_base(directory: Path, spec: TaskSpec) -> PreTrainedModel:
     """
     if (directory / RUN_FILE).is_file():
         return _open_run_as_base(directory, spec)
-    family_named(str(read_json(directory / "config.json").get("model_type")))
+    model_type = str(read_json(directory / "config.json").get("model_type"))
+    if family_named(model_type).model_type != model_type:
+        raise ModelError(
+            f"{directory}: is pruned, expected a dense model; go on from the run that it was cut from with --start"
+        )
     with model_errors(directory):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
+            raise ModelError(
+                f"{directory}: is a decoder by its config.json (is_decoder, add_cross_attention), expected an encoder, "
+                "whose tokens all see each other"
+            )
         names = spec.label_names or ("score",)
         own = [name.lower() for name in _classes(config)]
         if own != [name.lower() for name in names] and sorted(own) == sorted(name.lower() for name in names):
@@ -310,7 +329,10 @@ def load_run(directory: Path) -> tuple[PreTrainedModel, RunManifest]:
             *(directory, manifest.step, directory),
         )
     settings = manifest.settings
-    base = locate_model(settings.model, settings.revision)
+    try:
+        base = locate_model(settings.model, settings.revision)
+    except (HubError, ModelError) as error:
+        raise type(error)(f"{directory}: the model that it was trained on is missing; {error}") from None
     _refuse_other_weights(directory, manifest, base, model_files(base))
     model = open_base(base, manifest.task)
     prepare_(model, settings)
@@ -341,7 +363,7 @@ class RunWriter:
     def __init__(
         self, target: Path, *, tokenizer: Any, probe: dict[str, Tensor], force: bool = False, resumed: bool = False
     ) -> None:
-        self.target = target
+        self.target = target = behind_link(target)
         self._force = force
         self._lock: int | None = None
         self.bound: dict[str, str] = {}

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from gatepress.errors import ArtifactError, UsageError
 from gatepress.families import ROLES
+from gatepress.files import expanded
 
 T = TypeVar("T")
 Method = Literal["gates+lora", "gates", "full", "lora", "lora-fa", "vera", "lora-xs"]
@@ -309,10 +310,7 @@ def spelled(name: str) -> str:
 
 
 def _absolute(path: str) -> str:
-    try:
-        return str(Path(path).expanduser().absolute())
-    except RuntimeError:  # nobody's home
-        raise UsageError(f"{path}: there is no such user's home; write the path in full") from None
+    return str(expanded(path).absolute())
 
 
 def _is_directory(name: str) -> bool:

@@ -6,6 +6,7 @@ the tests' fixture; nothing else in gatepress knows families.
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 ROLES = ("q", "k", "v", "o", "up", "down")
 
@@ -26,11 +27,16 @@ class FamilySpec:
     down: str
     heads_attribute: str  # on the config
     intermediate_attribute: str  # on the config
-    positions_follow_padding: bool = False  # positions are numbered from the padding id on: fewer tokens fit
+    positions_behind: Literal["padding"] | int | None = None  # positions are numbered from behind this id: fewer fit
 
     def path(self, role: str) -> str:
         """Return the path of a role's matrix below one layer."""
         return str(getattr(self, role))
+
+    def first_position(self, pad_token_id: int | None) -> int:
+        """Return where the first token stands in the position table: so many tokens fewer fit than it has rows."""
+        behind = (pad_token_id or 0) if self.positions_behind == "padding" else self.positions_behind
+        return 0 if behind is None else behind + 1
 
 
 BERT = FamilySpec(
@@ -47,14 +53,14 @@ BERT = FamilySpec(
     heads_attribute="num_attention_heads",
     intermediate_attribute="intermediate_size",
 )
-ROBERTA = replace(BERT, model_type="roberta", class_prefix="Roberta", positions_follow_padding=True)
-XLM_ROBERTA = replace(BERT, model_type="xlm-roberta", class_prefix="XLMRoberta", positions_follow_padding=True)
+ROBERTA = replace(BERT, model_type="roberta", class_prefix="Roberta", positions_behind="padding")
+XLM_ROBERTA = replace(BERT, model_type="xlm-roberta", class_prefix="XLMRoberta", positions_behind="padding")
 ELECTRA = replace(BERT, model_type="electra", class_prefix="Electra")
 MPNET = replace(
     BERT,
     model_type="mpnet",
     class_prefix="MPNet",
-    positions_follow_padding=True,
+    positions_behind=1,  # whatever its configuration calls the padding
     attention="attention.attn",
     q="attention.attn.q",
     k="attention.attn.k",

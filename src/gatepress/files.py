@@ -14,7 +14,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from gatepress.errors import ArtifactError, GatepressError, OutputError
+from gatepress.errors import ArtifactError, GatepressError, OutputError, UsageError
 
 MAX_JSON_BYTES = 64 * 1024 * 1024
 RUN_FILE, PRUNED_FILE, ONNX_FILE = "gatepress_run.json", "gatepress_pruned.json", "gatepress_onnx.json"
@@ -26,6 +26,19 @@ _WRITTEN = (  # beside a manifest and what that names: early releases named no t
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
     *("*.model", "chat_template.jinja"),
 )
+
+
+def expanded(path: str) -> Path:
+    """Return a path with `~` and `~name` written out; `UsageError` where nobody is called so."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UsageError(f"{path}: there is no such user's home; write the path in full") from None
+
+
+def behind_link(target: Path) -> Path:
+    """Return where a symbolic link points to, or `target` where it is none: what is replaced is not the link."""
+    return target.resolve() if target.is_symlink() else target
 
 
 def sha256_of(path: Path) -> str:
@@ -242,6 +255,7 @@ def new_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
     Raises `OutputError` where `target` exists and `force` is false, or it cannot be written.
     """
     check_output(target, force=force)
+    target = behind_link(target)
     with explained(target):
         target.absolute().parent.mkdir(parents=True, exist_ok=True)
         staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.new.", dir=target.absolute().parent))

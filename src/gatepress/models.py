@@ -72,6 +72,7 @@ def model_errors(directory: Path | str) -> Iterator[None]:
 def load_pruned(directory: str | Path) -> PreTrainedModel:
     """Load a pruned directory: no registration, no remote code, evaluation mode, float32.
 
+    From then on the Auto classes know pruned models too, so that `AutoTokenizer` does not ask to run their code.
     Raises `ArtifactError` where the directory is incomplete, corrupted or of a newer version.
     """
     path = Path(directory)
@@ -80,6 +81,8 @@ def load_pruned(directory: str | Path) -> PreTrainedModel:
     manifest = read_manifest(path / PRUNED_FILE, PRUNED_FORMAT)
     hashes = hashes_of(manifest, path / PRUNED_FILE, ("config.json", "model.safetensors"), "prune again")
     check_files(path, hashes.items(), "prune again")
+    import gatepress.auto  # noqa: F401, PLC0415 - only importing it registers
+
     return open_pruned(path)
 
 

@@ -95,7 +95,7 @@ def prune(  # noqa: PLR0913 - every option of the command is one
         reloaded = _logits(open_pruned(staged), probe)
         difference = agree(wanted, reloaded, "gated and reloaded logits", "nothing was written, please report it")
         bound = save_tokenizer(open_tokenizer(run_dir), staged)
-        report |= {"max_abs_logit_diff": difference, "probe_rows": len(wanted)}
+        report |= {"max_abs_logit_diff": difference, "probe_rows": len(probe["input_ids"])}
         loaded = [staged / "config.json", staged / "model.safetensors", *staged.glob("*.py")]
         body = {
             **PRUNED_FORMAT,
@@ -169,5 +169,6 @@ def _write(pruned: PreTrainedModel, staged: Path, layout: Layout) -> None:
 
 @torch.inference_mode()
 def _logits(model: PreTrainedModel, probe: dict[str, Tensor]) -> Tensor:
-    logits: Tensor = model(**probe).logits
-    return logits.float()
+    """Return the logits of the rows, and once more those of the longest alone: without padding there is no mask."""
+    whole = {name: value[:1] for name, value in probe.items()}
+    return torch.cat([model(**rows).logits.float() for rows in (probe, whole)])

@@ -310,9 +310,7 @@ def max_tokens(config: Mapping[str, Any]) -> int | None:
     if not isinstance(positions, int):
         return None
     family = row_of(config.get("model_type"))
-    if family is None or not family.positions_follow_padding:
-        return positions
-    return positions - int(config.get("pad_token_id") or 0) - 1
+    return positions if family is None else positions - family.first_position(config.get("pad_token_id"))
 
 
 def _macs(terms: Mapping[str, int] | None, batch: int, length: int) -> int | None:

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from gatepress.checkpoint import load_run, read_run
 from gatepress.config import Arithmetic
 from gatepress.errors import ArtifactError, DeviceError, ModelError, UsageError, reason_of
-from gatepress.files import PRUNED_FILE, RUN_FILE, read_json
+from gatepress.files import PRUNED_FILE, RUN_FILE, expanded, read_json
 from gatepress.graph import check_graph, read_graph
 from gatepress.hub import locate_model
 from gatepress.manifests import (
@@ -56,7 +56,7 @@ def open_runner(
         if threads < 1:
             raise UsageError(f"--threads is {threads}, expected 1 or more")
         torch.set_num_threads(threads)
-    path = Path(target).expanduser()
+    path = expanded(str(target))
     kind = _kind_of(str(target), path)
     if kind == "onnx":
         return _open_onnx(path, device)

@@ -229,6 +229,8 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def _os_error_text(error: OSError) -> str:
     place = str(error.filename or "output")
+    if error.errno in FULL_DISK and not error.filename:
+        return f"output: cannot write ({error.strerror}); free some space where it goes"
     if error.errno in FULL_DISK:
         try:
             with explained(Path(place)):

@@ -1,8 +1,9 @@
 """The `gatepress` command: its verbs, its version, and what happens when the request is not understood."""
 
+import contextlib
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Annotated, Any, NoReturn
 
@@ -11,13 +12,35 @@ from typer.core import TyperCommand, TyperGroup
 
 import gatepress
 from gatepress.cli import bench, demo, evaluate, export, inspect, prune, report, sweep, train, verify
-from gatepress.cli._console import INTERRUPTED, SIGNALS, Screen, Terminated, explain, is_first, leave, mend_streams
+from gatepress.cli._console import SIGNALS, Screen, Terminated, explain, is_first, leave, mend_streams
 from gatepress.cli._groups import spread
 from gatepress.cli._options import examples
 
 
+class StoppedError(Exception):
+    """A signal came outside of a session; of a KeyboardInterrupt typer makes a silent end."""
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise StoppedError from None
+
+
 class Verbs(TyperGroup):
     """Ends wrong usage like every other error: one line, exit code 2, JSON where JSON was asked for."""
+
+    def make_context(self, *given: Any, **settings: Any) -> Any:
+        """Read what stands before the verb."""
+        with _stoppable():
+            return super().make_context(*given, **settings)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Read the options of the verb and run it."""
+        with _stoppable():
+            return super().invoke(ctx)
 
     def main(self, args: Sequence[str] | None = None, *given: Any, **settings: Any) -> NoReturn:
         """Run the verb that `args` ask for and exit."""
@@ -25,8 +48,10 @@ class Verbs(TyperGroup):
         settings["standalone_mode"] = False  # exceptions come here instead of being printed
         try:
             exit_code = super().main(arguments, *given, **settings)
-        except typer.Abort:
-            exit_code = INTERRUPTED
+        except (StoppedError, typer.Abort):
+            screen = Screen(sys.stdout, sys.stderr, as_json="--json" in arguments, quiet=False)
+            kind, message, exit_code = explain(KeyboardInterrupt(), screen)
+            screen.error(kind, message, exit_code)
         except OSError as error:  # help and errors of usage are printed outside of a session
             leave(sys.stdout)
             _, message, exit_code = explain(error, Screen(sys.stdout, sys.stderr, as_json=False, quiet=False))
@@ -133,7 +158,11 @@ def main() -> NoReturn:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is to be ignored, as shells ask for
         signal.signal(signal.SIGINT, _stop)
     mend_streams()
-    app(prog_name="gatepress")  # also when started as `python -m gatepress`
+    try:
+        app(prog_name="gatepress")  # also when started as `python -m gatepress`
+    finally:
+        if SIGNALS:  # all is told; a second Ctrl-C would only break into the end of the process
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.exit(0)
 
 

@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
 from gatepress.cli import _options as opt
 from gatepress.cli._console import Screen, count, grid, megabytes, milliseconds, percent, session
 from gatepress.config import DataSettings, TrainSettings
@@ -34,13 +36,22 @@ def demo(  # noqa: PLR0913 - every option is a parameter
     sparsity: opt.Sparsity = DEMO.sparsity,
     max_train_samples: opt.MaxTrainSamples = DEMO.data.max_train_samples,
     max_validation_samples: opt.MaxValidationSamples = DEMO.data.max_validation_samples,
-    epochs: opt.Epochs = DEMO.epochs,
+    epochs: Annotated[
+        int | None, typer.Option(metavar="N", help="Passes over the training rows.", rich_help_panel=opt.TRAINING)
+    ] = DEMO.epochs,
     seed: opt.Seed = DEMO.seed,
     output: Annotated[
         Path,
         opt.output_option("DIR", "Directory for the run, the smaller model and its ONNX form."),
     ] = Path("gatepress-demo"),
-    force: opt.Force = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            help="Replace what an earlier demo left in the directory: each part when the new one is complete.",
+            show_default=False,
+            rich_help_panel=opt.OUTPUT,
+        ),
+    ] = False,
     shown: opt.Shown,
 ) -> None:
     """Take all five steps on built-in data.

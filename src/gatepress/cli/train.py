@@ -99,10 +99,13 @@ def train(  # noqa: PLR0913 - every option is a parameter
 
 def _work(screen: Screen, target: Path, training: Callable[..., dict[str, Any]]) -> None:
     """Train, show what came out, and say how to go on."""
+    before = _stamp(target)
     try:
         result = training(progress=screen.progress)
     except KeyboardInterrupt:
-        if target.exists():
+        if target.exists() and before is not None and _stamp(target) == before:
+            screen.interrupt_note = f"nothing was written, {target} is as it was{_hint(target)}"
+        elif target.exists():
             screen.interrupt_note = f"the last complete checkpoint is in {target}{_hint(target)}"
         raise
     screen.result({"output_dir": str(target), **result}, tables)
@@ -111,6 +114,15 @@ def _work(screen: Screen, target: Path, training: Callable[..., dict[str, Any]])
         screen.note(f"next: gatepress prune {shown}")
     else:
         screen.note(f"next: gatepress export {shown}, or press it: gatepress train --model {shown} --sparsity 0.5")
+
+
+def _stamp(target: Path) -> tuple[int, int] | None:
+    """Return what tells one writing of a run's manifest from the next; None where there is none."""
+    try:
+        found = (target / RUN_FILE).stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _hint(target: Path) -> str:

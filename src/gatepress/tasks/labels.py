@@ -77,7 +77,7 @@ def label_text(value: Any, where: str, row: int) -> str:
 
 def _number(text: str) -> float | None:
     try:
-        return float(text)
+        return None if "_" in text else float(text)  # 1_0 is the name of a class; to Python it is ten
     except ValueError:
         return None
 
