@@ -65,13 +65,13 @@ class Teacher:
     """
 
     def __init__(self, model: PreTrainedModel, values: dict[str, Tensor] | None = None) -> None:
-        trained = {name for name, value in model.named_parameters() if value.requires_grad}
         own = values or {}
+        kept = {name for name, value in model.named_parameters() if value.requires_grad or name in own}
         frozen = [value for name, value in model.named_parameters() if not value.requires_grad and name not in own]
         drawn = [gate.random for _, gate in gates_of(model)]
         self.model = copy.deepcopy(model, {id(shared): shared for shared in (*frozen, *drawn)})
         self.model.load_state_dict(own, strict=False)
-        self.values = {name: value.detach() for name, value in self.model.named_parameters() if name in trained}
+        self.values = {name: value.detach() for name, value in self.model.named_parameters() if name in kept}
         self.model.requires_grad_(False).eval()
         for _, gate in gates_of(self.model):
             gate.mask.fill_(1)
