@@ -106,9 +106,7 @@ def _kind_of(target: str, path: Path) -> Kind:
 
 def _open_run(path: Path, device: str, dtype: torch.dtype) -> TorchRunner:
     model, manifest = load_run(path)
-    base = locate_model(manifest.settings.model, manifest.settings.revision)
-    size = _bytes([path / manifest.tensors["file"], *_weights(base)])
-    model = _moved(model, device, dtype)
+    model, size = _moved(model, device, dtype), _bytes(_weights(path))
     return TorchRunner(_name(path), "run", device, _tokenizer_dir(path), size, manifest.to_json(), model=model)
 
 
