@@ -232,7 +232,7 @@ def is_finetuned(directory: Path, spec: TaskSpec) -> bool:
     if not headed or len(config.get("id2label") or (0, 1)) != spec.num_labels:  # absent: the two of transformers
         return False
     shapes = {name: shape for file in directory.glob("*.safetensors") for name, shape in tensor_shapes(file).items()}
-    return any(HEAD in name and shape[0] == spec.num_labels for name, shape in shapes.items())
+    return any(HEAD in name and shape[:1] == (spec.num_labels,) for name, shape in shapes.items())
 
 
 def _classes(config: PreTrainedConfig) -> list[str]:
