@@ -52,6 +52,18 @@ def test_words_are_exchanged_for_words_of_the_batch_and_nothing_else() -> None:
     assert 1 - same.float().mean() == pytest.approx(changed_rows, abs=0.1)
 
 
+def test_a_word_that_two_texts_have_in_common_is_exchanged_in_both() -> None:
+    """Whether one text follows from the other, or how like they are, hangs on the words that both have."""
+    inputs = drawn()
+    changed, _ = varied(inputs, SPECIAL)
+    twice = 0
+    for before, after in zip(inputs["input_ids"].tolist(), changed["input_ids"].tolist(), strict=True):
+        pairs = set(zip(before, after, strict=True))
+        assert len(pairs) == len(set(before))  # one new word, or itself, for each old one
+        twice += len(before) - len(set(before)) > 0
+    assert twice > 100
+
+
 def test_the_same_seed_exchanges_the_same_words() -> None:
     inputs = drawn()
     torch.manual_seed(7)

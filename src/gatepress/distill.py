@@ -6,7 +6,8 @@ layer, of the last one that of the first token, which the head reads: a layer th
 what it should have said, not only what became of it.
 
 A teacher answers for any text, labelled or not: for texts that a user has no labels of, and in most rows some words are
-exchanged for others of the batch. The student sees more than the training rows, which it would soon know by heart.
+exchanged for others of the batch, a word that stands in its row again alike. The student sees more than the training
+rows, which it would soon know by heart.
 Sentences of exchanged words are seldom acceptable ones, and a student should not learn that of sentences: the logits of
 rows without a label that holds count so that classes are as frequent among them as among labels.
 """
@@ -103,6 +104,7 @@ def learn_from_teacher_(model: nn.Module) -> None:
 def varied(inputs: dict[str, Tensor], special: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """Return `inputs` with words of most rows exchanged for others of the batch, and which rows are as they were.
 
+    A word that stands in a row again is exchanged alike: two texts of a pair go on having their words in common.
     `special` holds the ids of tokens that stay where they are. Labels hold only where nothing was exchanged
     ([batch] bool).
     """
@@ -112,8 +114,10 @@ def varied(inputs: dict[str, Tensor], special: Tensor) -> tuple[dict[str, Tensor
     rows = torch.rand(len(ids), device=ids.device) < VARIED_ROWS
     if not len(words):
         return inputs, torch.ones_like(rows)
-    here = is_word & rows[:, None] & (torch.rand(ids.shape, device=ids.device) < VARIED_WORDS)
-    others = words[torch.randint(len(words), ids.shape, device=ids.device)]
+    first = (ids[:, :, None] == ids[:, None, :]).byte().argmax(-1)  # where in its row each word stands first
+    drawn = (torch.rand(ids.shape, device=ids.device) < VARIED_WORDS).gather(1, first)
+    others = words[torch.randint(len(words), ids.shape, device=ids.device)].gather(1, first)
+    here = is_word & rows[:, None] & drawn
     return {**inputs, "input_ids": torch.where(here, others, ids)}, ~here.any(1)
 
 
