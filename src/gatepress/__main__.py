@@ -4,6 +4,8 @@ import json
 import sys
 from typing import NoReturn
 
+from gatepress.cli._launched import wants_json
+
 
 def main() -> NoReturn:
     """Run the command line; the entry point of the `gatepress` script."""
@@ -14,7 +16,7 @@ def main() -> NoReturn:
     except KeyboardInterrupt as stopped:
         exit_code, line = 143 if type(stopped).__name__ == "Terminated" else 130, "interrupted; nothing was written"
         print(f"error: {line}", file=sys.stderr)  # noqa: T201 - there is nothing else yet
-        if "--json" in sys.argv:
+        if wants_json(sys.argv[1:]):
             print(json.dumps({"error": {"type": "Interrupted", "message": line}, "exit_code": exit_code}))  # noqa: T201
         sys.exit(exit_code)
 

@@ -66,13 +66,13 @@ class Teacher:
     """
 
     def __init__(self, model: PreTrainedModel, values: dict[str, Tensor] | None = None) -> None:
-        own = values or {}
-        kept = {name for name, value in model.named_parameters() if value.requires_grad or name in own}
-        frozen = [value for name, value in model.named_parameters() if not value.requires_grad and name not in own]
+        values = values or {}
+        own = {name for name, value in model.named_parameters() if value.requires_grad or name in values}
+        frozen = [value for name, value in model.named_parameters() if name not in own]
         drawn = [gate.random for _, gate in gates_of(model)]
         self.model = copy.deepcopy(model, {id(shared): shared for shared in (*frozen, *drawn)})
-        self.model.load_state_dict(own, strict=False)
-        self.values = {name: value.detach() for name, value in self.model.named_parameters() if name in kept}
+        self.model.load_state_dict(values, strict=False)
+        self.values = {name: value.detach() for name, value in self.model.named_parameters() if name in own}
         self.model.requires_grad_(False).eval()
         for _, gate in gates_of(self.model):
             gate.mask.fill_(1)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
+from gatepress.cli._launched import is_first
 from gatepress.errors import GatepressError
 from gatepress.files import explained, json_text
 from gatepress.progress import NoProgress, Progress
@@ -148,11 +149,6 @@ def mend_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def is_first() -> bool:
-    """Say whether this is the process that prints: launchers number the processes of one training."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def plain(value: Any) -> Any:
     """Return `value` with what strict JSON lacks replaced: NaN and infinity by null, paths by text."""
     if isinstance(value, dict):
@@ -229,9 +225,9 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def _os_error_text(error: OSError) -> str:
     place = str(error.filename or "output")
-    if error.errno in FULL_DISK and not error.filename:
-        return f"output: cannot write ({error.strerror}); free some space where it goes"
     if error.errno in FULL_DISK:
+        if not error.filename:
+            return f"{place}: cannot write ({error.strerror}); free some space where it goes"
         try:
             with explained(Path(place)):
                 raise error

@@ -41,6 +41,11 @@ def output_option(metavar: str, text: str) -> Any:
     return typer.Option("--output", "-o", metavar=metavar, help=text, rich_help_panel=OUTPUT)
 
 
+def force_option(text: str) -> Any:
+    """Return the option that lets a command replace what exists; `text` says when that goes."""
+    return typer.Option(help=text, show_default=False, rich_help_panel=OUTPUT)
+
+
 # --- data -----------------------------------------------------------------------------------------
 
 Task = Annotated[
@@ -444,21 +449,9 @@ Tokens = Annotated[
     ),
 ]
 
-Force = Annotated[
-    bool,
-    typer.Option(
-        help="Replace an output that exists. It goes only when the new one is complete.",
-        show_default=False,
-        rich_help_panel=OUTPUT,
-    ),
-]
+Force = Annotated[bool, force_option("Replace an output that exists. It goes only when the new one is complete.")]
 TrainForce = Annotated[
-    bool,
-    typer.Option(
-        help="Replace an output that exists. It goes when the first checkpoint of the new run is complete.",
-        show_default=False,
-        rich_help_panel=OUTPUT,
-    ),
+    bool, force_option("Replace an output that exists. It goes when the first checkpoint of the new run is complete.")
 ]
 Json = Annotated[
     bool,

@@ -12,8 +12,9 @@ from typer.core import TyperCommand, TyperGroup
 
 import gatepress
 from gatepress.cli import bench, demo, evaluate, export, inspect, prune, report, sweep, train, verify
-from gatepress.cli._console import SIGNALS, Screen, Terminated, explain, is_first, leave, mend_streams
+from gatepress.cli._console import SIGNALS, Screen, Terminated, explain, leave, mend_streams
 from gatepress.cli._groups import spread
+from gatepress.cli._launched import wants_json
 from gatepress.cli._options import examples
 
 
@@ -49,7 +50,7 @@ class Verbs(TyperGroup):
         try:
             exit_code = super().main(arguments, *given, **settings)
         except (StoppedError, typer.Abort):
-            screen = Screen(sys.stdout, sys.stderr, as_json="--json" in arguments, quiet=False)
+            screen = _screen(arguments)
             kind, message, exit_code = explain(KeyboardInterrupt(), screen)
             screen.error(kind, message, exit_code)
         except OSError as error:  # help and errors of usage are printed outside of a session
@@ -65,6 +66,11 @@ class Verbs(TyperGroup):
         sys.exit(exit_code if isinstance(exit_code, int) else 0)
 
 
+def _screen(arguments: Sequence[str]) -> Screen:
+    """Return where to print outside of a session."""
+    return Screen(sys.stdout, sys.stderr, as_json=wants_json(arguments), quiet=False)
+
+
 def _wrong_usage(error: Any, arguments: Sequence[str]) -> int:
     """Print what is wrong with the request; return the exit code."""
     if type(error).__name__ == "NoArgsIsHelpError":
@@ -77,10 +83,8 @@ def _wrong_usage(error: Any, arguments: Sequence[str]) -> int:
     if "Input should be" in text:  # pydantic leaves out what it got
         options = getattr(getattr(error, "param", None), "opts", ())
         text += "".join(f", got {value!r}" for option, value in pairwise(arguments) if option in options)
-    prints = is_first() or verbs != ["train"]  # the one verb that launchers start
-    screen = Screen(sys.stdout, sys.stderr, as_json="--json" in arguments and prints, quiet=False)
     message = f"{text[:1].lower()}{text[1:]}{' See' if text.endswith('?') else '; see'} '{command} --help'"
-    screen.error("UsageError", message, int(error.exit_code))
+    _screen(arguments).error("UsageError", message, int(error.exit_code))
     return int(error.exit_code)
 
 

@@ -46,11 +46,7 @@ def demo(  # noqa: PLR0913 - every option is a parameter
     ] = Path("gatepress-demo"),
     force: Annotated[
         bool,
-        typer.Option(
-            help="Replace what an earlier demo left in the directory: each part when the new one is complete.",
-            show_default=False,
-            rich_help_panel=opt.OUTPUT,
-        ),
+        opt.force_option("Replace what an earlier demo left in the directory: each part when the new one is complete."),
     ] = False,
     shown: opt.Shown,
 ) -> None:

@@ -83,14 +83,7 @@ def sweep(  # noqa: PLR0913 - every option is a parameter
             "DIR", "Directory of the sweep; sweeps/TASK-MODEL unless given. One that exists is gone on with."
         ),
     ] = None,
-    force: Annotated[
-        bool,
-        typer.Option(
-            help="Start over: a sweep that lies in the directory goes at once.",
-            show_default=False,
-            rich_help_panel=opt.OUTPUT,
-        ),
-    ] = False,
+    force: Annotated[bool, opt.force_option("Start over: a sweep that lies in the directory goes at once.")] = False,
     shown: opt.Shown,
 ) -> None:
     """Find the sparsity that pays.

@@ -103,7 +103,7 @@ def _work(screen: Screen, target: Path, training: Callable[..., dict[str, Any]])
     try:
         result = training(progress=screen.progress)
     except KeyboardInterrupt:
-        if target.exists() and before is not None and _stamp(target) == before:
+        if before is not None and _stamp(target) == before:
             screen.interrupt_note = f"nothing was written, {target} is as it was{_hint(target)}"
         elif target.exists():
             screen.interrupt_note = f"the last complete checkpoint is in {target}{_hint(target)}"

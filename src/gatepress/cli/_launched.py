@@ -1,0 +1,16 @@
+"""Which processes print: launchers start several of one training, and stdout is to hold one object."""
+
+import os
+from collections.abc import Sequence
+
+LAUNCHED = "train"  # the one verb that launchers start
+
+
+def is_first() -> bool:
+    """Say whether this is the process that prints: launchers number the processes of one training."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def wants_json(arguments: Sequence[str]) -> bool:
+    """Say whether a command line that was not read to its end asks this process for an object on stdout."""
+    return "--json" in arguments and (is_first() or list(arguments[:1]) != [LAUNCHED])
