@@ -106,7 +106,7 @@ def train(run: Path, name: str, model: str, words: Sequence[object], options: ar
     report, settings = manifest["report"], manifest["settings"]
     asked = dict(itertools.pairwise(words))  # option -> the word behind it
     found = {"--max-train-samples": settings["data"]["max_train_samples"]}
-    found |= {f"--{name}": settings[name] for name in ("precision", "epochs", "seed")}
+    found |= {f"--{name}": settings[name] for name in ("precision", "epochs", "seed", "sparsity")}
     other = {name: value for name, value in found.items() if name in asked and asked[name] != value}
     if other:
         raise SystemExit(f"{run}: was trained with {other}, asked is {' '.join(map(str, words))}; remove it")

@@ -342,9 +342,7 @@ def main() -> None:
     experiment = EXPERIMENTS[options.experiment]
     paper = options.size == "paper" and not options.render
     models = models_of(options, experiment.models if paper else {})
-    tasks = options.task or (
-        experiment.tasks if paper else [t for t in TASKS if t in experiment.tasks or paper] or TASKS
-    )
+    tasks = options.task or (experiment.tasks if paper else [t for t in TASKS if t in experiment.tasks] or TASKS)
     keys = [
         (encoder, task, arm, seed)
         for seed in options.seed or (range(SEEDS) if paper else (0,))

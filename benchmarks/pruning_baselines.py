@@ -31,7 +31,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,6 +45,7 @@ from gatepress.checkpoint import open_base
 from gatepress.collapse import parameters_of
 from gatepress.distill import Teacher
 from gatepress.errors import GatepressError, ParityError
+from gatepress.hub import locate_model
 from gatepress.machine import cpu_name
 from gatepress.resolve import Layer, resolve
 from gatepress.tasks import task_named
@@ -277,7 +277,7 @@ def main() -> None:
         if keys and any(METHODS[method].prune_ is taylor_ for method in methods):
             torch_pruning()  # what is missing is found out now, not after hours of training
         for directory in models.values():
-            refuse_too_small(open_base(Path(directory), task_named(TASKS[0])), fractions)
+            refuse_too_small(open_base(locate_model(directory), task_named(TASKS[0])), fractions)
         load = lru_cache(maxsize=1)(partial(load_job, options=options))
         sweep(RESULTS / "pruning_baselines.json", keys, KEY, partial(cell, load=load), render)
     except GatepressError as error:

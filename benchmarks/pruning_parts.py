@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gatepress.collapse import attention_part
 from gatepress.errors import UsageError
 from gatepress.modeling_gatepress import VERSION, shrink_
 from gatepress.resolve import Layer, resolve
@@ -46,20 +47,10 @@ def refuse_too_small(model: Any, fractions: Iterable[float]) -> None:
 
 def prunable(model: Any, layers: list[Layer]) -> Any:
     """Return a copy whose attention follows the heads that its matrices have, and that computes the same."""
-    attentions = {}
-    for layer in layers:
-        inside = f"{layer.attention}."
-        width = layer.head_width
-        names = {role: layer.paths[role].removeprefix(inside) for role in "qkv"}
-        o = layer.paths["o"]
-        attentions[layer.attention] = {
-            **names,
-            "o": o.removeprefix(inside) if o.startswith(inside) else None,
-            "heads": list(range(layer.heads)),
-            "qk_width": width,
-            "vo_width": width,
-            "scale": width**-0.5,
-        }
+    attentions = {
+        one.attention: attention_part(one, list(range(one.heads)), one.head_width, one.head_width, uniform=False)
+        for one in layers
+    }
     smaller = copy.deepcopy(model)
     shrink_(smaller, {"version": VERSION, "linears": {}, "attentions": attentions})
     return smaller

@@ -129,6 +129,24 @@ def test_a_run_whose_base_is_gone_says_so(here, train_on, tiny_model_dir):
         refused(here, [verb, "run"], 1, r"^run: the model that it was trained on is missing; .*/base: is not there")
 
 
+def test_a_run_finds_a_base_that_was_moved(here, train_on, tiny_model_dir, monkeypatch):
+    """Also below a run that was moved, and never another model of that name."""
+    shutil.copytree(tiny_model_dir("bert"), here / "base")
+    assert run(*train_on("good.csv", "-o", "full", "--model", "base", "--method", "full")).exit_code == 0
+    assert run(*train_on("good.csv", "-o", "run", "--model", "full")).exit_code == 0
+    before = run("evaluate", "run", "--json").stdout
+    for folder, name in (("models", "base"), ("runs", "full")):
+        (here / folder).mkdir()
+        (here / name).rename(here / folder / name)
+        refused(here, ["prune", "run"], 1, r"is missing; .* if it was moved, set GATEPRESS_MODELS to the folder")
+    monkeypatch.setenv("GATEPRESS_MODELS", os.pathsep.join([str(here / "nowhere"), "models", "runs"]))
+    assert run("evaluate", "run", "--json").stdout == before
+    assert run("prune", "run", "-o", "cut", "--sparsity", "0.6", "--recover-epochs", "1").exit_code == 0
+    shutil.rmtree(here / "models" / "base")
+    shutil.copytree(tiny_model_dir("roberta"), here / "models" / "base")
+    refused(here, ["evaluate", "run"], 1, "^runs/full: was trained on other weights of .*/base' than")
+
+
 def test_unknown_task(here):
     message = r"--task is 'sst3', no task of that name; did you mean sst2\? known: cola, .*demo"
     refused(here, ["train", "--task", "sst3", "--model", "demo"], 2, message)
@@ -384,8 +402,7 @@ def test_other_numbers_out_of_range(here, train_on, option, value, expected):
 
 @pytest.mark.parametrize("option", ["--model", "--data-dir"])
 def test_nobody_s_home(here, train_on, option):
-    told = {"--model": (1, "nobody-here"), "--data-dir": (2, "no such user's home")}[option]
-    refused(here, train_on("good.csv", option, "~nobody-here/x"), *told)
+    refused(here, train_on("good.csv", option, "~nobody-here/x"), 2, "^~nobody-here/x: there is no such user's home")
 
 
 def test_no_gpu(here, train_on, made):

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiny
 from gatepress import bench, machine
-from gatepress.bench import endtoend, matmul, render, tables, timing
+from gatepress.bench import endtoend, figures, matmul, render, tables, timing
 from gatepress.bench.record import MAX_SAMPLES, Record, latencies, relative_to
 from gatepress.config import DataSettings
 from gatepress.errors import (
@@ -28,6 +29,7 @@ from gatepress.errors import (
     UsageError,
 )
 from gatepress.machine import cpu_name
+from gatepress.models import open_tokenizer
 from gatepress.progress import NoProgress
 from gatepress.runners import TorchRunner
 from gatepress.runtime import open_runner
@@ -344,7 +346,7 @@ def test_wrong_grids_are_refused_before_anything_is_opened(changes, message):
         endtoend.run(**{"targets": ["nowhere"], **SMALL, **changes})
 
 
-def test_a_task_is_timed_as_passes_over_all_its_rows(fakes, tiny_task_files, tiny_classifier_dir):
+def test_a_task_is_timed_as_passes_over_all_its_rows(fakes, tiny_task_files, tiny_classifier_dir, tmp_path):
     files = tiny_task_files
     data = DataSettings(
         train_file=str(files.train),
@@ -364,6 +366,12 @@ def test_a_task_is_timed_as_passes_over_all_its_rows(fakes, tiny_task_files, tin
     assert all("labels" not in batch for batch in runner.seen)
     assert len(log) == 10 * (1 + 1 + 2)  # fitting, warm-up, two timed passes
     assert one.macs == sum(batch["input_ids"].shape[0] * batch["input_ids"].shape[1] ** 2 for batch in runner.seen)
+
+    tokenizer = open_tokenizer(tiny_classifier_dir("bert"))
+    tokenizer.model_max_length = 7
+    tokenizer.save_pretrained(tmp_path / "short")
+    fakes(FakeRunner("a", log, tokenizer_dir=tmp_path / "short"))
+    assert endtoend.run(["a"], data=data, batch_sizes=[10], repetitions=1)[0].max_length == 7
 
     fakes(FakeRunner("file.onnx", []))
     with pytest.raises(ModelError, match=r"^file.onnx: no tokenizer beside it"):
@@ -525,12 +533,14 @@ def test_tables_show_work_and_type_where_they_are_known_and_differ():
 
 @pytest.mark.parametrize("value", [0.0123, 0.123, 1.23, 12.3, 99.94])
 def test_milliseconds_have_three_digits(value):
-    assert len(tables.ms(value).replace(".", "").lstrip("0")) == 3
-    assert float(tables.ms(value)) == pytest.approx(value, rel=1e-2)
+    assert len(tables.three_digits(value).replace(".", "").lstrip("0")) == 3
+    assert float(tables.three_digits(value)) == pytest.approx(value, rel=1e-2)
 
 
 def test_long_times_are_whole_milliseconds():
-    assert [tables.ms(value) for value in (99.96, 123.4, 12345.6)] == ["100", "123", "12,346"]
+    assert [tables.three_digits(value) for value in (99.96, 123.4, 12345.6)] == ["100", "123", "12,346"]
+    (table,) = tables.tables([relative_to(record(macs=2_224_000_000_000), record())])
+    assert "2,224" in table.rows[0]
 
 
 @pytest.mark.parametrize(
@@ -593,6 +603,14 @@ def test_lines_are_labelled_with_what_they_save(tmp_path, matmul_records):
     assert (tmp_path / "b.svg").read_text() == text
     render.plot(matmul_records, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_point_is_in_the_picture():
+    dense = record(what="matmul", kind="dense", shape=(4, 4), seq_len=8, sparsity=0.0)
+    most = record(what="matmul", kind="index", shape=(4, 4), seq_len=8, sparsity=0.99)
+    figure = Figure()
+    figures._lines(figure, [[dense, relative_to(most, dense)]])
+    assert figure.axes[0].get_xlim()[1] > 99
 
 
 def test_bars_are_labelled_with_their_factor(tmp_path):

@@ -265,6 +265,26 @@ def test_malformed_manifest_is_refused(forms, change, tmp_path: Path) -> None:
         evaluate(tmp_path / "onnx")
 
 
+def test_the_rows_of_an_export_are_found_from_anywhere(tiny_classifier_dir, tiny_task_files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copyfile(tiny_task_files.validation, "rows.csv")
+    shutil.copytree(tiny_classifier_dir("bert"), "model")
+    rows = {"text_column": "text", "label_column": "label"}
+    export("~/model", tmp_path / "onnx", quantize="int8", data=DataSettings(validation_file="rows.csv", **rows))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    there = evaluate("../onnx")
+    assert there == evaluate("~/onnx", data=DataSettings(validation_file="~/rows.csv", **rows))
+    assert there["examples"] == 96
+
+
+def test_real_rows_are_compared_however_a_run_is_named(forms, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(forms.run.parent))
+    shapes = export(f"~/{forms.run.name}", tmp_path / "a")["shapes"]
+    assert shapes == export(forms.run, tmp_path / "b")["shapes"]
+
+
 def test_sizes_below_one_are_refused(forms) -> None:
     with pytest.raises(UsageError, match="--batch-size is 0"):
         evaluate(forms.run, batch_size=0)

@@ -23,7 +23,7 @@ from gatepress import export as exporting
 from gatepress import tracing
 from gatepress.checkpoint import load_run
 from gatepress.config import Granularity, Layout
-from gatepress.errors import ModelError, OutputError, ParityError, UsageError
+from gatepress.errors import ArtifactError, ModelError, OutputError, ParityError, UsageError
 from gatepress.export import export
 from gatepress.models import load_pruned, save_tokenizer
 from gatepress.pruning import prune
@@ -206,6 +206,14 @@ def test_result_says_what_was_written(bert) -> None:
 def test_options_out_of_range_are_refused(options, words, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=words):
         export("no-such-model", tmp_path / "onnx", **options)
+
+
+def test_an_operator_set_that_is_too_new_is_told(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"no graph")
+    with pytest.raises(UsageError, match=r"^--opset is 99, of which torch makes no graph that ONNX Runtime loads"):
+        exporting._opened(tmp_path / "model.onnx", 99)
+    with pytest.raises(ArtifactError, match=r"model\.onnx"):
+        exporting._opened(tmp_path / "model.onnx", None)
 
 
 def test_disagreement_keeps_nothing_and_harms_nothing(bert, tmp_path: Path, monkeypatch) -> None:

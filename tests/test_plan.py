@@ -110,8 +110,10 @@ def test_only_zeros_on_the_residual_side_leave_a_choice() -> None:
     opened = gated_model("bert", "matrix", closed=0)
     for _, gate in gates_of(opened):
         assert gate.mask.all()
-    answers = [chooses(live_parts(model, resolve(model))) for model in (structured, matrix, opened)]
-    assert answers == [False, True, False]
+    without = gated_model("bert", "structured")  # queries in one layer: nothing of them is left to choose for
+    gated_linear(without, resolve(without)[0], "q").gate_out.mask.zero_()
+    answers = [chooses(live_parts(model, resolve(model))) for model in (structured, matrix, opened, without)]
+    assert answers == [False, True, False, False]
 
 
 def test_the_plan_says_what_was_there_what_is_kept_and_what_it_should_gain() -> None:

@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from forms import settings_for
-from gatepress import training
+from gatepress import recovery, training
 from gatepress.checkpoint import load_run, read_run
 from gatepress.cli.app import app
 from gatepress.config import BudgetUnit, Granularity
+from gatepress.costs import analytic, save
 from gatepress.errors import ArtifactError, UsageError
 from gatepress.evaluation import evaluate
 from gatepress.export import export
@@ -239,10 +241,42 @@ def test_several_sparsities_on_the_command_line(run: Path, tmp_path: Path) -> No
         (["--recover-epochs", "1"], "--recover-epochs trains on at another sparsity"),
         (["-s", "0.2", "--recover-epochs", "-1"], "--recover-epochs is -1"),
         (["-s", "0.2,0.3", "--dry-run"], "--dry-run plans one size"),
+        (["-s", "0.2,0.3", "-o", "."], "-o is ., expected a name to which several sizes can be added"),
     ],
 )
 def test_wrong_sizes_are_one_line(options: list[str], message: str, run: Path, tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["prune", str(run), *options, "-o", str(tmp_path / "x")])
+    result = CliRunner().invoke(app, ["prune", str(run), "-o", str(tmp_path / "x"), *options])
     assert result.exit_code == 2
     assert message in result.stderr
     assert not any(tmp_path.iterdir())
+
+
+def test_a_table_that_does_not_fit_is_told_before_the_training(run: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(recovery, "train", lambda *_, **__: pytest.fail("it was trained first"))
+    save(analytic("cuda"), tmp_path / "cuda.json")
+    with pytest.raises(UsageError, match="is of cuda, but --for is ort-cpu"):
+        prune_each(run, {0.6: tmp_path / "x"}, recover_epochs=1, latency_table=tmp_path / "cuda.json")
+    with pytest.raises(ArtifactError, match=r"typo\.json: no such file"):
+        prune_each(run, {0.6: tmp_path / "x"}, recover_epochs=1, latency_table=tmp_path / "typo.json")
+
+
+def test_what_was_pruned_when_it_was_stopped_is_told(run: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recovery, "train", stop)
+    line = ["prune", str(run), "-s", "0.2,0.5", "--recover-epochs", "1", "-o", str(tmp_path / "x")]
+    result = CliRunner().invoke(app, line)
+    assert result.exit_code == 130
+    assert "interrupted; the sizes that were complete by then are written" in result.stderr
+
+
+def test_what_a_gpu_trained_recovers_without_one(run: Path, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run/gatepress_run.json"
+    value = json.loads(path.read_text())
+    value["settings"]["device"] = "cuda"
+    path.write_text(json.dumps(value))
+    assert prune_each(tmp_path / "run", {0.6: tmp_path / "x"}, recover_epochs=1)[0]["recovery"]["steps"] > 0

@@ -339,6 +339,13 @@ def test_a_sweep_that_timed_nothing_shows_what_is_removed(tmp_path):
     assert "At the knee, gates+lora 0.5 does 49.0% less work than full" in shown.text
 
 
+def test_a_sweep_without_metrics_has_no_picture(tmp_path):
+    value = sweep_manifest(sweep_reports(1), timed=False)
+    for row in value["summary"]:
+        row.update(dict.fromkeys(("metric_median", "metric_min", "metric_max")))
+    assert "tradeoff" not in page(tmp_path, write(tmp_path / "sweep", "sweep.json", value)).sections
+
+
 def test_a_sweep_of_one_point_has_no_picture(tmp_path):
     one = dict(list(sweep_reports(1).items())[:1])
     directory = write(tmp_path / "sweep", "sweep.json", sweep_manifest(one, timed=False))

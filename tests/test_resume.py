@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from gatepress.files import RUN_FILE, replace_file
 from gatepress.progress import NoProgress
 from gatepress.pruning import prune
 from gatepress.resume import uninterrupted
+from gatepress.tasks.sources import load_rows
 from gatepress.training import resume, train
 
 ModelDir = Callable[[str], Path]
@@ -183,6 +185,28 @@ def test_what_an_older_release_began_has_as_many_epochs_as_it_was_to_have(half: 
     path.write_text(json.dumps(manifest))
     resume(half)
     assert_same(half, whole)
+
+
+def test_what_a_gpu_began_goes_on_without_one(half: Path, caplog: pytest.LogCaptureFixture) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    path = half / RUN_FILE
+    manifest = json.loads(path.read_text())
+    manifest["settings"]["device"] = "cuda"
+    path.write_text(json.dumps(manifest))
+    assert resume(half)["steps"] == read_run(half).step
+    assert "the run was trained on cuda, which is not here" in caplog.text
+
+
+def test_loading_is_part_of_a_training(
+    settings: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*given: Any, **named: Any) -> Any:
+        time.sleep(2)
+        return load_rows(*given, **named)
+
+    monkeypatch.setattr(training, "load_rows", slow)
+    assert train(settings, tmp_path / "run")["train_seconds"] >= 2
 
 
 def test_seconds_add_up(half: Path) -> None:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import forms
 from gatepress import sweep, training
@@ -21,7 +22,7 @@ from gatepress.bench.record import Record, latencies
 from gatepress.bench.summary import Cell, knee, summarize
 from gatepress.checkpoint import read_run
 from gatepress.config import TrainSettings
-from gatepress.errors import MissingExtraError, ModelError, OutputError, UsageError
+from gatepress.errors import ArtifactError, MissingExtraError, ModelError, OutputError, UsageError
 from gatepress.progress import NoProgress
 
 DOCUMENT = Path(__file__).parents[1] / "docs/json-contract.md"
@@ -251,6 +252,24 @@ def test_other_settings_are_refused(settings, trained, tmp_path, changes, messag
     assert (tmp_path / "sweep/sweep.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("what", ["rows", "weights"])
+def test_figures_of_other_rows_or_weights_are_not_added(settings, trained, tmp_path, what):
+    data, model = settings.data, shutil.copytree(settings.model, tmp_path / "model")
+    rows = shutil.copyfile(data.validation_file, tmp_path / "rows.csv")
+    own = replace(settings, model=str(model), data=replace(data, validation_file=str(rows)))
+    grid = {"methods": ["lora"], "plot": False}
+    run(own, tmp_path / "sweep", **grid)
+    if what == "rows":
+        rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:-80]))
+    else:
+        weights = load_file(model / "model.safetensors")
+        save_file({key: value * 1.01 for key, value in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ArtifactError, match=rf"lora-s0-seed0: the {what}.* have changed since the run began"):
+        run(own, tmp_path / "sweep", **{**grid, "seeds": 2})
+    assert trained == ["lora-s0-seed0"]
+    run(own, tmp_path / "sweep", **grid, force=True)
+
+
 @pytest.mark.usefixtures("never")
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("text", [None, "{}", '{"format": "gatepress-run", "version": 1}'])
@@ -271,6 +290,7 @@ def test_a_foreign_directory_is_not_touched(settings, tmp_path, text, force):
         ({"methods": ["magic"]}, UsageError("--method is 'magic'")),
         ({"methods": []}, UsageError("--method is empty")),
         ({"sparsities": [0.5, 1.0]}, UsageError("--sparsity is 1.0")),
+        ({"sparsities": [0.5, 0.50000001]}, UsageError("fractions too near to each other")),
         ({"seeds": 0}, UsageError("--seeds is 0")),
         ({"batch_sizes": [0]}, UsageError("--bench-batch-size is 0")),
         ({"repetitions": 0}, UsageError("--repetitions is 0")),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import ANY
 
 import numpy as np
 import onnx
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
-from forms import save_run
+from forms import save_run, settings_for
 from gatepress.cli.app import app
 from gatepress.errors import ArtifactError, GatepressError
 from gatepress.export import export
@@ -23,6 +24,7 @@ from gatepress.graph import check_graph
 from gatepress.models import load_pruned, open_tokenizer
 from gatepress.pruning import prune
 from gatepress.runtime import open_runner
+from gatepress.training import train
 from gatepress.verifying import verify
 
 KINDS = ("run", "pruned", "onnx")
@@ -198,6 +200,18 @@ def test_another_base_is_found_and_a_missing_one_is_told(
     found = verify(run)
     assert found["ok"]
     assert str(base) in found["skipped"][0]
+
+
+def test_a_missing_base_below_a_base_is_told_too(tiny_model_dir: Any, tiny_task_files: Any, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_model_dir("bert"), tmp_path / "base")
+    full, run = tmp_path / "full", tmp_path / "run"
+    train(settings_for(base, tiny_task_files, method="full", epochs=1), full)
+    train(settings_for(full, tiny_task_files, epochs=1), run)
+    assert verify(run) == {**verify(run), "ok": True, "skipped": []}
+    shutil.rmtree(base)
+    assert verify(run) == {**verify(run), "ok": True, "skipped": [ANY]}
+    (full / "gatepress_run.json").write_text("{}")
+    assert not verify(run)["ok"]
 
 
 def test_a_bare_graph_is_run(made: SimpleNamespace, tmp_path: Path) -> None:

@@ -27,6 +27,11 @@ Row = dict[str, npt.NDArray[np.generic]]
 Batch = dict[str, torch.Tensor]
 
 
+def fitting(asked: int, most: int | None, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return at how many tokens texts are cut: as `asked`, or what the model (None: not known) or tokenizer takes."""
+    return min(asked, most or asked, int(tokenizer.model_max_length))
+
+
 def tokenize(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> datasets.Dataset:
     """Return `input_ids`, `attention_mask`, `token_type_ids` (where the tokenizer has them) and `label`.
 

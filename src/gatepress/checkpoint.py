@@ -348,7 +348,7 @@ def clear_(directory: Path, manifest: RunManifest) -> None:
     for kind in ("gates-*.safetensors", "state-*.safetensors", ".gates-*", ".state-*", f".{RUN_FILE}.*"):
         for old in directory.glob(kind):
             if old.name not in named:
-                old.unlink()
+                old.unlink(missing_ok=True)  # each of several processes may come here
 
 
 class RunWriter:

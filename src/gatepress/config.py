@@ -89,6 +89,12 @@ class DataSettings:
             problems.append("no data: give --task NAME, or --train-file and --validation-file")
         refuse(problems)
 
+    def absolute(self) -> "DataSettings":
+        """Return the settings with paths made absolute: what a manifest names is read from anywhere."""
+        paths = {name: getattr(self, name) for name in _PATHS}
+        changed: dict[str, Any] = {name: _absolute(path) for name, path in paths.items() if path}
+        return replace(self, **changed)
+
 
 _PATHS = ("data_dir", "train_file", "validation_file", "unlabelled_file")  # of rows
 _FRACTION = "a fraction of at least 0 and "
@@ -257,12 +263,9 @@ class TrainSettings:
 
     def absolute(self) -> "TrainSettings":
         """Return the settings with local paths made absolute: a run is used from anywhere."""
-        values = {name: getattr(self.data, name) for name in _PATHS}
-        moved: dict[str, Any] = {name: _absolute(value) for name, value in values.items() if value}
-        data = replace(self.data, **moved)
         start = _absolute(self.start) if self.start else None
         model = _absolute(self.model) if self.model != "demo" and _is_directory(self.model) else self.model
-        return replace(self, data=data, model=model, start=start)
+        return replace(self, data=self.data.absolute(), model=model, start=start)
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings as plain JSON values."""

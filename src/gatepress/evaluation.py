@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gatepress.batches import PROBE_ROWS, make_loader, probe_batch, tokenize
+from gatepress.batches import PROBE_ROWS, fitting, make_loader, probe_batch, tokenize
 from gatepress.checkpoint import OTHER_CLASSES
 from gatepress.config import Arithmetic, DataSettings, refuse_below
 from gatepress.errors import ArtifactError, ModelError, UsageError
@@ -109,13 +109,10 @@ def basis_of(  # noqa: PLR0913 - what `evaluate` is asked of its rows
     """Return the validation rows, tokenizer and length that fit an open model; raises as `evaluate`."""
     manifest = runner.manifest or {}
     spec = TaskSpec.from_json(manifest["task"]) if manifest.get("task") else None
-    settings = data or replace(_settings(manifest.get("data"), target), **(changes or {}))
-    asked = max_length or manifest.get("max_length") or MAX_LENGTH
-    if not isinstance(asked, int):
-        raise ArtifactError(f"{target}: max_length in the manifest is {asked!r}; give --max-length TOKENS")
+    settings = (data or replace(_settings(manifest.get("data"), target), **(changes or {}))).absolute()
     tokenizer = _tokenizer_of(runner, target, trust_remote_code=trust_remote_code)
     rows = load_rows(settings, splits="validation", spec=spec, classes=runner.label_names)
-    return Basis(settings, rows, tokenizer, asked)
+    return Basis(settings, rows, tokenizer, max_length or manifest.get("max_length") or MAX_LENGTH)
 
 
 def _tokenizer_of(runner: Runner, target: str | Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -131,7 +128,7 @@ def _tokenizer_of(runner: Runner, target: str | Path, *, trust_remote_code: bool
 def probe_rows(basis: Basis, runner: Runner) -> dict[str, npt.NDArray[np.int64]]:
     """Return the first validation rows as one batch."""
     rows = next(iter(basis.rows.validation.values()))
-    tokens = _fitting(basis.max_length, runner, basis.tokenizer)
+    tokens = fitting(basis.max_length, runner.max_tokens, basis.tokenizer)
     few = tokenize(rows.select(range(min(PROBE_ROWS, len(rows)))), basis.tokenizer, tokens)
     return {name: value.numpy() for name, value in probe_batch(few, basis.tokenizer).items()}
 
@@ -152,7 +149,7 @@ def evaluate_runner(  # noqa: PLR0913 - each is a dial of the measurement
             f"{runner.name}: has {runner.num_labels} outputs, but {spec.name} needs {spec.num_labels}; "
             "give the data it was trained for, or a model for this task"
         )
-    tokens = _fitting(max_length, runner, tokenizer)
+    tokens = fitting(max_length, runner.max_tokens, tokenizer)
     loaders = {
         name: make_loader(tokenize(split, tokenizer, tokens), tokenizer, batch_size, shuffle=False, seed=0)
         for name, split in rows.validation.items()
@@ -231,10 +228,6 @@ def _settings(data: Any, target: str | Path) -> DataSettings:
         return DataSettings(**data)
     except (TypeError, UsageError) as error:
         raise ArtifactError(f"{target}: data in the manifest is malformed ({error}); give --task NAME") from None
-
-
-def _fitting(max_length: int, runner: Runner, tokenizer: PreTrainedTokenizerBase) -> int:
-    return min(max_length, runner.max_tokens or max_length, int(tokenizer.model_max_length))
 
 
 def _columns(runner: Runner, spec: TaskSpec) -> list[int]:

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 from gatepress.agreement import compare, quantized_difference, random_batches
 from gatepress.checkpoint import PROBE_FILE, read_probe
 from gatepress.config import MAX_LOGIT_DIFF, METRIC_ROUNDING, DataSettings
-from gatepress.errors import GatepressError, MetricDropError, UsageError
+from gatepress.errors import ArtifactError, GatepressError, MetricDropError, UsageError
 from gatepress.evaluation import Basis, basis_of, evaluate_runner, probe_rows
 from gatepress.families import dense_type
-from gatepress.files import ONNX_FILE, check_output, json_text, new_directory, sha256_of
+from gatepress.files import ONNX_FILE, check_output, expanded, json_text, new_directory, sha256_of
 from gatepress.graph import opset_of
 from gatepress.manifests import ONNX_FORMAT, ONNX_MODEL
 from gatepress.models import model_errors, open_tokenizer, save_tokenizer
@@ -65,7 +65,8 @@ def export(  # noqa: PLR0913 - every option of the command is one
     rows = {name: value for name, value in (asdict(data) if data else changes or {}).items() if value is not None}
     if rows and not quantize:
         raise UsageError("data options say what the metric of --quantize int8 is measured on; give that with them")
-    check_output(output, force=force, reads=(source,))
+    path = expanded(str(source))
+    check_output(output, force=force, reads=(path,))
     runner = open_runner(source, trust_remote_code=trust_remote_code)
     if not isinstance(runner, TorchRunner):
         raise UsageError(f"{source}: is ONNX already; give the directory that it was exported from")
@@ -74,9 +75,9 @@ def export(  # noqa: PLR0913 - every option of the command is one
     needed = bool(rows) or max_metric_drop is not None
     asked: dict[str, Any] = {"data": data, "changes": changes, "trust_remote_code": trust_remote_code}
     basis = _basis(runner, source, needed=needed, **asked) if quantize and measure else None
-    kept = runner.kind == "run" and (Path(source) / PROBE_FILE).is_file()
+    kept = runner.kind == "run" and (path / PROBE_FILE).is_file()
     random = random_batches(runner)
-    real: list[Batch] = [_kept_rows(runner, Path(source))] if kept else [probe_rows(basis, runner)] if basis else []
+    real: list[Batch] = [_kept_rows(runner, path)] if kept else [probe_rows(basis, runner)] if basis else []
     with new_directory(output, force=force) as staged:
         model_file = staged / ONNX_MODEL
         write_onnx(runner.model, model_file, opset=opset)
@@ -85,7 +86,7 @@ def export(  # noqa: PLR0913 - every option of the command is one
             tokenizer = open_tokenizer(runner.tokenizer_dir, trust_remote_code=trust_remote_code)
             bound = save_tokenizer(tokenizer, staged)
         (staged / "config.json").write_text(json_text(_config(runner.model)), encoding="utf-8")
-        exact = open_runner(model_file)
+        exact = _opened(model_file, opset)
         checked = compare(runner, exact, [*random, *real], max_diff)
         smaller: dict[str, Any] = {}
         if quantize:
@@ -138,6 +139,19 @@ def export(  # noqa: PLR0913 - every option of the command is one
         refuse_unsound(manifest)
         (staged / ONNX_FILE).write_text(json_text(manifest), encoding="utf-8")
     return {**report, "head_is_random": runner.head_is_random, "output_dir": str(output)}
+
+
+def _opened(file: Path, opset: int | None) -> Runner:
+    """Open what was exported; `UsageError` where an operator set that was asked for is too new for that."""
+    try:
+        return open_runner(file)
+    except ArtifactError as error:
+        if opset is None:
+            raise
+        raise UsageError(
+            f"--opset is {opset}, of which torch makes no graph that ONNX Runtime loads in these versions; "
+            "give a smaller one, or leave it out"
+        ) from error
 
 
 def _basis(runner: Runner, source: str | Path, *, needed: bool, **asked: Any) -> Basis | None:

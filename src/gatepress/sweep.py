@@ -6,6 +6,7 @@ Then the first seed of every point is pruned, exported and timed, all of them by
 """
 
 import contextlib
+import functools
 import json
 import logging
 import multiprocessing
@@ -29,16 +30,19 @@ from gatepress.bench import endtoend
 from gatepress.bench.record import Record
 from gatepress.bench.render import markdown
 from gatepress.bench.summary import Cell, density, summarize, table
-from gatepress.checkpoint import dense_base, read_run
+from gatepress.checkpoint import RunManifest, dense_base, read_run
 from gatepress.config import DEFAULT_TARGET, METHODS, Method, Target, TrainSettings, refuse, refuse_below, spelled
 from gatepress.errors import ArtifactError, MissingExtraError, ModelError, OutputError, UsageError
 from gatepress.export import export
 from gatepress.files import RUN_FILE, check_output, json_text, read_json, refuse_held, replace_file, temporary_directory
 from gatepress.hub import locate_model
 from gatepress.manifests import SWEEP_FILE, SWEEP_FORMAT, read_manifest
+from gatepress.models import model_files
 from gatepress.progress import NoProgress, Progress
 from gatepress.pruning import prune
+from gatepress.resume import refuse_other
 from gatepress.runners import max_tokens
+from gatepress.tasks.sources import load_rows
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -101,7 +105,9 @@ def run(  # noqa: PLR0913 - every option of the command is one
     sweep = _Sweep(output, wanted, _as_json({**asked, "target": target, **measuring}))
     sweep.records = _timed_before(output, sweep.settings, force=force)
     if not force:
-        sweep.reports = {cell: report for cell in wanted if (report := _finished(sweep.run_dir(cell), wanted[cell]))}
+        done = {cell: run for cell in wanted if (run := _finished(sweep.run_dir(cell), wanted[cell]))}
+        _refuse_changed({sweep.run_dir(cell): run for cell, run in done.items()})
+        sweep.reports = {cell: run.report for cell, run in done.items()}
     longest = max_tokens(read_json(_located(settings) / "config.json"))
     endtoend.refuse_longer(settings.model, longest, max(seq_lens))
     try:
@@ -293,6 +299,8 @@ def _cells(
             dense = replace(settings, **_meaningless(method, settings), method=method, sparsity=0.0, seed=seed)
             for sparsity in sparsities if dense.gated else (0.0,):
                 wanted[Cell(method, sparsity, seed)] = replace(dense, sparsity=sparsity).absolute()
+    if len({cell.name for cell in wanted}) < len(wanted):
+        raise UsageError("--sparsity names fractions too near to each other for a run each; round them")
     return wanted
 
 
@@ -321,8 +329,8 @@ def _meaningless(method: Method, settings: TrainSettings) -> dict[str, Any]:
     return unset
 
 
-def _finished(directory: Path, wanted: TrainSettings) -> dict[str, Any] | None:
-    """Return the report of a finished run; `UsageError` where it was trained with other settings."""
+def _finished(directory: Path, wanted: TrainSettings) -> RunManifest | None:
+    """Return the manifest of a finished run; `UsageError` where it was trained with other settings."""
     try:
         manifest = read_run(directory)
     except ArtifactError:
@@ -330,7 +338,16 @@ def _finished(directory: Path, wanted: TrainSettings) -> dict[str, Any] | None:
     there = _as_json(manifest.settings.to_json())
     unasked = {name: there[name] for name in LEFT_OPEN if getattr(wanted, name) is None}  # a run says what it took
     _refuse_other(directory, there, {**_as_json(wanted.to_json()), **unasked})
-    return manifest.report if manifest.status == "finished" else None
+    return manifest if manifest.status == "finished" else None
+
+
+def _refuse_changed(runs: dict[Path, RunManifest]) -> None:
+    """Raise `ArtifactError` where rows or base are no longer those of finished runs: what is added must compare."""
+    fingerprint = functools.cache(lambda data: load_rows(data).fingerprint)
+    weights = functools.cache(lambda model, revision: model_files(locate_model(model, revision)))
+    for directory, run in runs.items():
+        base = weights(run.settings.model, run.settings.revision)
+        refuse_other(directory, run, replace(run, data_fingerprint=fingerprint(run.settings.data), base_sha256=base))
 
 
 def train_or_resume(settings: TrainSettings, output: Path) -> dict[str, Any]:

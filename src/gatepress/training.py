@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from gatepress.agreement import agree
-from gatepress.batches import left_of_epoch, make_loader, probe_batch, tokenize
+from gatepress.batches import fitting, left_of_epoch, make_loader, probe_batch, tokenize
 from gatepress.budget import budget_of
 from gatepress.checkpoint import (
     RunManifest,
@@ -47,7 +48,7 @@ from gatepress.resolve import Layer
 from gatepress.resume import Resumable, make_optimizer, read_state, refuse_other, uninterrupted
 from gatepress.rotation import bases_of, turn_
 from gatepress.runners import input_names, max_tokens
-from gatepress.runtime import torch_device
+from gatepress.runtime import device_here, torch_device
 from gatepress.schema import refuse_unsound
 from gatepress.tasks import TaskSpec
 from gatepress.tasks.sources import load_rows
@@ -62,7 +63,6 @@ MAX_GRADIENT_NORM = 1.0
 LOSS_EVERY = 5  # steps: reading the loss waits for the device
 ROTATION_ROWS = 1_024  # whose second moments choose the bases of heads: the time of some ten steps
 BF16_LENGTHS = 8  # lengths are multiples of it in bf16: CPUs compile each shape, GPUs have units of that size
-SHORT = 512  # tokens that any encoder takes, where its configuration names no limit
 
 
 def train(
@@ -91,7 +91,8 @@ def resume(output: Path, *, progress: Progress | None = None) -> dict[str, Any]:
         logger.info("%s is finished: nothing is left to train, this is its report", output)
         return {**manifest.report, "output_dir": str(output)}
     state = read_state(output, manifest)
-    began = replace(manifest.settings, epochs=manifest.settings.epochs or manifest.report.get("epochs"))
+    epochs = manifest.settings.epochs or manifest.report.get("epochs")
+    began = replace(manifest.settings, epochs=epochs, device=device_here(manifest.settings.device))
     job = _prepare(began, resumed=True)
     refuse_other(output, manifest, job.manifest)
     job.restore_(output, manifest, state)
@@ -148,11 +149,8 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
 
     With `resumed` what another run trained (`settings.start`) is not looked for: it is in the checkpoint.
     """
-    processes = Processes.here(torch_device(settings.device))
-    if settings.batch_size < processes.count:
-        raise UsageError(
-            f"--batch-size is {settings.batch_size}, expected at least 1 row for each of {processes.count} processes"
-        )
+    began = time.perf_counter()
+    processes = _processes(settings)
     set_seed(settings.seed)
     rows = load_rows(settings.data)  # first: what is wrong here is found without a download
     refuse_unsound({"settings": settings.to_json(), "task": rows.spec.to_json()})
@@ -178,7 +176,7 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
     kinds = trained(model, settings)
     mark_trainable_(kinds)
 
-    tokens = min(settings.max_length, max_tokens(model.config.to_dict()) or SHORT, int(tokenizer.model_max_length))
+    tokens = fitting(settings.max_length, max_tokens(model.config.to_dict()), tokenizer)
     labelled = _present(rows.train)
     every = labelled if rows.unlabelled is None else concatenate_datasets([labelled, rows.unlabelled])
     train_rows = tokenize(every, tokenizer, tokens)
@@ -231,6 +229,7 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
         "curve": [],
     }
     return _Job(
+        started=began,
         settings=settings,
         spec=rows.spec,
         processes=processes,
@@ -273,6 +272,16 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
             versions=versions(*MADE_WITH),
         ),
     )
+
+
+def _processes(settings: TrainSettings) -> Processes:
+    """Return those that train together; `UsageError` where a batch has no row for each of them."""
+    processes = Processes.here(torch_device(settings.device))
+    if settings.batch_size < processes.count:
+        raise UsageError(
+            f"--batch-size is {settings.batch_size}, expected at least 1 row for each of {processes.count} processes"
+        )
+    return processes
 
 
 def _tokenizer_of(base: Path, model: Any) -> Any:

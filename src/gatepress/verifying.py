@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gatepress.checkpoint import PROBE_FILE, load_run, read_probe, read_run
+from gatepress.checkpoint import PROBE_FILE, RunManifest, dense_base, load_run, read_probe, read_run
 from gatepress.errors import ArtifactError, GatepressError
 from gatepress.files import ONNX_FILE, PRUNED_FILE, RUN_FILE
 from gatepress.graph import check_graph, describe, read_graph
@@ -82,12 +82,21 @@ def _run(path: Path, found: Findings) -> None:
     run = None if found.faults else found.check(f"{RUN_FILE}: fields", read_run, path)
     if run is None:
         return
-    if base_of(run.settings) is None:
+    if _dense_base(run) is None:
         found.skipped.append(f"base model {run.settings.model}, shapes and logits: it is not on this disk")
         return
     model = found.check("base model: sha256, and the shapes of all that was trained on it", _load_offline, path)
     if model is not None:
         found.check(f"logits of {PROBE_FILE}: finite", _finite_on_probe, model, path)
+
+
+def _dense_base(run: RunManifest) -> Path | None:
+    """Return the model below all runs that this one stands on; a broken one of these is a fault of loading."""
+    base = base_of(run.settings)
+    try:
+        return dense_base(base, base_of)
+    except ArtifactError:
+        return base
 
 
 def _load_offline(path: Path) -> Any:

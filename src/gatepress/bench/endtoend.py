@@ -7,7 +7,7 @@ those of inputs that are on the device already until the result is there.
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
-from gatepress.batches import make_loader, tokenize
+from gatepress.batches import fitting, make_loader, tokenize
 from gatepress.bench import timing
 from gatepress.bench.record import Record, latencies, now, relative_to
 from gatepress.config import Arithmetic, DataSettings, refuse, refuse_below
@@ -41,6 +42,7 @@ SETTLE_MS = 20.0  # of untimed batches before them, see timing.py
 TOKEN_IDS = (5, 30)
 
 Batch = dict[str, NDArray[np.int64]]  # input_ids, attention_mask, ... each [batch, length]
+Tokenizers = dict[Path | None, PreTrainedTokenizerBase]  # by the directory that they lie in
 
 
 Targets = Sequence[str | Path] | Mapping[str, str | Path]  # with the names that tables give them, or without
@@ -107,7 +109,7 @@ def run(  # noqa: PLR0913 - every knob of a measurement is named
         threads=threads,
         max_length=max_length,
     )
-    rows = None if data is None else load_rows(data, splits="validation")
+    rows = None if data is None else load_rows(data.absolute(), splits="validation")
     records: list[Record] = []
     with timing.undisturbed(threads) as active:
         opening = partial(open_runner, device=str(place), threads=active, trust_remote_code=trust_remote_code)
@@ -115,8 +117,9 @@ def run(  # noqa: PLR0913 - every knob of a measurement is named
         if rows is None:
             cells = _grid(batch_sizes, seq_lens, seed)
         else:
-            most = min([max_length, *(one.max_tokens for one in runners.values() if one.max_tokens)])
-            cells = _passes(batch_sizes, rows, most, trust_remote_code=trust_remote_code)
+            tokenizers = _tokenizers(runners.values(), trust_remote_code=trust_remote_code)
+            cut = min(fitting(max_length, one.max_tokens, tokenizers[one.tokenizer_dir]) for one in runners.values())
+            cells = _passes(batch_sizes, rows, cut, tokenizers)
         for cell in cells:
             timed = {name: _timed(name, runner, cell) for name, runner in runners.items()}
             rounds = repetitions or (REPETITIONS if data is None else EPOCH_REPETITIONS)
@@ -253,7 +256,20 @@ def _same(batches: list[Batch], _runner: Runner) -> list[Batch]:
     return batches
 
 
-def _passes(batch_sizes: Sequence[int], rows: Rows, max_length: int, *, trust_remote_code: bool) -> Iterator[_Cell]:
+def _tokenizers(runners: Iterable[Runner], *, trust_remote_code: bool) -> Tokenizers:
+    """Return the tokenizers of all targets by their directories; `ModelError` where one has none."""
+    tokenizers: Tokenizers = {}
+    for runner in runners:
+        if runner.tokenizer_dir is None:
+            raise ModelError(
+                f"{runner.name}: no tokenizer beside it, and --task needs one; "
+                "give the directory that `gatepress export` wrote, or drop --task"
+            )
+        tokenizers[runner.tokenizer_dir] = open_tokenizer(runner.tokenizer_dir, trust_remote_code=trust_remote_code)
+    return tokenizers
+
+
+def _passes(batch_sizes: Sequence[int], rows: Rows, max_length: int, tokenizers: Tokenizers) -> Iterator[_Cell]:
     """Yield one cell for each batch size: all validation rows, each target with its own tokenizer."""
     facts = {
         "task": rows.spec.name,
@@ -261,7 +277,7 @@ def _passes(batch_sizes: Sequence[int], rows: Rows, max_length: int, *, trust_re
         "max_length": max_length,
     }
     for batch_size in dict.fromkeys(batch_sizes):
-        batches = partial(_batches, rows, batch_size, max_length, trust_remote_code)
+        batches = partial(_batches, rows, batch_size, max_length, tokenizers)
         yield _Cell(batch_size, None, batches, facts)
 
 
@@ -269,16 +285,11 @@ def _batches(
     rows: Rows,
     batch_size: int,
     max_length: int,
-    trust_remote_code: bool,  # noqa: FBT001 - bound by `_passes` only
+    tokenizers: Tokenizers,
     runner: Runner,
 ) -> list[Batch]:
     """Return the validation rows as batches, the longest rows first, each padded to its longest."""
-    if runner.tokenizer_dir is None:
-        raise ModelError(
-            f"{runner.name}: no tokenizer beside it, and --task needs one; "
-            "give the directory that `gatepress export` wrote, or drop --task"
-        )
-    tokenizer = open_tokenizer(runner.tokenizer_dir, trust_remote_code=trust_remote_code)
+    tokenizer = tokenizers[runner.tokenizer_dir]
     return [
         {name: values.numpy() for name, values in batch.items() if name in INPUTS}
         for split in rows.validation.values()

@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from gatepress.bench.record import Record
-from gatepress.bench.tables import cell, conditions, groups, ms
+from gatepress.bench.tables import cell, conditions, groups, three_digits
 
 CHARACTERS_PER_INCH = 15  # of a caption
 LABEL_ROOM = 0.07  # of the axis' height: what a label below a point takes
@@ -88,7 +88,7 @@ def _lines(figure: Figure, cells: list[list[Record]]) -> None:
             xlabel="columns removed (%)",
             ylabel="time of one product (ms)",
             title=cell(dense),
-            xlim=(-5, 95),
+            xlim=(-5, max(95, *(100 * (record.sparsity or 0) + 3 for record in group))),
             # A rare slow call must not flatten the picture: the bands may be cut off above.
             ylim=(0, top),
             xticks=range(0, 100, 10),
@@ -143,7 +143,7 @@ def _bars(figure: Figure, cells: list[list[Record]]) -> None:
         longest = max(record.latency_ms_p90 for record in group)
         for y, record in enumerate(group):
             axes.annotate(
-                f"{ms(record.latency_ms_median)} ms  {record.relative_time_factor or 1:.2f}x",
+                f"{three_digits(record.latency_ms_median)} ms  {record.relative_time_factor or 1:.2f}x",
                 (record.latency_ms_p90, y),
                 (6, 0),
                 textcoords="offset points",

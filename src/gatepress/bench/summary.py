@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gatepress.bench.record import Record
-from gatepress.bench.tables import Table, conditions, ms
+from gatepress.bench.tables import Table, conditions, three_digits
 from gatepress.config import METHODS, Method
 
 KNEE_POINTS = 3  # a chord and something above it
@@ -134,7 +134,7 @@ def table(result: dict[str, Any]) -> Table:
         "trained": lambda row: _shown(row["trainable_total"], 1e6, "M"),
         "time": lambda row: _shown(row["train_seconds"], 1, "s"),
         "memory": lambda row: _shown(row["peak_memory_bytes"], 1e9, "GB"),
-        "latency": lambda row: "" if row["latency_ms_median"] is None else f"{ms(row['latency_ms_median'])} ms",
+        "latency": lambda row: _shown(row["latency_ms_median"], 1, "ms"),
         "factor": lambda row: "" if row["latency_ms_median"] is None else f"{row['relative_time_factor']:.2f}x",
         "": lambda row: "knee" if row["knee"] else "",
     }
@@ -157,4 +157,4 @@ def caption(result: dict[str, Any]) -> str:
 
 
 def _shown(value: float | None, unit: float, name: str) -> str:
-    return "" if value is None else f"{value / unit:,.3g} {name}"
+    return "" if value is None else f"{three_digits(value / unit)} {name}"

@@ -39,9 +39,9 @@ def _matmul_table(records: Sequence[Record]) -> Table:
         [
             [
                 record.kind,
-                f"{record.sparsity or 0:.0%}",
-                f"{ms(record.latency_ms_median)} ms",
-                f"{ms(record.latency_ms_p10)} to {ms(record.latency_ms_p90)}",
+                f"{100 * (record.sparsity or 0):g}%",
+                f"{three_digits(record.latency_ms_median)} ms",
+                f"{three_digits(record.latency_ms_p10)} to {three_digits(record.latency_ms_p90)}",
                 f"{(record.macs or 0) / 1e6:,.1f} M",
                 *_factors(record),
             ]
@@ -57,9 +57,9 @@ def _endtoend_table(records: Sequence[Record]) -> Table:
         "kind": lambda record: record.kind,
         "runtime": lambda record: record.runtime,
         "dtype": lambda record: record.dtype,
-        "median": lambda record: f"{ms(record.latency_ms_median)} ms",
-        "p10 to p90": lambda record: f"{ms(record.latency_ms_p10)} to {ms(record.latency_ms_p90)}",
-        "GMACs": lambda record: "" if record.macs is None else f"{record.macs / 1e9:#.3g}",
+        "median": lambda record: f"{three_digits(record.latency_ms_median)} ms",
+        "p10 to p90": lambda record: f"{three_digits(record.latency_ms_p10)} to {three_digits(record.latency_ms_p90)}",
+        "GMACs": lambda record: "" if record.macs is None else three_digits(record.macs / 1e9),
         "params": lambda record: "" if record.parameters is None else f"{record.parameters / 1e6:,.1f} M",
         "size": lambda record: "" if record.size_bytes is None else f"{record.size_bytes / 1e6:,.1f} MB",
         "factor": lambda record: _factors(record)[1],
@@ -107,6 +107,6 @@ def cell(record: Record) -> str:
     return f"batch {record.batch_size} x {record.seq_len} tokens"
 
 
-def ms(value: float) -> str:
-    """Return milliseconds with three digits that count."""
+def three_digits(value: float) -> str:
+    """Return a number with three digits that count, larger ones in full."""
     return f"{value:#.3g}" if round(value, 1) < 100 else f"{value:,.0f}"  # noqa: PLR2004 - three digits

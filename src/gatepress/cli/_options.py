@@ -22,6 +22,7 @@ from gatepress.config import (
     spelled,
 )
 from gatepress.errors import UsageError
+from gatepress.families import ROLES
 from gatepress.tasks import task_named
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -571,10 +572,12 @@ class Shown:
 def train_settings(rows: TrainingRows, *groups: Base | Gating | Schedule | Machine, **others: Any) -> TrainSettings:
     """Return what groups of options ask of a training, with `others` of its settings."""
     given = {name: value for group in groups for name, value in vars(group).items()} | others
-    given["matrices"] = words(given["matrices"])
+    asked = words(given["matrices"])
+    given["matrices"] = tuple(sorted(set(asked), key=[*ROLES, *asked].index))
     return TrainSettings(data=data_settings(rows), **given)
 
 
+OF_GATES = ("sparsity", "budget", "granularity", "controller", "open_epochs", "closing", "gate_learning_rate")
 ROWS = {"task", "validation_file"}  # options that say which rows; the others say how
 
 
@@ -588,11 +591,12 @@ def data_settings(rows: Rows | TrainingRows) -> DataSettings:
 
 def asked_data(rows: Rows) -> DataSettings | None:
     """Return where rows come from, or None where no option speaks of data at all."""
-    said = said_of(vars(rows))
-    if said and not ROWS & set(said):
-        options = ", ".join(map(spelled, said))
+    found = rows_of(rows)
+    if found["changes"]:
+        options = ", ".join(map(spelled, found["changes"]))
         raise UsageError(f"{options} does not say which rows; give --task NAME or --validation-file FILE with it")
-    return data_settings(rows) if said else None
+    data: DataSettings | None = found["data"]
+    return data
 
 
 def rows_of(rows: Rows) -> dict[str, Any]:
@@ -610,13 +614,24 @@ def said_of(options: dict[str, Any]) -> dict[str, Any]:
 def refuse_beside(option: str, context: typer.Context) -> None:
     """Raise `UsageError` naming the settings that were given beside an option that stands alone."""
     allowed = {option, "--json", "--quiet", "--debug"}
-    given = [
-        parameter.opts[0]
-        for parameter in context.command.params
-        if (source := context.get_parameter_source(str(parameter.name))) and source.name != "DEFAULT"
-    ]
-    if others := [name for name in given if name not in allowed]:
+    if others := [given for given in _given(context).values() if given not in allowed]:
         raise UsageError(f"{option} goes on with the run's own settings, but {', '.join(others)} came with it; drop it")
+
+
+def refuse_of_gates(method: Method, context: typer.Context) -> None:
+    """Raise `UsageError` naming what was asked of the gates of a method that has none; 0 asks nothing."""
+    given = _given(context)
+    if others := [given[name] for name in OF_GATES if name in given and context.params[name]]:
+        raise UsageError(f"{', '.join(others)} speaks of gates, --method {method} has none; drop it")
+
+
+def _given(context: typer.Context) -> dict[str, str]:
+    """Return the parameters that came from the command line, and how their options are spelled."""
+    return {
+        str(one.name): one.opts[0]
+        for one in context.command.params
+        if (source := context.get_parameter_source(str(one.name))) and source.name != "DEFAULT"
+    }
 
 
 def numbers(option: str, text: str) -> list[float]:

@@ -193,12 +193,13 @@ def bench(  # noqa: PLR0913 - every option is a parameter
             "seq_len": seq_len,
             "max_length": max_length,
             "precision": precision,
+            "trust_remote_code": trust_remote_code or None,
             **vars(rows),
         }
         if latency_table is not None:
             others = {**weights, **models, "plot": plot, "fail_under": fail_under, "for": for_target}
             others |= {"repetitions": repetitions, "warmup": warmup, "baseline": baseline}
-            others |= {"alternatives": alternatives or None, "trust-remote-code": trust_remote_code or None}
+            others |= {"alternatives": alternatives or None}
             others |= {"device": None if device == "cpu" else device, "seed": seed or None}
             _refuse_given(others, "means nothing to --latency-table")
             _latency_table(screen, latency_table, targets, output, threads, force=force)

@@ -36,14 +36,11 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
     ],
     *,
     rows: opt.Rows,
-    batch_size: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Rows in a batch.", rich_help_panel=opt.MEASURING)
-    ] = 32,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Rows in a batch.", rich_help_panel=opt.MEASURING)] = 32,
     max_length: Annotated[
         int | None,
         typer.Option(
             metavar="TOKENS",
-            min=1,
             help="Cut texts after this many tokens; as in training unless given.",
             rich_help_panel=opt.MEASURING,
         ),

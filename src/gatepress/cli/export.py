@@ -105,7 +105,7 @@ def export(  # noqa: PLR0913 - every option is a parameter
             progress=screen.progress,
             trust_remote_code=trust_remote_code,
         )
-        screen.result({"output_dir": str(target), **result}, tables)
+        screen.result(result, tables)
         screen.note(f"next: gatepress bench {shlex.quote(str(source))} {shlex.quote(str(target))}")
 
 

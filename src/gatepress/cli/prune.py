@@ -94,6 +94,8 @@ def prune(  # noqa: PLR0913 - every option is a parameter
         options |= {"tokens": tokens, "force": force}
 
         if recover_epochs or len(outputs) > 1:
+            if len(outputs) > 1:
+                screen.interrupt_note = "the sizes that were complete by then are written"
             from gatepress import recovery  # with all that trains: seconds that pruning alone need not wait for
 
             reports = recovery.prune_each(
@@ -106,7 +108,7 @@ def prune(  # noqa: PLR0913 - every option is a parameter
 
             one = None if asked is None else next(iter(outputs))
             result = pruning.prune(run, directory, sparsity=one, dry_run=dry_run, progress=screen.progress, **options)
-            screen.result(result if dry_run else {"output_dir": str(directory), **result}, tables)
+            screen.result(result, tables)
         if not dry_run:
             screen.note(f"next: gatepress export {shlex.quote(str(next(iter(outputs.values()))))}")
 
@@ -116,6 +118,8 @@ def _outputs(directory: Path, asked: list[float] | None) -> dict[float, Path]:
     fractions = list(dict.fromkeys(asked or [0.0]))
     if len(fractions) == 1:
         return {fractions[0]: directory}
+    if directory.name in ("", ".."):
+        raise UsageError(f"-o is {directory}, expected a name to which several sizes can be added, e.g. pruned/x")
     outputs = {sparsity: directory.with_name(f"{directory.name}-s{sparsity:g}") for sparsity in fractions}
     if len(set(outputs.values())) < len(outputs):
         raise UsageError("--sparsity names fractions too near to each other for a directory each; round them")

@@ -89,6 +89,8 @@ def train(  # noqa: PLR0913 - every option is a parameter
             warmup_ratio=warmup_ratio,
             save_every=save_every,
         )
+        if not settings.gated:
+            opt.refuse_of_gates(method, context)
         target = output or Path("runs") / default_run_name(settings)
         check_output(target, force=force)  # at once: what follows takes seconds to import
 
@@ -108,7 +110,7 @@ def _work(screen: Screen, target: Path, training: Callable[..., dict[str, Any]])
         elif target.exists():
             screen.interrupt_note = f"the last complete checkpoint is in {target}{_hint(target)}"
         raise
-    screen.result({"output_dir": str(target), **result}, tables)
+    screen.result(result, tables)
     shown = shlex.quote(str(target))
     if METHODS[result.get("method", TrainSettings.method)].gated:
         screen.note(f"next: gatepress prune {shown}")

@@ -10,9 +10,6 @@ from gatepress.files import replace_file
 from gatepress.report import facts, page
 
 SUFFIXES = (".html", ".htm")
-TOLD = ("metric_name", "metric", "asked", "closed", "removed", "params", "size_bytes")
-# The keys that other commands give these under.
-KEYS = ("metric_name", "metric_value", "asked_sparsity", "closed_fraction", "encoder_macs_removed", "total_params")
 
 
 def report(
@@ -48,5 +45,9 @@ def report(
 
 def _told(item: facts.Item) -> dict[str, Any]:
     """Return the numbers of one model under the keys of the other commands."""
-    values = {key: getattr(item, name) for key, name in zip((*KEYS, "size_bytes"), TOLD, strict=True)}
-    return {"name": item.name, "kind": item.kind, "task": item.task, **values}
+    return {
+        **{key: getattr(item, key) for key in ("name", "kind", "task", "metric_name")},
+        "metric_value": item.metric,
+        **{key: getattr(item, name) for name, key in facts.COUNTED.items()},
+        "size_bytes": item.size_bytes,
+    }

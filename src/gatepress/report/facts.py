@@ -13,13 +13,13 @@ from gatepress.card import metric_after
 from gatepress.commands import commands_of, shown
 from gatepress.errors import ArtifactError
 from gatepress.families import FAMILIES
-from gatepress.files import ONNX_FILE, PRUNED_FILE, RUN_FILE, read_json
+from gatepress.files import RUN_FILE, read_json
 from gatepress.manifests import (
-    ONNX_FORMAT,
-    PRUNED_FORMAT,
+    MANIFESTS,
     RUN_FORMAT,
     SWEEP_FILE,
     SWEEP_FORMAT,
+    Form,
     form_of,
     read_manifest,
     understood,
@@ -27,6 +27,14 @@ from gatepress.manifests import (
 
 BYTES_A_PARAMETER = 4  # float32
 SHORT = 12  # characters of a hash that people compare
+# Numbers of an item -> the keys that other commands give them under.
+COUNTED = {
+    "asked": "asked_sparsity",
+    "closed": "closed_fraction",
+    "removed": "encoder_macs_removed",
+    "params": "total_params",
+    "dense_params": "dense_params",
+}
 
 Manifest = dict[str, Any]
 
@@ -131,9 +139,9 @@ def _directory(path: Path) -> tuple[tuple[Item, ...], tuple[Record, ...]]:
     if form is None:
         got = "holds no manifest" if path.is_dir() else "is a file" if path.exists() else "is not there"
         raise ArtifactError(f"{path}: {got}, expected a directory of gatepress train, prune, export or sweep")
-    name, expected, understand = _FORMS[form]
+    name, expected = MANIFESTS[form]
     with understood(path / name):
-        return (understand(read_manifest(path / name, expected), path),), ()
+        return (_READERS[form](read_manifest(path / name, expected), path),), ()
 
 
 def _with_time(item: Item, path: str, records: Sequence[Record], *, alone: bool) -> Item:
@@ -203,8 +211,10 @@ def _of_pruned(manifest: Manifest, path: Path) -> Item:
 
 def _of_onnx(manifest: Manifest, path: Path) -> Item:
     source = manifest.get("source_manifest") or {}
-    understand = _SOURCES.get(source.get("format"))
-    known = understand(source, path) if understand else Item(kind="onnx", name="", task=_task(manifest)[0])
+    known = Item(kind="onnx", name="", task=_task(manifest)[0])
+    for form in ("run", "pruned"):
+        if source.get("format") == MANIFESTS[form][1]["format"]:
+            known = _READERS[form](source, path)
     own: dict[str, Any] = {
         "kind": "onnx",
         "name": path.resolve().name,
@@ -262,15 +272,7 @@ def _point(row: dict[str, Any], finished: list[dict[str, Any]], path: Path) -> I
     )
 
 
-_SOURCES: dict[Any, Callable[[Manifest, Path], Item]] = {
-    RUN_FORMAT["format"]: _of_run,
-    PRUNED_FORMAT["format"]: _of_pruned,
-}
-_FORMS: dict[str, tuple[str, dict[str, Any], Callable[[Manifest, Path], Item]]] = {
-    "run": (RUN_FILE, RUN_FORMAT, _of_run),
-    "pruned": (PRUNED_FILE, PRUNED_FORMAT, _of_pruned),
-    "onnx": (ONNX_FILE, ONNX_FORMAT, _of_onnx),
-}
+_READERS: dict[Form, Callable[[Manifest, Path], Item]] = {"run": _of_run, "pruned": _of_pruned, "onnx": _of_onnx}
 
 
 # --- parts of a manifest --------------------------------------------------------------------------
@@ -296,14 +298,7 @@ def _task(manifest: Manifest) -> tuple[str | None, str | None]:
 
 
 def _counted(report: dict[str, Any]) -> dict[str, Any]:
-    names = {
-        "asked": "asked_sparsity",
-        "closed": "closed_fraction",
-        "removed": "encoder_macs_removed",
-        "params": "total_params",
-        "dense_params": "dense_params",
-    }
-    return {name: number(report.get(key)) for name, key in names.items()}
+    return {name: number(report.get(key)) for name, key in COUNTED.items()}
 
 
 def _size(path: Path, name: Any) -> int | None:

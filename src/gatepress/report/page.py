@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from gatepress import __version__
 from gatepress.bench.record import Record
-from gatepress.bench.tables import cell, conditions, groups, ms
+from gatepress.bench.tables import cell, conditions, groups, three_digits
 from gatepress.config import METHODS, Method
 from gatepress.report.charts import Axis, Bar, Point, Series, Square, bars, heat, plot
 from gatepress.report.facts import BYTES_A_PARAMETER, Item, Kept, Sheet
@@ -133,6 +133,8 @@ def _tradeoff(sheet: Sheet) -> Iterable[Section]:
             Series(method, list(_scattered(points, method, timed=timed)), joined=METHODS[method].gated)
             for method in methods
         ]
+        if not any(one.points for one in series):
+            continue
         picture = plot(f"{_metric_name(one)} over {x.name}", series, x, Axis(f"{_metric_name(one)} on {_task(one)}"))
         note = "Beside each point its sparsity; the ring is the knee, where the curve leaves its chord most."
         if one.spread:
@@ -258,7 +260,7 @@ def _latency(sheet: Sheet) -> Iterable[Section]:
     if not timed:
         return
     fastest = max((record for group in timed for record in group), key=lambda one: one.relative_time_factor or 0.0)
-    heading = f"{fastest.name} takes {ms(fastest.latency_ms_median)} ms"
+    heading = f"{fastest.name} takes {three_digits(fastest.latency_ms_median)} ms"
     if fastest.relative_time_factor and fastest.baseline != fastest.name:
         heading = f"{fastest.name} is up to {_factor(fastest)} as fast as {fastest.baseline}"
     pictures = [
@@ -275,7 +277,7 @@ def _timed(record: Record) -> Bar:
     return Bar(
         record.name,
         record.latency_ms_median,
-        f"{ms(record.latency_ms_median)} ms{factor}",
+        f"{three_digits(record.latency_ms_median)} ms{factor}",
         record.latency_ms_p10,
         record.latency_ms_p90,
         quiet=record.name == record.baseline,

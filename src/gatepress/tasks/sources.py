@@ -124,7 +124,8 @@ def _columns(rows: list[tuple[str, str]], task: TaskSpec) -> Columns:
 def _infer_spec(data: DataSettings, split: _Split, classes: tuple[str, ...] | None) -> TaskSpec:
     """Return the spec that the user's own rows make; the training rows name the classes."""
     texts, label = choose_columns(data, list(split.columns), split.where)
-    names = infer_names(split.columns[label], f"{split.where}, column {label!r}")
+    values = require_column(split.columns, label, "--label-column", split.where)
+    names = infer_names(values, f"{split.where}, column {label!r}")
     if names and classes and set(names) <= set(classes):
         names = classes
     if names is not None and len(names) < MIN_CLASSES:
