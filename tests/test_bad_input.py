@@ -400,6 +400,11 @@ def test_other_numbers_out_of_range(here, train_on, option, value, expected):
     )
 
 
+@pytest.mark.parametrize("option", ["--batch-size", "--max-length"])
+def test_sizes_that_are_measured_in(copied, option):
+    refused(copied, ["evaluate", "run", option, "0"], 2, f"{option} is 0, expected 1 or more$")
+
+
 @pytest.mark.parametrize("option", ["--model", "--data-dir"])
 def test_nobody_s_home(here, train_on, option):
     refused(here, train_on("good.csv", option, "~nobody-here/x"), 2, "^~nobody-here/x: there is no such user's home")

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import ANY
 
 import numpy as np
 import onnx
@@ -207,9 +206,13 @@ def test_a_missing_base_below_a_base_is_told_too(tiny_model_dir: Any, tiny_task_
     full, run = tmp_path / "full", tmp_path / "run"
     train(settings_for(base, tiny_task_files, method="full", epochs=1), full)
     train(settings_for(full, tiny_task_files, epochs=1), run)
-    assert verify(run) == {**verify(run), "ok": True, "skipped": []}
+    found = verify(run)
+    assert found["ok"]
+    assert found["skipped"] == []
     shutil.rmtree(base)
-    assert verify(run) == {**verify(run), "ok": True, "skipped": [ANY]}
+    found = verify(run)
+    assert found["ok"]
+    assert len(found["skipped"]) == 1
     (full / "gatepress_run.json").write_text("{}")
     assert not verify(run)["ok"]
 

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from safetensors.torch import save
@@ -58,6 +58,7 @@ logger = logging.getLogger(__name__)
 
 PROBE_FILE = "probe.safetensors"
 HEAD = "classifier"  # what all families call it; a configuration may speak of one that the weights do not have
+Place = TypeVar("Place", bound=Path | None)  # of a model, where a way to look for it always finds one or may not
 OTHER_CLASSES = "%s: the classes of its head are %s; they are taken for %s, in this order"
 
 
@@ -216,8 +217,9 @@ def _open_run_as_base(directory: Path, spec: TaskSpec) -> PreTrainedModel:
     return model
 
 
-def dense_base(directory: Path | None, locate: Callable[[TrainSettings], Path | None]) -> Path | None:
-    """Follow runs of other methods to the model directory below them all; None where `locate` finds one no more."""
+def dense_base(settings: TrainSettings, locate: Callable[[TrainSettings], Place]) -> Place:
+    """Return the model directory that a run stands on, below runs of other methods; None where `locate` finds none."""
+    directory = locate(settings)
     while directory is not None and (directory / RUN_FILE).is_file():
         directory = locate(read_run(directory).settings)
     return directory

@@ -86,8 +86,8 @@ def check_model_directory(directory: Path, shown: str | None = None) -> Path:
     shown = shown or str(directory)
     if not directory.is_dir():
         got = "a file" if directory.exists() else "not there"
-        moved = got == "not there" and directory.is_absolute()  # as runs name what they were trained on
-        way = f"; if it was moved, set {MOVED} to the folder that it is in now" if moved else ""
+        known = directory.exists() or not directory.is_absolute()  # runs name what they were trained on absolutely
+        way = "" if known else f"; if it was moved, set {MOVED} to the folder that it is in now"
         raise ModelError(f"{shown}: is {got}, expected a model directory, a hub id, or demo{way}")
     if (directory / RUN_FILE).is_file():
         return directory

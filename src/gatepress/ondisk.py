@@ -46,7 +46,7 @@ def plan_of_run(directory: Path) -> tuple[PrunePlan, int] | None:
     Raises `ArtifactError` and `ModelError` on a broken run or base.
     """
     manifest = read_run(directory)
-    base = dense_base(base_of(manifest.settings), base_of) if manifest.settings.gated else None
+    base = dense_base(manifest.settings, base_of) if manifest.settings.gated else None
     if base is None:
         return None
     model = empty_model(base)

@@ -306,8 +306,7 @@ def _cells(
 
 def _located(settings: TrainSettings) -> Path:
     """Return the directory of the dense model, that below a run too; raises as `locate_model`."""
-    base = locate_model(settings.model, settings.revision)
-    return dense_base(base, lambda one: locate_model(one.model, one.revision)) or base
+    return dense_base(settings, lambda one: locate_model(one.model, one.revision))
 
 
 def _meaningless(method: Method, settings: TrainSettings) -> dict[str, Any]:

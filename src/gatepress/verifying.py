@@ -82,7 +82,7 @@ def _run(path: Path, found: Findings) -> None:
     run = None if found.faults else found.check(f"{RUN_FILE}: fields", read_run, path)
     if run is None:
         return
-    if _dense_base(run) is None:
+    if not _has_base(run):
         found.skipped.append(f"base model {run.settings.model}, shapes and logits: it is not on this disk")
         return
     model = found.check("base model: sha256, and the shapes of all that was trained on it", _load_offline, path)
@@ -90,13 +90,12 @@ def _run(path: Path, found: Findings) -> None:
         found.check(f"logits of {PROBE_FILE}: finite", _finite_on_probe, model, path)
 
 
-def _dense_base(run: RunManifest) -> Path | None:
-    """Return the model below all runs that this one stands on; a broken one of these is a fault of loading."""
-    base = base_of(run.settings)
+def _has_base(run: RunManifest) -> bool:
+    """Say whether all that a run stands on is on this disk; what is broken of it is a fault of loading."""
     try:
-        return dense_base(base, base_of)
+        return dense_base(run.settings, base_of) is not None
     except ArtifactError:
-        return base
+        return True
 
 
 def _load_offline(path: Path) -> Any:

@@ -16,6 +16,7 @@ from gatepress.families import FAMILIES
 from gatepress.files import RUN_FILE, read_json
 from gatepress.manifests import (
     MANIFESTS,
+    PRUNED_FORMAT,
     RUN_FORMAT,
     SWEEP_FILE,
     SWEEP_FORMAT,
@@ -211,10 +212,8 @@ def _of_pruned(manifest: Manifest, path: Path) -> Item:
 
 def _of_onnx(manifest: Manifest, path: Path) -> Item:
     source = manifest.get("source_manifest") or {}
-    known = Item(kind="onnx", name="", task=_task(manifest)[0])
-    for form in ("run", "pruned"):
-        if source.get("format") == MANIFESTS[form][1]["format"]:
-            known = _READERS[form](source, path)
+    understand = _SOURCES.get(source.get("format"))
+    known = understand(source, path) if understand else Item(kind="onnx", name="", task=_task(manifest)[0])
     own: dict[str, Any] = {
         "kind": "onnx",
         "name": path.resolve().name,
@@ -273,6 +272,7 @@ def _point(row: dict[str, Any], finished: list[dict[str, Any]], path: Path) -> I
 
 
 _READERS: dict[Form, Callable[[Manifest, Path], Item]] = {"run": _of_run, "pruned": _of_pruned, "onnx": _of_onnx}
+_SOURCES = {RUN_FORMAT["format"]: _of_run, PRUNED_FORMAT["format"]: _of_pruned}  # of what is exported
 
 
 # --- parts of a manifest --------------------------------------------------------------------------
