@@ -16,16 +16,19 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 import tiny
+from forms import settings_for
 from gatepress import latency
 from gatepress.cli.app import app
 from gatepress.errors import OutputError
 from gatepress.files import explained, new_directory, replace_file, temporary_directory
+from gatepress.training import train
 
 TRAINING = ["--epochs", "1", "--batch-size", "32", "--max-length", "16", "--device", "cpu"]
 HEADER = ("text", "label")
@@ -489,6 +492,25 @@ def test_force_does_not_replace_what_is_read(copied, tiny_model_dir, tiny_task_f
         refused(copied, command, 1, message)
 
 
+def test_force_does_not_replace_what_runs_stand_on(here, tiny_model_dir, tiny_task_files, monkeypatch):
+    """A pressed run stands on a finetuned one; moved, each is found by its name."""
+    full = settings_for(tiny_model_dir("bert"), tiny_task_files, method="full", epochs=1)
+    train(full, here / "first/full")
+    train(replace(full, model=str(here / "first/full")), here / "first/again")
+    pressed = replace(full, method="gates", sparsity=0.3, distill=False, model=str(here / "first/again"))
+    train(pressed, here / "first/pressed")
+    for moved in (False, True):
+        if moved:
+            (here / "first").rename(here / "now")
+            monkeypatch.setenv("GATEPRESS_MODELS", str(here / "now"))
+        at = here / ("now" if moved else "first")
+        for below in ("full", "again"):
+            for verb in ("prune", "export"):
+                message = r"holds .*, which is read and would be gone; choose another"
+                refused(here, [verb, f"{at}/pressed", "-o", f"{at}/{below}", "--force"], 1, message)
+    assert run("prune", "now/pressed", "-o", "pruned").exit_code == 0
+
+
 def test_force_does_not_write_measurements_over_what_is_read(copied, tiny_task_files):
     shutil.copyfile(tiny_task_files.validation, copied / "rows.csv")
     bench = ["bench", "pruned", "--batch-size", "1", "--force", "-o"]
@@ -558,7 +580,7 @@ def test_a_full_disk_while_a_latency_table_is_measured_names_it_too(monkeypatch)
 
 
 @pytest.mark.parametrize("beside", ["gatepress_run.json", "gatepress_notes.md", None])
-@pytest.mark.parametrize("thesis", ["below/thesis.txt", "my-notes.txt", ".git/HEAD"])
+@pytest.mark.parametrize("thesis", ["below/thesis.txt", "README.md", "modeling_gatepress.py", ".git/HEAD"])
 def test_force_leaves_alone_what_others_wrote(here, writer, beside, thesis):
     (here / "out" / thesis).parent.mkdir(parents=True)
     (here / "out" / thesis).write_text("a year of work")

@@ -626,6 +626,13 @@ def test_bars_are_labelled_with_their_factor(tmp_path):
         assert words in text
 
 
+@pytest.mark.parametrize("name", ["us$_$x", "$LR-$SEED"])
+def test_names_are_no_formulas(name, tmp_path):
+    dense = record(name=name)
+    render.plot([relative_to(one, dense) for one in (dense, record(name="b"))], tmp_path / "a.svg")
+    assert name in (tmp_path / "a.svg").read_text()
+
+
 def test_bars_tell_types_apart(tmp_path):
     dense = record()
     render.plot([relative_to(one, dense) for one in (dense, record(name="q", dtype="int8"))], tmp_path / "a.svg")

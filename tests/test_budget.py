@@ -71,7 +71,9 @@ def test_the_asked_sparsity_is_delivered(granularity: Granularity, controller: C
 @pytest.mark.parametrize("controller", CONTROLLERS)
 def test_gates_are_fixed_for_the_recovery(controller: Controller) -> None:
     budget = run_budget("structured", controller, 0.4)
+    assert budget.penalty(STEPS + 1) is None
     masks = [vector.gate.mask.clone() for vector in budget.vectors]
+    budget.sparsity = 0.8  # what would close more, were anything closed again
     for vector in budget.vectors:
         vector.gate.mu.grad = torch.randn_like(vector.gate.mu)
     budget.after_backward(STEPS + 1)
@@ -114,6 +116,26 @@ def test_any_number_of_gates_can_be_closed_exactly(count: int) -> None:
     torch.manual_seed(count)
     masks = choose_closed([torch.rand(8), torch.rand(4)], macs=[1.0, 1.0], heads=[4, 2], count=count)
     assert sum(int((mask == 0).sum()) for mask in masks) == count
+
+
+@pytest.mark.parametrize("asked", [0.1, 0.5, 0.875])
+def test_a_budget_of_many_gates_is_met_to_a_twentieth_of_a_percent(asked: float) -> None:
+    torch.manual_seed(0)
+    weights = torch.tensor([1.0, 2.0, 3.0, 5.0])
+    gates = [Gate(3072) for _ in weights]
+    for gate in gates:
+        gate.score.uniform_()
+
+    def removed(masks: Masks) -> float:
+        closed = torch.stack([(mask == 0).float().mean() for mask in masks])
+        return float((closed * weights).sum() / weights.sum())
+
+    vectors = [GateVector(gate, float(weight), 1) for gate, weight in zip(gates, weights, strict=True)]
+    budget = Budget(
+        vectors, sparsity=asked, controller="importance", steps=10, penalty_weight=0.0, unit="macs", removed=removed
+    )
+    budget.close(asked)
+    assert 0 <= budget.removed - asked < 5e-4
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

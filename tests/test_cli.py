@@ -483,8 +483,12 @@ def test_debug_shows_the_traceback_before_the_line(library):
         (["bench", "--precision", "bf16"], "--precision times models; name at least one"),
         (["bench", "--trust-remote-code"], "--trust-remote-code times models; name at least one"),
         (
-            ["train", "--task", "demo", "--method", "full", "-s", "0.9", "--closing", "0.2", "--budget", "macs"],
-            "--sparsity, --budget, --closing speaks of gates, --method full has none",
+            ["train", "--task", "demo", "--method", "lora", "-s", "0.9", "--closing", "0.2", "--budget", "macs"],
+            "--sparsity, --budget, --closing means nothing to --method lora, which has no gates; drop it",
+        ),
+        (
+            ["train", "--task", "demo", "--method", "full", "--matrices", "q", "--no-train-biases"],
+            "--no-train-biases, --matrices means nothing to --method full, which trains the whole model; drop it",
         ),
     ],
 )
@@ -922,3 +926,27 @@ def test_the_module_is_the_command():
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert done.stdout == f"gatepress {gatepress.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("drop", "code"),
+    [(0.87 - 0.86, 0), (-0.5, 0), (0.011, 1), (float("nan"), 1)],
+    ids=["as much", "better", "worse", "nan"],
+)
+def test_a_metric_that_drops_by_more_than_is_allowed_ends_with_1(library, drop, code):
+    """A difference of two decimals is off by rounding: 0.87 - 0.86 is more than 0.01."""
+    measured = {**ANSWERS["evaluate"], "metric_value_against": 0.87, "metric_drop": drop}
+    library.put(MODULES["evaluate"], "evaluate", measured)
+    result = run("evaluate", "small", "--against", "large", "--max-metric-drop", "0.01")
+    assert (result.exit_code, "Evaluated" in result.stdout) == (code, True)
+    told = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(told) == code
+    assert all("less than that of large, expected at most --max-metric-drop 0.01" in line for line in told)
+
+
+@pytest.mark.parametrize(
+    "options", [["0.01"], ["-0.1", "--against", "large"], ["nan", "--against", "large"], ["inf", "--against", "large"]]
+)
+def test_a_limit_of_a_drop_that_is_none_is_refused(library, options):
+    assert run("evaluate", "small", "--max-metric-drop", *options).exit_code == 2
+    assert library.calls == []

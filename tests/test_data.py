@@ -106,6 +106,7 @@ def test_a_glue_directory_gives_every_split_of_a_task(tiny_glue_dir: Path, task:
     assert rows.train is not None
     assert len(rows.train) == 160
     assert all(len(split) == 64 for split in rows.validation.values())
+    assert len({tuple(split["label"]) for split in rows.validation.values()}) == len(rows.validation)
     pair = ["text_pair"] if len(rows.spec.text_columns) == 2 else []
     assert rows.train.column_names == ["text", *pair, "label"]
     assert isinstance(rows.train[0]["label"], float if task == "stsb" else int)

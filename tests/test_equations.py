@@ -15,12 +15,13 @@ from torch.nn import functional
 
 import tiny
 from gatepress import losses
-from gatepress.agreement import compare, random_rows
+from gatepress.agreement import agree, compare, random_rows
 from gatepress.bench import timing
 from gatepress.budget import Budget, GateVector, gate_vectors
 from gatepress.collapse import plan_model
-from gatepress.config import Controller, DataSettings, TrainSettings
+from gatepress.config import MAX_LOGIT_DIFF, Controller, DataSettings, TrainSettings
 from gatepress.distill import Lesson, learn_from_teacher_, logit_distances
+from gatepress.errors import ParityError
 from gatepress.gates import Gate, GatedLinear, gates_of
 from gatepress.inject import attach_gates_
 from gatepress.methods import LoraXsLinear
@@ -59,6 +60,18 @@ def test_lora_xs_starts_from_the_largest_singular_values() -> None:
     layer = LoraXsLinear(base, 2)
     u, s, v = torch.linalg.svd(base.weight.detach())
     torch.testing.assert_close(layer.b @ layer.a, u[:, :2] * s[:2] @ v[:2])
+
+
+@pytest.mark.parametrize(
+    ("task", "logits", "labels", "wanted"),
+    [
+        ("stsb", [[1.0], [3.0]], [2.0, 6.0], [1.0, 9.0]),  # squared error
+        ("sst2", [[0.0, 0.0], [math.log(3), 0.0]], [1, 0], [math.log(2), math.log(4 / 3)]),  # -log of its probability
+    ],
+)
+def test_the_loss_of_a_row(task: str, logits: list[list[float]], labels: list[float], wanted: list[float]) -> None:
+    got = losses.task_losses(torch.tensor(logits), torch.tensor(labels), task_named(task))
+    torch.testing.assert_close(got, torch.tensor(wanted))
 
 
 # --- what closes ------------------------------------------------------------------------------------
@@ -247,3 +260,32 @@ def test_the_difference_that_is_told_is_the_largest_of_all_batches() -> None:
     there: Any = SimpleNamespace(logits=lambda _: np.zeros((1, 2)))
     here: Any = SimpleNamespace(logits=lambda _: np.full((1, 2), next(far)))
     assert compare(there, here, [{"input_ids": np.zeros((1, 2), dtype=int)}] * 2, 1.0).difference == 0.3
+
+
+# --- what two forms may differ by -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("largest", "apart", "agrees"),
+    [
+        (0.5, 0.9e-4, True),
+        (0.5, 1.1e-4, False),
+        (3000.0, 0.29, True),  # 1e-4 of the largest, where that is above 1
+        (3000.0, 0.31, False),
+        (0.5, math.nan, False),
+    ],
+)
+def test_forms_agree_within_a_ten_thousandth(largest: float, apart: float, *, agrees: bool) -> None:
+    wanted = torch.tensor([[largest, 0.0]], dtype=torch.float64)
+    got = wanted + torch.tensor([[0.0, apart]], dtype=torch.float64)
+    batch = {"input_ids": np.ones((1, 2), dtype=np.int64)}
+    torch_runner, onnx_runner = (SimpleNamespace(logits=lambda _, one=one: one.numpy()) for one in (wanted, got))
+    for check in (
+        lambda: agree(wanted, got, "logits", "report it"),
+        lambda: compare(torch_runner, onnx_runner, [batch], MAX_LOGIT_DIFF).difference,  # type: ignore[arg-type]
+    ):
+        if agrees:
+            assert check() == pytest.approx(apart)
+        else:
+            with pytest.raises(ParityError, match="differ by"):
+                check()

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -124,6 +125,7 @@ def test_both_halves_of_mnli_are_reported(tiny_classifier_dir, tiny_glue_dir) ->
     result = evaluate(tiny_classifier_dir("bert", 3), data=DataSettings(task="mnli", data_dir=str(tiny_glue_dir)))
     splits = result["metrics_by_split"]
     assert set(splits) == {"validation_matched", "validation_mismatched"}
+    assert len(set(splits.values())) == 2  # their labels differ
     assert result["metric_value"] == pytest.approx(sum(splits.values()) / 2)  # halves of one size here
     assert result["examples"] == 128
 
@@ -169,8 +171,8 @@ def test_labels_are_matched_by_name(tiny_glue_dir, tmp_path: Path) -> None:
     assert evaluate(tiny.save_model(model, "distilbert", tmp_path / "other"), data=data)["metric_value"] == value
 
 
-def test_classes_that_are_called_otherwise_are_told(tiny_classifier_dir, tiny_glue_dir, caplog) -> None:
-    model = shutil.copytree(tiny_classifier_dir("bert", 2), tiny_glue_dir / "named")
+def test_classes_that_are_called_otherwise_are_told(tiny_classifier_dir, tiny_glue_dir, tmp_path, caplog) -> None:
+    model = shutil.copytree(tiny_classifier_dir("bert", 2), tmp_path / "named")
     config = json.loads((model / "config.json").read_text())
     for names, told in ((["POSITIVE", "NEGATIVE"], False), (["LABEL_0", "LABEL_1"], False), (["good", "bad"], True)):
         config |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
@@ -229,6 +231,45 @@ def test_model_in_training_is_measured_as_its_runner_is_and_stays_in_training(fo
 def test_other_number_of_classes_is_refused(tiny_classifier_dir, tiny_task_files) -> None:
     with pytest.raises(ModelError, match="has 3 outputs, but train needs 2"):
         evaluate(tiny_classifier_dir("bert", 3), data=data_settings(tiny_task_files))
+
+
+def test_as_many_outputs_as_a_graph_computes_count_not_as_many_as_it_names(forms, tmp_path) -> None:
+    shutil.copytree(forms.onnx, tmp_path / "onnx")
+    (tmp_path / "onnx/gatepress_onnx.json").unlink()
+    (tmp_path / "onnx/config.json").unlink()
+    graph = onnx.load(tmp_path / "onnx/model.onnx")
+    graph.graph.output[0].type.tensor_type.shape.dim[1].dim_param = "labels"  # as other exporters write it
+    onnx.save(graph, tmp_path / "onnx/model.onnx")
+    three = tiny.write_table(tmp_path / "three.csv", ("text", "label"), [("a", "x"), ("b", "y"), ("c", "z")])
+    with pytest.raises(ModelError, match="has 2 outputs, but three needs 3"):
+        evaluate(tmp_path / "onnx/model.onnx", data=DataSettings(validation_file=str(three)))
+
+
+def test_numbered_classes_stand_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    """As text LABEL_10 comes before LABEL_2."""
+    model = tiny.build_classifier("bert", 12)
+    source = tiny.save_model(model, "bert", tmp_path / "twelve")
+    runner = open_runner(source)
+    rows = [(f"text {number}", f"LABEL_{number}") for number in range(12)]
+    data = tiny.write_table(tmp_path / "rows.csv", ("text", "label"), rows)
+    basis = evaluation.basis_of(runner, source, data=DataSettings(validation_file=str(data)))
+    assert basis.rows.spec.label_names == tuple(f"LABEL_{number}" for number in range(12))
+
+
+@pytest.mark.parametrize(
+    ("own", "names", "columns", "told"),
+    [
+        (("US", "us"), ("US", "us"), [0, 1], False),
+        (("us", "US"), ("US", "us"), [1, 0], False),
+        (("LABEL_0", "LABEL_1"), ("US", "us"), [0, 1], False),
+        (("a", "b"), ("US", "us"), [0, 1], True),
+    ],
+)
+def test_classes_that_differ_by_case_alone_are_two(own, names, columns, told, caplog) -> None:
+    runner: Any = SimpleNamespace(name="x", label_names=own)
+    spec = replace(task_named("sst2"), label_names=names)
+    assert evaluation._columns(runner, spec) == columns
+    assert ("are taken for" in caplog.text) == told
 
 
 def test_encoder_without_a_head_is_refused(tiny_model_dir, tiny_task_files) -> None:

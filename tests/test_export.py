@@ -216,6 +216,16 @@ def test_an_operator_set_that_is_too_new_is_told(tmp_path: Path) -> None:
         exporting._opened(tmp_path / "model.onnx", None)
 
 
+def test_a_graph_of_another_operator_set_than_was_asked_for_is_told(bert, tmp_path: Path, monkeypatch) -> None:
+    """The exporter leaves a graph as it is where it cannot convert it."""
+    monkeypatch.setattr(exporting, "write_onnx", lambda _model, file, **_: shutil.copy(bert.output / file.name, file))
+    made = exporting.opset_of(onnx.load(bert.output / "model.onnx"))
+    with pytest.raises(UsageError, match=f"^--opset is 17, of which torch makes a graph of {made}; give {made}"):
+        export(bert.source, tmp_path / "onnx", opset=17)
+    assert not list(tmp_path.iterdir())
+    assert export(bert.source, tmp_path / "onnx", opset=made)["opset"] == made
+
+
 def test_disagreement_keeps_nothing_and_harms_nothing(bert, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(exporting, "write_onnx", lambda _model, file, **_: shutil.copy(bert.output / file.name, file))
     (tmp_path / "onnx").mkdir()

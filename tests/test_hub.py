@@ -102,13 +102,15 @@ def test_no_pickle_no_code_and_no_folder_is_asked_of_the_hub(tmp_path: Path, mon
     assert locate_model("somebody/some-model", "v1") == directory
     files = ["config.json", "model.safetensors", "vocab.txt", "merges.txt", "spiece.model"]
     unwanted = ["pytorch_model.bin", "tf_model.h5", "modeling.py", "onnx/config.json", "a/model.safetensors"]
-    kept = huggingface_hub.utils.filter_repo_objects(
-        files + unwanted,
-        allow_patterns=asked["allow_patterns"],
-        ignore_patterns=asked["ignore_patterns"],
-    )
-    assert list(kept) == files
+
+    def kept() -> list[str]:
+        patterns = {key: asked[key] for key in ("allow_patterns", "ignore_patterns")}
+        return list(huggingface_hub.utils.filter_repo_objects(files + unwanted, **patterns))
+
+    assert kept() == files
     assert (asked["repo_id"], asked["revision"]) == ("somebody/some-model", "v1")
+    locate_model("somebody/some-model", code=True)
+    assert kept() == [*files, "modeling.py"]
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,8 @@ def test_a_run_without_its_base_is_still_described(tiny_model_dir: Any, tiny_tas
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"sparsity": 0.55, "granularity": "matrix", "gate_axes": "in", "matrices": ("q", "down"), "train_biases": False},
-    {"method": "vera", "lora_rank": 4, "model": "/models/it's mine", "revision": None, "train_layer_norms": False},
+    {"sparsity": 0.2, "train_layer_norms": False},
+    {"method": "vera", "lora_rank": 4, "model": "/models/it's mine", "revision": None},
     {"distill": True, "open_epochs": 1, "epochs": 3, "budget": "macs", "precision": "bf16", "seed": 7, "device": "cpu"},
     {"controller": "penalty", "penalty_weight": 12.5, "learning_rate": 2e-4, "start": "/runs/first"},
 ]
@@ -137,6 +138,30 @@ def test_a_portable_command_names_no_place_of_this_machine(made: SimpleNamespace
     manifest = json.loads((made.pruned / "gatepress_pruned.json").read_text())
     for line in commands_of(manifest, "pruned", portable=True):
         assert not [word for word in shlex.split(line) if word.startswith("/")]
+
+
+def test_a_portable_command_names_no_place_of_a_plain_model(made: SimpleNamespace) -> None:
+    manifest = json.loads((made.onnx / "gatepress_onnx.json").read_text())
+    plain = {**manifest, "source": "/home/me/secret/foo", "source_manifest": None}
+    assert commands_of(plain, "x", portable=True) == ["gatepress export foo -o onnx/x"]
+    assert commands_of(plain, "x") == ["gatepress export /home/me/secret/foo -o onnx/x"]
+
+
+def test_what_was_exported_from_within_is_called_as_the_result(made: SimpleNamespace) -> None:
+    manifest = json.loads((made.onnx / "gatepress_onnx.json").read_text()) | {"source": "."}
+    *_, prune_it, export_it = commands_of(manifest, "x")
+    assert prune_it.endswith("-o pruned/x")
+    assert export_it == "gatepress export pruned/x -o onnx/x"
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_commands_of_methods_without_gates_say_nothing_of_gates(method: str) -> None:
+    """A sweep shares its options among methods, and older releases took them all."""
+    options: dict[str, Any] = {"sparsity": 0.5, "budget": "macs", "granularity": "matrix", "gate_axes": "in"}
+    settings = TrainSettings(data=DATA[0], method=method, train_biases=False, matrices=("q",), **options)  # type: ignore[arg-type]
+    (line,) = commands_of({**RUN_FORMAT, "settings": settings.to_json()}, "x")
+    matrices = " --matrices q" if method == "lora" else ""
+    assert line == f"gatepress train --task sst2 --method {method}{matrices} -o runs/x"
 
 
 def test_commands_of_pruning_and_export_tell_what_was_asked(made: SimpleNamespace, tmp_path: Path) -> None:

@@ -194,6 +194,14 @@ def test_matrices_that_take_no_part_are_as_they_were() -> None:
     assert [name for name in names if "attention.output.dense.base.bias" in name]
 
 
+def test_lora_xs_of_more_than_a_matrix_holds_is_refused(
+    tiny_model_dir: Any, tiny_task_files: Any, tmp_path: Any
+) -> None:
+    settings = settings_for(tiny_model_dir("bert"), tiny_task_files, method="lora-xs", lora_rank=tiny.HIDDEN + 1)
+    with pytest.raises(UsageError, match=f"--lora-rank is {tiny.HIDDEN + 1}, expected at most {tiny.HIDDEN}, the"):
+        train(settings, tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

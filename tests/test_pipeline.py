@@ -62,3 +62,21 @@ def test_it_passes_and_fails_at_the_gate_that_is_not_met(environment: dict[str, 
     assert worse.returncode == 1
     assert "expected at most --max-metric-drop 0" in worse.stderr.splitlines()[-1]
     assert not (tmp_path / "passed/quality.json").exists()
+
+
+def test_int8_that_costs_too_much_ends_it(environment: dict[str, str], tmp_path: Path) -> None:
+    """With a `gatepress` that answers at once, and refuses that one step as the real one does."""
+    (tmp_path / "bin").mkdir()
+    stub = tmp_path / "bin/gatepress"
+    stub.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in *--quantize*--max-metric-drop\\ 0.004*) echo "error: a drop" >&2; exit 1;; esac\n'
+        'echo "{}"\n'
+    )
+    stub.chmod(0o755)
+    path = f"{tmp_path / 'bin'}{os.pathsep}{environment['PATH']}"
+    ended = run({**environment, "PATH": path}, tmp_path / "out", MAX_INT8="0.004")
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1] == "error: a drop"
+    made = {file.name for file in (tmp_path / "out").iterdir()}
+    assert made == {"full.json", "press.json", "prune.json", "dense.json", "export.json.new"}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,54 @@ def test_a_start_that_was_trained_otherwise_is_refused(
     with pytest.raises(UsageError, match="was trained with granularity structured, this run asks for heads"):
         train(settings, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_start_on_a_model_that_is_not_here_is_told_before_anything_is_fetched(
+    run: Path, tiny_task_files: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "load_rows", lambda *_: pytest.fail("it went on"))
+    settings = replace(settings_for(Path("any"), tiny_task_files, start=str(run)), model="somebody/encoder")
+    with pytest.raises(UsageError, match=r"was trained with model /.*, this run asks for somebody/encoder"):
+        train(settings, tmp_path / "run")
+
+
+def test_a_start_follows_its_model_by_its_weights(
+    run: Path, tiny_model_dir: Any, tiny_task_files: Any, tmp_path: Path
+) -> None:
+    elsewhere = shutil.copytree(tiny_model_dir("bert"), tmp_path / "moved")
+    settings = settings_for(elsewhere, tiny_task_files, start=str(run), sparsity=0.4, epochs=1)
+    assert train(settings, tmp_path / "run")["closed_fraction"] == pytest.approx(0.4, abs=0.005)
+    weights = load_file(elsewhere / "model.safetensors")
+    save_file(
+        {name: value * 1.01 for name, value in weights.items()}, elsewhere / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ArtifactError, match=r"was trained on other weights of .* \(sha256 differs\)"):
+        train(settings, tmp_path / "other")
+
+
+def test_another_method_than_that_of_the_start_is_what_is_told(
+    run: Path, tiny_model_dir: Any, tiny_task_files: Any, tmp_path: Path
+) -> None:
+    settings = settings_for(tiny_model_dir("bert"), tiny_task_files, start=str(run), method="full")
+    with pytest.raises(UsageError, match=r"was trained with method gates\+lora, this run asks for full"):
+        train(settings, tmp_path / "run")
+
+
+def test_recovery_is_on_the_rows_of_the_run(
+    tiny_model_dir: Any, tiny_task_files: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = shutil.copyfile(tiny_task_files.train, tmp_path / "rows.csv")
+    settings = settings_for(tiny_model_dir("bert"), tiny_task_files, epochs=1, save_every=1)
+    settings = replace(settings, data=replace(settings.data, train_file=str(rows)))
+    train(settings, tmp_path / "run")
+    manifest = json.loads((tmp_path / "run/gatepress_run.json").read_text())
+    (tmp_path / "run/gatepress_run.json").write_text(json.dumps(manifest | {"status": "interrupted", "step": 3}))
+    prune_each(tmp_path / "run", {0.5: tmp_path / "small"}, recover_epochs=1)
+    assert "is not finished, what it holds is that of step 3" in caplog.text
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:-40]))
+    with pytest.raises(ArtifactError, match="the rows have changed since the run began"):
+        prune_each(tmp_path / "run", {0.5: tmp_path / "other"}, recover_epochs=1)
+    assert not (tmp_path / "other").exists()
 
 
 def test_an_older_run_without_scores_still_prunes_but_not_to_another_sparsity(run: Path, tmp_path: Path) -> None:

@@ -381,6 +381,17 @@ def test_a_task_that_no_manifest_names_is_null_and_any_name_is_a_name(made, tmp_
     assert "no task" in Page(tmp_path / "page.html").text
 
 
+def test_a_model_of_no_task_has_blank_cells(made, tmp_path, capsys):
+    plain = {**json.loads((made.onnx / "gatepress_onnx.json").read_text()), "task": None}
+    plain |= {"source_manifest": None, "dtype": "float32", "quantize": None}
+    onnx = write(tmp_path / "plain", "gatepress_onnx.json", plain)
+    code, out, err = command(capsys, onnx, "-o", tmp_path / "page.html")
+    assert (code, "plain" in out) == (0, True), err
+    head = re.search("<thead>.*</thead>", (tmp_path / "page.html").read_text())
+    assert head is not None
+    assert "metric" not in head[0]  # a column of nothing is none
+
+
 def test_models_of_one_name_are_told_apart(made, tmp_path):
     text = page(tmp_path, made.run, made.run, made.pruned).text
     assert "run sst2 (2)" in text

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import numpy as np
 import onnx
 import pytest
@@ -14,6 +15,8 @@ import tiny
 from forms import save_run
 from gatepress.errors import ArtifactError, DeviceError, ModelError, UsageError
 from gatepress.export import export
+from gatepress.inspecting import inspect
+from gatepress.models import load_pruned
 from gatepress.pruning import prune
 from gatepress.runtime import open_runner
 
@@ -41,10 +44,36 @@ def test_kind_is_told_by_the_files(forms, kind: str) -> None:
     assert (runner.kind, runner.name, runner.tokenizer_dir) == (kind, path.name, path)
     assert runner.runtime == ("onnxruntime" if kind == "onnx" else "torch")
     assert (runner.device, runner.num_labels, runner.max_tokens) == ("cpu", 2, tiny.MAX_TOKENS)
-    assert runner.label_names == (None if kind == "model" else ("calm", "wild"))
+    assert runner.label_names == (("LABEL_0", "LABEL_1") if kind == "model" else ("calm", "wild"))
     assert runner.size_bytes > 4 * 10_000
     assert (runner.manifest is None) == (kind == "model")
     assert not runner.head_is_random
+
+
+@pytest.mark.parametrize("kind", ["run", "pruned"])
+def test_what_the_hub_has_of_ours_opens_by_its_name(forms, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    local = open_runner(getattr(forms, kind))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(getattr(forms, kind)))
+    runner = open_runner("somebody/small")
+    assert (runner.kind, runner.name) == (kind, "somebody/small")
+    np.testing.assert_array_equal(runner.logits(batch()), local.logits(batch()))
+    if kind == "pruned":
+        assert type(load_pruned("somebody/small@v1")).__name__ == "GatepressBertForSequenceClassification"
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1_025, 5_000_000_000])
+def test_as_many_threads_as_no_machine_starts_are_refused(forms, threads: int) -> None:
+    with pytest.raises(UsageError, match=f"--threads is {threads}, expected 1 to 1,024"):
+        open_runner(forms.onnx, threads=threads)
+
+
+def test_the_size_of_a_graph_is_with_the_weights_that_it_names(forms, tmp_path: Path) -> None:
+    model = onnx.load(forms.onnx / "model.onnx")
+    beside = {"save_as_external_data": True, "location": "model.onnx_data", "size_threshold": 1_000}
+    onnx.save(model, tmp_path / "model.onnx", **beside)
+    whole = sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert open_runner(tmp_path / "model.onnx").size_bytes == whole
+    assert inspect(tmp_path / "model.onnx")["size_bytes"] == whole
 
 
 @pytest.mark.parametrize("kind", KINDS)

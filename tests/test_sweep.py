@@ -266,6 +266,10 @@ def test_figures_of_other_rows_or_weights_are_not_added(settings, trained, tmp_p
         save_file({key: value * 1.01 for key, value in weights.items()}, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(ArtifactError, match=rf"lora-s0-seed0: the {what}.* have changed since the run began"):
         run(own, tmp_path / "sweep", **{**grid, "seeds": 2})
+    if what == "rows":
+        rows.rename(tmp_path / "gone.csv")
+        run(own, tmp_path / "sweep", **grid)  # nothing is added: what is there is shown without its rows
+        (tmp_path / "gone.csv").rename(rows)
     assert trained == ["lora-s0-seed0"]
     run(own, tmp_path / "sweep", **grid, force=True)
 

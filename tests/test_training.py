@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 import tiny
 from conftest import TaskFiles
 from forms import save_run, settings_for
+from gatepress import training
 from gatepress.checkpoint import PROBE_FILE, load_run, read_run
 from gatepress.config import DataSettings, Granularity, TrainSettings
 from gatepress.errors import ArtifactError, ParityError
@@ -41,6 +42,8 @@ def test_asked_is_delivered_and_every_form_gives_the_same_metric(
     report = train(settings, tmp_path / "run")
     assert abs(report["closed_gates"] / report["total_gates"] - 0.3) <= 0.005
     assert report["examples"] == 96
+    if granularity != "matrix":  # whose gates close by rows and columns, of which a matrix keeps what both leave
+        assert report["encoder_macs_removed"] == pytest.approx(0.3, abs=0.06)  # tiny layers differ in a gate's worth
     cut = prune(tmp_path / "run", tmp_path / "pruned")
     assert cut["closed_gates"] == report["closed_gates"]
     assert cut["encoder_weights_removed"] == report["encoder_weights_removed"]
@@ -93,6 +96,11 @@ def test_the_paper_s_penalty_delivers_too(tiny_model_dir: ModelDir, tiny_task_fi
     assert report["closed_fraction"] == pytest.approx(0.3, abs=0.005)
     assert report["trainable_params"]["low_rank"] == 0
     assert prune(tmp_path / "run", tmp_path / "pruned", layout="index")["max_abs_logit_diff"] <= 1e-4
+    train(replace(settings, penalty_weight=0.0), tmp_path / "free")
+    pressed, free = (load_file(path / read_run(path).tensors["file"]) for path in (tmp_path / "run", tmp_path / "free"))
+    # Down to 0.7 open from all open: what nobody presses stays where the loss alone has it.
+    means = [torch.cat([v for name, v in state.items() if name.endswith(".mu")]).mean() for state in (pressed, free)]
+    assert means[0] < means[1]
 
 
 def test_regression_over_pairs(tiny_model_dir: ModelDir, tiny_regression_files: TaskFiles, tmp_path: Path) -> None:
@@ -102,10 +110,54 @@ def test_regression_over_pairs(tiny_model_dir: ModelDir, tiny_regression_files: 
 
 
 def test_bf16_trains_and_measures_in_float32(
-    tiny_model_dir: ModelDir, tiny_task_files: TaskFiles, tmp_path: Path
+    tiny_model_dir: ModelDir, tiny_task_files: TaskFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    autocast: dict[str, set[bool]] = {"batch_loss": set(), "evaluate_model": set()}
+
+    def watched(name: str) -> Callable[..., Any]:
+        function = getattr(training, name)
+
+        def watch(*given: Any, **named: Any) -> Any:
+            autocast[name].add(torch.is_autocast_enabled("cpu"))
+            return function(*given, **named)
+
+        return watch
+
+    for name in autocast:
+        monkeypatch.setattr(training, name, watched(name))
     report = train(settings_for(tiny_model_dir("bert"), tiny_task_files, precision="bf16", epochs=1), tmp_path / "run")
+    assert autocast == {"batch_loss": {True}, "evaluate_model": {False}}
     assert evaluate(tmp_path / "run")["metric_value"] == report["metric_value"]
+
+
+def test_the_part_in_which_gates_close_and_the_weight_of_a_teacher_reach_the_training(
+    tiny_model_dir: ModelDir, tiny_task_files: TaskFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[float, int]] = []
+    real = training.budget_of
+
+    def budget(*given: Any, **named: Any) -> Any:
+        made = real(*given, **named)
+        seen.append((made.ends, named["steps"]))
+        return made
+
+    weights: set[float] = set()
+    loss = training.batch_loss
+
+    def watched(*given: Any) -> Any:
+        weights.add(given[-1].hidden_weight)
+        return loss(*given)
+
+    monkeypatch.setattr(training, "budget_of", budget)
+    monkeypatch.setattr(training, "batch_loss", watched)
+    taught = {"distill": True, "epochs": 2, "open_epochs": 1}
+    train(
+        settings_for(tiny_model_dir("bert"), tiny_task_files, closing=0.25, hidden_weight=3.0, **taught), tmp_path / "a"
+    )
+    assert (seen, weights) == ([(4, 16)], {3.0})
+    weights.clear()
+    train(settings_for(tiny_model_dir("bert"), tiny_task_files, **taught), tmp_path / "b")
+    assert weights == {20.0}
 
 
 def test_sparsity_zero_closes_nothing(tiny_model_dir: ModelDir, tiny_task_files: TaskFiles, tmp_path: Path) -> None:

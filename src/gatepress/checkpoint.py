@@ -53,12 +53,14 @@ from gatepress.models import model_errors, model_files, read_tensors, refuse_mis
 from gatepress.resolve import family_named, family_of
 from gatepress.rotation import turn_
 from gatepress.tasks import TaskSpec
+from gatepress.tasks.labels import are_numbered, folded
 
 logger = logging.getLogger(__name__)
 
 PROBE_FILE = "probe.safetensors"
 HEAD = "classifier"  # what all families call it; a configuration may speak of one that the weights do not have
 Place = TypeVar("Place", bound=Path | None)  # of a model, where a way to look for it always finds one or may not
+ALIKE = ("method", "granularity", "controller", "gate_axes", "matrices")  # in a run and in what starts from it
 OTHER_CLASSES = "%s: the classes of its head are %s; they are taken for %s, in this order"
 
 
@@ -180,8 +182,8 @@ def open_base(directory: Path, spec: TaskSpec) -> PreTrainedModel:
                 "whose tokens all see each other"
             )
         names = spec.label_names or ("score",)
-        own = [name.lower() for name in _classes(config)]
-        if own != [name.lower() for name in names] and sorted(own) == sorted(name.lower() for name in names):
+        own, wanted = folded(_classes(config)), folded(names)
+        if own != wanted and sorted(own) == sorted(wanted):
             raise ModelError(
                 f"{directory}: its classes are {', '.join(own)}, those of the task {', '.join(names)}; a head whose "
                 "classes stand in another order cannot be trained on: order id2label and the head's rows alike"
@@ -212,7 +214,8 @@ def _open_run_as_base(directory: Path, spec: TaskSpec) -> PreTrainedModel:
     if manifest.status != "finished":
         raise ModelError(f"{directory}: is not finished; end it first: gatepress train --resume {directory}")
     if manifest.task.label_names != spec.label_names:
-        raise ModelError(f"{directory}: was trained for {manifest.task.name}, expected a run of {spec.name}")
+        there, here = (", ".join(one.label_names or ("numbers",)) for one in (manifest.task, spec))
+        raise ModelError(f"{directory}: was trained for the labels {there}, these rows have {here}; train again")
     model.train()
     return model
 
@@ -250,8 +253,7 @@ def tell_other_classes(directory: Path, spec: TaskSpec) -> None:
     if (directory / RUN_FILE).is_file() or spec.label_names is None:
         return
     own = _classes(AutoConfig.from_pretrained(directory, trust_remote_code=False))
-    numbered = [f"label_{index}" for index in range(len(own))]
-    if [name.lower() for name in own] not in (numbered, [name.lower() for name in spec.label_names]):
+    if not are_numbered(own) and folded(own) != folded(spec.label_names):
         logger.warning(OTHER_CLASSES, directory, ", ".join(own), ", ".join(spec.label_names))
 
 
@@ -282,6 +284,14 @@ def _fit_(model: PreTrainedModel, settings: TrainSettings, state: dict[str, Tens
             raise ArtifactError(f"{where}: {error}; train again") from None
 
 
+def refuse_unlike(directory: Path, there: TrainSettings, here: TrainSettings, *names: str) -> None:
+    """Raise `UsageError` where the run in a directory was trained with another of these settings."""
+    for name in names:
+        was, asked = getattr(there, name), getattr(here, name)
+        if was != asked:
+            raise UsageError(f"{directory}: was trained with {name} {was}, this run asks for {asked}; they must agree")
+
+
 def load_start_(
     model: PreTrainedModel, settings: TrainSettings, spec: TaskSpec, base: Path, base_sha256: dict[str, str]
 ) -> dict[str, Tensor]:
@@ -293,10 +303,8 @@ def load_start_(
     """
     directory = Path(str(settings.start))
     manifest = read_run(directory)
-    for name in ("model", "method", "granularity", "controller", "gate_axes", "matrices", "rank", "rotate_heads"):
-        there, here = getattr(manifest.settings, name), getattr(settings, name)
-        if there != here:
-            raise UsageError(f"{directory}: was trained with {name} {there}, this run asks for {here}; they must agree")
+    _tell_unfinished(directory, manifest)
+    refuse_unlike(directory, manifest.settings, settings, *ALIKE, "rank", "rotate_heads")
     _refuse_other_weights(directory, manifest, base, base_sha256)
     if manifest.task.label_names != spec.label_names:
         raise UsageError(
@@ -318,6 +326,14 @@ def _refuse_other_weights(directory: Path, manifest: RunManifest, base: Path, ba
         )
 
 
+def _tell_unfinished(directory: Path, manifest: RunManifest) -> None:
+    if manifest.status != "finished":
+        logger.warning(
+            "%s: is not finished, what it holds is that of step %d; go on with: gatepress train --resume %s",
+            *(directory, manifest.step, directory),
+        )
+
+
 def load_run(directory: Path) -> tuple[PreTrainedModel, RunManifest]:
     """Rebuild the model of a run directory, in evaluation mode: gated, or with its adapters merged.
 
@@ -325,11 +341,7 @@ def load_run(directory: Path) -> tuple[PreTrainedModel, RunManifest]:
     trained on, `HubError` or `ModelError` where the base cannot be had.
     """
     manifest = read_run(directory)
-    if manifest.status != "finished":
-        logger.warning(
-            "%s: is not finished, what it holds is that of step %d; go on with: gatepress train --resume %s",
-            *(directory, manifest.step, directory),
-        )
+    _tell_unfinished(directory, manifest)
     settings = manifest.settings
     try:
         base = locate_model(settings.model, settings.revision)

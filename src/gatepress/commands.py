@@ -5,13 +5,21 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from gatepress.config import DEFAULT_TARGET, MAX_LOGIT_DIFF, DataSettings, TrainSettings, spelled
+from gatepress.config import (
+    DEFAULT_LAYOUT,
+    DEFAULT_TARGET,
+    MAX_LOGIT_DIFF,
+    DataSettings,
+    TrainSettings,
+    spelled,
+    unused_by,
+)
 from gatepress.errors import ArtifactError
 from gatepress.manifests import ONNX_FORMAT, PRUNED_FORMAT, RUN_FORMAT
 
 PRUNE_DEFAULTS: dict[str, Any] = {
     **dict.fromkeys(("sparsity", "latency_table", "tokens")),
-    "layout": "auto",
+    "layout": DEFAULT_LAYOUT,
     "target": DEFAULT_TARGET,
 }
 EXPORT_DEFAULTS: dict[str, Any] = {
@@ -40,10 +48,13 @@ def commands_of(manifest: dict[str, Any], name: str, *, portable: bool = False) 
         return [_train(manifest["run"]["settings"], run, portable=portable), _line(line)]
     if kind == ONNX_FORMAT["format"] and asked:
         source, before = str(manifest["source"]), manifest.get("source_manifest") or {}
-        earlier = commands_of(before, Path(source).name, portable=portable)
+        called = Path(source).name or name  # exported from within: the last part of "." is none
+        earlier = commands_of(before, called, portable=portable)
         if earlier:
             parent = "runs" if before["format"] == RUN_FORMAT["format"] else "pruned"
-            source = f"{parent}/{Path(source).name}"
+            source = f"{parent}/{called}"
+        elif portable:
+            source = shown(source)
         options = _options(asked, EXPORT_DEFAULTS, portable=portable)
         return [*earlier, _line(["export", source, *options, "-o", f"onnx/{name}"])]
     return []
@@ -52,11 +63,12 @@ def commands_of(manifest: dict[str, Any], name: str, *, portable: bool = False) 
 def _train(value: dict[str, Any], output: str, *, portable: bool) -> str:
     """Return the line of a training by its settings, as a manifest holds them."""
     settings = TrainSettings.from_json(value)
+    unused = ("data", *unused_by(settings.method))
     words = [
         word
         for part in (settings.data, settings)
         for word in _options(
-            {one.name: getattr(part, one.name) for one in fields(part) if one.name != "data"},
+            {one.name: getattr(part, one.name) for one in fields(part) if one.name not in unused},
             {one.name: one.default for one in fields(part)},
             portable=portable,
         )

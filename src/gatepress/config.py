@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar, get_args
 from gatepress.errors import ArtifactError, UsageError
 from gatepress.families import ROLES
 from gatepress.files import expanded
+from gatepress.hub import name_of
 
 T = TypeVar("T")
 Method = Literal["gates+lora", "gates", "full", "lora", "lora-fa", "vera", "lora-xs"]
@@ -25,10 +26,12 @@ Precision = Literal["fp32", "bf16"]  # of training; what is trained stays in flo
 Arithmetic = Literal["fp32", "bf16", "fp16"]  # that a torch model is served in, weights and all
 
 ROTATED: tuple[Granularity, ...] = ("structured", "matrix")  # with gates of single dimensions of heads
+DEFAULT_LAYOUT: Layout = "auto"
 DEFAULT_TARGET: Target = "ort-cpu"  # the runtime that most people deploy on
 MAX_LOGIT_DIFF = 1e-4  # between float32 forms of one model, of the largest logit where that is above 1
 METRIC_ROUNDING = 1e-9  # of a difference of two metrics: 0.87 - 0.86 is more than 0.01
 MOST_SEEDS = 2**32  # NumPy's
+MOST_THREADS = 1_024  # OpenMP ends the process where it cannot start as many as it is told to
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,18 @@ LITTLE_LEFT, RATE_OF_LITTLE = 0.8, 1e-3  # from that sparsity on
 # Answers to training rows can be learnt by heart, hidden states are too many for it: a student that computes as its
 # teacher does answers as it does on rows that neither has seen.
 HIDDEN_WEIGHT, HIDDEN_WEIGHT_OF_OLD = 20.0, 1.0  # before 0.21
+
+
+# Settings that a method without gates has no use for.
+OF_GATES = (
+    *("sparsity", "budget", "granularity", "gate_axes", "controller", "penalty_weight", "closing", "open_epochs"),
+    *("gate_learning_rate", "train_biases", "train_layer_norms"),
+)
+
+
+def unused_by(method: str) -> tuple[str, ...]:
+    """Return the names of settings that mean nothing to a method."""
+    return (*(() if METHODS[method].gated else OF_GATES), *(("matrices",) if method == "full" else ()))
 
 
 @dataclass(frozen=True)
@@ -200,9 +215,9 @@ class TrainSettings:
 
     @property
     def reads(self) -> tuple[str | None, ...]:
-        """What training reads from disk, where these are paths."""
-        data = self.data
-        return (self.model, self.start, *(getattr(data, name) for name in _PATHS))
+        """What training reads from disk, where these are paths; the model demo is a package."""
+        model = None if self.model == "demo" else self.model
+        return (model, self.start, *(getattr(self.data, name) for name in _PATHS))
 
     @property
     def gated(self) -> bool:
@@ -304,7 +319,7 @@ def default_run_name(settings: TrainSettings) -> str:
     """Return the directory name a run gets when none is asked for, e.g. `sst2-roberta-base-s0.3`."""
     data = settings.data.task or Path(settings.data.train_file or "own").stem
     name = f"s{settings.sparsity:g}" if settings.gated else settings.method
-    return f"{data}-{Path(settings.model).name}-{name}"
+    return f"{data}-{name_of(settings.model)}-{name}"
 
 
 def spelled(name: str) -> str:
@@ -337,6 +352,12 @@ def refuse_below(least: int, **options: int | None) -> None:
             if value is not None and value < least
         ]
     )
+
+
+def refuse_threads(threads: int | None) -> None:
+    """Raise `UsageError` where a number of threads is none that a machine could start."""
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise UsageError(f"--threads is {threads}, expected 1 to {MOST_THREADS:,}")
 
 
 def refuse(problems: Sequence[str]) -> None:

@@ -24,6 +24,7 @@ from gatepress.progress import NoProgress, Progress
 from gatepress.runners import INPUTS, Runner
 from gatepress.runtime import open_runner
 from gatepress.tasks import TaskSpec
+from gatepress.tasks.labels import are_numbered, folded
 from gatepress.tasks.sources import Rows, load_rows
 
 logger = logging.getLogger(__name__)
@@ -144,11 +145,8 @@ def evaluate_runner(  # noqa: PLR0913 - each is a dial of the measurement
 ) -> dict[str, Any]:
     """Return the metric of an open model on rows, each text cut at `max_length` tokens."""
     spec = rows.spec
-    if runner.num_labels is not None and runner.num_labels != spec.num_labels:
-        raise ModelError(
-            f"{runner.name}: has {runner.num_labels} outputs, but {spec.name} needs {spec.num_labels}; "
-            "give the data it was trained for, or a model for this task"
-        )
+    if runner.num_labels is not None:  # known before the first batch
+        _refuse_other_width(runner, spec, runner.num_labels)
     tokens = fitting(max_length, runner.max_tokens, tokenizer)
     loaders = {
         name: make_loader(tokenize(split, tokenizer, tokens), tokenizer, batch_size, shuffle=False, seed=0)
@@ -157,16 +155,25 @@ def evaluate_runner(  # noqa: PLR0913 - each is a dial of the measurement
     columns = _columns(runner, spec)
 
     def predict(inputs: dict[str, torch.Tensor]) -> npt.NDArray[np.float32]:
-        return runner.logits({name: value.numpy() for name, value in inputs.items()})[:, columns]
+        logits = runner.logits({name: value.numpy() for name, value in inputs.items()})
+        _refuse_other_width(runner, spec, logits.shape[1])
+        return logits[:, columns]
 
     return {**score(predict, loaders, spec, progress), "batch_size": batch_size, "max_length": tokens}
+
+
+def _refuse_other_width(runner: Runner, spec: TaskSpec, outputs: int) -> None:
+    if outputs != spec.num_labels:
+        raise ModelError(
+            f"{runner.name}: has {outputs} outputs, but {spec.name} needs {spec.num_labels}; "
+            "give the data it was trained for, or a model for this task"
+        )
 
 
 def evaluate_model(
     model: PreTrainedModel,
     loaders: Loaders,
     spec: TaskSpec,
-    progress: Progress | None = None,
     processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Return the metric of a torch model on its own device; its mode is as before afterwards."""
@@ -180,7 +187,7 @@ def evaluate_model(
     model.eval()
     try:
         with torch.inference_mode():
-            return score(predict, loaders, spec, progress, processes)
+            return score(predict, loaders, spec, processes=processes)
     finally:
         model.train(was_training)
 
@@ -235,12 +242,10 @@ def _columns(runner: Runner, spec: TaskSpec) -> list[int]:
 
     Where they are called otherwise their order is believed, with a warning.
     """
-    wanted = [name.lower() for name in spec.label_names or ()]
-    given = [name.lower() for name in runner.label_names or ()]
-    if given and len(set(given)) == len(given) and sorted(given) == sorted(wanted):
-        return [given.index(name) for name in wanted]
-    if given and wanted:
-        logger.warning(
-            OTHER_CLASSES, runner.name, ", ".join(runner.label_names or ()), ", ".join(spec.label_names or ())
-        )
+    names, own = spec.label_names or (), runner.label_names or ()
+    for wanted, given in ((names, own), (folded(names), folded(own))):
+        if given and len(set(given)) == len(given) and sorted(given) == sorted(wanted):
+            return [given.index(name) for name in wanted]
+    if own and names and not are_numbered(own):
+        logger.warning(OTHER_CLASSES, runner.name, ", ".join(own), ", ".join(names))
     return list(range(spec.num_labels))

@@ -14,15 +14,16 @@ import onnx
 from transformers import PreTrainedModel
 
 from gatepress.agreement import compare, quantized_difference, random_batches
-from gatepress.checkpoint import PROBE_FILE, read_probe
+from gatepress.checkpoint import PROBE_FILE, read_probe, read_run
 from gatepress.config import MAX_LOGIT_DIFF, METRIC_ROUNDING, DataSettings
 from gatepress.errors import ArtifactError, GatepressError, MetricDropError, UsageError
 from gatepress.evaluation import Basis, basis_of, evaluate_runner, probe_rows
 from gatepress.families import dense_type
 from gatepress.files import ONNX_FILE, check_output, expanded, json_text, new_directory, sha256_of
 from gatepress.graph import opset_of
-from gatepress.manifests import ONNX_FORMAT, ONNX_MODEL
+from gatepress.manifests import ONNX_FORMAT, ONNX_MODEL, form_of
 from gatepress.models import model_errors, open_tokenizer, save_tokenizer
+from gatepress.ondisk import models_below
 from gatepress.progress import Progress
 from gatepress.quantize import quantize_file
 from gatepress.runners import Batch, Runner, TorchRunner
@@ -66,7 +67,8 @@ def export(  # noqa: PLR0913 - every option of the command is one
     if rows and not quantize:
         raise UsageError("data options say what the metric of --quantize int8 is measured on; give that with them")
     path = expanded(str(source))
-    check_output(output, force=force, reads=(path,))
+    below = models_below(read_run(path).settings) if form_of(path) == "run" else []
+    check_output(output, force=force, reads=(path, *below))
     runner = open_runner(source, trust_remote_code=trust_remote_code)
     if not isinstance(runner, TorchRunner):
         raise UsageError(f"{source}: is ONNX already; give the directory that it was exported from")
@@ -142,9 +144,9 @@ def export(  # noqa: PLR0913 - every option of the command is one
 
 
 def _opened(file: Path, opset: int | None) -> Runner:
-    """Open what was exported; `UsageError` where an operator set that was asked for is too new for that."""
+    """Open what was exported; `UsageError` where it cannot be of the operator set that was asked for."""
     try:
-        return open_runner(file)
+        runner = open_runner(file)
     except ArtifactError as error:
         if opset is None:
             raise
@@ -152,6 +154,10 @@ def _opened(file: Path, opset: int | None) -> Runner:
             f"--opset is {opset}, of which torch makes no graph that ONNX Runtime loads in these versions; "
             "give a smaller one, or leave it out"
         ) from error
+    made = opset_of(onnx.load(file, load_external_data=False))
+    if opset not in (None, made):  # what cannot be converted, the exporter leaves as it is
+        raise UsageError(f"--opset is {opset}, of which torch makes a graph of {made}; give {made}, or leave it out")
+    return runner
 
 
 def _basis(runner: Runner, source: str | Path, *, needed: bool, **asked: Any) -> Basis | None:

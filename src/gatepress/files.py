@@ -22,10 +22,11 @@ _MANIFESTS = (RUN_FILE, PRUNED_FILE, ONNX_FILE)  # what makes a directory a run,
 _TEMPORARY = "gatepress-tmp-"
 _WRITTEN = (  # beside a manifest and what that names: early releases named no tokenizers
     *(*_MANIFESTS, "gates-*.safetensors", "state-*.safetensors", "probe.safetensors"),
-    *("model.safetensors", "config.json", "README.md", "modeling_gatepress.py", "model.onnx", "model.onnx.data"),
+    *("model.safetensors", "config.json", "model.onnx", "model.onnx.data"),
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
     *("*.model", "chat_template.jinja"),
 )
+_WRITTEN_WITH_PRUNED = ("README.md", "modeling_gatepress.py")  # elsewhere somebody else's
 
 
 def expanded(path: str) -> Path:
@@ -81,8 +82,8 @@ def temporary_directory() -> tempfile.TemporaryDirectory[str]:
 
 
 @contextlib.contextmanager
-def explained(target: Path) -> Iterator[None]:
-    """Turn an `OSError` while writing `target` into one `OutputError` with the remedy."""
+def explained(target: Path, *, way: str = "with -o") -> Iterator[None]:
+    """Turn an `OSError` while writing `target` into one `OutputError` with the remedy, and the `way` to it."""
     try:
         yield
     except GatepressError:
@@ -91,7 +92,7 @@ def explained(target: Path) -> Iterator[None]:
         error = _os_error_in(found)
         if error is None:
             raise
-        by = "TMPDIR" if any(part.startswith(_TEMPORARY) for part in target.parts) else "-o"
+        way = "with TMPDIR" if any(part.startswith(_TEMPORARY) for part in target.parts) else way
         remedy = {
             errno.ENOSPC: "free some space or choose another disk",
             errno.EDQUOT: "free some space or choose another disk",
@@ -99,7 +100,7 @@ def explained(target: Path) -> Iterator[None]:
             errno.EROFS: "choose a directory that you may write to",
         }.get(error.errno or 0, "choose another output")
         reason = error.strerror or str(error)
-        raise OutputError(f"{target}: cannot write ({reason}); {remedy} with {by}") from found
+        raise OutputError(f"{target}: cannot write ({reason}); {remedy} {way}") from found
 
 
 def _open_to_readers(path: Path) -> None:
@@ -156,12 +157,17 @@ def check_output(target: Path, *, force: bool, reads: Iterable[str | Path | None
             f"{target}: holds {', '.join(others[:3])}, which gatepress did not write, so --force leaves it alone; "
             "choose another with -o, or remove it yourself"
         )
+    parent = target.absolute().parent
+    while not parent.exists():  # made when there is something to put there
+        parent = parent.parent
     with explained(target):
-        parent = target.absolute().parent
-        while not parent.exists():  # made when there is something to put there
-            parent = parent.parent
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=parent):
-            pass  # what cannot be written is found out now, not after an hour of training
+        try_writing(parent)
+
+
+def try_writing(directory: Path) -> None:
+    """Raise `OSError` where nothing can be written: found out now, not after an hour of training."""
+    with tempfile.TemporaryDirectory(prefix=f".{_TEMPORARY}", dir=directory):
+        pass
 
 
 def refuse_held(target: Path, reads: Iterable[str | Path | None]) -> None:
@@ -184,7 +190,7 @@ def _of_others(directory: Path) -> list[str]:
     with explained(directory):
         names = sorted(path.name for path in directory.iterdir())
     manifests = [name for name in names if name in _MANIFESTS]
-    bound: set[str] = set(manifests)
+    bound: set[str] = {*manifests, *(_WRITTEN_WITH_PRUNED if PRUNED_FILE in manifests else ())}
     for name in manifests:
         with contextlib.suppress(ArtifactError, TypeError):  # a broken one names nothing
             bound |= {**read_json(directory / name).get("sha256", {})}.keys()

@@ -66,6 +66,12 @@ def describe(model: onnx.ModelProto) -> dict[str, Any]:
     }
 
 
+def names_beside(model: onnx.ModelProto) -> set[str]:
+    """Return the names of the files, beside the graph, that it says hold its weights."""
+    said = (one for tensor in model.graph.initializer for one in tensor.external_data if one.key == "location")
+    return {one.value for one in said if Path(one.value).name == one.value}
+
+
 def opset_of(model: onnx.ModelProto) -> int | None:
     """Return the version of ONNX's own operators; None: it uses none."""
     return next((int(one.version) for one in model.opset_import if one.domain in ("", "ai.onnx")), None)

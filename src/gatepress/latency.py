@@ -102,7 +102,7 @@ def _home() -> Path:
         return Path(tempfile.gettempdir())
 
 
-def measure(target: Target, *, progress: Progress | None = None, repeats: int = REPEATS) -> Costs:
+def measure(target: Target, *, progress: Progress | None = None) -> Costs:
     """Time products and index operations of a target on this machine; `DeviceError` where it is not here."""
     if target == "cuda" and not torch.cuda.is_available():
         raise DeviceError("cuda is measured on a CUDA device, and torch sees none; run it on the machine that has one")
@@ -115,7 +115,7 @@ def measure(target: Target, *, progress: Progress | None = None, repeats: int = 
         with torch.inference_mode():
             operations = list(prepare(target))
             for _, tokens, (op, shape, call_of) in itertools.product(range(ROUNDS), TOKENS, operations):
-                often = repeats * max(1, STEADY // tokens)  # what is short is noisier
+                often = REPEATS * max(1, STEADY // tokens)  # what is short is noisier
                 ms = round(_fastest(call_of(tokens), often) / COPIES, 5)
                 fastest[op, tokens, shape] = min(ms, fastest.get((op, tokens, shape), ms))
                 progress.advance(1)

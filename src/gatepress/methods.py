@@ -18,6 +18,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from gatepress.config import TrainSettings
+from gatepress.errors import UsageError
 from gatepress.gates import GatedLinear, gates_of
 from gatepress.inject import attach_gates_, in_head, replace_module_, trainable
 from gatepress.resolve import Layer, resolve
@@ -81,6 +82,16 @@ def prepare_(model: PreTrainedModel, settings: TrainSettings) -> list[Layer]:
             if settings.method == "lora-fa" and ".lora_A." in name:
                 parameter.requires_grad_(False)
     return layers
+
+
+def refuse_rank(model: PreTrainedModel, settings: TrainSettings) -> None:
+    """Raise `UsageError` where LoRA-XS is asked for more singular values than a matrix has."""
+    if settings.method != "lora-xs":
+        return
+    sides = [min(layer.shapes[role]) for layer in resolve(model) for role in settings.matrices]
+    if settings.rank > min(sides):
+        most = f"{min(sides)}, the singular values of a matrix"
+        raise UsageError(f"--lora-rank is {settings.rank}, expected at most {most}")
 
 
 def trained(model: PreTrainedModel, settings: TrainSettings) -> Kinds:

@@ -17,7 +17,9 @@ def compute_metric(name: Metric, logits: npt.NDArray[np.floating], labels: npt.N
     not finite: a diverged model has no metric.
     """
     if not np.isfinite(logits).all():
-        raise ModelError("the model's outputs are not finite numbers; a smaller --learning-rate may help")
+        raise ModelError(
+            "the model's outputs are not finite numbers; a smaller --learning-rate, or --precision fp32, may help"
+        )
     if name == "pearson":
         scores = logits.reshape(len(labels)).astype(np.float64)
         wanted = labels.astype(np.float64)

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from gatepress.errors import ArtifactError, GatepressError, ModelError, reason_of
 from gatepress.families import FAMILIES
 from gatepress.files import PRUNED_FILE, read_json, sha256_of
+from gatepress.hub import locate_model
 from gatepress.manifests import (
     PRUNED_FORMAT,
     check_beside,
@@ -70,12 +71,15 @@ def model_errors(directory: Path | str) -> Iterator[None]:
 
 
 def load_pruned(directory: str | Path) -> PreTrainedModel:
-    """Load a pruned directory: no registration, no remote code, evaluation mode, float32.
+    """Load a pruned directory, or one that lies on the hub: no registration, no remote code, evaluation mode, float32.
 
     From then on the Auto classes know pruned models too, so that `AutoTokenizer` does not ask to run their code.
-    Raises `ArtifactError` where the directory is incomplete, corrupted or of a newer version.
+    Raises `ArtifactError` where the directory is incomplete, corrupted or of a newer version, and what
+    `hub.locate_model` raises where there is no such directory.
     """
     path = Path(directory)
+    if not path.exists():
+        path = locate_model(str(directory))
     if not (path / PRUNED_FILE).is_file():
         raise ArtifactError(f"{path}: has no {PRUNED_FILE}, expected a directory written by `gatepress prune`")
     manifest = read_manifest(path / PRUNED_FILE, PRUNED_FORMAT)

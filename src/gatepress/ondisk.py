@@ -9,7 +9,7 @@ from huggingface_hub import constants
 
 from gatepress.checkpoint import dense_base, read_run
 from gatepress.config import TrainSettings
-from gatepress.errors import GatepressError
+from gatepress.errors import ArtifactError, GatepressError
 from gatepress.families import ROLES
 from gatepress.gates import GatedLinear
 from gatepress.hub import locate_model
@@ -37,6 +37,19 @@ def base_of(settings: TrainSettings) -> Path | None:
             return locate_model(settings.model, settings.revision)
         except GatepressError:
             return None
+
+
+def models_below(settings: TrainSettings) -> list[Path]:
+    """Return where the models that a run stands on lie on this disk, the nearest first: a run may stand on runs.
+
+    What is broken or not here ends the list.
+    """
+    found: list[Path] = []
+    with contextlib.suppress(ArtifactError):
+        while (directory := base_of(settings)) is not None and directory not in found:
+            found.append(directory)
+            settings = read_run(directory).settings
+    return found
 
 
 def plan_of_run(directory: Path) -> tuple[PrunePlan, int] | None:

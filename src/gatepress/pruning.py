@@ -14,7 +14,7 @@ from gatepress.budget import budget_of
 from gatepress.card import CARD_FILE, card
 from gatepress.checkpoint import RunManifest, load_run, read_probe, read_run
 from gatepress.collapse import cut, live_parts, parameters_of, ship_code
-from gatepress.config import DEFAULT_TARGET, Layout, Target, TrainSettings, refuse_below
+from gatepress.config import DEFAULT_LAYOUT, DEFAULT_TARGET, Layout, Target, TrainSettings, refuse_below
 from gatepress.costs import Costs, analytic
 from gatepress.errors import UsageError
 from gatepress.files import PRUNED_FILE, check_output, json_text, new_directory, read_json, sha256_of
@@ -22,6 +22,7 @@ from gatepress.gates import counted, gates_of
 from gatepress.latency import for_target
 from gatepress.manifests import PRUNED_FORMAT
 from gatepress.models import open_pruned, open_tokenizer, save_tokenizer
+from gatepress.ondisk import models_below
 from gatepress.plan import Live, chooses, make_plan
 from gatepress.progress import Progress
 from gatepress.resolve import Layer, resolve
@@ -35,7 +36,7 @@ def prune(  # noqa: PLR0913 - every option of the command is one
     run_dir: Path,
     output: Path,
     *,
-    layout: Layout = "auto",
+    layout: Layout = DEFAULT_LAYOUT,
     target: Target = DEFAULT_TARGET,
     latency_table: str | Path | None = None,
     tokens: int | None = None,
@@ -56,7 +57,7 @@ def prune(  # noqa: PLR0913 - every option of the command is one
     refuse_below(1, tokens=tokens)
     settings = gated_settings(run_dir)
     if not dry_run:
-        check_output(output, force=force, reads=(run_dir, settings.model))
+        check_output(output, force=force, reads=(run_dir, *models_below(settings)))
     model, manifest = load_run(run_dir)
     probe = read_probe(run_dir, model)
     layers = resolve(model)

@@ -14,9 +14,12 @@ from gatepress.config import DEFAULT_TARGET, refuse_below
 from gatepress.files import check_output
 from gatepress.hub import locate_model
 from gatepress.latency import for_target
+from gatepress.ondisk import models_below
 from gatepress.progress import Progress
 from gatepress.pruning import gated_settings, prune
+from gatepress.resume import refuse_other
 from gatepress.runtime import device_here
+from gatepress.tasks.sources import load_rows
 from gatepress.training import train
 
 
@@ -47,8 +50,11 @@ def prune_each(
     taught = bool(recover_epochs and settings.distill) and is_finetuned(
         locate_model(settings.model, settings.revision), read_run(run_dir).task
     )
+    if recover_epochs:
+        run = read_run(run_dir)
+        refuse_other(run_dir, run, replace(run, data_fingerprint=load_rows(settings.data).fingerprint))
     for output in outputs.values():
-        check_output(output, force=force, reads=(run_dir, settings.model))
+        check_output(output, force=force, reads=(run_dir, *models_below(settings)))
     reports = []
     for sparsity, output in outputs.items():
         options: dict[str, Any] = {"force": force, "progress": progress, **pruning}

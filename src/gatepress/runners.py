@@ -329,6 +329,5 @@ def _fitted(batch: Batch, names: tuple[str, ...]) -> dict[str, npt.NDArray[np.in
 
 
 def _label_names(id2label: Mapping[Any, Any]) -> tuple[str, ...] | None:
-    """Return the names in the order of their ids; None where they are only numbered (LABEL_0, ...)."""
-    names = tuple(str(id2label[key]) for key in sorted(id2label, key=int))
-    return None if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else names
+    """Return the names in the order of their ids; None where there are none."""
+    return tuple(str(id2label[key]) for key in sorted(id2label, key=int)) or None

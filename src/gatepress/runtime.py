@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from gatepress.checkpoint import load_run, read_run
-from gatepress.config import Arithmetic
+from gatepress.config import Arithmetic, refuse_threads
 from gatepress.errors import ArtifactError, DeviceError, ModelError, UsageError, reason_of
 from gatepress.files import PRUNED_FILE, RUN_FILE, expanded, read_json
 from gatepress.graph import check_graph, read_graph
@@ -52,20 +52,23 @@ def open_runner(
     Raises `ArtifactError` on a broken directory, `ModelError` on what is no model, `DeviceError`,
     and what `hub.locate_model` raises.
     """
+    refuse_threads(threads)
     if threads is not None:
-        if threads < 1:
-            raise UsageError(f"--threads is {threads}, expected 1 or more")
         torch.set_num_threads(threads)
-    path = expanded(str(target))
+    here = path = expanded(str(target))
     kind = _kind_of(str(target), path)
     if kind == "onnx":
         return _open_onnx(path, device)
     place, dtype = torch_device(device), DTYPES[precision]
+    if kind == "model":
+        path = locate_model(str(target), code=trust_remote_code)
+        kind = form_of(path) or kind  # what the hub has may be of ours
+    name = _name(path) if path == here else str(target)
     if kind == "run":
-        return _open_run(path, place, dtype)
+        return _open_run(path, name, place, dtype)
     if kind == "pruned":
-        return _open_pruned(path, place, dtype)
-    return _open_model(str(target), place, dtype, trust_remote_code=trust_remote_code)
+        return _open_pruned(path, name, place, dtype)
+    return _open_model(path, name, place, dtype, trust_remote_code=trust_remote_code)
 
 
 def torch_device(name: str) -> str:
@@ -114,10 +117,10 @@ def _kind_of(target: str, path: Path) -> Kind:
     return "model"
 
 
-def _open_run(path: Path, device: str, dtype: torch.dtype) -> TorchRunner:
+def _open_run(path: Path, name: str, device: str, dtype: torch.dtype) -> TorchRunner:
     model, manifest = load_run(path)
     model, size = _moved(model, device, dtype), _bytes(_weights(path))
-    return TorchRunner(_name(path), "run", device, _tokenizer_dir(path), size, manifest.to_json(), model=model)
+    return TorchRunner(name, "run", device, _tokenizer_dir(path), size, manifest.to_json(), model=model)
 
 
 def _weights(directory: Path) -> list[Path]:
@@ -129,17 +132,16 @@ def _weights(directory: Path) -> list[Path]:
     return [directory / manifest.tensors["file"], *_weights(base)]
 
 
-def _open_pruned(path: Path, device: str, dtype: torch.dtype) -> TorchRunner:
+def _open_pruned(path: Path, name: str, device: str, dtype: torch.dtype) -> TorchRunner:
     model = _moved(load_pruned(path), device, dtype)
     manifest = read_json(path / PRUNED_FILE)
     size = _bytes(list(path.glob("*.safetensors")))
-    return TorchRunner(_name(path), "pruned", device, _tokenizer_dir(path), size, manifest, model=model)
+    return TorchRunner(name, "pruned", device, _tokenizer_dir(path), size, manifest, model=model)
 
 
-def _open_model(target: str, device: str, dtype: torch.dtype, *, trust_remote_code: bool) -> TorchRunner:
-    path = locate_model(target)
+def _open_model(path: Path, name: str, device: str, dtype: torch.dtype, *, trust_remote_code: bool) -> TorchRunner:
     # A fresh head is drawn from a fixed seed, so that two openings of one encoder agree.
-    with model_errors(target), torch.random.fork_rng(devices=[]):
+    with model_errors(name), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, info = AutoModelForSequenceClassification.from_pretrained(
             path,
@@ -148,11 +150,10 @@ def _open_model(target: str, device: str, dtype: torch.dtype, *, trust_remote_co
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
         )
-    refuse_missing(target, model, info["missing_keys"])
+    refuse_missing(name, model, info["missing_keys"])
     random = bool(info["missing_keys"])
     if random:
-        logger.info("%s has no task head: a random one stands in", target)
-    name = target if target == "demo" or not Path(target).exists() else _name(Path(target))
+        logger.info("%s has no task head: a random one stands in", name)
     size = _bytes(list(path.glob("*.safetensors")))
     return TorchRunner(
         name,
@@ -189,7 +190,7 @@ def _open_onnx(path: Path, device: str) -> OnnxRunner:
         "onnx",
         place,
         _tokenizer_dir(directory),
-        _bytes([file, *directory.glob(f"{file.name}.data")]),
+        _bytes([file, *(directory / name for name in beside)]),
         manifest,
         bool(manifest and manifest.get("head_is_random")),
         session=session,

@@ -18,6 +18,7 @@ from gatepress.agreement import agree
 from gatepress.batches import fitting, left_of_epoch, make_loader, probe_batch, tokenize
 from gatepress.budget import budget_of
 from gatepress.checkpoint import (
+    ALIKE,
     RunManifest,
     RunWriter,
     clear_,
@@ -25,22 +26,24 @@ from gatepress.checkpoint import (
     load_start_,
     open_base,
     read_run,
+    refuse_unlike,
     tell_other_classes,
 )
 from gatepress.collapse import parameters_of, plan_model, refuse_activation
-from gatepress.config import ROTATED, TrainSettings
+from gatepress.config import TrainSettings
 from gatepress.distill import Lesson, Teacher, learn_from_teacher_
-from gatepress.errors import ModelError, UsageError
+from gatepress.errors import ModelError, ProcessError, UsageError
 from gatepress.evaluation import evaluate_model
-from gatepress.files import check_output
+from gatepress.files import check_output, explained, try_writing
 from gatepress.gates import gates_of
 from gatepress.hub import locate_model
 from gatepress.inject import mark_trainable_
 from gatepress.losses import batch_loss
-from gatepress.methods import Kinds, prepare_, trained
+from gatepress.methods import Kinds, prepare_, refuse_rank, trained
 from gatepress.modeling_gatepress import first_token_alone
 from gatepress.models import model_files, open_tokenizer
 from gatepress.narrowing import narrow_, narrow_last_layer_
+from gatepress.ondisk import base_of, models_below
 from gatepress.precision import computing
 from gatepress.processes import Processes, seed_of
 from gatepress.progress import NoProgress, Progress
@@ -75,7 +78,7 @@ def train(
     the report, whose keys docs/json-contract.md lists. Raises leaves of `GatepressError`.
     """
     settings = settings.absolute()
-    check_output(output, force=force, reads=settings.reads)
+    check_output(output, force=force, reads=(*settings.reads, *models_below(settings)))
     return _run(_prepare(settings), output, progress or NoProgress(), force=force)
 
 
@@ -90,6 +93,8 @@ def resume(output: Path, *, progress: Progress | None = None) -> dict[str, Any]:
         clear_(output, manifest)
         logger.info("%s is finished: nothing is left to train, this is its report", output)
         return {**manifest.report, "output_dir": str(output)}
+    with explained(output, way="and copy the run there"):
+        try_writing(output)
     state = read_state(output, manifest)
     epochs = manifest.settings.epochs or manifest.report.get("epochs")
     began = replace(manifest.settings, epochs=epochs, device=device_here(manifest.settings.device))
@@ -109,7 +114,7 @@ def _run(job: "_Job", output: Path, progress: Progress, *, force: bool) -> dict[
             for epoch in range(job.step // job.steps_per_epoch, job.steps // job.steps_per_epoch):
                 _one_epoch(job, epoch, writer, progress)
                 _end_epoch(job, writer)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, ProcessError):  # what another process died of, this one has not
             if job.step > job.manifest.step:
                 _checkpoint(job, writer, "interrupted", job.manifest.report)
             raise
@@ -152,13 +157,12 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
     began = time.perf_counter()
     processes = _processes(settings)
     set_seed(settings.seed)
-    rows = load_rows(settings.data)  # first: what is wrong here is found without a download
+    if settings.start and not resumed:
+        settings = _as_start(settings, Path(settings.start))
+    rows = load_rows(settings.data)  # before the model: what is wrong here is found without a download
     refuse_unsound({"settings": settings.to_json(), "task": rows.spec.to_json()})
     base = locate_model(settings.model, settings.revision)
     finetuned = is_finetuned(base, rows.spec)
-    if settings.start and settings.rotate_heads is None and settings.granularity in ROTATED:
-        # whose gates these are, its heads these are
-        settings = replace(settings, rotate_heads=read_run(Path(settings.start)).settings.rotate_heads)
     settings = settings.resolved(finetuned=finetuned)
     model: Any = open_base(base, rows.spec)
     if finetuned and processes.main and not resumed:
@@ -167,6 +171,7 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
         refuse_activation(model)  # now, not when it comes to pruning
     tokenizer = _tokenizer_of(base, model)
     dense_params = parameters_of(model)
+    refuse_rank(model, settings)
     layers = prepare_(model, settings)
     if settings.gated:
         narrow_last_layer_(model, layers)
@@ -272,6 +277,17 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
             versions=versions(*MADE_WITH),
         ),
     )
+
+
+def _as_start(settings: TrainSettings, start: Path) -> TrainSettings:
+    """Return settings with the heads of the run that they start from: whose gates these are, its heads these are.
+
+    `UsageError` where that run was trained otherwise, or on a model that another name would have to be fetched for.
+    """
+    run = read_run(start).settings
+    elsewhere = ("model",) if run.model != settings.model and base_of(settings) is None else ()
+    refuse_unlike(start, run, settings, *elsewhere, *ALIKE)
+    return settings if settings.rotate_heads is not None else replace(settings, rotate_heads=run.rotate_heads)
 
 
 def _processes(settings: TrainSettings) -> Processes:

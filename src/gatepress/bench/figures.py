@@ -12,11 +12,10 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from gatepress.bench.record import Record
-from gatepress.bench.tables import cell, conditions, groups, three_digits
+from gatepress.bench.tables import cell, conditions, groups, shortened, three_digits
 
 CHARACTERS_PER_INCH = 15  # of a caption
 LABEL_ROOM = 0.07  # of the axis' height: what a label below a point takes
-MAX_NAME = 44  # characters of a target's name in a plot
 INK, QUIET, FAINT = "#24292f", "#6e7781", "#d8dee4"  # text, secondary text, grid
 BLUE, ORANGE = "#0072b2", "#d55e00"  # told apart by every kind of eye (Okabe and Ito)
 HATCHES = {"int8": "////", "bfloat16": "\\\\\\\\", "float16": "xxxx"}  # dots make large files
@@ -37,6 +36,7 @@ STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: searchable, and small
     "svg.hashsalt": "gatepress",  # the same records give the same bytes
     "text.color": INK,
+    "text.parse_math": False,  # names of directories may hold dollar signs
     "xtick.color": QUIET,
     "xtick.labelcolor": INK,
     "ytick.color": QUIET,
@@ -156,7 +156,7 @@ def _bars(figure: Figure, cells: list[list[Record]]) -> None:
             title=cell(group[0]),
             xlim=(0, 1.5 * longest),  # room for the labels
             yticks=at,
-            yticklabels=[_short(record.name) for record in group] if place % width == 0 else [],
+            yticklabels=[shortened(record.name) for record in group] if place % width == 0 else [],
         )
         axes.invert_yaxis()  # the first target on top
         axes.tick_params(axis="y", length=0)
@@ -166,7 +166,7 @@ def _bars(figure: Figure, cells: list[list[Record]]) -> None:
     for axes in panels[len(cells) :]:
         axes.set_axis_off()
     _legend(figure, _all(cells))
-    baseline = _short(cells[0][0].name)
+    baseline = shortened(cells[0][0].name)
     caption(figure, _all(cells), f"whiskers: p10 to p90; factor: against {baseline}, above 1 is faster")
 
 
@@ -187,11 +187,6 @@ def _legend(figure: Figure, records: list[Record]) -> None:
         handles.append(Patch(facecolor=QUIET, edgecolor="white", hatch=HATCHES[dtype], label=dtype))
     if handles:
         figure.legend(handles=handles, loc="outside upper right", ncols=3, frameon=False, fontsize=8.5)
-
-
-def _short(name: str) -> str:
-    """Return a name that leaves the bars some room, its middle left out."""
-    return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME // 2 - 1]}\u2026{name[-MAX_NAME // 2 :]}"
 
 
 def _all(cells: list[list[Record]]) -> list[Record]:

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 from gatepress.bench.record import Record
 
+LONGEST_NAME = 44  # characters that fit beside a number, in a plot and on a phone
+
 
 class Table(NamedTuple):
     """Records as text, for Markdown and for the terminal; the first `left` columns are names."""
@@ -105,6 +107,12 @@ def cell(record: Record) -> str:
         rows = f"{record.examples:,} rows" if record.examples is not None else "all rows"
         return f"one pass over {record.task} ({rows}), batch {record.batch_size}"
     return f"batch {record.batch_size} x {record.seq_len} tokens"
+
+
+def shortened(text: str) -> str:
+    """Return a text with its middle left out where it is too long: names differ at their ends."""
+    half = (LONGEST_NAME - 1) // 2
+    return text if len(text) <= LONGEST_NAME else f"{text[:half]}…{text[-half:]}"
 
 
 def three_digits(value: float) -> str:

@@ -20,6 +20,7 @@ from gatepress.config import (
     Target,
     TrainSettings,
     spelled,
+    unused_by,
 )
 from gatepress.errors import UsageError
 from gatepress.families import ROLES
@@ -142,7 +143,8 @@ Revision = Annotated[
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(
-        help="Allow Python code that comes with a model to run on this machine. Off unless you have read it.",
+        help="Allow Python code that comes with a model, in its directory or on the hub, to run on this machine. Off "
+        "unless you have read it.",
         show_default=False,
         rich_help_panel=MODEL,
     ),
@@ -577,7 +579,7 @@ def train_settings(rows: TrainingRows, *groups: Base | Gating | Schedule | Machi
     return TrainSettings(data=data_settings(rows), **given)
 
 
-OF_GATES = ("sparsity", "budget", "granularity", "controller", "open_epochs", "closing", "gate_learning_rate")
+ASKS_NOTHING = {"sparsity": 0, "open_epochs": 0}  # of a method without gates
 ROWS = {"task", "validation_file"}  # options that say which rows; the others say how
 
 
@@ -618,17 +620,20 @@ def refuse_beside(option: str, context: typer.Context) -> None:
         raise UsageError(f"{option} goes on with the run's own settings, but {', '.join(others)} came with it; drop it")
 
 
-def refuse_of_gates(method: Method, context: typer.Context) -> None:
-    """Raise `UsageError` naming what was asked of the gates of a method that has none; 0 asks nothing."""
+def refuse_unused(method: Method, context: typer.Context) -> None:
+    """Raise `UsageError` naming the settings that were given and mean nothing to a method."""
     given = _given(context)
-    if others := [given[name] for name in OF_GATES if name in given and context.params[name]]:
-        raise UsageError(f"{', '.join(others)} speaks of gates, --method {method} has none; drop it")
+    asked = [name for name in unused_by(method) if name in given and context.params[name] != ASKS_NOTHING.get(name)]
+    if asked:
+        why = "trains the whole model" if method == "full" else "has no gates"
+        others = ", ".join(given[name] for name in asked)
+        raise UsageError(f"{others} means nothing to --method {method}, which {why}; drop it")
 
 
 def _given(context: typer.Context) -> dict[str, str]:
     """Return the parameters that came from the command line, and how their options are spelled."""
     return {
-        str(one.name): one.opts[0]
+        str(one.name): (one.secondary_opts if context.params.get(str(one.name)) is False else one.opts)[0]
         for one in context.command.params
         if (source := context.get_parameter_source(str(one.name))) and source.name != "DEFAULT"
     }

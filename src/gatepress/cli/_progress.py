@@ -62,7 +62,7 @@ class BarProgress:
     def __init__(self, stream: TextIO) -> None:
         """Draw on `stream`, which must be a terminal."""
         self._bars = Bars(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             SpeedColumn(),

@@ -10,7 +10,7 @@ from gatepress.cli import _options as opt
 from gatepress.cli._console import facts, megabytes, pick, session
 from gatepress.config import MAX_LOGIT_DIFF
 from gatepress.files import check_output
-from gatepress.hub import without_revision
+from gatepress.hub import name_of
 
 if TYPE_CHECKING:
     from gatepress.cli._console import Titled
@@ -107,12 +107,6 @@ def export(  # noqa: PLR0913 - every option is a parameter
         )
         screen.result(result, tables)
         screen.note(f"next: gatepress bench {shlex.quote(str(source))} {shlex.quote(str(target))}")
-
-
-def name_of(target: str) -> str:
-    """Return the last part of a directory or hub id."""
-    path = Path(target)
-    return path.resolve().name if path.exists() else Path(without_revision(target)).name
 
 
 def tables(result: dict[str, Any]) -> "list[Titled]":

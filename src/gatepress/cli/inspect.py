@@ -1,5 +1,6 @@
 """`gatepress inspect`: what a directory is, where it comes from, what each layer keeps."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -136,9 +137,9 @@ def _graph(graph: dict[str, Any]) -> list[tuple[str, str]]:
         for one in graph[kind]
     ]
     nodes = ", ".join(f"{name} {number}" for name, number in graph["nodes"].items())
-    largest = sorted(graph["initializers"], key=lambda one: -_numbers(one["shape"]))[:3]
+    largest = sorted(graph["initializers"], key=lambda one: -math.prod(one["shape"]))[:3]
     stored = [("  among the largest", f"{one['name']} {one['dtype']} {_shape(one['shape'])}") for one in largest]
-    total = sum(_numbers(one["shape"]) for one in graph["initializers"])
+    total = sum(math.prod(one["shape"]) for one in graph["initializers"])
     return [
         *ends,
         ("operator set", str(graph["opset"])),
@@ -146,13 +147,6 @@ def _graph(graph: dict[str, Any]) -> list[tuple[str, str]]:
         ("stored tensors", f"{len(graph['initializers'])}, {count(total)} numbers"),
         *stored,
     ]
-
-
-def _numbers(shape: Sequence[int]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
 
 
 def _shape(shape: Sequence[Any]) -> str:

@@ -9,7 +9,7 @@ import typer
 from gatepress.cli import _options as opt
 from gatepress.cli._console import count, facts, grid, megabytes, percent, pick, session
 from gatepress.cli.train import metric_rows
-from gatepress.config import DEFAULT_TARGET, Layout
+from gatepress.config import DEFAULT_LAYOUT, DEFAULT_TARGET
 from gatepress.errors import UsageError
 from gatepress.files import check_output
 
@@ -24,7 +24,6 @@ EXAMPLES = opt.examples(
     "gatepress prune runs/sst2 --dry-run --json",
 )
 KEPT = ("heads", "query/key width", "value/output width", "neurons", "by index", "multiplications left", "time left")
-DEFAULT_LAYOUT: Layout = "auto"
 
 
 def prune(  # noqa: PLR0913 - every option is a parameter

@@ -70,7 +70,7 @@ def tables(result: dict[str, Any]) -> "list[Titled]":
         [
             model["name"],
             model["kind"],
-            model["task"],
+            model["task"] or "",
             "" if model["metric_value"] is None else f"{model['metric_name']} {model['metric_value']:.4f}",
             "" if model["encoder_macs_removed"] is None else percent(model["encoder_macs_removed"]),
         ]

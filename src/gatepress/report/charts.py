@@ -11,7 +11,8 @@ from html import escape
 from itertools import pairwise
 from typing import Any
 
-LONGEST_LABEL = 44  # characters that fit beside a number on a phone
+from gatepress.bench.tables import shortened
+
 LOGARITHMIC_FROM = 4.0  # most over least
 STEPS = (1, 2, 2.5, 5, 10)  # between ticks, times a power of ten
 LOGARITHMIC_STEPS = (1, 1.5, 2, 3, 5, 7)
@@ -120,12 +121,6 @@ def heat(name: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[S
         parts.append(_text("-8", top + 19, label, "tick end"))
         parts += [_square(square, index * width, top, width) for index, square in enumerate(squares)]
     return _svg(name, HEAT_TOP + len(rows) * HEAT_ROW, parts, "heat")
-
-
-def shortened(text: str, longest: int = LONGEST_LABEL) -> str:
-    """Return a text with its middle left out where it is too long: names differ at their ends."""
-    half = (longest - 1) // 2
-    return text if len(text) <= longest else f"{text[:half]}…{text[-half:]}"
 
 
 # --- scales ---------------------------------------------------------------------------------------

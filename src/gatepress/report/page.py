@@ -94,7 +94,7 @@ def _models(sheet: Sheet) -> Iterable[Section]:
     columns: dict[str, Callable[[Item], str]] = {
         "model": lambda item: item.label,
         "task": _task,
-        "metric": lambda item: f"{_metric_name(item)} {_metric(item.metric)}",
+        "metric": lambda item: _or(item.metric, lambda value: f"{_metric_name(item)} {_metric(value)}"),
         "asked": lambda item: _or(item.asked, _share),
         "gates closed": lambda item: _or(item.closed, _share),
         "MACs removed": lambda item: _or(item.removed, _share),

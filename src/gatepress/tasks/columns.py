@@ -15,6 +15,7 @@ _PAIRS = (
     ("text", "text_pair"),
 )
 _TEXTS = ("text", "sentence", "content", "document", "review", "comment", "tweet", "title", "question")
+SHOWN = 20  # names in a message
 _LABELS = ("label", "labels", "target", "class", "category", "sentiment", "score", "rating")
 
 
@@ -56,5 +57,5 @@ def _first(wanted: tuple[str, ...], names: list[str]) -> str | None:
     return next((there[name] for name in wanted if name in there), None)
 
 
-def _list(names: list[str], limit: int = 20) -> str:
-    return ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "")
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f", ... ({len(names)} in all)" if len(names) > SHOWN else "")

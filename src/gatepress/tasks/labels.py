@@ -1,5 +1,6 @@
 """From the values of a label column to ids or numbers, and to what kind of task they make."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from gatepress.errors import DataError
@@ -31,6 +32,16 @@ def infer_names(values: list[Any], where: str) -> tuple[str, ...] | None:
             "name another column with --label-column, or write scores with a decimal point for regression"
         )
     return tuple(names)
+
+
+def are_numbered(names: Sequence[str]) -> bool:
+    """Say whether classes are only counted (LABEL_0, ...), as transformers calls them where nobody else named them."""
+    return folded(names) == tuple(f"label_{number}" for number in range(len(names)))
+
+
+def folded(names: Sequence[str]) -> tuple[str, ...]:
+    """Return names as they are compared where models from elsewhere may spell them in other cases."""
+    return tuple(name.lower() for name in names)
 
 
 def class_ids(values: list[Any], names: tuple[str, ...], where: str, *, ids_too: bool) -> list[int]:
