@@ -33,7 +33,7 @@ layers: $(VENV)/.installed-dev
 	$(BIN)/lint-imports --no-logo
 
 unit: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --durations 20
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal --durations 20
 
 # every lower bound of the dependencies, as an exact version
 oldest:

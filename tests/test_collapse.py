@@ -72,7 +72,7 @@ def test_any_shape_is_picked_from_with_any_number_of_threads(shape: tuple[int, .
 
 
 @pytest.mark.parametrize(("granularity", "layout"), list(itertools.product(GRANULARITIES, LAYOUTS)))
-def test_collapsed_and_reloaded_equal_gated(
+def test_collapsed_and_reloaded_equal_gated_and_hold_what_the_plan_counts(
     family: str, granularity: Granularity, layout: Layout, tmp_path: Path
 ) -> None:
     model = gated_model(family, granularity)
@@ -84,15 +84,8 @@ def test_collapsed_and_reloaded_equal_gated(
     reloaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert torch.equal(logits(reloaded, family), logits(pruned, family))
     assert 0 < plan.removed_fraction < 1
-
-
-@pytest.mark.parametrize(("granularity", "layout"), list(itertools.product(GRANULARITIES, LAYOUTS)))
-def test_what_the_plan_counts_is_what_the_files_hold(family: str, granularity: Granularity, layout: Layout) -> None:
-    model = gated_model(family, granularity)
-    pruned, plan = collapse(model, layout)
-    layers = resolve(pruned)
     base = pruned.base_model
-    held = sum(base.get_submodule(path).weight.numel() for layer in layers for path in layer.paths.values())
+    held = sum(base.get_submodule(path).weight.numel() for layer in resolve(pruned) for path in layer.paths.values())
     assert held == plan.kept_weights
     assert plan.dense_weights == sum(layer.weights for layer in resolve(model))
     dense_parameters = parameters_of(tiny.build_classifier(family, num_labels=3))
@@ -230,7 +223,8 @@ def test_calls_that_read_different_tokens_may_run_at_once_and_after_one_that_fai
     states = pruned.base_model(**inputs)[0]
     assert states.shape[1] == inputs["input_ids"].shape[1]
 
-    apart = transformers.__version__ != "5.0.0"
+    # By 5.0.0 wrong, of dense models as well, by 5.24 right: where it was mended in between is not known.
+    apart = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24)
 
     def ask(number: int) -> bool:
         whole = pruned(**inputs, output_hidden_states=number % 2 == 0)

@@ -5,25 +5,17 @@ world: tiny models under the names that the page uses, the reader's files, rows 
 A page says `<!-- not run: reason -->` above a block that cannot run here; the command lines in it must parse all the
 same.
 
-Each `gatepress` or `python` that a block starts is a fork of one process that has imported everything (`serve`).
+Each `gatepress` or `python` that a block starts is a fork of one process that has imported everything (forks.py).
 """
 
-import array
 import importlib
 import itertools
 import json
-import os
 import re
-import runpy
 import shlex
 import shutil
-import signal
-import socket
 import subprocess
-import sys
 import textwrap
-import time
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import attrgetter
@@ -33,6 +25,7 @@ from typing import Any
 import pytest
 import typer
 
+import forks
 import tiny
 from gatepress.cli.app import app
 
@@ -84,74 +77,16 @@ BLOCKS = [block for path in PAGES for block in blocks_of(path)]
 
 # --- the world of a reader ------------------------------------------------------------------------
 
-REQUEST_BYTES = 1 << 18
-IMPORTED = ("auto", "bench.endtoend", "evaluation", "export", "inspecting", "recovery", "report.build", "verifying")
-CLIENT = """#!{python} -SE
-import json, os, socket, sys
-with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as call:
-    call.connect({address!r})
-    told = json.dumps({{"arguments": sys.argv, "directory": os.getcwd(), "environment": dict(os.environ)}})
-    socket.send_fds(call, [told.encode()], [0, 1, 2])
-    answer = call.recv(1)
-sys.exit(answer[0] if answer else 70)
-"""
 
-
-def serve(address: str, glue: str) -> None:
-    """Import what commands need, then answer each call with a fork that has the caller's streams and directory."""
+def supply(glue: str) -> None:
+    """Put rows and a model in place of those of the hub and the demo."""
     from gatepress import hub
     from gatepress.tasks import sources
     from gatepress.tasks.glue import glue_columns
 
-    for name in IMPORTED:
-        importlib.import_module(f"gatepress.{name}")
     hub._demo_model = lambda: Path(glue).parent / "FacebookAI/roberta-base"
     sources.demo_rows = demo_rows
     sources.hub_columns = lambda task, split: glue_columns(Path(glue), task, split)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
-    tests = os.getppid()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
-        server.bind(address)
-        server.listen()
-        server.settimeout(5)
-        while os.getppid() == tests:  # else they were killed, and nobody will call
-            try:
-                call, _ = server.accept()
-            except TimeoutError:
-                continue
-            if os.fork():
-                call.close()
-                continue
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            call.send(bytes([answer(call)]))
-            os._exit(0)
-
-
-def answer(call: socket.socket) -> int:
-    """Run what was asked for; return its exit code."""
-    told, streams, _, _ = socket.recv_fds(call, REQUEST_BYTES, 3)
-    asked = json.loads(told)
-    for number, stream in enumerate(array.array("i", streams)):
-        os.dup2(stream, number)
-    os.environ.clear()
-    os.environ.update(asked["environment"])
-    os.chdir(asked["directory"])
-    program, *arguments = asked["arguments"]
-    sys.argv, sys.path[0] = [program, *arguments], asked["directory"]
-    try:
-        if Path(program).name == "gatepress":
-            app(prog_name="gatepress")
-        sys.argv = arguments
-        runpy.run_path(arguments[0], run_name="__main__")
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:  # noqa: BLE001 - the caller's stderr is where it belongs
-        traceback.print_exc()
-        return 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    return 0
 
 
 def demo_rows() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
@@ -185,23 +120,9 @@ def world(
 @pytest.fixture(scope="module")
 def environment(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """Return the environment of a shell in which `gatepress` and `python` are forks of one server."""
-    place = tmp_path_factory.mktemp("b")
-    address = place / "calls"
-    for name in ("gatepress", "python"):
-        (place / name).write_text(CLIENT.format(python=sys.executable, address=str(address)))
-        (place / name).chmod(0o755)
-    environment = {**os.environ, "PATH": f"{place}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
-    code = f"import test_docs; test_docs.serve({str(address)!r}, {str(world / 'glue')!r})"
-    paths = {"PYTHONPATH": str(Path(__file__).parent), "TQDM_DISABLE": "1"}
-    server = subprocess.Popen([sys.executable, "-c", code], env={**environment, **paths})
-    try:
-        while not address.exists():
-            assert server.poll() is None, "the server of forks has ended"
-            time.sleep(0.05)
+    first = f"import test_docs; test_docs.supply({str(world / 'glue')!r})"
+    with forks.serving(tmp_path_factory.mktemp("b"), first) as environment:
         yield environment
-    finally:
-        server.kill()
-        server.wait()
 
 
 def run(page: str, directory: Path, environment: dict[str, str]) -> None:

@@ -4,22 +4,24 @@ import json
 import os
 import shutil
 import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import forks
+
 PIPELINE = Path(__file__).parents[1] / "docs/pipeline.sh"
 
 
 @pytest.fixture(scope="module")
-def environment(tiny_model_dir: Any, tiny_task_files: Any) -> dict[str, str]:
+def environment(
+    tiny_model_dir: Any, tiny_task_files: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, str]]:
     files = tiny_task_files
     data = f"--train-file {files.train} --validation-file {files.validation} --text-column {files.text_column}"
-    return {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    asked = {
         "MODEL": str(tiny_model_dir("bert")),
         "DATA": f"{data} --label-column {files.label_column}",
         "TRAIN": "--epochs 4 --batch-size 8 --max-length 32 --device cpu --learning-rate 2e-3",
@@ -27,6 +29,8 @@ def environment(tiny_model_dir: Any, tiny_task_files: Any) -> dict[str, str]:
         "MAX_INT8": "1",
         "MIN_SPEED": "0.01",  # a tiny model has no time to gain
     }
+    with forks.serving(tmp_path_factory.mktemp("b")) as shell:
+        yield {**shell, **asked}
 
 
 def run(environment: dict[str, str], out: Path, **limits: str) -> subprocess.CompletedProcess[str]:

@@ -25,6 +25,7 @@ from gatepress.config import DataSettings, Granularity, TrainSettings
 from gatepress.errors import ArtifactError, ParityError
 from gatepress.evaluation import evaluate
 from gatepress.export import export
+from gatepress.files import sha256_of
 from gatepress.gates import gates_of
 from gatepress.modeling_gatepress import PrunedAttention
 from gatepress.models import load_pruned, open_tokenizer
@@ -38,7 +39,7 @@ ModelDir = Callable[[str], Path]
 def test_asked_is_delivered_and_every_form_gives_the_same_metric(
     family: str, granularity: Granularity, tiny_model_dir: ModelDir, tiny_task_files: TaskFiles, tmp_path: Path
 ) -> None:
-    settings = settings_for(tiny_model_dir(family), tiny_task_files, granularity=granularity, sparsity=0.3)
+    settings = settings_for(tiny_model_dir(family), tiny_task_files, granularity=granularity, sparsity=0.3, epochs=1)
     report = train(settings, tmp_path / "run")
     assert abs(report["closed_gates"] / report["total_gates"] - 0.3) <= 0.005
     assert report["examples"] == 96
@@ -215,17 +216,34 @@ def test_a_pruned_model_trains_on_and_can_be_copied(
     assert all(value.grad is not None for name, value in model.named_parameters() if ".query." in name)
 
 
-def test_the_tokenizer_of_a_pruned_model_runs_no_code(
+def test_the_code_beside_a_pruned_model_is_never_run(
     tiny_model_dir: ModelDir, tiny_task_files: TaskFiles, tmp_path: Path
 ) -> None:
-    """In a process that loads the model first, transformers does not ask whether to run what lies beside it."""
-    prune(save_run(tmp_path / "run", tiny_model_dir("bert"), tiny_task_files), tmp_path / "pruned", layout="inner")
-    program = "import sys, gatepress, transformers; gatepress.load_pruned(sys.argv[1])\n"
-    program += "print(transformers.AutoTokenizer.from_pretrained(sys.argv[1])('anda')['input_ids'])\n"
-    command = [sys.executable, "-c", program, str(tmp_path / "pruned")]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == open_tokenizer(tmp_path / "pruned")("anda")["input_ids"]
+    """By no verb, nor by transformers' tokenizer, which behind `load_pruned` does not even ask."""
+    pruned, marker = tmp_path / "pruned", tmp_path / "it-ran"
+    prune(save_run(tmp_path / "run", tiny_model_dir("bert"), tiny_task_files), pruned, layout="inner")
+    code = pruned / "modeling_gatepress.py"
+    code.write_text(f"open({str(marker)!r}, 'w')\n{code.read_text()}")
+    manifest = json.loads((pruned / "gatepress_pruned.json").read_text())
+    manifest["sha256"][code.name] = sha256_of(code)
+    (pruned / "gatepress_pruned.json").write_text(json.dumps(manifest))
+    program = """
+import sys, pathlib, gatepress, transformers
+from gatepress import evaluation, export, inspecting, verifying
+pruned = pathlib.Path(sys.argv[1])
+assert verifying.verify(pruned)["ok"]
+inspecting.inspect(pruned)
+evaluation.evaluate(pruned)
+export.export(pruned, pruned.parent / "onnx")
+gatepress.load_pruned(pruned)
+print(transformers.AutoTokenizer.from_pretrained(pruned)("anda")["input_ids"])
+"""
+    command = [sys.executable, "-c", program, str(pruned)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == open_tokenizer(pruned)("anda")["input_ids"]
     assert "custom code" not in done.stderr
+    assert not marker.exists()
 
 
 def test_rows_without_padding_are_compared_too(

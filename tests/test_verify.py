@@ -7,9 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import onnx
 import pytest
+from huggingface_hub import constants, errors
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
@@ -20,6 +22,7 @@ from gatepress.errors import ArtifactError, GatepressError
 from gatepress.export import export
 from gatepress.files import sha256_of
 from gatepress.graph import check_graph
+from gatepress.inspecting import inspect
 from gatepress.models import load_pruned, open_tokenizer
 from gatepress.pruning import prune
 from gatepress.runtime import open_runner
@@ -80,6 +83,24 @@ def test_a_whole_directory_passes(made: SimpleNamespace, kind: str) -> None:
     found = verify(getattr(made, kind))
     assert (found["ok"], found["faults"], found["skipped"]) == (True, [], [])
     assert any("sha256" in line for line in found["checked"])
+
+
+def test_a_base_of_the_hub_is_looked_for_on_this_disk_alone(copy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def snapshot(*_: Any, **__: Any) -> None:
+        asked.append(constants.HF_HUB_OFFLINE)
+        raise errors.LocalEntryNotFoundError("not in the cache")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    run = copy("run")
+    change(run / MANIFESTS["run"], lambda value: value["settings"].update({"model": "someone/encoder"}))
+    found = verify(run)
+    assert (found["ok"], len(found["skipped"])) == (True, 1)
+    assert inspect(run)["layers"] is None
+    assert len(asked) > 1
+    assert all(asked)
+    assert not constants.HF_HUB_OFFLINE
 
 
 @pytest.mark.parametrize("layout", ["inner", "index", "paper", "stock"])
