@@ -53,7 +53,7 @@ from gatepress.models import model_errors, model_files, read_tensors, refuse_mis
 from gatepress.resolve import family_named, family_of
 from gatepress.rotation import turn_
 from gatepress.tasks import TaskSpec
-from gatepress.tasks.labels import are_numbered, folded
+from gatepress.tasks.labels import are_numbered, folded, some
 
 logger = logging.getLogger(__name__)
 
@@ -214,7 +214,7 @@ def _open_run_as_base(directory: Path, spec: TaskSpec) -> PreTrainedModel:
     if manifest.status != "finished":
         raise ModelError(f"{directory}: is not finished; end it first: gatepress train --resume {directory}")
     if manifest.task.label_names != spec.label_names:
-        there, here = (", ".join(one.label_names or ("numbers",)) for one in (manifest.task, spec))
+        there, here = (some(one.label_names or ["numbers"]) for one in (manifest.task, spec))
         raise ModelError(f"{directory}: was trained for the labels {there}, these rows have {here}; train again")
     model.train()
     return model

@@ -154,8 +154,8 @@ def _opened(file: Path, opset: int | None) -> Runner:
             f"--opset is {opset}, of which torch makes no graph that ONNX Runtime loads in these versions; "
             "give a smaller one, or leave it out"
         ) from error
-    made = opset_of(onnx.load(file, load_external_data=False))
-    if opset not in (None, made):  # what cannot be converted, the exporter leaves as it is
+    if opset is not None and (made := opset_of(onnx.load(file, load_external_data=False))) != opset:
+        # what cannot be converted, the exporter leaves as it is
         raise UsageError(f"--opset is {opset}, of which torch makes a graph of {made}; give {made}, or leave it out")
     return runner
 

@@ -68,7 +68,9 @@ def open_runner(
         return _open_run(path, name, place, dtype)
     if kind == "pruned":
         return _open_pruned(path, name, place, dtype)
-    return _open_model(path, name, place, dtype, trust_remote_code=trust_remote_code)
+    model, head_is_random = _load_model(str(target), path, trust_remote_code=trust_remote_code)
+    size, model = _bytes(list(path.glob("*.safetensors"))), _moved(model, place, dtype)
+    return TorchRunner(name, "model", place, _tokenizer_dir(path), size, head_is_random=head_is_random, model=model)
 
 
 def torch_device(name: str) -> str:
@@ -139,9 +141,9 @@ def _open_pruned(path: Path, name: str, device: str, dtype: torch.dtype) -> Torc
     return TorchRunner(name, "pruned", device, _tokenizer_dir(path), size, manifest, model=model)
 
 
-def _open_model(path: Path, name: str, device: str, dtype: torch.dtype, *, trust_remote_code: bool) -> TorchRunner:
-    # A fresh head is drawn from a fixed seed, so that two openings of one encoder agree.
-    with model_errors(name), torch.random.fork_rng(devices=[]):
+def _load_model(target: str, path: Path, *, trust_remote_code: bool) -> tuple[PreTrainedModel, bool]:
+    """Return a plain model, and whether its head was drawn at random: from a fixed seed, so that two openings agree."""
+    with model_errors(target), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, info = AutoModelForSequenceClassification.from_pretrained(
             path,
@@ -150,20 +152,10 @@ def _open_model(path: Path, name: str, device: str, dtype: torch.dtype, *, trust
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
         )
-    refuse_missing(name, model, info["missing_keys"])
-    random = bool(info["missing_keys"])
-    if random:
-        logger.info("%s has no task head: a random one stands in", name)
-    size = _bytes(list(path.glob("*.safetensors")))
-    return TorchRunner(
-        name,
-        "model",
-        device,
-        _tokenizer_dir(path),
-        size,
-        head_is_random=random,
-        model=_moved(model.eval(), device, dtype),
-    )
+    refuse_missing(target, model, info["missing_keys"])
+    if info["missing_keys"]:
+        logger.info("%s has no task head: a random one stands in", target)
+    return model.eval(), bool(info["missing_keys"])
 
 
 def _moved(model: PreTrainedModel, device: str, dtype: torch.dtype) -> PreTrainedModel:

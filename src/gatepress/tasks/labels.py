@@ -56,7 +56,7 @@ def class_ids(values: list[Any], names: tuple[str, ...], where: str, *, ids_too:
         text = label_text(value, where, row)
         if text not in ids:
             or_id = f" or of their ids 0 to {len(names) - 1}" if ids_too else ", the labels of training"
-            raise DataError(f"{where}, row {row}: label {text!r} is not one of {_some(names)}{or_id}")
+            raise DataError(f"{where}, row {row}: label {text!r} is not one of {some(names)}{or_id}")
         result.append(ids[text])
     return result
 
@@ -97,6 +97,7 @@ def _is_int(text: str) -> bool:
     return text.lstrip("+-").isdecimal()
 
 
-def _some(names: tuple[str, ...], limit: int = 10) -> str:
+def some(names: Sequence[str], limit: int = 10) -> str:
+    """Return the first of the names, and how many there are where that is not all."""
     more = f", ... ({len(names)} in all)" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
