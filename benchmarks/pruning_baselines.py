@@ -193,16 +193,19 @@ def render(records: list[dict[str, Any]]) -> str:
 
 
 def of_gates(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return what gates gave where `records` have another method: the same encoder, task, seed and size."""
-    path = RESULTS / "paper_accuracy.json"
+    """Return what gates gave where `records` have another method: the same encoder, task, seed, size and start.
+
+    The table of accuracy may have been trained anew, from other starts; what began with those of `records` is kept.
+    """
     arms = {name: round(1 - removed, 6) for name, removed in FACTORS.items()}
     full = {same(one): one["full_metric_value"] for one in records}
-    cells = [
-        {**one, "method": GATES, "asked_kept": arms[one["arm"]]}
-        for one in (json.loads(path.read_text()) if path.exists() else [])
-        if one["arm"] in arms
-    ]
-    return [{**one, "full_metric_value": full[same(one)]} for one in cells if same(one) in full]
+    cells = {}
+    for path in (RESULTS / "paper_accuracy.json", RESULTS / "pruning_gates.json"):
+        for one in json.loads(path.read_text()) if path.exists() else []:
+            if one["arm"] in arms:
+                cell = {**one, "method": GATES, "asked_kept": arms[one["arm"]]}
+                cells[same(cell)] = cell
+    return [{**cell, "full_metric_value": full[key]} for key, cell in cells.items() if key in full]
 
 
 def same(record: dict[str, Any]) -> tuple[Any, ...]:
