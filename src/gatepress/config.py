@@ -31,7 +31,7 @@ DEFAULT_TARGET: Target = "ort-cpu"  # the runtime that most people deploy on
 MAX_LOGIT_DIFF = 1e-4  # between float32 forms of one model, of the largest logit where that is above 1
 METRIC_ROUNDING = 1e-9  # of a difference of two metrics: 0.87 - 0.86 is more than 0.01
 MOST_SEEDS = 2**32  # NumPy's
-MOST_THREADS = 1_024  # OpenMP ends the process where it cannot start as many as it is told to
+MOST = {"threads": 1_024}  # OpenMP ends the process where it cannot start as many as it is told to
 
 
 @dataclass(frozen=True)
@@ -344,20 +344,14 @@ def _unless_asked(asked: T | None, otherwise: T) -> T:
 
 
 def refuse_below(least: int, **options: int | None) -> None:
-    """Raise one `UsageError` naming every option that is given and below `least`."""
+    """Raise one `UsageError` naming every option that is given and below `least`, or above what it may be at most."""
     refuse(
         [
-            f"{spelled(name)} is {value}, expected {least} or more"
+            f"{spelled(name)} is {value}, expected {least} {f'to {MOST[name]:,}' if name in MOST else 'or more'}"
             for name, value in options.items()
-            if value is not None and value < least
+            if value is not None and not least <= value <= MOST.get(name, value)
         ]
     )
-
-
-def refuse_threads(threads: int | None) -> None:
-    """Raise `UsageError` where a number of threads is none that a machine could start."""
-    if threads is not None and not 1 <= threads <= MOST_THREADS:
-        raise UsageError(f"--threads is {threads}, expected 1 to {MOST_THREADS:,}")
 
 
 def refuse(problems: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from gatepress.checkpoint import load_run, read_run
-from gatepress.config import Arithmetic, refuse_threads
+from gatepress.config import Arithmetic, refuse_below
 from gatepress.errors import ArtifactError, DeviceError, ModelError, UsageError, reason_of
 from gatepress.files import PRUNED_FILE, RUN_FILE, expanded, read_json
 from gatepress.graph import check_graph, read_graph
@@ -52,7 +52,7 @@ def open_runner(
     Raises `ArtifactError` on a broken directory, `ModelError` on what is no model, `DeviceError`,
     and what `hub.locate_model` raises.
     """
-    refuse_threads(threads)
+    refuse_below(1, threads=threads)
     if threads is not None:
         torch.set_num_threads(threads)
     here = path = expanded(str(target))

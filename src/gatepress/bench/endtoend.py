@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from gatepress.batches import fitting, make_loader, tokenize
 from gatepress.bench import timing
 from gatepress.bench.record import Record, latencies, now, relative_to
-from gatepress.config import Arithmetic, DataSettings, refuse, refuse_below, refuse_threads
+from gatepress.config import Arithmetic, DataSettings, refuse, refuse_below
 from gatepress.errors import GatepressError, ModelError, UsageError, reason_of
 from gatepress.machine import device_name
 from gatepress.models import open_tokenizer
@@ -183,8 +183,7 @@ def check(  # noqa: PLR0913 - those of `run` that can be wrong by themselves
             problems.append(f"{option} is empty, expected sizes like 1,8")
         problems += [f"{option} is {size}, expected 1 or more" for size in sizes if size < 1]
     refuse(problems)
-    refuse_threads(threads)
-    refuse_below(1, repetitions=repetitions, max_length=max_length)
+    refuse_below(1, repetitions=repetitions, threads=threads, max_length=max_length)
     refuse_below(0, warmup=warmup)
     return torch.device(torch_device(device))
 

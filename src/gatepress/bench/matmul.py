@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 
 from gatepress.bench import timing
 from gatepress.bench.record import Record, latencies, now, relative_to
-from gatepress.config import refuse, refuse_below, refuse_threads
+from gatepress.config import refuse, refuse_below
 from gatepress.machine import device_name
 from gatepress.progress import NoProgress, Progress
 from gatepress.runtime import torch_device
@@ -56,8 +56,7 @@ def run(  # noqa: PLR0913 - every knob of a measurement is named
     shape, the dense product first; the others refer to it. Raises `UsageError`, `DeviceError`.
     """
     _check(shapes, sparsities)
-    refuse_threads(threads)
-    refuse_below(1, repetitions=repetitions, tokens=tokens)
+    refuse_below(1, repetitions=repetitions, tokens=tokens, threads=threads)
     refuse_below(0, warmup=warmup)
     place = torch.device(torch_device(device))
     shapes = list(dict.fromkeys(shapes))  # names are made of these and must stay unique

@@ -8,7 +8,7 @@ import typer
 
 from gatepress.cli import _options as opt
 from gatepress.cli._console import Screen, grid, session
-from gatepress.config import Target, refuse_threads, spelled
+from gatepress.config import Target, refuse_below, spelled
 from gatepress.errors import UsageError
 from gatepress.files import refuse_overwriting
 
@@ -293,7 +293,7 @@ def _latency_table(  # noqa: PLR0913 - each is an option of the command
 
     if output is not None:
         render.check_file(output, (".json",), "--output", force=force)
-    refuse_threads(threads)
+    refuse_below(1, threads=threads)
     with timing.undisturbed(threads):
         table = latency.measure(target, progress=screen.progress)
     if output is not None:
