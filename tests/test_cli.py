@@ -487,6 +487,10 @@ def test_debug_shows_the_traceback_before_the_line(library):
             "--sparsity, --budget, --closing means nothing to --method lora, which has no gates; drop it",
         ),
         (
+            ["train", "--task", "demo", "--method", "full", "-s", "0.9", "--closing", "0.2", "--budget", "macs"],
+            "--sparsity, --budget, --closing means nothing to --method full, which trains the whole model; drop it",
+        ),
+        (
             ["train", "--task", "demo", "--method", "full", "--matrices", "q", "--no-train-biases"],
             "--no-train-biases, --matrices means nothing to --method full, which trains the whole model; drop it",
         ),
@@ -926,6 +930,25 @@ def test_the_module_is_the_command():
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert done.stdout == f"gatepress {gatepress.__version__}\n"
+
+
+def test_a_signal_behind_the_one_object_brings_no_second():
+    """As a launcher sends it to the others when one process of a training has died."""
+    program = (
+        "import os, signal\n"
+        "from gatepress.cli._console import session\n"
+        "from gatepress.cli.app import _stop\n"
+        "from gatepress.errors import ProcessError\n"
+        "signal.signal(signal.SIGTERM, _stop)\n"
+        "try:\n"
+        "    with session(as_json=True, quiet=False, debug=False):\n"
+        "        raise ProcessError('another process has ended')\n"
+        "finally:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert json.loads(done.stdout)["error"]["type"] == "ProcessError"
+    assert "Terminated" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     Titled = tuple[str, Table]
 
 SIGNALS: list[int] = []  # that came: some libraries swallow what a handler raises while they are imported
+DELIVERED = threading.Event()  # the one JSON object: from then on a signal has nothing to tell
 INTERRUPTED, TERMINATED = 130, 143  # 128 + the signal's number, as shells count
 PIPE_WIDTH = 120  # columns of a table that goes into a file or a pipe
 
@@ -120,6 +122,7 @@ class Screen:
 
     def _write_json(self, value: dict[str, Any]) -> None:
         """Write one object, in ASCII where stdout knows no more."""
+        DELIVERED.set()
         text = json_text(value)
         try:
             text.encode(self.stdout.encoding or "utf-8")

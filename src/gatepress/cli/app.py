@@ -12,7 +12,7 @@ from typer.core import TyperCommand, TyperGroup
 
 import gatepress
 from gatepress.cli import bench, demo, evaluate, export, inspect, prune, report, sweep, train, verify
-from gatepress.cli._console import SIGNALS, Screen, Terminated, explain, leave, mend_streams
+from gatepress.cli._console import DELIVERED, SIGNALS, Screen, Terminated, explain, leave, mend_streams
 from gatepress.cli._groups import spread
 from gatepress.cli._launched import wants_json
 from gatepress.cli._options import examples
@@ -151,7 +151,9 @@ for verb in (train, prune, export, bench, evaluate, sweep, inspect, verify, repo
 VERBS = [str(command.name or getattr(command.callback, "__name__", "")) for command in app.registered_commands]
 
 
-def _stop(number: int, _frame: object) -> NoReturn:
+def _stop(number: int, _frame: object) -> None:
+    if DELIVERED.is_set():  # the command is at its end, and a second object would spoil the first
+        return
     SIGNALS.append(number)
     raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
