@@ -580,7 +580,9 @@ def test_a_full_disk_while_a_latency_table_is_measured_names_it_too(monkeypatch)
 
 
 @pytest.mark.parametrize("beside", ["gatepress_run.json", "gatepress_notes.md", None])
-@pytest.mark.parametrize("thesis", ["below/thesis.txt", "README.md", "modeling_gatepress.py", ".git/HEAD"])
+@pytest.mark.parametrize(
+    "thesis", ["below/thesis.txt", "my-notes.txt", "README.md", "modeling_gatepress.py", ".git/HEAD"]
+)
 def test_force_leaves_alone_what_others_wrote(here, writer, beside, thesis):
     (here / "out" / thesis).parent.mkdir(parents=True)
     (here / "out" / thesis).write_text("a year of work")

@@ -109,7 +109,8 @@ def test_they_end_together_and_go_on_together(victim, longer, whole, tmp_path):
     assert process.returncode != 0
     assert stdout == "" or "error" in json.loads(stdout)
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks.values())
-    assert read_run(tmp_path / "run").status in ("training", "interrupted")  # as far as the first process came
+    # Where the first process is left, it writes as far as it has come, unless it is ended before.
+    assert read_run(tmp_path / "run").status in ("training", *(["interrupted"] if victim else []))
     fewer = shutil.copytree(tmp_path / "run", tmp_path / "fewer")
     finished(TORCHRUN, ["train", "--resume", str(tmp_path / "run")])
     first, second = tensors(tmp_path / "run"), tensors(whole)

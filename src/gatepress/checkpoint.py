@@ -16,7 +16,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +25,7 @@ from typing import Any, Self, TypeVar
 import torch
 from safetensors.torch import save
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from gatepress.config import TrainSettings
 from gatepress.errors import ArtifactError, HubError, ModelError, UsageError
@@ -53,14 +53,13 @@ from gatepress.models import model_errors, model_files, read_tensors, refuse_mis
 from gatepress.resolve import family_named, family_of
 from gatepress.rotation import turn_
 from gatepress.tasks import TaskSpec
-from gatepress.tasks.labels import are_numbered, folded, some
+from gatepress.tasks.labels import are_numbered, folded, in_order, some
 
 logger = logging.getLogger(__name__)
 
 PROBE_FILE = "probe.safetensors"
 HEAD = "classifier"  # what all families call it; a configuration may speak of one that the weights do not have
 Place = TypeVar("Place", bound=Path | None)  # of a model, where a way to look for it always finds one or may not
-ALIKE = ("method", "granularity", "controller", "gate_axes", "matrices")  # in a run and in what starts from it
 OTHER_CLASSES = "%s: the classes of its head are %s; they are taken for %s, in this order"
 
 
@@ -182,7 +181,7 @@ def open_base(directory: Path, spec: TaskSpec) -> PreTrainedModel:
                 "whose tokens all see each other"
             )
         names = spec.label_names or ("score",)
-        own, wanted = folded(_classes(config)), folded(names)
+        own, wanted = folded(in_order(config.id2label or {})), folded(names)
         if own != wanted and sorted(own) == sorted(wanted):
             raise ModelError(
                 f"{directory}: its classes are {', '.join(own)}, those of the task {', '.join(names)}; a head whose "
@@ -220,12 +219,23 @@ def _open_run_as_base(directory: Path, spec: TaskSpec) -> PreTrainedModel:
     return model
 
 
+def models_below(settings: TrainSettings, locate: Callable[[TrainSettings], Place]) -> Iterator[Place]:
+    """Yield where the models lie that a run stands on, the nearest first: runs of other methods, a dense model last.
+
+    None where `locate` finds none. Raises `ArtifactError` where one of the runs is broken.
+    """
+    directory, passed = locate(settings), set[Path]()
+    yield directory
+    while directory is not None and directory not in passed and (directory / RUN_FILE).is_file():
+        passed.add(directory)  # a forged run may name itself
+        directory = locate(read_run(directory).settings)
+        yield directory
+
+
 def dense_base(settings: TrainSettings, locate: Callable[[TrainSettings], Place]) -> Place:
     """Return the model directory that a run stands on, below runs of other methods; None where `locate` finds none."""
-    directory = locate(settings)
-    while directory is not None and (directory / RUN_FILE).is_file():
-        directory = locate(read_run(directory).settings)
-    return directory
+    *_, base = models_below(settings, locate)
+    return base
 
 
 def is_finetuned(directory: Path, spec: TaskSpec) -> bool:
@@ -240,11 +250,6 @@ def is_finetuned(directory: Path, spec: TaskSpec) -> bool:
     return any(HEAD in name and shape[:1] == (spec.num_labels,) for name, shape in shapes.items())
 
 
-def _classes(config: PreTrainedConfig) -> list[str]:
-    """Return what the outputs of a head are called, in their order."""
-    return [str(name) for _, name in sorted((config.id2label or {}).items())]
-
-
 def tell_other_classes(directory: Path, spec: TaskSpec) -> None:
     """Warn where the classes of a head that is kept are called otherwise than the task's: only their order is believed.
 
@@ -252,7 +257,7 @@ def tell_other_classes(directory: Path, spec: TaskSpec) -> None:
     """
     if (directory / RUN_FILE).is_file() or spec.label_names is None:
         return
-    own = _classes(AutoConfig.from_pretrained(directory, trust_remote_code=False))
+    own = in_order(AutoConfig.from_pretrained(directory, trust_remote_code=False).id2label or {})
     if not are_numbered(own) and folded(own) != folded(spec.label_names):
         logger.warning(OTHER_CLASSES, directory, ", ".join(own), ", ".join(spec.label_names))
 
@@ -304,7 +309,7 @@ def load_start_(
     directory = Path(str(settings.start))
     manifest = read_run(directory)
     _tell_unfinished(directory, manifest)
-    refuse_unlike(directory, manifest.settings, settings, *ALIKE, "rank", "rotate_heads")
+    refuse_unlike(directory, manifest.settings, settings, "rank", "rotate_heads")
     _refuse_other_weights(directory, manifest, base, base_sha256)
     if manifest.task.label_names != spec.label_names:
         raise UsageError(

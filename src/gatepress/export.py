@@ -23,7 +23,7 @@ from gatepress.files import ONNX_FILE, check_output, expanded, json_text, new_di
 from gatepress.graph import opset_of
 from gatepress.manifests import ONNX_FORMAT, ONNX_MODEL, form_of
 from gatepress.models import model_errors, open_tokenizer, save_tokenizer
-from gatepress.ondisk import models_below
+from gatepress.ondisk import stands_on
 from gatepress.progress import Progress
 from gatepress.quantize import quantize_file
 from gatepress.runners import Batch, Runner, TorchRunner
@@ -67,7 +67,7 @@ def export(  # noqa: PLR0913 - every option of the command is one
     if rows and not quantize:
         raise UsageError("data options say what the metric of --quantize int8 is measured on; give that with them")
     path = expanded(str(source))
-    below = models_below(read_run(path).settings) if form_of(path) == "run" else []
+    below = stands_on(read_run(path).settings) if form_of(path) == "run" else []
     check_output(output, force=force, reads=(path, *below))
     runner = open_runner(source, trust_remote_code=trust_remote_code)
     if not isinstance(runner, TorchRunner):

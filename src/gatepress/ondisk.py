@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import constants
 
-from gatepress.checkpoint import dense_base, read_run
+from gatepress.checkpoint import dense_base, models_below, read_run
 from gatepress.config import TrainSettings
 from gatepress.errors import ArtifactError, GatepressError
 from gatepress.families import ROLES
@@ -39,16 +39,11 @@ def base_of(settings: TrainSettings) -> Path | None:
             return None
 
 
-def models_below(settings: TrainSettings) -> list[Path]:
-    """Return where the models that a run stands on lie on this disk, the nearest first: a run may stand on runs.
-
-    What is broken or not here ends the list.
-    """
-    found: list[Path] = []
+def stands_on(settings: TrainSettings) -> list[Path | None]:
+    """Return what of `models_below` is on this disk, as far as it can be read: what no output may replace."""
+    found: list[Path | None] = []
     with contextlib.suppress(ArtifactError):
-        while (directory := base_of(settings)) is not None and directory not in found:
-            found.append(directory)
-            settings = read_run(directory).settings
+        found.extend(models_below(settings, base_of))
     return found
 
 

@@ -22,7 +22,7 @@ from gatepress.gates import counted, gates_of
 from gatepress.latency import for_target
 from gatepress.manifests import PRUNED_FORMAT
 from gatepress.models import open_pruned, open_tokenizer, save_tokenizer
-from gatepress.ondisk import models_below
+from gatepress.ondisk import stands_on
 from gatepress.plan import Live, chooses, make_plan
 from gatepress.progress import Progress
 from gatepress.resolve import Layer, resolve
@@ -57,7 +57,7 @@ def prune(  # noqa: PLR0913 - every option of the command is one
     refuse_below(1, tokens=tokens)
     settings = gated_settings(run_dir)
     if not dry_run:
-        check_output(output, force=force, reads=(run_dir, *models_below(settings)))
+        check_output(output, force=force, reads=(run_dir, *stands_on(settings)))
     model, manifest = load_run(run_dir)
     probe = read_probe(run_dir, model)
     layers = resolve(model)

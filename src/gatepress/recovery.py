@@ -14,7 +14,7 @@ from gatepress.config import DEFAULT_TARGET, refuse_below
 from gatepress.files import check_output
 from gatepress.hub import locate_model
 from gatepress.latency import for_target
-from gatepress.ondisk import models_below
+from gatepress.ondisk import stands_on
 from gatepress.progress import Progress
 from gatepress.pruning import gated_settings, prune
 from gatepress.resume import refuse_other
@@ -46,15 +46,15 @@ def prune_each(
     refuse_below(1, tokens=pruning.get("tokens"))  # these two now, not behind a training
     if table := pruning.get("latency_table"):
         for_target(pruning.get("target", DEFAULT_TARGET), table)
-    # A pretrained model has learned the task in this run alone, whose gates are closed: nobody is left to teach.
-    taught = bool(recover_epochs and settings.distill) and is_finetuned(
-        locate_model(settings.model, settings.revision), read_run(run_dir).task
-    )
+    taught = False
     if recover_epochs:
         run = read_run(run_dir)
+        # A pretrained model has learned the task in this run alone, whose gates are closed: nobody is left to teach.
+        taught = bool(settings.distill) and is_finetuned(locate_model(settings.model, settings.revision), run.task)
         refuse_other(run_dir, run, replace(run, data_fingerprint=load_rows(settings.data).fingerprint))
+    reads = (run_dir, *stands_on(settings))
     for output in outputs.values():
-        check_output(output, force=force, reads=(run_dir, *models_below(settings)))
+        check_output(output, force=force, reads=reads)
     reports = []
     for sparsity, output in outputs.items():
         options: dict[str, Any] = {"force": force, "progress": progress, **pruning}

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from gatepress.errors import ModelError, reason_of
 from gatepress.families import row_of
+from gatepress.tasks.labels import in_order
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 MAC_TERMS = ("token", "pair", "row")
@@ -128,7 +129,7 @@ class TorchRunner(Runner):
     @property
     def label_names(self) -> tuple[str, ...] | None:
         """The configuration's label names."""
-        return _label_names(self.model.config.id2label or {})
+        return in_order(self.model.config.id2label or {}) or None
 
     @property
     def num_labels(self) -> int | None:
@@ -219,7 +220,7 @@ class OnnxRunner(Runner):
     @property
     def label_names(self) -> tuple[str, ...] | None:
         """The label names of the configuration beside it."""
-        return _label_names((self.config or {}).get("id2label") or {})
+        return in_order((self.config or {}).get("id2label") or {}) or None
 
     @property
     def num_labels(self) -> int | None:
@@ -326,8 +327,3 @@ def _fitted(batch: Batch, names: tuple[str, ...]) -> dict[str, npt.NDArray[np.in
     return {
         name: np.ascontiguousarray(batch[name] if name in batch else missing[name], dtype=np.int64) for name in names
     }
-
-
-def _label_names(id2label: Mapping[Any, Any]) -> tuple[str, ...] | None:
-    """Return the names in the order of their ids; None where there are none."""
-    return tuple(str(id2label[key]) for key in sorted(id2label, key=int)) or None

@@ -38,7 +38,7 @@ from gatepress.files import RUN_FILE, check_output, json_text, read_json, refuse
 from gatepress.hub import locate_model
 from gatepress.manifests import SWEEP_FILE, SWEEP_FORMAT, read_manifest
 from gatepress.models import model_files
-from gatepress.ondisk import models_below
+from gatepress.ondisk import stands_on
 from gatepress.progress import NoProgress, Progress
 from gatepress.pruning import prune
 from gatepress.resume import refuse_other
@@ -101,7 +101,7 @@ def run(  # noqa: PLR0913 - every option of the command is one
     train = {key: value for key, value in settings.absolute().to_json().items() if key not in ("method", "sparsity")}
     asked = {"train": train, "methods": list(methods), "sparsities": list(sparsities), "seeds": seeds}
     if force:
-        refuse_held(output / "runs", (*settings.reads, *models_below(settings)))
+        refuse_held(output / "runs", (*settings.reads, *stands_on(settings)))
     fresh = not output.exists()
     sweep = _Sweep(output, wanted, _as_json({**asked, "target": target, **measuring}))
     sweep.records = _timed_before(output, sweep.settings, force=force)

@@ -18,7 +18,6 @@ from gatepress.agreement import agree
 from gatepress.batches import fitting, left_of_epoch, make_loader, probe_batch, tokenize
 from gatepress.budget import budget_of
 from gatepress.checkpoint import (
-    ALIKE,
     RunManifest,
     RunWriter,
     clear_,
@@ -43,7 +42,7 @@ from gatepress.methods import Kinds, prepare_, refuse_rank, trained
 from gatepress.modeling_gatepress import first_token_alone
 from gatepress.models import model_files, open_tokenizer
 from gatepress.narrowing import narrow_, narrow_last_layer_
-from gatepress.ondisk import base_of, models_below
+from gatepress.ondisk import base_of, stands_on
 from gatepress.precision import computing
 from gatepress.processes import Processes, seed_of
 from gatepress.progress import NoProgress, Progress
@@ -78,7 +77,7 @@ def train(
     the report, whose keys docs/json-contract.md lists. Raises leaves of `GatepressError`.
     """
     settings = settings.absolute()
-    check_output(output, force=force, reads=(*settings.reads, *models_below(settings)))
+    check_output(output, force=force, reads=(*settings.reads, *stands_on(settings)))
     return _run(_prepare(settings), output, progress or NoProgress(), force=force)
 
 
@@ -286,7 +285,7 @@ def _as_start(settings: TrainSettings, start: Path) -> TrainSettings:
     """
     run = read_run(start).settings
     elsewhere = ("model",) if run.model != settings.model and base_of(settings) is None else ()
-    refuse_unlike(start, run, settings, *elsewhere, *ALIKE)
+    refuse_unlike(start, run, settings, *elsewhere, "method", "granularity", "controller", "gate_axes", "matrices")
     return settings if settings.rotate_heads is not None else replace(settings, rotate_heads=run.rotate_heads)
 
 

@@ -2,7 +2,10 @@
 
 from gatepress.config import DataSettings
 from gatepress.errors import DataError
+from gatepress.tasks.labels import some
 from gatepress.tasks.readers import Columns
+
+SHOWN = 20  # columns in a message
 
 # First match wins, so pairs stand before the single names they contain.
 _PAIRS = (
@@ -15,7 +18,6 @@ _PAIRS = (
     ("text", "text_pair"),
 )
 _TEXTS = ("text", "sentence", "content", "document", "review", "comment", "tweet", "title", "question")
-SHOWN = 20  # names in a message
 _LABELS = ("label", "labels", "target", "class", "category", "sentiment", "score", "rating")
 
 
@@ -26,19 +28,23 @@ def choose_columns(data: DataSettings, names: list[str], where: str) -> tuple[tu
     """
     label = data.label_column or _first(_LABELS, names)
     if label is None:
-        raise DataError(f"{where}: no column has a usual label name; choose one of {_list(names)} with --label-column")
+        raise DataError(
+            f"{where}: no column has a usual label name; choose one of {some(names, SHOWN)} with --label-column"
+        )
     texts = tuple(filter(None, [data.text_column, data.text_pair_column]))
     if not data.text_column:
         texts = _guess_texts(data.text_pair_column, [name for name in names if name != label])
     if not texts:
-        raise DataError(f"{where}: no column has a usual text name; choose one of {_list(names)} with --text-column")
+        raise DataError(
+            f"{where}: no column has a usual text name; choose one of {some(names, SHOWN)} with --text-column"
+        )
     return texts, label
 
 
 def require_column(columns: Columns, name: str, option: str, where: str) -> list[object]:
     """Return the values of a column; `DataError` that lists the columns there are."""
     if name not in columns:
-        raise DataError(f"{where}: no column {name!r} ({option}); it has {_list(list(columns))}")
+        raise DataError(f"{where}: no column {name!r} ({option}); it has {some(list(columns), SHOWN)}")
     return columns[name]
 
 
@@ -55,7 +61,3 @@ def _guess_texts(pair: str | None, names: list[str]) -> tuple[str, ...]:
 def _first(wanted: tuple[str, ...], names: list[str]) -> str | None:
     there = {name.strip().lower(): name for name in names}
     return next((there[name] for name in wanted if name in there), None)
-
-
-def _list(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f", ... ({len(names)} in all)" if len(names) > SHOWN else "")

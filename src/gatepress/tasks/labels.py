@@ -1,6 +1,6 @@
 """From the values of a label column to ids or numbers, and to what kind of task they make."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gatepress.errors import DataError
@@ -32,6 +32,11 @@ def infer_names(values: list[Any], where: str) -> tuple[str, ...] | None:
             "name another column with --label-column, or write scores with a decimal point for regression"
         )
     return tuple(names)
+
+
+def in_order(id2label: Mapping[Any, Any]) -> tuple[str, ...]:
+    """Return what a configuration calls the outputs of a head, in the order of their ids."""
+    return tuple(str(id2label[key]) for key in sorted(id2label, key=int))
 
 
 def are_numbered(names: Sequence[str]) -> bool:
