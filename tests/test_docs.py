@@ -105,6 +105,7 @@ def world(
     for name in ("FacebookAI/roberta-base", "my-encoder"):
         shutil.copytree(tiny_model_dir("roberta"), root / name)
     shutil.copytree(tiny_classifier_dir("bert"), root / "my-finetuned")
+    shutil.copytree(tiny_classifier_dir("bert", 1), root / "my-reranker")
     shutil.copytree(tiny_glue_dir, root / "glue")
     tiny.write_table(root / "texts.csv", ("text",), [(text,) for text, _ in tiny.made_up_rows(48, seed=7)])
     for seed, name in enumerate(("train", "dev", "fresh")):
@@ -114,6 +115,8 @@ def world(
             for left, right, score in tiny.made_up_pairs(96, seed)
         ]
         (root / f"pairs-{name}.jsonl").write_text("\n".join(pairs))
+        ranked = [(left, right, int(score > 2)) for left, right, score in tiny.made_up_pairs(96, seed)]
+        tiny.write_table(root / f"queries-{name}.csv", ("query", "passage", "relevant"), ranked)
     return root
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, RobertaConfig
 
 import tiny
 from forms import settings_for
-from gatepress.checkpoint import is_finetuned, load_run, open_base, read_run, tell_other_classes
+from gatepress.checkpoint import is_finetuned, load_run, open_base, read_run, tell_of_head
 from gatepress.config import HIDDEN_WEIGHT, METHODS, DataSettings, GateAxes, Method, TrainSettings
 from gatepress.errors import ModelError, UsageError
 from gatepress.evaluation import evaluate
@@ -339,10 +339,10 @@ def test_a_finetuned_head_is_kept_and_one_in_another_order_refused(
     assert torch.equal(opened.state_dict()["classifier.weight"], model.state_dict()["classifier.weight"])
     config = json.loads((tmp_path / "finetuned" / "config.json").read_text())
     with caplog.at_level("WARNING"):
-        tell_other_classes(tmp_path / "finetuned", manifest.task)
+        tell_of_head(tmp_path / "finetuned", manifest.task)
         assert "are taken for" not in caplog.text
         (tmp_path / "finetuned" / "config.json").write_text(json.dumps({**config, "id2label": {"1": "b", "0": "a"}}))
-        tell_other_classes(tmp_path / "finetuned", manifest.task)
+        tell_of_head(tmp_path / "finetuned", manifest.task)
     assert f"are a, b; they are taken for {', '.join(manifest.task.label_names)}" in caplog.text
     config["id2label"] = dict(enumerate(reversed(manifest.task.label_names)))
     (tmp_path / "finetuned" / "config.json").write_text(json.dumps(config))

@@ -19,9 +19,9 @@ from gatepress import config, errors, export, latency, sweep, training
 from gatepress.bench.record import Record
 from gatepress.cli import demo
 from gatepress.cli.app import app
+from gatepress.config import Metric
 from gatepress.manifests import MARKS
 from gatepress.tasks import TaskSpec
-from gatepress.tasks.spec import Metric
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = (ROOT / "docs/json-contract.md").read_text(encoding="utf-8")

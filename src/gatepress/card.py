@@ -12,7 +12,7 @@ from gatepress.tasks import TASKS
 CARD_FILE = "README.md"
 GLUE = "nyu-mll/glue"
 DEMO_BASE = "sentence-transformers/all-MiniLM-L6-v2"  # what --model demo brings
-HUB_METRICS = {"accuracy": "accuracy", "matthews": "matthews_correlation", "pearson": "pearsonr"}
+HUB_METRICS = {"matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr"}  # others alike
 OWN_CODE = """With gatepress, no registration and no remote code:
 
 ```python
@@ -81,7 +81,7 @@ def _front_matter(manifest: dict[str, Any], name: str) -> str:
         pipeline_tag="text-classification",
         tags=["gatepress", "pruned"],
         datasets=[GLUE] if _from_hub(manifest) else None,
-        metrics=[HUB_METRICS[manifest["task"]["metric"]]],
+        metrics=[_on_hub(manifest["task"]["metric"])],
         eval_results=_results(manifest),
         model_name=f"{name}, pruned",
     )
@@ -101,7 +101,7 @@ def _results(manifest: dict[str, Any]) -> list[EvalResult] | None:
             dataset_name=f"GLUE {task['name']}" if hub else task["name"],
             dataset_config=task["name"] if hub else None,
             dataset_split=splits[0] if len(splits) == 1 else None,
-            metric_type=HUB_METRICS[task["metric"]],
+            metric_type=_on_hub(task["metric"]),
             metric_name=task["metric"],
             metric_value=value,
         )
@@ -117,6 +117,11 @@ def metric_after(manifest: dict[str, Any]) -> float | None:
         return None
     value: float | None = manifest["run"]["report"].get("metric_value")
     return value
+
+
+def _on_hub(metric: str) -> str:
+    """Return what the hub calls a metric."""
+    return HUB_METRICS.get(metric, metric)
 
 
 def _from_hub(manifest: dict[str, Any]) -> bool:

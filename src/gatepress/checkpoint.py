@@ -61,6 +61,7 @@ PROBE_FILE = "probe.safetensors"
 HEAD = "classifier"  # what all families call it; a configuration may speak of one that the weights do not have
 Place = TypeVar("Place", bound=Path | None)  # of a model, where a way to look for it always finds one or may not
 OTHER_CLASSES = "%s: the classes of its head are %s; they are taken for %s, in this order"
+OTHER_HEAD = "%s: outputs of its head: %d, the rows have %s; a new head is trained, and the model counts as pretrained"
 
 
 @dataclass(frozen=True)
@@ -187,10 +188,12 @@ def open_base(directory: Path, spec: TaskSpec) -> PreTrainedModel:
                 f"{directory}: its classes are {', '.join(own)}, those of the task {', '.join(names)}; a head whose "
                 "classes stand in another order cannot be trained on: order id2label and the head's rows alike"
             )
-        config.num_labels = spec.num_labels
-        config.id2label = dict(enumerate(names))
-        config.label2id = {name: index for index, name in enumerate(names)}
-        config.problem_type = "regression" if spec.label_names is None else "single_label_classification"
+        outputs, kept_head = _head_of(directory, spec)
+        if not kept_head or outputs == spec.num_labels:  # one output for two classes keeps its own name
+            config.num_labels = spec.num_labels
+            config.id2label = dict(enumerate(names))
+            config.label2id = {name: index for index, name in enumerate(names)}
+            config.problem_type = "regression" if spec.label_names is None else "single_label_classification"
         model, info = AutoModelForSequenceClassification.from_pretrained(
             directory,
             config=config,
@@ -240,26 +243,40 @@ def dense_base(settings: TrainSettings, locate: Callable[[TrainSettings], Place]
 
 def is_finetuned(directory: Path, spec: TaskSpec) -> bool:
     """Say whether a model comes with a head that fits the task, so that it need not learn the task first."""
-    if (directory / RUN_FILE).is_file():
-        return True
+    return (directory / RUN_FILE).is_file() or _head_of(directory, spec)[1]
+
+
+def _head_of(directory: Path, spec: TaskSpec) -> tuple[int, bool]:
+    """Return the outputs of the head that a model comes with, 0 where it has none, and whether they fit the task.
+
+    Of two classes one output may tell, as in rerankers, unless it was trained to give numbers.
+    """
     config = read_json(directory / "config.json")
     headed = any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or ())
-    if not headed or len(config.get("id2label") or (0, 1)) != spec.num_labels:  # absent: the two of transformers
-        return False
+    outputs = len(config.get("id2label") or (0, 1))  # absent: the two of transformers
     shapes = {name: shape for file in directory.glob("*.safetensors") for name, shape in tensor_shapes(file).items()}
-    return any(HEAD in name and shape[:1] == (spec.num_labels,) for name, shape in shapes.items())
+    if not headed or not any(HEAD in name and shape[:1] == (outputs,) for name, shape in shapes.items()):
+        return 0, False
+    numbers = config.get("problem_type") == "regression"
+    return outputs, outputs == spec.num_labels or (outputs in spec.widths and not numbers)
 
 
-def tell_other_classes(directory: Path, spec: TaskSpec) -> None:
-    """Warn where the classes of a head that is kept are called otherwise than the task's: only their order is believed.
+def tell_of_head(directory: Path, spec: TaskSpec) -> None:
+    """Warn where a head is left behind, or kept while its classes are called otherwise than the task's.
 
-    Numbered ones, as transformers names them where nobody else did, say nothing that could be wrong.
+    Only the order of classes is believed. Numbered ones, as transformers names them where nobody else did, say nothing
+    that could be wrong; nor does the name of one output.
     """
-    if (directory / RUN_FILE).is_file() or spec.label_names is None:
+    if (directory / RUN_FILE).is_file():
+        return
+    (outputs, fits), names = _head_of(directory, spec), spec.label_names
+    if outputs and not fits:
+        logger.warning(OTHER_HEAD, directory, outputs, "numbers" if names is None else f"{len(names)} classes")
+    if names is None or outputs != len(names):
         return
     own = in_order(AutoConfig.from_pretrained(directory, trust_remote_code=False).id2label or {})
-    if not are_numbered(own) and folded(own) != folded(spec.label_names):
-        logger.warning(OTHER_CLASSES, directory, ", ".join(own), ", ".join(spec.label_names))
+    if not are_numbered(own) and folded(own) != folded(names):
+        logger.warning(OTHER_CLASSES, directory, ", ".join(own), ", ".join(names))
 
 
 def load_trained_(model: PreTrainedModel, settings: TrainSettings, state: dict[str, Tensor], where: Path) -> None:

@@ -23,6 +23,7 @@ BudgetUnit = Literal["gates", "weights", "macs", "latency", "vectors"]
 Layout = Literal["auto", "inner", "index", "paper", "stock"]
 Target = Literal["ort-cpu", "ort-int8", "torch-cpu", "cuda"]
 Precision = Literal["fp32", "bf16"]  # of training; what is trained stays in float32
+Metric = Literal["accuracy", "matthews", "f1", "average_precision", "pearson", "spearman"]
 Arithmetic = Literal["fp32", "bf16", "fp16"]  # that a torch model is served in, weights and all
 
 ROTATED: tuple[Granularity, ...] = ("structured", "matrix")  # with gates of single dimensions of heads
@@ -88,6 +89,7 @@ class DataSettings:
     text_column: str | None = None  # None: guessed from usual names, an error names the choices
     text_pair_column: str | None = None  # None: one text a row
     label_column: str | None = None
+    metric: Metric | None = None  # None: the task's, with own rows accuracy of classes, Pearson correlation of numbers
     max_train_samples: int | None = None  # the first n rows, as in the paper
     max_validation_samples: int | None = None
 
@@ -98,6 +100,8 @@ class DataSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 problems.append(f"{spelled(name)} is {value}, expected 1 or more")
+        if self.metric is not None and self.metric not in get_args(Metric):
+            problems.append(f"--metric is {self.metric!r}, expected one of {', '.join(get_args(Metric))}")
         if self.task is not None and (self.train_file or self.validation_file):
             problems.append("--task and --train-file/--validation-file exclude each other; give one of them")
         if self.task is None and not (self.train_file or self.validation_file):

@@ -134,7 +134,7 @@ def balanced(teacher: Any, labels: Tensor, known: Tensor, same: Tensor, lesson: 
     if shares is None:
         return rows
     held = known & same
-    classes = teacher.logits.argmax(-1)
+    classes = of_classes(teacher.logits).argmax(-1)
     wanted = torch.bincount(labels[known], minlength=len(shares)) + (~known).sum() * shares
     got = torch.bincount(classes[~held], minlength=len(shares)).to(wanted.dtype)
     lesson.processes.sum_([wanted, got])
@@ -149,12 +149,20 @@ def logit_distances(student: Any, teacher: Any, spec: TaskSpec) -> Tensor:
 
     Kullback-Leibler divergence of classes at a temperature; squared error of a number.
     """
-    ours: Tensor = student.logits.float()
-    theirs: Tensor = teacher.logits.float()
     if spec.label_names is None:
-        return (ours - theirs).square().mean(-1)
-    soft, wanted = ((value / TEMPERATURE).log_softmax(-1) for value in (ours, theirs))
+        apart: Tensor = student.logits.float() - teacher.logits.float()
+        return apart.square().mean(-1)
+    soft, wanted = ((of_classes(one.logits) / TEMPERATURE).log_softmax(-1) for one in (student, teacher))
     return TEMPERATURE**2 * functional.kl_div(soft, wanted, log_target=True, reduction="none").sum(-1)
+
+
+def of_classes(logits: Tensor) -> Tensor:
+    """Return float32 logits of all classes [batch, classes]; one output is that of the second of two, counted from 0.
+
+    Its cross entropy is the binary one of its sigmoid.
+    """
+    values: Tensor = functional.pad(logits.float(), (int(logits.shape[-1] == 1), 0))
+    return values
 
 
 def hidden_distances(student: Any, teacher: Any, mask: Tensor) -> Tensor:

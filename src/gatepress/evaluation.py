@@ -157,13 +157,13 @@ def evaluate_runner(  # noqa: PLR0913 - each is a dial of the measurement
     def predict(inputs: dict[str, torch.Tensor]) -> npt.NDArray[np.float32]:
         logits = runner.logits({name: value.numpy() for name, value in inputs.items()})
         _refuse_other_width(runner, spec, logits.shape[1])
-        return logits[:, columns]
+        return logits[:, columns] if len(columns) == logits.shape[1] else logits
 
     return {**score(predict, loaders, spec, progress), "batch_size": batch_size, "max_length": tokens}
 
 
 def _refuse_other_width(runner: Runner, spec: TaskSpec, outputs: int) -> None:
-    if outputs != spec.num_labels:
+    if outputs not in spec.widths:
         raise ModelError(
             f"{runner.name}: has {outputs} outputs, but {spec.name} needs {spec.num_labels}; "
             "give the data it was trained for, or a model for this task"
@@ -246,6 +246,6 @@ def _columns(runner: Runner, spec: TaskSpec) -> list[int]:
     for wanted, given in ((names, own), (folded(names), folded(own))):
         if given and len(set(given)) == len(given) and sorted(given) == sorted(wanted):
             return [given.index(name) for name in wanted]
-    if own and names and not are_numbered(own):
+    if len(own) > 1 and names and not are_numbered(own):
         logger.warning(OTHER_CLASSES, runner.name, ", ".join(own), ", ".join(names))
     return list(range(spec.num_labels))

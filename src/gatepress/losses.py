@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-from gatepress.distill import Lesson, Teacher, balanced, hidden_distances, logit_distances, varied
+from gatepress.distill import Lesson, Teacher, balanced, hidden_distances, logit_distances, of_classes, varied
 from gatepress.tasks import TaskSpec
 from gatepress.tasks.spec import NO_CLASS
 
@@ -31,7 +31,7 @@ def batch_loss(model: Any, batch: dict[str, Tensor], spec: TaskSpec, teacher: Te
 
 
 def task_losses(logits: Tensor, labels: Tensor, spec: TaskSpec) -> Tensor:
-    """Return the loss of each row [batch] from `logits` [batch, labels]: squared error or cross entropy."""
+    """Return the loss of each row [batch] from `logits` [batch, outputs]: squared error or cross entropy."""
     if spec.label_names is None:
         return functional.mse_loss(logits[:, 0].float(), labels.float(), reduction="none")
-    return functional.cross_entropy(logits.float(), labels, reduction="none")
+    return functional.cross_entropy(of_classes(logits), labels, reduction="none")

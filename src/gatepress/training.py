@@ -26,7 +26,7 @@ from gatepress.checkpoint import (
     open_base,
     read_run,
     refuse_unlike,
-    tell_other_classes,
+    tell_of_head,
 )
 from gatepress.collapse import parameters_of, plan_model, refuse_activation
 from gatepress.config import TrainSettings
@@ -164,8 +164,8 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
     finetuned = is_finetuned(base, rows.spec)
     settings = settings.resolved(finetuned=finetuned)
     model: Any = open_base(base, rows.spec)
-    if finetuned and processes.main and not resumed:
-        tell_other_classes(base, rows.spec)
+    if processes.main and not resumed:
+        tell_of_head(base, rows.spec)
     if settings.gated:
         refuse_activation(model)  # now, not when it comes to pruning
     tokenizer = _tokenizer_of(base, model)

@@ -16,6 +16,7 @@ from gatepress.config import (
     Granularity,
     Layout,
     Method,
+    Metric,
     Precision,
     Target,
     TrainSettings,
@@ -79,7 +80,7 @@ ValidationFile = Annotated[
     str | None,
     typer.Option(
         metavar="FILE",
-        help="Your own validation rows; the metric is measured on these.",
+        help="Your own validation rows; the metric (--metric) is measured on these.",
         rich_help_panel=DATA,
     ),
 ]
@@ -114,6 +115,16 @@ LabelColumn = Annotated[
         metavar="NAME",
         help="Column with the label. Texts and whole numbers are classes, numbers with a point are regression targets.",
         rich_help_panel=DATA,
+    ),
+]
+MetricOption = Annotated[
+    Metric | None,
+    typer.Option(
+        help="What is measured on validation rows. Unless given: the task's own; of own rows accuracy of classes, the "
+        "Pearson correlation of numbers. f1: of the second of two classes, the mean over more. average_precision: how "
+        "far rows of the second of two classes stand above the others, as rerankers are measured.",
+        rich_help_panel=DATA,
+        show_default=False,
     ),
 ]
 MaxTrainSamples = Annotated[
@@ -211,9 +222,9 @@ BudgetOption = Annotated[
     BudgetUnit | None,
     typer.Option(
         help="What --sparsity is a fraction of. gates: those closed. weights: those removed. macs: "
-        "multiply-accumulates at the longest input, attention among them. latency: predicted time on CPU. All of "
-        "these over the whole encoder, so that layers share the loss; vectors: gates, in each vector alike, as in the "
-        "paper. gates unless given, with --controller penalty vectors.",
+        "multiply-accumulates at the longest input, attention among them. latency: time of the matrix products by "
+        "built-in estimates; nothing is measured. All of these over the whole encoder, so that layers share the loss; "
+        "vectors: gates, in each vector alike, as in the paper. gates unless given, with --controller penalty vectors.",
         rich_help_panel=GATES,
         show_default=False,
     ),
@@ -230,7 +241,9 @@ Matrices = Annotated[
     str,
     typer.Option(
         metavar="ROLE,...",
-        help="Which matrices of a layer get gates, low rank and trained biases: some of q, k, v, o, up, down.",
+        help="Which matrices of a layer get gates, low rank and trained biases: some of q, k, v (query, key, value), "
+        "o (attention output), up, down (first and second of the feed-forward block). Structured gates stand on q, o, "
+        "down.",
         rich_help_panel=GATES,
     ),
 ]
@@ -247,8 +260,9 @@ Start = Annotated[
     str | None,
     typer.Option(
         metavar="RUN",
-        help="Go on from a run of the same model and method: its gates are closed to --sparsity at once, by the scores "
-        "that it keeps, and the epochs are recovery. A finetuned --model teaches them, if there is a teacher.",
+        help="Go on from a run of the same --model, --method and gates: they are closed to --sparsity at once, by the "
+        "scores that the run keeps, and in all epochs the rest recovers. A finetuned --model is the teacher, unless "
+        "--no-distill.",
         rich_help_panel=TRAINING,
     ),
 ]
@@ -313,9 +327,16 @@ Epochs = Annotated[
         rich_help_panel=TRAINING,
     ),
 ]
-BatchSize = Annotated[int, typer.Option(metavar="N", help="Rows in a batch.", rich_help_panel=TRAINING)]
+BatchSize = Annotated[
+    int, typer.Option(metavar="N", help="Rows in a batch, of all processes together.", rich_help_panel=TRAINING)
+]
 MaxLength = Annotated[
-    int, typer.Option(metavar="TOKENS", help="Cut texts after this many tokens.", rich_help_panel=TRAINING)
+    int,
+    typer.Option(
+        metavar="TOKENS",
+        help="Cut texts after this many tokens, without a message; of a pair the longer one first.",
+        rich_help_panel=TRAINING,
+    ),
 ]
 LearningRate = Annotated[
     float | None,
@@ -323,8 +344,8 @@ LearningRate = Annotated[
         "--learning-rate",
         "--lr",
         metavar="RATE",
-        help="Learning rate of all that is trained but gates. Unless given: the method's own, with gates+lora 3e-4, "
-        "in a finetuned model 5e-4, from a sparsity of 0.8 on 1e-3.",
+        help="Learning rate of all that is trained but gates. Unless given: gates+lora 3e-4 (in a finetuned model "
+        "5e-4, from a sparsity of 0.8 on 1e-3); gates, lora, lora-fa and lora-xs 1e-3; vera 4e-3; full 5e-5.",
         rich_help_panel=TRAINING,
     ),
 ]
@@ -340,13 +361,17 @@ GateLearningRate = Annotated[
 ]
 WeightDecay = Annotated[
     float,
-    typer.Option(metavar="RATE", help="AdamW weight decay; gates have none.", rich_help_panel=TRAINING),
+    typer.Option(
+        metavar="RATE",
+        help="AdamW weight decay of the task's head, with --method full of the whole model; all else has none.",
+        rich_help_panel=TRAINING,
+    ),
 ]
 WarmupRatio = Annotated[
     float,
     typer.Option(
         metavar="FRACTION",
-        help="Fraction of the steps in which the rates rise.",
+        help="Fraction of the steps in which learning rates rise; then they fall linearly to 0.",
         rich_help_panel=TRAINING,
     ),
 ]
@@ -414,10 +439,11 @@ Threads = Annotated[
 LayoutOption = Annotated[
     Layout,
     typer.Option(
-        help="How smaller matrices are stored. auto: what should be fastest on the runtime of --for. inner: cut inner "
-        "dimensions, no index operation at run time. index: also cut the residual side, by index. paper: each "
-        "matrix by its own indices. stock: only what the original model class can hold, so that plain "
-        "transformers loads it with no extra code.",
+        help="How smaller matrices are stored. auto: what should be fastest on the runtime of --for. inner: without "
+        "closed neurons, dimensions of heads and heads, no index operation at run time. index: also without zero "
+        "inputs and outputs on the residual side, which an index operation picks (matrix gates only gain). paper: each "
+        "matrix by its own indices, as in the paper; slow, to compare. stock: only what the original model class can "
+        "hold, so that plain transformers loads it with no extra code.",
         rich_help_panel=OUTPUT,
     ),
 ]
@@ -437,7 +463,7 @@ LatencyTable = Annotated[
         metavar="FILE",
         help="Times that the layout auto is chosen by, from another machine (gatepress bench --latency-table); "
         "analytic: built-in estimates, the same everywhere. Unless given, this machine is measured once, in "
-        "seconds, where a choice hangs on it.",
+        "some twenty seconds, where a choice hangs on it.",
         rich_help_panel=OUTPUT,
     ),
 ]
@@ -503,6 +529,13 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class MeasuredRows(Rows):
+    """Which rows a model is measured on, and by which metric."""
+
+    metric: MetricOption = None
+
+
+@dataclass(frozen=True)
 class TrainingRows:
     """Which rows a model learns from and is measured on: the fields of `DataSettings`."""
 
@@ -514,6 +547,7 @@ class TrainingRows:
     text_column: TextColumn = None
     text_pair_column: TextPairColumn = None
     label_column: LabelColumn = None
+    metric: MetricOption = None
     max_train_samples: MaxTrainSamples = None
     max_validation_samples: MaxValidationSamples = None
 

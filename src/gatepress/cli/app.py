@@ -124,7 +124,8 @@ app = typer.Typer(
         "gatepress bench runs/sst2 pruned/sst2 onnx/sst2 --batch-size 1,8",
         "gatepress evaluate onnx/sst2",
     )
-    + "\n\nExit codes: 0 done, 1 could not, 2 wrong usage, 130 interrupted. Every verb takes --json.",
+    + "\n\nExit codes: 0 done, 1 could not or a limit was missed, 2 wrong usage, 130 interrupted, 143 terminated. "
+    "Every verb takes --json.",
 )
 
 

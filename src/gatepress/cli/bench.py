@@ -54,7 +54,7 @@ def bench(  # noqa: PLR0913 - every option is a parameter
         str | None,
         typer.Option(
             metavar="TOKENS,...",
-            help="With models: lengths; 32,128 unless given.",
+            help="With models: sequence lengths in tokens; 32,128 unless given.",
             rich_help_panel=opt.MEASURING,
         ),
     ] = None,
@@ -93,7 +93,12 @@ def bench(  # noqa: PLR0913 - every option is a parameter
     ] = None,
     warmup: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Untimed calls before the timed ones.", rich_help_panel=opt.MEASURING),
+        typer.Option(
+            metavar="N",
+            help="Untimed calls before the timed ones. Unless given: 3 of a batch, 1 of a pass over a task's "
+            "rows, 10 of a weight.",
+            rich_help_panel=opt.MEASURING,
+        ),
     ] = None,
     alternatives: Annotated[
         bool,
@@ -117,8 +122,9 @@ def bench(  # noqa: PLR0913 - every option is a parameter
         str | None,
         typer.Option(
             metavar="NAME",
-            help="With --alternatives: what the others are compared with, by its name in the table; dense ORT "
-            "unless given.",
+            help="With --alternatives: what the others are compared with: dense torch, masked torch, dense ORT, dense "
+            "ORT int8, paper layout ORT, paper layout torch, gatepress torch, gatepress ORT or gatepress ORT int8; "
+            "dense ORT unless given.",
             rich_help_panel=opt.ALTERNATIVES,
         ),
     ] = None,

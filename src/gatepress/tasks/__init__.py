@@ -3,6 +3,6 @@
 `gatepress.tasks.sources` loads the rows; it needs the `datasets` package and is imported on use.
 """
 
-from gatepress.tasks.spec import TASKS, Metric, TaskSpec, task_named
+from gatepress.tasks.spec import TASKS, TaskSpec, task_named
 
-__all__ = ["TASKS", "Metric", "TaskSpec", "task_named"]
+__all__ = ["TASKS", "TaskSpec", "task_named"]

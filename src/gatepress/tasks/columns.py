@@ -16,9 +16,11 @@ _PAIRS = (
     ("text_a", "text_b"),
     ("text1", "text2"),
     ("text", "text_pair"),
+    ("query", "passage"),
+    ("query", "document"),
 )
 _TEXTS = ("text", "sentence", "content", "document", "review", "comment", "tweet", "title", "question")
-_LABELS = ("label", "labels", "target", "class", "category", "sentiment", "score", "rating")
+_LABELS = ("label", "labels", "target", "class", "category", "sentiment", "score", "rating", "relevance", "relevant")
 
 
 def choose_columns(data: DataSettings, names: list[str], where: str) -> tuple[tuple[str, ...], str]:

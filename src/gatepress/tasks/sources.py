@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import datasets
 
-from gatepress.config import DataSettings
+from gatepress.config import DataSettings, Metric
 from gatepress.errors import DataError, UsageError
 from gatepress.schema import is_sound
 from gatepress.tasks.columns import choose_columns, require_column
@@ -17,7 +17,7 @@ from gatepress.tasks.demo import demo_rows
 from gatepress.tasks.glue import glue_columns, hub_columns
 from gatepress.tasks.labels import class_ids, infer_names, scores
 from gatepress.tasks.readers import Columns, read_columns
-from gatepress.tasks.spec import MIN_CLASSES, PAIR, TASKS, Metric, TaskSpec, task_named
+from gatepress.tasks.spec import MIN_CLASSES, PAIR, TASKS, TaskSpec, task_named
 
 _HALF = re.compile("[\ud800-\udfff]")
 
@@ -58,12 +58,15 @@ def load_rows(
     """
     if data.task is None:
         train, validation = _own_splits(data, splits, spec)
-        spec = _with_asked_columns(spec, data) if spec else _infer_spec(data, train or validation[0], classes)
+        spec = _as_asked(spec, data) if spec else _infer_spec(data, train or validation[0], classes)
     else:
         named = task_named(data.task)
         train, validation = _named_splits(data, named, splits)
-        spec = _with_asked_columns(_trained_for(spec, named), data)
+        spec = _as_asked(_trained_for(spec, named), data)
     _refuse_unfit_columns(spec)
+    if spec.metric not in spec.metrics:
+        kind = "numbers" if spec.label_names is None else f"{len(spec.label_names)} classes"
+        raise UsageError(f"--metric is {spec.metric}, expected one of {', '.join(spec.metrics)}: labels are {kind}")
     used, tables = None, []
     if train is not None and splits == "all":
         used = _table(train, spec, data)
@@ -130,7 +133,7 @@ def _infer_spec(data: DataSettings, split: _Split, classes: tuple[str, ...] | No
         names = classes
     if names is not None and len(names) < MIN_CLASSES:
         raise DataError(f"{split.where}: every row has the label {names[0]!r}, expected two classes or more")
-    metric: Metric = "pearson" if names is None else "accuracy"
+    metric: Metric = data.metric or ("pearson" if names is None else "accuracy")
     name = Path(data.train_file or data.validation_file or "own").stem
     return TaskSpec(name, texts, names, metric, label_column=label)
 
@@ -147,12 +150,13 @@ def _trained_for(spec: TaskSpec | None, task: TaskSpec) -> TaskSpec:
     return task
 
 
-def _with_asked_columns(spec: TaskSpec, data: DataSettings) -> TaskSpec:
-    """Return `spec` with the columns that the user named in place of its own."""
+def _as_asked(spec: TaskSpec, data: DataSettings) -> TaskSpec:
+    """Return `spec` with the columns and the metric that the user named in place of its own."""
     first, second = (*spec.text_columns, None)[:PAIR]
     pair = data.text_pair_column or second
     texts = (data.text_column or first or "", *([pair] if pair else []))
-    return replace(spec, text_columns=texts, label_column=data.label_column or spec.label_column)
+    label, metric = data.label_column or spec.label_column, data.metric or spec.metric
+    return replace(spec, text_columns=texts, label_column=label, metric=metric)
 
 
 def _refuse_unfit_columns(spec: TaskSpec) -> None:

@@ -4,11 +4,13 @@ import difflib
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
+from gatepress.config import Metric
 from gatepress.errors import ArtifactError, UsageError
 
-Metric = Literal["accuracy", "matthews", "pearson"]
+OF_NUMBERS = ("pearson", "spearman")  # metrics of regression; the others are of classes
+OF_TWO_CLASSES = ("average_precision",)
 ONE_TEXT, PAIR = 1, 2  # text columns a row can have
 MIN_CLASSES = 2
 NO_CLASS = -100
@@ -31,6 +33,18 @@ class TaskSpec:
         return 1 if self.label_names is None else len(self.label_names)
 
     @property
+    def widths(self) -> tuple[int, ...]:
+        """Widths that the head of a finetuned model may have: of two classes one output may tell, as rerankers have."""
+        return (self.num_labels, 1) if self.num_labels == MIN_CLASSES else (self.num_labels,)
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """The metrics that labels of this kind can be measured by."""
+        fit = {name: (name in OF_NUMBERS) == (self.label_names is None) for name in get_args(Metric)}
+        fit |= {name: fit[name] and self.num_labels == MIN_CLASSES for name in OF_TWO_CLASSES}
+        return tuple(name for name in fit if fit[name])
+
+    @property
     def no_label(self) -> int | float:
         """What stands for the label of a row that has none: the id that torch ignores, or no number."""
         return math.nan if self.label_names is None else NO_CLASS
@@ -51,10 +65,12 @@ class TaskSpec:
         for name, sound in _CHECKS.items():
             if not sound(value[name]):
                 raise ArtifactError(f"task in the manifest: {name} is malformed ({str(value[name])[:80]!r})")
-        if (value["metric"] == "pearson") != (value["label_names"] is None):
-            raise ArtifactError("task in the manifest: pearson goes without label_names, other metrics with them")
         row: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in value.items()}
-        return cls(**row)
+        spec = cls(**row)
+        if spec.metric not in spec.metrics:
+            fit = ", ".join(spec.metrics)
+            raise ArtifactError(f"task in the manifest: metric is {spec.metric}, expected one of {fit} for its labels")
+        return spec
 
 
 def _is_text(value: object) -> bool:
