@@ -28,6 +28,7 @@ from gatepress import latency
 from gatepress.cli.app import app
 from gatepress.errors import OutputError
 from gatepress.files import explained, new_directory, replace_file, temporary_directory
+from gatepress.models import model_files
 from gatepress.training import train
 
 TRAINING = ["--epochs", "1", "--batch-size", "32", "--max-length", "16", "--device", "cpu"]
@@ -509,6 +510,32 @@ def test_force_does_not_replace_what_runs_stand_on(here, tiny_model_dir, tiny_ta
                 message = r"holds .*, which is read and would be gone; choose another"
                 refused(here, [verb, f"{at}/pressed", "-o", f"{at}/{below}", "--force"], 1, message)
     assert run("prune", "now/pressed", "-o", "pruned").exit_code == 0
+
+
+def test_a_run_that_says_it_was_trained_on_itself_is_refused(here, tiny_model_dir, tiny_task_files):
+    """Alone, or with another between."""
+    full = settings_for(tiny_model_dir("bert"), tiny_task_files, method="full", epochs=1)
+    train(full, here / "a")
+    train(replace(full, model=str(here / "a")), here / "b")
+    path = here / "a" / "gatepress_run.json"
+    for base in ("a", "b"):
+        manifest = json.loads(path.read_text())
+        manifest["settings"]["model"] = str(here / base)
+        manifest["base_sha256"] = model_files(here / base)
+        path.write_text(json.dumps(manifest))
+        for verb in ("evaluate", "export"):
+            refused(here, [verb, "a"], 1, "is trained on itself, it says; it is damaged")
+        assert "is trained on itself" in run("verify", "a", "--json").stdout
+
+
+def test_a_directory_in_the_way_of_a_base_on_the_hub_is_named(here, train_on):
+    assert run(*train_on("good.csv", "-o", "run")).exit_code == 0
+    path = here / "run" / "gatepress_run.json"
+    manifest = json.loads(path.read_text())
+    manifest["settings"] |= {"model": "owner/name", "revision": "main"}
+    path.write_text(json.dumps(manifest))
+    (here / "owner/name").mkdir(parents=True)
+    refused(here, ["prune", "run"], 1, "^run: was trained on revision 'main' of owner/name on the hub, and a directory")
 
 
 def test_force_does_not_write_measurements_over_what_is_read(copied, tiny_task_files):

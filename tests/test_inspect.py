@@ -164,6 +164,24 @@ def test_commands_of_methods_without_gates_say_nothing_of_gates(method: str) -> 
     assert line == f"gatepress train --task sst2 --method {method}{matrices} -o runs/x"
 
 
+def test_a_point_without_a_metric_is_left_out_of_the_curve(made: SimpleNamespace, tmp_path: Path) -> None:
+    shutil.copytree(made.run, tmp_path / "run")
+    path = tmp_path / "run" / "gatepress_run.json"
+    manifest = json.loads(path.read_text())
+    points = manifest["report"]["curve"]
+    for curve, shown in (([{"step": 1}, *points], f"in {len(points)} epochs"), ([{"step": 1}], "-")):
+        manifest["report"]["curve"] = curve
+        path.write_text(json.dumps(manifest))
+        told = CliRunner().invoke(app, ["inspect", str(tmp_path / "run")])
+        assert told.exit_code == 0, told.output
+        assert shown in next(line for line in told.stdout.splitlines() if "while training" in line)
+
+
+def test_the_command_of_an_export_says_what_code_may_run(made: SimpleNamespace, tmp_path: Path) -> None:
+    export(made.pruned, tmp_path / "o", trust_remote_code=True)
+    assert inspect(tmp_path / "o")["commands"][-1] == "gatepress export pruned/pruned --trust-remote-code -o onnx/o"
+
+
 def test_commands_of_pruning_and_export_tell_what_was_asked(made: SimpleNamespace, tmp_path: Path) -> None:
     prune(made.run, tmp_path / "p", layout="paper", sparsity=0.6, target="torch-cpu")
     export(tmp_path / "p", tmp_path / "o", opset=18)

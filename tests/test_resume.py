@@ -23,7 +23,7 @@ from gatepress.checkpoint import read_run
 from gatepress.cli.app import app
 from gatepress.config import TrainSettings
 from gatepress.errors import ArtifactError, OutputError
-from gatepress.files import RUN_FILE, replace_file
+from gatepress.files import RUN_FILE, read_json, replace_file
 from gatepress.progress import NoProgress
 from gatepress.pruning import prune
 from gatepress.resume import uninterrupted
@@ -291,6 +291,29 @@ def test_a_run_that_is_finished_is_left_as_it_is(whole: Path) -> None:
     assert "is finished" in result.stderr
     assert json.loads(result.stdout)["metric_value"] == told(whole)["report"]["metric_value"]
     assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "changed", [{"method": None}, {"method": "magic"}, {"closed_gates": None, "total_gates": 5}, {"curve": None}]
+)
+def test_a_report_that_somebody_changed_is_shown_as_far_as_it_goes(
+    changed: dict[str, Any], whole: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(whole, tmp_path / "run")
+    manifest = read_json(run / RUN_FILE)
+    manifest["report"] = {key: value for key, value in {**manifest["report"], **changed}.items() if value is not None}
+    (run / RUN_FILE).write_text(json.dumps(manifest))
+    result = CliRunner().invoke(app, ["train", "--resume", str(run)])
+    assert result.exit_code == 0, result.output
+    assert "accuracy" in result.stdout
+
+
+def test_a_run_whose_curve_is_gone_goes_on(half: Path, whole: Path) -> None:
+    manifest = read_json(half / RUN_FILE)
+    del manifest["report"]["curve"]
+    (half / RUN_FILE).write_text(json.dumps(manifest))
+    resume(half)
+    assert told(half)["report"]["metric_value"] == told(whole)["report"]["metric_value"]
 
 
 def test_what_killed_writes_leave_is_cleared_away(half: Path, whole: Path) -> None:

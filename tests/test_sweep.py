@@ -205,6 +205,16 @@ def test_what_is_trained_may_be_timed_otherwise(settings, trained, tmp_path):
     assert run(settings, tmp_path / "sweep", plot=False, batch_sizes=[3], seq_lens=[4])["latency"] == again["latency"]
 
 
+@pytest.mark.parametrize("damaged", [None, 3, [None], [{"format_version": 99}]])
+def test_measurements_that_cannot_be_read_are_made_anew(settings, trained, tmp_path, damaged):
+    first = run(settings, tmp_path / "sweep", plot=False)
+    path = tmp_path / "sweep" / "sweep.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "latency": damaged}))
+    again = run(settings, tmp_path / "sweep", plot=False)
+    assert trained == RUNS
+    assert [one["name"] for one in again["latency"]] == [one["name"] for one in first["latency"]]
+
+
 def test_an_error_of_all_is_raised_and_leaves_nothing(settings, tmp_path, monkeypatch):
     def fail(*_):
         raise ModelError("no such thing")

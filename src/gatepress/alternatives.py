@@ -14,12 +14,11 @@ import torch
 
 from gatepress.bench import endtoend
 from gatepress.bench.record import Record
-from gatepress.checkpoint import open_base, read_run
+from gatepress.checkpoint import located, open_base, read_run
 from gatepress.config import Layout, Target
 from gatepress.errors import UsageError
 from gatepress.export import export
 from gatepress.files import explained, temporary_directory
-from gatepress.hub import locate_model
 from gatepress.models import open_tokenizer
 from gatepress.progress import NoProgress, Progress
 from gatepress.pruning import prune
@@ -64,10 +63,15 @@ def run(
     if endtoend.check(**measuring).type != "cpu":
         raise UsageError("--alternatives compares runtimes of the CPU; leave out --device, or name the models to time")
     with temporary_directory() as root:
-        _build(run_dir, Path(root), target, max(measuring.get("seq_lens", (0,))), progress or NoProgress())
+        _build(run_dir, Path(root), target, _longest(measuring), progress or NoProgress())
         names = [baseline, *(name for name in FORMS if name != baseline)]
         targets = {name: Path(root, FORMS[name]) if FORMS[name] else run_dir for name in names}
         return endtoend.run(targets, progress=progress, **measuring)
+
+
+def _longest(measuring: dict[str, Any]) -> int:
+    """Return the tokens of the longest batch that is timed; of a task's rows none is made up."""
+    return 0 if measuring.get("data") else max(measuring.get("seq_lens", endtoend.SEQ_LENS))
 
 
 def _build(run_dir: Path, root: Path, target: Target | None, longest: int, progress: Progress) -> None:
@@ -102,7 +106,7 @@ def _build(run_dir: Path, root: Path, target: Target | None, longest: int, progr
 def _write_dense(run_dir: Path, directory: Path, longest: int) -> None:
     """Write the base model with a head for the run's task, not finetuned: its time is that of any other weights."""
     manifest = read_run(run_dir)
-    base = locate_model(manifest.settings.model, manifest.settings.revision)
+    base = located(manifest.settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = open_base(base, manifest.task)

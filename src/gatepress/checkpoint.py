@@ -57,6 +57,7 @@ from gatepress.tasks.labels import are_numbered, folded, in_order, some
 
 logger = logging.getLogger(__name__)
 
+NOTHING: frozenset[Path] = frozenset()
 PROBE_FILE = "probe.safetensors"
 HEAD = "classifier"  # what all families call it; a configuration may speak of one that the weights do not have
 Place = TypeVar("Place", bound=Path | None)  # of a model, where a way to look for it always finds one or may not
@@ -160,15 +161,16 @@ def read_probe(directory: Path, model: PreTrainedModel) -> dict[str, Tensor]:
     return probe
 
 
-def open_base(directory: Path, spec: TaskSpec) -> PreTrainedModel:
+def open_base(directory: Path, spec: TaskSpec, above: frozenset[Path] = NOTHING) -> PreTrainedModel:
     """Load a dense float32 model with a head for the task: its own one, where it was finetuned for it.
 
-    `directory` may be a run without gates (`--method full` and the like). Raises `ModelError` for a family that
+    `directory` may be a run without gates (`--method full` and the like), other than those `above` that stand on it.
+    Raises `ModelError` for a family that
     gatepress does not know, for a run with gates, for a head whose classes stand in another order, and where the
     checkpoint lacks weights of the encoder itself: a randomly initialised layer must never be trained on silently.
     """
     if (directory / RUN_FILE).is_file():
-        return _open_run_as_base(directory, spec)
+        return _open_run_as_base(directory, spec, above)
     model_type = str(read_json(directory / "config.json").get("model_type"))
     if family_named(model_type).model_type != model_type:
         raise ModelError(
@@ -209,8 +211,10 @@ def open_base(directory: Path, spec: TaskSpec) -> PreTrainedModel:
     return opened
 
 
-def _open_run_as_base(directory: Path, spec: TaskSpec) -> PreTrainedModel:
-    model, manifest = load_run(directory)
+def _open_run_as_base(directory: Path, spec: TaskSpec, above: frozenset[Path]) -> PreTrainedModel:
+    if directory.resolve() in above:
+        raise ArtifactError(f"{directory}: is trained on itself, it says; it is damaged, or not written by gatepress")
+    model, manifest = load_run(directory, above)
     if manifest.settings.gated:
         raise ModelError(f"{directory}: was trained with gates, expected a dense model; --start goes on from a run")
     if manifest.status != "finished":
@@ -220,6 +224,11 @@ def _open_run_as_base(directory: Path, spec: TaskSpec) -> PreTrainedModel:
         raise ModelError(f"{directory}: was trained for the labels {there}, these rows have {here}; train again")
     model.train()
     return model
+
+
+def located(settings: TrainSettings) -> Path:
+    """Return the directory of the model, or run, that a run was trained on; raises as `locate_model`."""
+    return locate_model(settings.model, settings.revision)
 
 
 def models_below(settings: TrainSettings, locate: Callable[[TrainSettings], Place]) -> Iterator[Place]:
@@ -356,21 +365,26 @@ def _tell_unfinished(directory: Path, manifest: RunManifest) -> None:
         )
 
 
-def load_run(directory: Path) -> tuple[PreTrainedModel, RunManifest]:
+def load_run(directory: Path, above: frozenset[Path] = NOTHING) -> tuple[PreTrainedModel, RunManifest]:
     """Rebuild the model of a run directory, in evaluation mode: gated, or with its adapters merged.
 
-    Raises `ArtifactError` where the directory is broken or the base model is not the one it was
-    trained on, `HubError` or `ModelError` where the base cannot be had.
+    Raises `ArtifactError` where the directory is broken, the base model is not the one it was trained on, or one of
+    the runs `above` that are built on it; `HubError` or `ModelError` where the base cannot be had.
     """
     manifest = read_run(directory)
     _tell_unfinished(directory, manifest)
     settings = manifest.settings
     try:
-        base = locate_model(settings.model, settings.revision)
+        base = located(settings)
     except (HubError, ModelError) as error:
         raise type(error)(f"{directory}: the model that it was trained on is missing; {error}") from None
+    except UsageError:  # a revision: a directory has none
+        raise ModelError(
+            f"{directory}: was trained on revision {settings.revision!r} of {settings.model} on the hub, and a "
+            "directory of that name is here in its way; call gatepress from another directory"
+        ) from None
     _refuse_other_weights(directory, manifest, base, model_files(base))
-    model = open_base(base, manifest.task)
+    model = open_base(base, manifest.task, above | {directory.resolve()})
     prepare_(model, settings)
     tensors = directory / manifest.tensors["file"]
     load_trained_(model, settings, read_tensors(tensors), tensors)

@@ -27,6 +27,7 @@ EXPORT_DEFAULTS: dict[str, Any] = {
     "max_diff": MAX_LOGIT_DIFF,
     "quantize": None,
     "max_metric_drop": None,
+    "trust_remote_code": False,
     **{one.name: one.default for one in fields(DataSettings)},
 }
 SPELLED = {"target": "--for"}  # the other options are spelled as their fields

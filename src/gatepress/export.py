@@ -21,6 +21,7 @@ from gatepress.evaluation import Basis, basis_of, evaluate_runner, probe_rows
 from gatepress.families import dense_type
 from gatepress.files import ONNX_FILE, check_output, expanded, json_text, new_directory, sha256_of
 from gatepress.graph import opset_of
+from gatepress.hub import now_at
 from gatepress.manifests import ONNX_FORMAT, ONNX_MODEL, form_of
 from gatepress.models import model_errors, open_tokenizer, save_tokenizer
 from gatepress.ondisk import stands_on
@@ -66,7 +67,7 @@ def export(  # noqa: PLR0913 - every option of the command is one
     rows = {name: value for name, value in (asdict(data) if data else changes or {}).items() if value is not None}
     if rows and not quantize:
         raise UsageError("data options say what the metric of --quantize int8 is measured on; give that with them")
-    path = expanded(str(source))
+    path = now_at(expanded(str(source)))
     below = stands_on(read_run(path).settings) if form_of(path) == "run" else []
     check_output(output, force=force, reads=(path, *below))
     runner = open_runner(source, trust_remote_code=trust_remote_code)
@@ -127,6 +128,7 @@ def export(  # noqa: PLR0913 - every option of the command is one
                 "max_diff": max_diff,
                 "quantize": quantize,
                 "max_metric_drop": max_metric_drop,
+                "trust_remote_code": trust_remote_code,
                 **rows,
             },
             **_measured_on(runner, basis),

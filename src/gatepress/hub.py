@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from gatepress.errors import GatepressError, HubError, MissingExtraError, ModelError, OutputError, UsageError
+from gatepress.errors import HubError, MissingExtraError, ModelError, OutputError, UsageError
 from gatepress.files import RUN_FILE, expanded, sha256_of
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def locate_model(name: str, revision: str | None = None, *, code: bool = False) 
     if name == "demo":
         return _demo_model()
     if local.exists() or _is_path(name):
-        return check_model_directory(_now_at(local))
+        return check_model_directory(now_at(local))
     repo_id, at, named = name.partition("@")
     if at and (not named or revision is not None):
         raise UsageError(f"{name}: names a revision of the hub {'twice' if named else 'by @ and says none'}; give one")
@@ -65,7 +65,7 @@ def locate_model(name: str, revision: str | None = None, *, code: bool = False) 
     )
 
 
-def _now_at(path: Path) -> Path:
+def now_at(path: Path) -> Path:
     """Return where a directory is now: under its own name in a folder of `GATEPRESS_MODELS`, unless it is where it was.
 
     Absolute paths only: so a run names what it was trained on, and it holds sha256 of its weights, by which another
@@ -180,8 +180,6 @@ def _explained(repo_id: str, revision: str | None, ways_out: str) -> Iterator[No
                 "make room or set HF_HOME to a directory on another disk"
             ) from error
         # The client raises OSError, ValueError and its transport's own kinds for a hub out of reach.
-        if isinstance(error, GatepressError):
-            raise
         logger.debug("the hub's client failed", exc_info=True)
         raise HubError(
             f"{repo_id}: {_not_here(repo_id)}not cached here and the hub cannot be reached; {ways_out}"

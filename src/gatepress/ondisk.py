@@ -7,12 +7,11 @@ from pathlib import Path
 import torch
 from huggingface_hub import constants
 
-from gatepress.checkpoint import dense_base, models_below, read_run
+from gatepress.checkpoint import dense_base, located, models_below, read_run
 from gatepress.config import TrainSettings
 from gatepress.errors import ArtifactError, GatepressError
 from gatepress.families import ROLES
 from gatepress.gates import GatedLinear
-from gatepress.hub import locate_model
 from gatepress.inject import gated_linear
 from gatepress.methods import prepare_
 from gatepress.models import empty_model, model_errors, read_tensors
@@ -34,7 +33,7 @@ def base_of(settings: TrainSettings) -> Path | None:
     """Return where the model that a run was trained on lies on this disk; None: it does not."""
     with offline():
         try:
-            return locate_model(settings.model, settings.revision)
+            return located(settings)
         except GatepressError:
             return None
 

@@ -9,10 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gatepress.checkpoint import is_finetuned, read_run
+from gatepress.checkpoint import is_finetuned, located, read_run
 from gatepress.config import DEFAULT_TARGET, refuse_below
 from gatepress.files import check_output
-from gatepress.hub import locate_model
 from gatepress.latency import for_target
 from gatepress.ondisk import stands_on
 from gatepress.progress import Progress
@@ -50,7 +49,7 @@ def prune_each(
     if recover_epochs:
         run = read_run(run_dir)
         # A pretrained model has learned the task in this run alone, whose gates are closed: nobody is left to teach.
-        taught = bool(settings.distill) and is_finetuned(locate_model(settings.model, settings.revision), run.task)
+        taught = bool(settings.distill) and is_finetuned(located(settings), run.task)
         refuse_other(run_dir, run, replace(run, data_fingerprint=load_rows(settings.data).fingerprint))
     reads = (run_dir, *stands_on(settings))
     for output in outputs.values():

@@ -164,7 +164,7 @@ class Resumable:
         self.step = manifest.step
         self.started -= numbers["train_seconds"]
         self.peak_before = numbers["peak_memory_bytes"]
-        report = {**manifest.report, **self.manifest.report, "curve": manifest.report["curve"]}
+        report = {**manifest.report, **self.manifest.report, "curve": manifest.report.get("curve") or []}
         self.manifest = replace(self.manifest, step=manifest.step, report=report)
 
     def _restore_optimizer_(self, state: dict[str, Tensor], rates: list[float], step: int) -> None:

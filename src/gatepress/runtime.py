@@ -12,7 +12,7 @@ import onnxruntime as ort
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from gatepress.checkpoint import load_run, read_run
+from gatepress.checkpoint import load_run, located, read_run
 from gatepress.config import Arithmetic, refuse_below
 from gatepress.errors import ArtifactError, DeviceError, ModelError, UsageError, reason_of
 from gatepress.files import PRUNED_FILE, RUN_FILE, expanded, read_json
@@ -130,7 +130,7 @@ def _weights(directory: Path) -> list[Path]:
     if not (directory / RUN_FILE).is_file():
         return list(directory.glob("*.safetensors"))
     manifest = read_run(directory)
-    base = locate_model(manifest.settings.model, manifest.settings.revision)
+    base = located(manifest.settings)
     return [directory / manifest.tensors["file"], *_weights(base)]
 
 

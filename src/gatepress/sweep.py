@@ -30,7 +30,7 @@ from gatepress.bench import endtoend
 from gatepress.bench.record import Record
 from gatepress.bench.render import markdown
 from gatepress.bench.summary import Cell, density, summarize, table
-from gatepress.checkpoint import RunManifest, dense_base, read_run
+from gatepress.checkpoint import RunManifest, dense_base, located, read_run
 from gatepress.config import DEFAULT_TARGET, METHODS, Method, Target, TrainSettings, refuse, refuse_below, spelled
 from gatepress.errors import ArtifactError, MissingExtraError, ModelError, OutputError, UsageError
 from gatepress.export import export
@@ -308,7 +308,7 @@ def _cells(
 
 def _located(settings: TrainSettings) -> Path:
     """Return the directory of the dense model, that below a run too; raises as `locate_model`."""
-    return dense_base(settings, lambda one: locate_model(one.model, one.revision))
+    return dense_base(settings, located)
 
 
 def _meaningless(method: Method, settings: TrainSettings) -> dict[str, Any]:
@@ -375,7 +375,10 @@ def _timed_before(output: Path, settings: dict[str, Any], *, force: bool) -> lis
     _refuse_other(output, before, settings)
     if any(before.get(key) != settings.get(key) for key in TIMING):
         return []
-    return [Record.from_json(value) for value in found.get("latency", [])]
+    try:
+        return [Record.from_json(value) for value in found.get("latency") or []]
+    except (ArtifactError, TypeError, AttributeError):  # damaged, or of another release: timed anew
+        return []
 
 
 def _refuse_other(where: Path, there: dict[str, Any], here: dict[str, Any]) -> None:

@@ -35,6 +35,7 @@ REPETITIONS = 20  # of one batch
 EPOCH_REPETITIONS = 10  # of one pass over the validation rows, as in the paper
 WARMUP = 3
 EPOCH_WARMUP = 1
+SEQ_LENS = (32, 128)  # tokens
 BLOCK = 5  # batches in a row
 SETTLE_MS = 20.0  # of untimed batches before them, see timing.py
 # Any ids do: how long a model takes does not hang on them. These are in every vocabulary and none
@@ -78,7 +79,7 @@ def run(  # noqa: PLR0913 - every knob of a measurement is named
     *,
     device: str = "cpu",
     batch_sizes: Sequence[int] = (1, 8),
-    seq_lens: Sequence[int] = (32, 128),
+    seq_lens: Sequence[int] = SEQ_LENS,
     repetitions: int | None = None,
     warmup: int | None = None,
     threads: int | None = None,

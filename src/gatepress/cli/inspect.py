@@ -90,7 +90,7 @@ def _about(result: dict[str, Any], *, drawn: bool) -> list[tuple[str, str]]:
 
 
 def _curve(curve: Sequence[dict[str, Any]], *, drawn: bool) -> str:
-    values = [point["metric_value"] for point in curve if point["metric_value"] is not None]
+    values = [value for point in curve if (value := point.get("metric_value")) is not None]
     if not values:
         return "-"
     ends = f"{values[0]:.4f} to {values[-1]:.4f} in {len(values)} epochs"

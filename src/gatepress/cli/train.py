@@ -111,7 +111,8 @@ def _work(screen: Screen, target: Path, training: Callable[..., dict[str, Any]])
         raise
     screen.result(result, tables)
     shown = shlex.quote(str(target))
-    if METHODS[result.get("method", TrainSettings.method)].gated:
+    method = METHODS.get(result.get("method", TrainSettings.method))  # None: a report that somebody changed
+    if method is None or method.gated:
         screen.note(f"next: gatepress prune {shown}")
     else:
         screen.note(f"next: gatepress export {shown}, or press it: gatepress train --model {shown} --sparsity 0.5")
@@ -139,7 +140,7 @@ def _hint(target: Path) -> str:
 def tables(result: dict[str, Any]) -> "list[Titled]":
     """Return what was asked beside what was counted, and what was trained."""
     rows = metric_rows(result)
-    if result.get("total_gates"):
+    if result.get("total_gates") and "closed_gates" in result:
         rows += pick(result, [("asked_sparsity", "sparsity asked", percent)])
         closed, total = result["closed_gates"], result["total_gates"]
         rows.append(("gates closed", f"{count(closed)} of {count(total)} ({percent(closed / max(total, 1))})"))
