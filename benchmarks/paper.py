@@ -182,7 +182,7 @@ def render(experiment: Experiment, cells: list[dict[str, Any]]) -> str:
     """Return the table in Markdown: a row for each encoder and arm, medians over seeds by task."""
     tasks = sorted({c["task"] for c in cells}, key=[*PAPER_TASKS].index)
     measured = FINETUNED in experiment.arms
-    average = ["kept on average"] if measured else []
+    average = ["kept on average", "seed by seed"] if measured else []
     names = ["encoder", "arm", "trained, without head", "MACs removed", *tasks, *average]
     names += ["steps", "seconds", "peak memory", "trained by"]
     text = f"# {experiment.title}\n\n| {' | '.join(names)} |\n" + "|---" * len(names) + "|\n"
@@ -199,7 +199,13 @@ def render(experiment: Experiment, cells: list[dict[str, Any]]) -> str:
                 f"{counted['total'] - counted['head']:,}",
                 _range(rows, "encoder_macs_removed", "{:.1%}"),
                 *(_shown(cells, encoder, task, arm) for task in tasks),
-                *([_kept([_part(cells, encoder, task, arm) for task in tasks])] if measured else []),
+                *(
+                    [
+                        _kept([part(cells, encoder, task, arm) for task in tasks])
+                        for part in (_part, _paired)
+                        if measured
+                    ]
+                ),
                 _range(rows, "steps"),
                 _range(rows, "train_seconds"),
                 f"{max(c['peak_memory_bytes'] for c in usual or rows) / 1e9:.1f} GB",
@@ -209,7 +215,8 @@ def render(experiment: Experiment, cells: list[dict[str, Any]]) -> str:
     machines = sorted({f"{c['precision']} on {c['cores']} cores of {c['cpu']}" for c in cells})
     return text + (
         f"\nMedian over seeds, their number in square brackets where it is not {SEEDS}; in round ones the part of "
-        "full finetuning's metric with the same seeds, where the table has it. "
+        "full finetuning's metric with the same seeds, where the table has it. *kept on average*: the mean of these over "
+        "tasks; *seed by seed*: of the mean over seeds of each seed's part of its own full finetuning. "
         f"Trained in {', and in '.join(machines)}; measured in float32 on all "
         "validation rows; seconds with measuring and whatever else ran. "
         "Peak memory is that of trainings whose command sets no environment. Commands, curves and versions stand in "
@@ -242,19 +249,27 @@ def _part(cells: list[dict[str, Any]], encoder: str, task: str, arm: str) -> flo
     return statistics.median(values.values()) / statistics.median(full[seed] for seed in values)
 
 
+def _paired(cells: list[dict[str, Any]], encoder: str, task: str, arm: str) -> float | None:
+    """Return the mean over seeds of the part that each kept of full finetuning with that seed; None as `_part`."""
+    if _part(cells, encoder, task, arm) is None:
+        return None
+    values, full = (_values(cells, encoder, task, one) for one in (arm, FINETUNED))
+    return statistics.mean(value / full[seed] for seed, value in values.items())
+
+
 def _shown(cells: list[dict[str, Any]], encoder: str, task: str, arm: str) -> str:
     values = _values(cells, encoder, task, arm)
     if not values:
         return ""
     part = _part(cells, encoder, task, arm)
-    shown = f"{statistics.median(values.values()):.4f}" + ("" if part is None else f" ({part:.1%})")
+    shown = f"{statistics.median(values.values()):.4f}" + ("" if part is None else f" ({part:.2%})")
     return shown + (f" [{len(values)}]" if len(values) != SEEDS else "")
 
 
 def _kept(parts: list[float | None]) -> str:
     """Return the mean over tasks of the part of full finetuning's metric; nothing where a task is missing."""
     there = [part for part in parts if part is not None]
-    return f"{statistics.mean(there):.1%}" if len(there) == len(parts) else ""
+    return f"{statistics.mean(there):.2%}" if len(there) == len(parts) else ""
 
 
 def _releases(rows: list[dict[str, Any]]) -> str:

@@ -214,22 +214,27 @@ def same(record: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def won(records: list[dict[str, Any]], gates: list[dict[str, Any]]) -> str:
-    """Say in how many cells gates are ahead of each other method, and where not."""
+    """Say in how many cells gates are ahead of each other method, by the mean over the seeds of both, and where not."""
     ours = {same(one): one["metric_value"] for one in gates}
     sentences = []
     for method in METHODS:
-        pairs = [(one, ours[same(one)]) for one in records if one["method"] == method and same(one) in ours]
+        cells: dict[str, list[tuple[float, float]]] = {}
+        for one in records:
+            if one["method"] == method and same(one) in ours:
+                name = f"{one['encoder']} {one['task']} at {one['asked_kept']:.1%}"
+                cells.setdefault(name, []).append((ours[same(one)], one["metric_value"]))
+        means = {name: tuple(map(statistics.mean, zip(*pairs, strict=True))) for name, pairs in cells.items()}
         told = {
             word: [
-                f"{one['encoder']} {one['task']} at {one['asked_kept']:.1%} ({value:.4f} to {one['metric_value']:.4f})"
-                for one, value in pairs
-                if order(value, one["metric_value"])
+                f"{name} ({mean([a for a, _ in cells[name]])} to {b:.4f})"
+                for name, (a, b) in means.items()
+                if order(a, b)
             ]
             for word, order in (("level on", operator.eq), ("behind on", operator.lt))
         }
-        ahead = len(pairs) - sum(map(len, told.values()))
-        others = [f"{word} {', '.join(cells)}" for word, cells in told.items() if cells]
-        sentences += ["; ".join([f"of `{method}` in {ahead} of {len(pairs)} cells", *others])] if pairs else []
+        ahead = len(cells) - sum(map(len, told.values()))
+        others = [f"{word} {', '.join(names)}" for word, names in told.items() if names]
+        sentences += ["; ".join([f"of `{method}` in {ahead} of {len(cells)} cells", *others])] if cells else []
     return f"`{GATES}` are ahead " + (". They are ahead ".join(sentences) or "of nothing yet") + "."
 
 
