@@ -181,9 +181,8 @@ EXPERIMENTS = {
 def render(experiment: Experiment, cells: list[dict[str, Any]]) -> str:
     """Return the table in Markdown: a row for each encoder and arm, medians over seeds by task."""
     tasks = sorted({c["task"] for c in cells}, key=[*PAPER_TASKS].index)
-    measured = FINETUNED in experiment.arms
-    average = ["kept on average", "seed by seed"] if measured else []
-    names = ["encoder", "arm", "trained, without head", "MACs removed", *tasks, *average]
+    averages = AVERAGES if FINETUNED in experiment.arms and len(tasks) > 1 else {}
+    names = ["encoder", "arm", "trained, without head", "MACs removed", *tasks, *averages]
     names += ["steps", "seconds", "peak memory", "trained by"]
     text = f"# {experiment.title}\n\n| {' | '.join(names)} |\n" + "|---" * len(names) + "|\n"
     for encoder in sorted({c["encoder"] for c in cells}):
@@ -199,13 +198,7 @@ def render(experiment: Experiment, cells: list[dict[str, Any]]) -> str:
                 f"{counted['total'] - counted['head']:,}",
                 _range(rows, "encoder_macs_removed", "{:.1%}"),
                 *(_shown(cells, encoder, task, arm) for task in tasks),
-                *(
-                    [
-                        _kept([part(cells, encoder, task, arm) for task in tasks])
-                        for part in (_part, _paired)
-                        if measured
-                    ]
-                ),
+                *(_kept([part(cells, encoder, task, arm) for task in tasks]) for part in averages.values()),
                 _range(rows, "steps"),
                 _range(rows, "train_seconds"),
                 f"{max(c['peak_memory_bytes'] for c in usual or rows) / 1e9:.1f} GB",
@@ -215,8 +208,7 @@ def render(experiment: Experiment, cells: list[dict[str, Any]]) -> str:
     machines = sorted({f"{c['precision']} on {c['cores']} cores of {c['cpu']}" for c in cells})
     return text + (
         f"\nMedian over seeds, their number in square brackets where it is not {SEEDS}; in round ones the part of "
-        "full finetuning's metric with the same seeds, where the table has it. *kept on average*: the mean of these over "
-        "tasks; *seed by seed*: of the mean over seeds of each seed's part of its own full finetuning. "
+        f"full finetuning's metric with the same seeds, where the table has it. {AVERAGED if averages else ''}"
         f"Trained in {', and in '.join(machines)}; measured in float32 on all "
         "validation rows; seconds with measuring and whatever else ran. "
         "Peak memory is that of trainings whose command sets no environment. Commands, curves and versions stand in "
@@ -255,6 +247,13 @@ def _paired(cells: list[dict[str, Any]], encoder: str, task: str, arm: str) -> f
         return None
     values, full = (_values(cells, encoder, task, one) for one in (arm, FINETUNED))
     return statistics.mean(value / full[seed] for seed, value in values.items())
+
+
+AVERAGES = {"kept on average": _part, "seed by seed": _paired}
+AVERAGED = (
+    "*kept on average*: the mean of these over tasks; *seed by seed*: of the mean over seeds of each seed's part of "
+    "its own full finetuning. "
+)
 
 
 def _shown(cells: list[dict[str, Any]], encoder: str, task: str, arm: str) -> str:

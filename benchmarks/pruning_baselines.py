@@ -226,7 +226,7 @@ def won(records: list[dict[str, Any]], gates: list[dict[str, Any]]) -> str:
         means = {name: tuple(map(statistics.mean, zip(*pairs, strict=True))) for name, pairs in cells.items()}
         told = {
             word: [
-                f"{name} ({mean([a for a, _ in cells[name]])} to {b:.4f})"
+                f"{name} ({a:.4f} to {b:.4f}, {len(cells[name])} seed{'s' if len(cells[name]) > 1 else ''})"
                 for name, (a, b) in means.items()
                 if order(a, b)
             ]

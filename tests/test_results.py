@@ -31,6 +31,10 @@ def test_parts_of_full_finetuning_compare_the_same_seeds(render):
     ]
     assert render.paper._part(cells, "e", "sst2", "4x") == 1.0
     assert render.paper._part(cells, "e", "sst2", "8x") is None
+    more = [{**cells[2], "seed": 1, "metric_value": 0.2}, *cells]
+    assert render.paper._part(more, "e", "sst2", "4x") == pytest.approx(0.5 / 0.6)
+    assert render.paper._paired(more, "e", "sst2", "4x") == pytest.approx((1 + 0.5) / 2)
+    assert render.paper._paired(cells, "e", "sst2", "8x") is None
 
 
 def test_gates_are_ahead_where_they_are(render):
@@ -40,4 +44,8 @@ def test_gates_are_ahead_where_they_are(render):
     others = [{**place, "method": "magnitude", "metric_value": 0.7}, {**place, "method": "taylor", "metric_value": 0.8}]
     told = pruned.won(others, ours)
     assert "of `magnitude` in 1 of 1 cells" in told
-    assert "of `taylor` in 0 of 1 cells; level on e sst2 at 25.0% (0.8000 to 0.8000)" in told
+    assert "of `taylor` in 0 of 1 cells; level on e sst2 at 25.0% (0.8000 to 0.8000, 1 seed)" in told
+    again = [{**one, "seed": 1, "metric_value": value} for one, value in zip(others, (0.7, 0.9), strict=True)]
+    told = pruned.won([*others, *again], [*ours, {**ours[0], "seed": 1, "metric_value": 0.7}])
+    assert "of `magnitude` in 1 of 1 cells" in told  # by the mean, though level with this seed
+    assert "of `taylor` in 0 of 1 cells; behind on e sst2 at 25.0% (0.7500 to 0.8500, 2 seeds)" in told
