@@ -169,8 +169,10 @@ def kernels_table(rows: list[dict[str, Any]]) -> str:
 
 def speed_figures() -> str:
     """Return what pruning buys against what a user would deploy instead, on each machine in one interleaved run."""
-    names = ("speed_base", "speed_base_xeon", "speed_base_avx2")
-    machines = [_largest(render.read(RESULTS / f"{name}.json")) for name in names]
+    machines, trained = (
+        [_largest(render.read(RESULTS / f"speed_{gates}{machine}.json")) for machine in ("", "_xeon", "_avx2")]
+        for gates in ("base", "trained")
+    )
     rows = "\n".join(
         f"| {same[0].name} "
         + "".join(f"| {one.latency_ms_median:,.0f} ms | {one.relative_time_factor:.2f}x " for one in same)
@@ -182,11 +184,26 @@ def speed_figures() -> str:
     releases = ", ".join(one[0].versions["gatepress"] for one in machines)
     return (
         f"| {BATCH} x {LENGTH} tokens {titles}|\n|---|{'--:|' * (2 * len(machines))}\n{rows}\n\n"
-        f"RoBERTa-base shape, gates of the paper, 30 % closed on both axes; {dense.threads} threads, median of "
-        f"{dense.repetitions}, on each machine one interleaved run (`gatepress bench RUN --alternatives`); random "
-        f"weights and gates; by gatepress {releases}. All batches and lengths, a trained run, structured gates: "
+        f"RoBERTa-base shape, random weights, 30 % of each gate vector of the paper closed at random, which leaves "
+        f"{_left(machines)} of {(dense.macs or 0) / 1e9:.0f} G multiply-accumulates. Trained gates leave "
+        f"{_left(trained)}: gatepress ORT is then {_factors(trained, 'gatepress ORT')} and its int8 "
+        f"{_factors(trained, 'gatepress ORT int8')} times as fast as dense ORT. *masked*: the gated model before it is "
+        f"pruned; *paper layout*: each matrix cut by its own indices. {dense.threads} threads, median of "
+        f"{dense.repetitions}, on each machine one interleaved run (`gatepress bench RUN --alternatives`), "
+        f"by gatepress {releases}. All batches and lengths, the trained runs, structured gates: "
         "[benchmarks](benchmarks/README.md).\n"
     )
+
+
+def _left(machines: list[list[Record]]) -> str:
+    """Return what the forms of gatepress compute, from the least to the most, in billions."""
+    macs = [(one.macs or 0) / 1e9 for records in machines for one in records if one.name.startswith("gatepress")]
+    return f"{min(macs):.0f} to {max(macs):.0f}"
+
+
+def _factors(machines: list[list[Record]], name: str) -> str:
+    factors = [one.relative_time_factor or 0 for records in machines for one in records if one.name == name]
+    return f"{min(factors):.1f} to {max(factors):.1f}"
 
 
 def _largest(records: list[Record]) -> list[Record]:
@@ -200,6 +217,7 @@ def readme_figures() -> str:
         (arm, dtype): deployed.at(rows, BATCH, LENGTH, encoder=FIRST, arm=arm, dtype=dtype)[0]
         for arm, dtype in itertools.product(deployed.ARMS, deployed.DTYPES)
     }
+    dense_int8 = found["full", "int8"][1]
     whole, pressed, small = (found[key] for key in (("full", "float32"), (LEAD, "float32"), (LEAD, "int8")))
     lead = (
         f"{FIRST} finetuned on SST-2, with {deployed.ARMS[LEAD]} of its encoder's work left: "
@@ -232,6 +250,8 @@ def readme_figures() -> str:
         f"gatepress {record.versions['gatepress']}, ONNX Runtime on {record.device_name}, {record.threads} threads, "
         f"median of {record.repetitions} repetitions by turns; {whole[0]['examples']} validation rows, one of which "
         "is 0.1 %; one seed. Before: full finetuning. After: `gatepress train --model runs/full` on what that gave. "
+        f"Factors are over the dense model in float32; over the dense one in int8, {deployed.ARMS[LEAD]} in int8 is "
+        f"{dense_int8.latency_ms_median / small[1].latency_ms_median:.1f}x. "
         "Other lengths and a small encoder: [what is deployed](benchmarks/results/deployed.md).\n"
     )
 
