@@ -106,7 +106,7 @@ def read_run(directory: Path) -> RunManifest:
     if not path.is_file():
         lacks = f"has no {RUN_FILE}" if directory.exists() else "is not there"
         raise ArtifactError(f"{directory}: {lacks}, expected a run directory written by `gatepress train`")
-    value = read_manifest(path, RUN_FORMAT)
+    value = read_manifest(path)
     try:
         manifest = RunManifest(
             settings=TrainSettings.from_json(value["settings"]),

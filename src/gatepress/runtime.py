@@ -19,7 +19,6 @@ from gatepress.files import PRUNED_FILE, RUN_FILE, expanded, read_json
 from gatepress.graph import check_graph, read_graph
 from gatepress.hub import locate_model
 from gatepress.manifests import (
-    ONNX_FORMAT,
     ONNX_MODEL,
     check_files,
     form_of,
@@ -169,7 +168,7 @@ def _open_onnx(path: Path, device: str) -> OnnxRunner:
         raise ModelError(f"{file}: no such file, expected an ONNX model; export one with gatepress export")
     manifest, beside = None, check_graph(read_graph(file), directory)
     if named:
-        manifest = read_manifest(named, ONNX_FORMAT)
+        manifest = read_manifest(named)
         hashes = hashes_of(manifest, named, (ONNX_MODEL, *sorted(beside)), "export again")
         check_files(directory, hashes.items(), "export again")
     session, place = _session(file, device)

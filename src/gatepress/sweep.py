@@ -366,7 +366,7 @@ def _timed_before(output: Path, settings: dict[str, Any], *, force: bool) -> lis
         check_output(output, force=False)
         return []
     try:
-        found = read_manifest(output / SWEEP_FILE, SWEEP_FORMAT)
+        found = read_manifest(output / SWEEP_FILE)
     except ArtifactError as error:
         raise OutputError(f"{output}: exists and holds no sweep ({error}); choose another with -o") from None
     if force:
