@@ -43,128 +43,98 @@ def bench(  # noqa: PLR0913 - every option is a parameter
     ] = None,
     *,
     batch_size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N,...",
-            help="With models: batch sizes; 1,8 unless given.",
-            rich_help_panel=opt.MEASURING,
-        ),
+        str | None, opt.MEASURING(metavar="N,...", help="With models: batch sizes; 1,8 unless given.")
     ] = None,
     seq_len: Annotated[
         str | None,
-        typer.Option(
-            metavar="TOKENS,...",
-            help="With models: sequence lengths in tokens; 32,128 unless given.",
-            rich_help_panel=opt.MEASURING,
-        ),
+        opt.MEASURING(metavar="TOKENS,...", help="With models: sequence lengths in tokens; 32,128 unless given."),
     ] = None,
     shape: Annotated[
         str | None,
-        typer.Option(
-            metavar="OUTxIN,...",
-            help="Without models: sizes of the weight; 768x768 unless given.",
-            rich_help_panel=opt.MEASURING,
-        ),
+        opt.MEASURING(metavar="OUTxIN,...", help="Without models: sizes of the weight; 768x768 unless given."),
     ] = None,
     sparsity: Annotated[
         str | None,
-        typer.Option(
+        opt.MEASURING(
             metavar="FRACTION,...",
             help="Without models: fractions of the columns removed; 0 to 0.9 in tenths unless given.",
-            rich_help_panel=opt.MEASURING,
         ),
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            help="Without models: rows the weight is multiplied with; 128 unless given.",
-            rich_help_panel=opt.MEASURING,
-        ),
+        opt.MEASURING(metavar="N", help="Without models: rows the weight is multiplied with; 128 unless given."),
     ] = None,
     repetitions: Annotated[
         int | None,
-        typer.Option(
+        opt.MEASURING(
             metavar="N",
             help="Timed calls of each. Unless given: 2,000 of a weight (the paper: 100,000), 20 of a "
             "batch, 10 of a pass over a task's rows.",
-            rich_help_panel=opt.MEASURING,
         ),
     ] = None,
     warmup: Annotated[
         int | None,
-        typer.Option(
+        opt.MEASURING(
             metavar="N",
             help="Untimed calls before the timed ones. Unless given: 3 of a batch, 1 of a pass over a task's "
             "rows, 10 of a weight.",
-            rich_help_panel=opt.MEASURING,
         ),
     ] = None,
     alternatives: Annotated[
         bool,
-        typer.Option(
+        opt.ALTERNATIVES(
             "--alternatives",
             help="With one run directory: time it against what could be deployed in its place. Builds, for the "
             "moment, the dense model, its 8-bit form, the paper's layout and the forms of gatepress, in torch "
             "and ONNX Runtime; takes a few minutes.",
-            rich_help_panel=opt.ALTERNATIVES,
         ),
     ] = False,
     for_target: Annotated[
         Target | None,
-        typer.Option(
+        opt.ALTERNATIVES(
             "--for",
             help="With --alternatives: prune the ONNX forms for this target; each for its own runtime unless given.",
-            rich_help_panel=opt.ALTERNATIVES,
         ),
     ] = None,
     baseline: Annotated[
         str | None,
-        typer.Option(
+        opt.ALTERNATIVES(
             metavar="NAME",
             help="With --alternatives: what the others are compared with: dense torch, masked torch, dense ORT, dense "
             "ORT int8, paper layout ORT, paper layout torch, gatepress torch, gatepress ORT or gatepress ORT int8; "
             "dense ORT unless given.",
-            rich_help_panel=opt.ALTERNATIVES,
         ),
     ] = None,
     latency_table: Annotated[
         Target | None,
-        typer.Option(
+        opt.MEASURING(
             help="Instead: measure what products and index operations of a runtime cost on this machine, for "
-            "gatepress prune --latency-table on another one; write it with --output.",
-            rich_help_panel=opt.MEASURING,
+            "gatepress prune --latency-table on another one; write it with --output."
         ),
     ] = None,
     fail_under: Annotated[
         float | None,
-        typer.Option(
+        opt.MEASURING(
             metavar="FACTOR",
             help="With models: exit with 1 where the last one is not at least FACTOR times as fast as the first in "
             "every table. Results are shown and written all the same.",
-            rich_help_panel=opt.MEASURING,
         ),
     ] = None,
     threads: opt.Threads = None,
     device: opt.MeasuringDevice = "cpu",
     precision: Annotated[
         str | None,
-        typer.Option(
+        opt.MEASURING(
             metavar="KIND,...",
             help="With models: fp32, bf16 or fp16, in which torch models compute, each of them once in each; fp32 "
             "unless given. ONNX files compute in what they were exported in.",
-            rich_help_panel=opt.MEASURING,
         ),
     ] = None,
     seed: opt.MeasuringSeed = 0,
     rows: opt.Rows,
     max_length: Annotated[
         int | None,
-        typer.Option(
-            metavar="TOKENS",
-            help="With rows of a task: cut texts after this many tokens; 128 unless given.",
-            rich_help_panel=opt.DATA,
-        ),
+        opt.DATA(metavar="TOKENS", help="With rows of a task: cut texts after this many tokens; 128 unless given."),
     ] = None,
     trust_remote_code: opt.TrustRemoteCode = False,
     output: Annotated[
@@ -174,12 +144,7 @@ def bench(  # noqa: PLR0913 - every option is a parameter
         ),
     ] = None,
     plot: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Also draw a figure, as .png or .svg; needs gatepress[plot].",
-            rich_help_panel=opt.OUTPUT,
-        ),
+        Path | None, opt.OUTPUT(metavar="FILE", help="Also draw a figure, as .png or .svg; needs gatepress[plot].")
     ] = None,
     force: opt.Force = False,
     shown: opt.Shown,

@@ -5,8 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from gatepress.cli import _options as opt
 from gatepress.cli._console import Screen, count, grid, megabytes, milliseconds, percent, session
 from gatepress.config import DataSettings, TrainSettings
@@ -36,9 +34,7 @@ def demo(  # noqa: PLR0913 - every option is a parameter
     sparsity: opt.Sparsity = DEMO.sparsity,
     max_train_samples: opt.MaxTrainSamples = DEMO.data.max_train_samples,
     max_validation_samples: opt.MaxValidationSamples = DEMO.data.max_validation_samples,
-    epochs: Annotated[
-        int | None, typer.Option(metavar="N", help="Passes over the training rows.", rich_help_panel=opt.TRAINING)
-    ] = DEMO.epochs,
+    epochs: Annotated[int | None, opt.TRAINING(metavar="N", help="Passes over the training rows.")] = DEMO.epochs,
     seed: opt.Seed = DEMO.seed,
     output: Annotated[
         Path,

@@ -36,40 +36,30 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
     ],
     *,
     rows: opt.MeasuredRows,
-    batch_size: Annotated[int, typer.Option(metavar="N", help="Rows in a batch.", rich_help_panel=opt.MEASURING)] = 32,
+    batch_size: Annotated[int, opt.MEASURING(metavar="N", help="Rows in a batch.")] = 32,
     max_length: Annotated[
         int | None,
-        typer.Option(
-            metavar="TOKENS",
-            help="Cut texts after this many tokens; as in training unless given.",
-            rich_help_panel=opt.MEASURING,
-        ),
+        opt.MEASURING(metavar="TOKENS", help="Cut texts after this many tokens; as in training unless given."),
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(
+        opt.MEASURING(
             metavar="MODEL",
             help="Measure this model too, on the same rows, and tell how far the metric dropped from it: what was "
             "finetuned before it was pressed, or the release before. It computes in float32 whatever --precision says.",
-            rich_help_panel=opt.MEASURING,
         ),
     ] = None,
     max_metric_drop: Annotated[
         float | None,
-        typer.Option(
+        opt.MEASURING(
             metavar="LIMIT",
             help="With --against: exit with 1 where the metric dropped by more, e.g. 0.01 for one point of accuracy. "
             "The result is shown all the same.",
-            rich_help_panel=opt.MEASURING,
         ),
     ] = None,
     device: opt.MeasuringDevice = "auto",
     precision: Annotated[
-        Arithmetic,
-        typer.Option(
-            help="In which a torch model computes; ONNX files do in what they were exported in.",
-            rich_help_panel=opt.MEASURING,
-        ),
+        Arithmetic, opt.MEASURING(help="In which a torch model computes; ONNX files do in what they were exported in.")
     ] = "fp32",
     trust_remote_code: opt.TrustRemoteCode = False,
     shown: opt.Shown,

@@ -35,40 +35,32 @@ def export(  # noqa: PLR0913 - every option is a parameter
     ],
     *,
     opset: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="ONNX operator set; the exporter's own choice unless given.",
-            rich_help_panel=opt.OUTPUT,
-        ),
+        int | None, opt.OUTPUT(metavar="N", help="ONNX operator set; the exporter's own choice unless given.")
     ] = None,
     max_diff: Annotated[
         float,
-        typer.Option(
+        opt.OUTPUT(
             metavar="LIMIT",
             help="Refuse to write when a logit of ONNX Runtime and torch differs by more than this, of the largest "
             "logit where that is above 1.",
-            rich_help_panel=opt.OUTPUT,
         ),
     ] = MAX_LOGIT_DIFF,
     quantize: Annotated[
         Literal["int8"] | None,
-        typer.Option(
+        opt.OUTPUT(
             help="int8: store the encoder's matrices and the word embeddings in 8 bits and multiply in 8 bits. A "
             "quarter of the size and, on CPUs with VNNI, 1.2 to 2.9 times as fast (measured on two encoders); the "
             "logits move a little, so the metric is measured before and after, on the run's validation rows or those "
             "of the data options.",
             show_default=False,
-            rich_help_panel=opt.OUTPUT,
         ),
     ] = None,
     max_metric_drop: Annotated[
         float | None,
-        typer.Option(
+        opt.OUTPUT(
             metavar="LIMIT",
             help="With --quantize: write nothing and exit with 1 when the metric drops by more than this, "
             "e.g. 0.01 for one point of accuracy; 0 allows no loss at all.",
-            rich_help_panel=opt.OUTPUT,
         ),
     ] = None,
     rows: opt.MeasuredRows,

@@ -38,29 +38,23 @@ def prune(  # noqa: PLR0913 - every option is a parameter
     tokens: opt.Tokens = None,
     sparsity: Annotated[
         str | None,
-        typer.Option(
+        opt.GATES(
             "--sparsity",
             "-s",
             metavar="FRACTION,...",
             help="Close the gates anew, by the scores that the run keeps, to another fraction of its budget. Several "
             "fractions give one directory each, named after it.",
-            rich_help_panel=opt.GATES,
         ),
     ] = None,
     recover_epochs: Annotated[
         int,
-        typer.Option(
+        opt.GATES(
             metavar="N",
             help="With --sparsity: train each on for N passes over the run's rows before it is pruned, gates fixed.",
-            rich_help_panel=opt.GATES,
         ),
     ] = 0,
     dry_run: Annotated[
-        bool,
-        typer.Option(
-            help="Only tell what would go, per layer, and what it should gain; write nothing.",
-            rich_help_panel=opt.OUTPUT,
-        ),
+        bool, opt.OUTPUT(help="Only tell what would go, per layer, and what it should gain; write nothing.")
     ] = False,
     output: Annotated[
         Path | None,

@@ -30,17 +30,13 @@ def report(  # noqa: PLR0913 - every option is a parameter
     *,
     bench: Annotated[
         list[Path] | None,
-        typer.Option(
+        opt.MEASURING(
             metavar="FILE",
             help="Latencies to show beside them, as gatepress bench --output FILE.json writes; may be given again.",
-            rich_help_panel=opt.MEASURING,
         ),
     ] = None,
     title: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT", help="Title of the page; made from the tasks unless given.", rich_help_panel=opt.OUTPUT
-        ),
+        str | None, opt.OUTPUT(metavar="TEXT", help="Title of the page; made from the tasks unless given.")
     ] = None,
     output: Annotated[
         Path,

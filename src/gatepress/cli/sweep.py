@@ -25,56 +25,45 @@ def sweep(  # noqa: PLR0913 - every option is a parameter
     base: opt.Base,
     sparsity: Annotated[
         str,
-        typer.Option(
+        opt.GATES(
             "--sparsity",
             "-s",
             metavar="FRACTION,...",
             help="Sparsities of each method that trains gates: the points of its curve. With 0 the curve starts "
             "at the whole model; three points or more have a knee.",
-            rich_help_panel=opt.GATES,
         ),
     ] = "0,0.3,0.5,0.7",
     method: Annotated[
         str,
-        typer.Option(
+        opt.GATES(
             metavar="NAME,...",
             help="What is trained, as in gatepress train --method. Those without gates (full, lora, ...) are one "
             "point each, what would be deployed instead.",
-            rich_help_panel=opt.GATES,
         ),
     ] = TrainSettings.method,
     gating: opt.Gating,
     seeds: Annotated[
         int,
-        typer.Option(
+        opt.TRAINING(
             metavar="N",
             help="Trainings of each point, with seeds counted up from --seed. The picture shows the median and, as "
             "whiskers, the least and the most: with one seed, luck looks like a result.",
-            rich_help_panel=opt.TRAINING,
         ),
     ] = 1,
     schedule: opt.Schedule,
     machine: opt.Machine,
     target: opt.TargetOption = DEFAULT_TARGET,
     bench_batch_size: Annotated[
-        str,
-        typer.Option(
-            metavar="N,...", help="Batch sizes to time; the picture shows the largest.", rich_help_panel=opt.MEASURING
-        ),
+        str, opt.MEASURING(metavar="N,...", help="Batch sizes to time; the picture shows the largest.")
     ] = "1,8",
     bench_seq_len: Annotated[
-        str,
-        typer.Option(
-            metavar="TOKENS,...", help="Lengths to time; the picture shows the largest.", rich_help_panel=opt.MEASURING
-        ),
+        str, opt.MEASURING(metavar="TOKENS,...", help="Lengths to time; the picture shows the largest.")
     ] = "32,128",
     threads: opt.Threads = None,
     plot: Annotated[
         bool | None,
-        typer.Option(
-            help="Draw sweep.png and sweep.svg; unless given, where gatepress[plot] is installed.",
-            show_default=False,
-            rich_help_panel=opt.OUTPUT,
+        opt.OUTPUT(
+            help="Draw sweep.png and sweep.svg; unless given, where gatepress[plot] is installed.", show_default=False
         ),
     ] = None,
     output: Annotated[
