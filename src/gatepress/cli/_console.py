@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from gatepress.cli._progress import BarProgress, LineProgress
 
-    Titled = tuple[str, Table]
+Titled = tuple[str, "Table"]  # rich is not imported before something is shown
 
 SIGNALS: list[int] = []  # that came: some libraries swallow what a handler raises while they are imported
 DELIVERED = threading.Event()  # the one JSON object: from then on a signal has nothing to tell
@@ -93,7 +93,7 @@ class Screen:
         else:
             print(line, file=self.stderr, flush=True)
 
-    def result(self, value: dict[str, Any], view: Callable[[dict[str, Any]], "Sequence[Titled]"]) -> None:
+    def result(self, value: dict[str, Any], view: Callable[[dict[str, Any]], Sequence[Titled]]) -> None:
         """Print the result: as it is with --json, else as the tables that `view` makes of it."""
         self.close()
         if self.as_json:
@@ -278,14 +278,14 @@ def _logging_to(screen: Screen, *, debug: bool) -> Iterator[None]:
 # --- tables -------------------------------------------------------------------------------------
 
 
-def facts(title: str, rows: Sequence[tuple[str, str]]) -> "Titled":
+def facts(title: str, rows: Sequence[tuple[str, str]]) -> Titled:
     """Return a two-column table of names and values."""
     _, table = grid(title, ["", ""], rows, left=2)
     table.show_header = False
     return title, table
 
 
-def grid(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> "Titled":
+def grid(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> Titled:
     """Return a table whose first `left` columns are text and whose others are numbers."""
     from rich import box
     from rich.table import Table

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gatepress.cli import _options as opt
-from gatepress.cli._console import Screen, grid, session
+from gatepress.cli._console import Screen, Titled, grid, session
 from gatepress.config import Target, refuse_below, spelled
 from gatepress.errors import UsageError
 from gatepress.files import refuse_overwriting
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from gatepress.bench.record import Record
-    from gatepress.cli._console import Titled
 
 EXAMPLES = opt.examples(
     "gatepress bench --device cpu",
@@ -230,7 +229,7 @@ def _deliver(
         raise typer.Exit(1)
 
 
-def tables(records: "Sequence[Record]") -> "list[Titled]":
+def tables(records: "Sequence[Record]") -> list[Titled]:
     """Return one table for each weight, or for each batch size and length."""
     from gatepress.bench import render
 

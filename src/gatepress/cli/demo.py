@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from gatepress.cli import _options as opt
-from gatepress.cli._console import Screen, count, grid, megabytes, milliseconds, percent, session
+from gatepress.cli._console import Screen, Titled, count, grid, megabytes, milliseconds, percent, session
 from gatepress.config import DataSettings, TrainSettings
 from gatepress.files import RUN_FILE, check_output
 
 if TYPE_CHECKING:
     from gatepress.bench.record import Record
-    from gatepress.cli._console import Titled
 
 # Chosen so that all of it takes five to eight minutes on two cores.
 DEMO = TrainSettings(
@@ -141,7 +140,7 @@ def _measured(in_torch: "Record", in_ort: "Record") -> dict[str, Any]:
     }
 
 
-def tables(result: dict[str, Any]) -> "list[Titled]":
+def tables(result: dict[str, Any]) -> list[Titled]:
     """Return the one table of the demo: before, after and how much of the former the latter is."""
     before, after = result["before"], result["after"]
     figures = [

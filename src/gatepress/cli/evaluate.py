@@ -1,18 +1,15 @@
 """`gatepress evaluate`: the same metric on the same rows, whatever form the model has."""
 
 import math
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from gatepress.cli import _options as opt
-from gatepress.cli._console import count, facts, pick, session
+from gatepress.cli._console import Titled, count, facts, pick, session
 from gatepress.cli.train import metric_rows
 from gatepress.config import METRIC_ROUNDING, Arithmetic
 from gatepress.errors import UsageError
-
-if TYPE_CHECKING:
-    from gatepress.cli._console import Titled
 
 EXAMPLES = opt.examples(
     "gatepress evaluate runs/sst2",
@@ -102,7 +99,7 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
             raise typer.Exit(1)
 
 
-def tables(result: dict[str, Any]) -> "list[Titled]":
+def tables(result: dict[str, Any]) -> list[Titled]:
     """Return the metric and what it was measured on."""
     rows = metric_rows(result)
     rows += pick(

@@ -2,18 +2,15 @@
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from gatepress.cli import _options as opt
-from gatepress.cli._console import facts, megabytes, pick, session
+from gatepress.cli._console import Titled, facts, megabytes, pick, session
 from gatepress.config import MAX_LOGIT_DIFF
 from gatepress.files import check_output
 from gatepress.hub import name_of
-
-if TYPE_CHECKING:
-    from gatepress.cli._console import Titled
 
 EXAMPLES = opt.examples(
     "gatepress export pruned/sst2 -o onnx/sst2",
@@ -102,7 +99,7 @@ def export(  # noqa: PLR0913 - every option is a parameter
         screen.note(f"next: gatepress bench {shlex.quote(str(source))} {shlex.quote(str(target))}")
 
 
-def tables(result: dict[str, Any]) -> "list[Titled]":
+def tables(result: dict[str, Any]) -> list[Titled]:
     """Return what was written, how well it agrees with torch, and what int8 changed."""
     rows = pick(
         result,

@@ -2,19 +2,16 @@
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from gatepress.cli import _options as opt
-from gatepress.cli._console import count, facts, grid, megabytes, percent, pick, session
+from gatepress.cli._console import Titled, count, facts, grid, megabytes, percent, pick, session
 from gatepress.cli.train import metric_rows
 from gatepress.config import DEFAULT_LAYOUT, DEFAULT_TARGET
 from gatepress.errors import UsageError
 from gatepress.files import check_output
-
-if TYPE_CHECKING:
-    from gatepress.cli._console import Titled
 
 EXAMPLES = opt.examples(
     "gatepress prune runs/sst2 --sparsity 0.3,0.5,0.75 --recover-epochs 1",
@@ -119,7 +116,7 @@ def _outputs(directory: Path, asked: list[float] | None) -> dict[float, Path]:
     return outputs
 
 
-def tables(result: dict[str, Any]) -> "list[Titled]":
+def tables(result: dict[str, Any]) -> list[Titled]:
     """Return what went and how exactly the rest agrees with the gated model."""
     rows = metric_rows(result.get("recovery", result))
     rows += pick(

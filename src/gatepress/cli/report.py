@@ -1,15 +1,12 @@
 """`gatepress report`: one HTML page of runs, models, sweeps and measurements."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from gatepress.cli import _options as opt
-from gatepress.cli._console import facts, grid, percent, session
-
-if TYPE_CHECKING:
-    from gatepress.cli._console import Titled
+from gatepress.cli._console import Titled, facts, grid, percent, session
 
 EXAMPLES = opt.examples(
     "gatepress report runs/sst2 pruned/sst2 onnx/sst2 -o sst2.html",
@@ -59,7 +56,7 @@ def report(  # noqa: PLR0913 - every option is a parameter
         screen.note(f"wrote {output}; open it in a browser")
 
 
-def tables(result: dict[str, Any]) -> "list[Titled]":
+def tables(result: dict[str, Any]) -> list[Titled]:
     """Return what the page says first, and the models that it is about."""
     columns = ["model", "kind", "task", "metric", "removed"]
     rows = [

@@ -1,17 +1,14 @@
 """`gatepress sweep`: metric against latency for several sparsities, methods and seeds, as one picture."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from gatepress.cli import _options as opt
-from gatepress.cli._console import Screen, grid, session
+from gatepress.cli._console import Screen, Titled, grid, session
 from gatepress.config import DEFAULT_TARGET, TrainSettings, default_run_name
 from gatepress.manifests import SWEEP_FILE
-
-if TYPE_CHECKING:
-    from gatepress.cli._console import Titled
 
 EXAMPLES = opt.examples(
     "gatepress sweep --task sst2 --sparsity 0,0.3,0.5,0.75 --method gates+lora,lora,full --seeds 5",
@@ -116,7 +113,7 @@ def sweep(  # noqa: PLR0913 - every option is a parameter
         _say_failed(screen, result)
 
 
-def tables(result: dict[str, Any]) -> "list[Titled]":
+def tables(result: dict[str, Any]) -> list[Titled]:
     """Return the summary, one row for each point of the picture."""
     from gatepress.bench.summary import table
 

@@ -4,16 +4,13 @@ import shlex
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from gatepress.cli import _options as opt
-from gatepress.cli._console import Screen, count, facts, percent, pick, session
+from gatepress.cli._console import Screen, Titled, count, facts, percent, pick, session
 from gatepress.config import METHODS, TrainSettings, default_run_name
 from gatepress.errors import ArtifactError
 from gatepress.files import RUN_FILE, check_output, read_json
-
-if TYPE_CHECKING:
-    from gatepress.cli._console import Titled
 
 EXAMPLES = opt.examples(
     "gatepress train --task demo --model demo -o runs/demo",
@@ -136,7 +133,7 @@ def _hint(target: Path) -> str:
     return f"; go on with: gatepress train --resume {shlex.quote(str(target))}" if stopped else ""
 
 
-def tables(result: dict[str, Any]) -> "list[Titled]":
+def tables(result: dict[str, Any]) -> list[Titled]:
     """Return what was asked beside what was counted, and what was trained."""
     rows = metric_rows(result)
     if result.get("total_gates"):
