@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from gatepress.bench.record import FORMAT_VERSION, Record
-from gatepress.bench.tables import Table, cell, tables, too_slow
+from gatepress.bench.tables import Table, tables
 from gatepress.errors import ArtifactError, MissingExtraError, OutputError, UsageError
 from gatepress.files import json_text, read_json, replace_file
 
@@ -135,18 +135,3 @@ WRITERS: dict[str, Callable[[Sequence[Record]], str]] = {
     ".csv": _csv,
     ".md": _markdown,
 }
-
-
-__all__ = [
-    "cell",
-    "check_file",
-    "check_plot",
-    "check_report",
-    "json_object",
-    "markdown",
-    "plot",
-    "read",
-    "tables",
-    "too_slow",
-    "write",
-]

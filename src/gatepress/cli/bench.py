@@ -211,6 +211,7 @@ def _deliver(
 ) -> None:
     """Write and show the records; exit with 1 where the last model is not `factor` times as fast as the first."""
     from gatepress.bench import render
+    from gatepress.bench.tables import too_slow
 
     written: dict[str, str] = {}
     for (key, path), write in zip(files.items(), (render.write, render.plot), strict=True):
@@ -218,7 +219,7 @@ def _deliver(
             write(records, path, force=force)
             written[key] = str(path)
     value = {**render.json_object(records, samples=False), **written}
-    missed = [] if factor is None else render.too_slow(records, factor)
+    missed = [] if factor is None else too_slow(records, factor)
     if factor is not None:
         value |= {"fail_under": factor, "missed": [_missed(record) for record in missed]}
     screen.result(value, lambda _: tables(records))
@@ -231,9 +232,9 @@ def _deliver(
 
 def tables(records: "Sequence[Record]") -> list[Titled]:
     """Return one table for each weight, or for each batch size and length."""
-    from gatepress.bench import render
+    from gatepress.bench.tables import tables as tables_of
 
-    return [grid(table.title, table.columns, table.rows, left=table.left) for table in render.tables(records)]
+    return [grid(table.title, table.columns, table.rows, left=table.left) for table in tables_of(records)]
 
 
 def _records(targets: list[str] | None, *, alternatives: bool, **asked: Any) -> "list[Record]":
@@ -302,9 +303,9 @@ def _missed(record: "Record") -> dict[str, Any]:
 
 def _say_missed(screen: Screen, missed: "Sequence[Record]", factor: float | None) -> None:
     """Say in one line where the last model is too slow."""
-    from gatepress.bench import render
+    from gatepress.bench.tables import cell
 
-    places = ", ".join(f"{record.relative_time_factor:.2f}x at {render.cell(record)}" for record in missed)
+    places = ", ".join(f"{record.relative_time_factor:.2f}x at {cell(record)}" for record in missed)
     last = missed[0]
     screen.say(f"error: {last.name} is not {factor:g} times as fast as {last.baseline} (--fail-under): {places}")
 
