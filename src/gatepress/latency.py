@@ -33,7 +33,7 @@ from gatepress.files import explained, temporary_directory
 from gatepress.machine import device_name
 from gatepress.modeling_gatepress import pick
 from gatepress.progress import NoProgress, Progress
-from gatepress.quantize import quantize_file
+from gatepress.quantize import quantize_file_
 from gatepress.runners import session_options
 
 logger = logging.getLogger(__name__)
@@ -259,7 +259,7 @@ def _session(copies: list[list[Chain]], width: int, target: Target) -> Callable[
         file = Path(place) / "few.onnx"
         onnx.save(model, file)
         if TARGETS[target].int8 and nodes[0].op_type == "MatMul":
-            quantize_file(file, file)
+            quantize_file_(file)
         session = ort.InferenceSession(str(file), session_options(), providers=["CPUExecutionProvider"])
 
     def call_of(tokens: int) -> Call:
