@@ -1,9 +1,10 @@
 """The options that commands share: one annotated type each, so that `--help` says the same everywhere."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import typer
 
@@ -29,6 +30,7 @@ from gatepress.families import ROLES
 from gatepress.tasks import task_named
 
 Device = Literal["auto", "cpu", "cuda"]
+T = TypeVar("T")
 Context = Annotated[typer.Context, typer.Option(help="What typer knows of this call: no option.")]
 
 # An option, in the group of a help page that it stands in.
@@ -551,18 +553,19 @@ def _given(context: typer.Context) -> dict[str, str]:
 
 def numbers(option: str, text: str) -> list[float]:
     """Return the numbers of a comma-separated list, e.g. of `--sparsity 0,0.3`."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise UsageError(f"{option} is {text!r}, expected numbers separated by commas") from None
+    return _listed(option, text, float, "numbers")
 
 
 def whole_numbers(option: str, text: str) -> list[int]:
     """Return the whole numbers of a comma-separated list, e.g. of `--batch-size 1,8`."""
+    return _listed(option, text, int, "whole numbers")
+
+
+def _listed(option: str, text: str, kind: Callable[[str], T], kinds: str) -> list[T]:
     try:
-        return [int(part) for part in text.split(",")]
+        return [kind(part) for part in text.split(",")]
     except ValueError:
-        raise UsageError(f"{option} is {text!r}, expected whole numbers separated by commas") from None
+        raise UsageError(f"{option} is {text!r}, expected {kinds} separated by commas") from None
 
 
 def arithmetics(option: str, text: str) -> list[Arithmetic]:
