@@ -28,12 +28,12 @@ from typing import TYPE_CHECKING, Any
 from gatepress import training
 from gatepress.bench import endtoend
 from gatepress.bench.record import Record
-from gatepress.bench.render import markdown
+from gatepress.bench.render import drawing, markdown
 from gatepress.bench.summary import Cell, density, summarize, table
 from gatepress.checkpoint import RunManifest, dense_base, read_run
 from gatepress.config import DEFAULT_TARGET, METHODS, Method, Target, TrainSettings, refuse, refuse_below, spelled
 from gatepress.costs import TARGETS
-from gatepress.errors import ArtifactError, MissingExtraError, ModelError, OutputError, UsageError
+from gatepress.errors import ArtifactError, ModelError, OutputError, UsageError
 from gatepress.export import export
 from gatepress.files import RUN_FILE, check_output, json_text, read_json, refuse_held, replace_file, temporary_directory
 from gatepress.hub import locate_model
@@ -96,8 +96,8 @@ def run(  # noqa: PLR0913 - every option of the command is one
         "threads": threads,
     }
     endtoend.check(device=TARGETS[target].device, prefix="bench-", **measuring)
-    if plot and not _can_plot():
-        raise MissingExtraError("--plot needs matplotlib; install it with: pip install 'gatepress[plot]'")
+    if plot:
+        drawing()  # where matplotlib is missing that is told at once: a sweep takes hours
     train = {key: value for key, value in settings.absolute().to_json().items() if key not in ("method", "sparsity")}
     asked = {"train": train, "methods": list(methods), "sparsities": list(sparsities), "seeds": seeds}
     if force:
@@ -124,7 +124,7 @@ def run(  # noqa: PLR0913 - every option of the command is one
     sweep.time(target, measuring, progress)
     result = sweep.to_json()
     replace_file(output / "sweep.md", markdown(table(result)).encode())
-    if plot is not False and _can_plot():
+    if plot is not False and find_spec("matplotlib"):
         from gatepress.bench import tradeoff  # noqa: PLC0415 - matplotlib is an extra, not always there
 
         for suffix in ("png", "svg"):
@@ -322,7 +322,6 @@ def _meaningless(method: Method, settings: TrainSettings) -> dict[str, Any]:
             "hidden_weight": None,
             "open_epochs": None,
             "closing": None,
-            "start": None,
             "rotate_heads": None,
         }
     if spec and not spec.rank:
@@ -418,7 +417,3 @@ def _build(run_dir: Path, cell: Cell, root: Path, target: Target, progress: Prog
     directory = root / f"{cell.name}-onnx"
     export(source, directory, quantize="int8" if facts.int8 else None, measure=False)
     return directory
-
-
-def _can_plot() -> bool:
-    return find_spec("matplotlib") is not None

@@ -37,6 +37,7 @@ Titled = tuple[str, "Table"]  # rich is not imported before something is shown
 SIGNALS: list[int] = []  # that came: some libraries swallow what a handler raises while they are imported
 DELIVERED = threading.Event()  # the one JSON object: from then on a signal has nothing to tell
 INTERRUPTED, TERMINATED = 130, 143  # 128 + the signal's number, as shells count
+NOTHING_WRITTEN = "nothing was written"
 PIPE_WIDTH = 120  # columns of a table that goes into a file or a pipe
 
 # Read by the libraries when they are first imported, so they must stand before any command imports one.
@@ -66,7 +67,7 @@ class Screen:
         self.stderr = stderr
         self.as_json = as_json
         self.quiet = quiet
-        self.interrupt_note = "nothing was written"  # a command that keeps checkpoints says so here
+        self.interrupt_note = NOTHING_WRITTEN  # a command that keeps checkpoints says so here
         self._drawing: BarProgress | LineProgress | None = None
 
     @property
@@ -194,22 +195,22 @@ def session(*, as_json: bool, quiet: bool, debug: bool, launched: bool = False) 
             raise typer.Exit(1) from None
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - a user never meets a traceback unasked
             screen.close()
-            kind, message, exit_code = explain(error, screen)
+            kind, message, exit_code = explain(error, screen.interrupt_note)
             if debug:
                 traceback.print_exc(file=screen.stderr)
             screen.error(kind, message, exit_code)
             raise typer.Exit(exit_code) from None
 
 
-def explain(error: BaseException, screen: Screen) -> tuple[str, str, int]:
-    """Return the kind, the one-line message and the exit code of an exception."""
+def explain(error: BaseException, note: str = NOTHING_WRITTEN) -> tuple[str, str, int]:
+    """Return the kind, the one-line message and the exit code of an exception; `note`: what an interruption left."""
     kind = type(error).__name__
     if isinstance(error, GatepressError):
         return kind, str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt) or SIGNALS:
         terminated = isinstance(error, Terminated) or signal.SIGTERM in SIGNALS
         exit_code = TERMINATED if terminated else INTERRUPTED
-        return "Interrupted", f"interrupted; {screen.interrupt_note}", exit_code
+        return "Interrupted", f"interrupted; {note}", exit_code
     if _is_out_of_memory(error):
         remedy = "lower --batch-size or --max-length, or take a smaller model"
         return "OutOfMemory", f"out of memory; {remedy}", 1
