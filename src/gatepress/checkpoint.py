@@ -70,7 +70,7 @@ class RunManifest:
 
     settings: TrainSettings
     task: TaskSpec
-    status: str  # "training" until the last step, then "finished"
+    status: str  # "training", or "interrupted" where it was stopped; "finished" behind the last step
     step: int
     base_sha256: dict[str, str]  # of each safetensors file of the base model
     data_fingerprint: str
