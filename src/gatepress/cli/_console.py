@@ -24,7 +24,7 @@ import typer
 
 from gatepress.cli._launched import is_first
 from gatepress.errors import GatepressError
-from gatepress.files import explained, json_text
+from gatepress.files import cannot_write, json_text
 from gatepress.progress import NoProgress, Progress
 
 if TYPE_CHECKING:
@@ -232,11 +232,7 @@ def _os_error_text(error: OSError) -> str:
     if error.errno in FULL_DISK:
         if not error.filename:
             return f"{place}: cannot write ({error.strerror}); free some space where it goes"
-        try:
-            with explained(Path(place)):
-                raise error
-        except GatepressError as explanation:
-            return str(explanation)
+        return str(cannot_write(Path(place), error))
     reason = error.strerror or str(error)
     return f"{place}: cannot read or write ({reason}); check that it exists and that you have access to it"
 
