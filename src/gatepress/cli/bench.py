@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gatepress.cli import _options as opt
+from gatepress.cli._asked import arithmetics, asked_data, numbers, said_of, whole_numbers
 from gatepress.cli._console import Screen, Titled, grid, session
 from gatepress.config import Target, refuse_below, spelled
 from gatepress.errors import UsageError
@@ -186,7 +187,7 @@ def bench(  # noqa: PLR0913 - every option is a parameter
         )
         plain = {"tokens": tokens, "max_length": max_length, "repetitions": repetitions, "warmup": warmup}
         asked |= {name: value for name, value in plain.items() if value is not None}
-        data = opt.asked_data(rows)
+        data = asked_data(rows)
         if targets and data:
             _refuse_given({"seq-len": seq_len}, "means nothing to the rows of a task, which are as long as they are")
         elif targets:
@@ -313,18 +314,18 @@ def _say_missed(screen: Screen, missed: "Sequence[Record]", factor: float | None
 def _asked(**lists: str | None) -> dict[str, Any]:
     """Return the lists that options give; the library knows the defaults of the others."""
     read: dict[str, Callable[[str], Any]] = {
-        "batch_sizes": lambda text: opt.whole_numbers("--batch-size", text),
-        "seq_lens": lambda text: opt.whole_numbers("--seq-len", text),
+        "batch_sizes": lambda text: whole_numbers("--batch-size", text),
+        "seq_lens": lambda text: whole_numbers("--seq-len", text),
         "shapes": lambda text: [_shape(part) for part in text.split(",")],
-        "sparsities": lambda text: opt.numbers("--sparsity", text),
-        "precisions": lambda text: opt.arithmetics("--precision", text),
+        "sparsities": lambda text: numbers("--sparsity", text),
+        "precisions": lambda text: arithmetics("--precision", text),
     }
     return {name: read[name](text) for name, text in lists.items() if text is not None}
 
 
 def _refuse_given(options: dict[str, Any], reason: str) -> None:
     """Refuse options that would be silently without effect."""
-    given = list(map(spelled, opt.said_of(options)))
+    given = list(map(spelled, said_of(options)))
     if given:
         raise UsageError(f"{', '.join(given)} {reason}")
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from gatepress.cli import _options as opt
+from gatepress.cli._asked import rows_of
 from gatepress.cli._console import Titled, count, facts, pick, session
 from gatepress.cli.train import metric_rows
 from gatepress.config import METRIC_ROUNDING, Arithmetic
@@ -68,7 +69,7 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
     and what was exported from that all score the same.
     """
     with session(**vars(shown)) as screen:
-        measured_on = opt.rows_of(rows)
+        measured_on = rows_of(rows)
         if max_metric_drop is not None and not 0 <= max_metric_drop < math.inf:
             raise UsageError(f"--max-metric-drop is {max_metric_drop}, expected 0 or a positive number")
         if max_metric_drop is not None and against is None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from gatepress.cli import _options as opt
+from gatepress.cli._asked import rows_of
 from gatepress.cli._console import Titled, facts, megabytes, pick, session
 from gatepress.config import MAX_LOGIT_DIFF
 from gatepress.files import check_output
@@ -77,7 +78,7 @@ def export(  # noqa: PLR0913 - every option is a parameter
     and what it costs is measured on the rows that the run was validated on, or on those that data options name.
     """
     with session(**vars(shown)) as screen:
-        measured_on = opt.rows_of(rows)
+        measured_on = rows_of(rows)
         target = output or Path("onnx") / name_of(source)
         check_output(target, force=force)  # at once: what follows takes seconds to import
 

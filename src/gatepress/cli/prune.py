@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from gatepress.cli import _options as opt
+from gatepress.cli._asked import numbers
 from gatepress.cli._console import Titled, count, facts, grid, megabytes, percent, pick, session
 from gatepress.cli.train import metric_rows
 from gatepress.config import DEFAULT_LAYOUT, DEFAULT_TARGET
@@ -69,7 +70,7 @@ def prune(  # noqa: PLR0913 - every option is a parameter
     """
     with session(**vars(shown)) as screen:
         directory = output or Path("pruned") / run.resolve().name
-        asked = None if sparsity is None else opt.numbers("--sparsity", sparsity)
+        asked = None if sparsity is None else numbers("--sparsity", sparsity)
         outputs = _outputs(directory, asked)
         if not dry_run:
             for path in outputs.values():

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from gatepress.cli import _options as opt
+from gatepress.cli._asked import numbers, train_settings, whole_numbers, words
 from gatepress.cli._console import Screen, Titled, grid, session
 from gatepress.config import DEFAULT_TARGET, TrainSettings, default_run_name
 from gatepress.manifests import SWEEP_FILE
@@ -81,12 +82,12 @@ def sweep(  # noqa: PLR0913 - every option is a parameter
     seeds may be added. All runs stay in DIR/runs, each as gatepress train leaves it.
     """
     with session(**vars(shown)) as screen:
-        settings = opt.train_settings(rows, base, gating, schedule, machine)
+        settings = train_settings(rows, base, gating, schedule, machine)
         asked: dict[str, Any] = {
-            "methods": list(opt.words(method)),
-            "sparsities": opt.numbers("--sparsity", sparsity),
-            "batch_sizes": opt.whole_numbers("--bench-batch-size", bench_batch_size),
-            "seq_lens": opt.whole_numbers("--bench-seq-len", bench_seq_len),
+            "methods": list(words(method)),
+            "sparsities": numbers("--sparsity", sparsity),
+            "batch_sizes": whole_numbers("--bench-batch-size", bench_batch_size),
+            "seq_lens": whole_numbers("--bench-seq-len", bench_seq_len),
         }
         directory = output or Path("sweeps") / default_run_name(settings).rpartition("-")[0]  # no one sparsity
 

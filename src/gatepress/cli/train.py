@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from gatepress.cli import _options as opt
+from gatepress.cli._asked import refuse_beside, refuse_unused, train_settings
 from gatepress.cli._console import Screen, Titled, count, facts, percent, pick, session
 from gatepress.config import METHODS, TrainSettings, default_run_name
 from gatepress.errors import ArtifactError
@@ -63,13 +64,13 @@ def train(  # noqa: PLR0913 - every option is a parameter
     """
     with session(**vars(shown), launched=True) as screen:
         if resume is not None:
-            opt.refuse_beside("--resume", context)
+            refuse_beside("--resume", context)
 
             from gatepress import training
 
             _work(screen, resume, partial(training.resume, resume))
             return
-        settings = opt.train_settings(
+        settings = train_settings(
             rows,
             base,
             gating,
@@ -86,7 +87,7 @@ def train(  # noqa: PLR0913 - every option is a parameter
             warmup_ratio=warmup_ratio,
             save_every=save_every,
         )
-        opt.refuse_unused(method, context)
+        refuse_unused(method, context)
         target = output or Path("runs") / default_run_name(settings)
         check_output(target, force=force)  # at once: what follows takes seconds to import
 
