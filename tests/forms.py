@@ -7,10 +7,13 @@ import torch
 
 from gatepress.batches import make_loader, tokenize
 from gatepress.checkpoint import RunManifest, RunWriter, open_base
-from gatepress.config import DataSettings, Granularity, TrainSettings
+from gatepress.collapse import cut, plan_model
+from gatepress.config import DataSettings, Granularity, Layout, TrainSettings
+from gatepress.costs import Costs
 from gatepress.gates import gates_of
 from gatepress.inject import attach_gates_, gated_linear, trainable
 from gatepress.models import model_files, open_tokenizer
+from gatepress.plan import PrunePlan
 from gatepress.tasks.sources import load_rows
 from gatepress.versions import versions
 
@@ -83,6 +86,12 @@ def draw_(model: Any, closed: float) -> None:
     for _, gate in gates_of(model):
         gate.mu.uniform_(0.1, 0.7)
         gate.mask.copy_(torch.rand_like(gate.mask) >= closed)
+
+
+def collapse(model: Any, layout: Layout, costs: Costs | None = None) -> tuple[Any, PrunePlan]:
+    """Return a gated model, planned and cut, and the plan."""
+    plan = plan_model(model, layout, costs)
+    return cut(model, plan), plan
 
 
 def settings_for(model: Path, files: Any, **changes: Any) -> TrainSettings:

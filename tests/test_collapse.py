@@ -22,7 +22,8 @@ from transformers import (
 
 import gatepress.auto  # noqa: F401 - registers the Auto classes
 import tiny
-from gatepress.collapse import collapse, parameters_of
+from forms import collapse
+from gatepress.collapse import parameters_of
 from gatepress.config import Granularity, Layout
 from gatepress.errors import ModelError
 from gatepress.gates import GatedLinear, counted, gates_of

@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 
 import forms
 import tiny
+from forms import collapse
 from gatepress import costs, latency, pruning
 from gatepress.cli.app import app
-from gatepress.collapse import collapse, cut, live_parts, plan_model
+from gatepress.collapse import cut, live_parts, plan_model
 from gatepress.config import Target
 from gatepress.costs import TARGETS, Costs, Entry, analytic
 from gatepress.errors import ArtifactError, DeviceError, UsageError

@@ -29,7 +29,7 @@ from gatepress.evaluation import evaluate
 from gatepress.export import export
 from gatepress.models import load_pruned
 from gatepress.pruning import prune
-from gatepress.quantize import quantize_file
+from gatepress.quantize import quantize_file_
 from gatepress.runtime import open_runner
 
 UNSEEN = [(1, 2), (2, 1), (3, 11), (7, 40)]  # none of them is compared by export itself
@@ -292,15 +292,15 @@ def test_no_drop_is_within_a_limit_of_nothing(written, tmp_path: Path, monkeypat
 
 
 def test_logits_that_are_no_numbers_are_refused(written, tmp_path: Path, monkeypatch) -> None:
-    def spoil(source: Path, output: Path) -> dict[str, Any]:
-        model = onnx.load(source)
+    def spoil(file: Path) -> dict[str, Any]:
+        model = onnx.load(file)
         for one in model.graph.initializer:
             if one.name.endswith("LayerNorm.bias"):
                 one.CopyFrom(onnx.numpy_helper.from_array(np.full(one.dims, np.nan, np.float32), one.name))
-        onnx.save(model, output)
+        onnx.save(model, file)
         return {}
 
-    monkeypatch.setattr(exporting, "quantize_file", spoil)
+    monkeypatch.setattr(exporting, "quantize_file_", spoil)
     with pytest.raises(ParityError, match="not finite numbers; nothing was written"):
         export(written.pruned, tmp_path / "onnx", quantize="int8")
     assert not list(tmp_path.iterdir())
@@ -358,7 +358,7 @@ def test_a_file_may_be_quantized_in_its_place(tmp_path: Path) -> None:
     file = graph_of(onnx.helper.make_node("MatMul", ["x", "w"], ["y"]), tmp_path / "one.onnx", w=weight)
     x = np.linspace(-1, 1, 12, dtype=np.float32).reshape(1, 3, 4)
     opened = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    assert quantize_file(file, file)["operators"]["MatMul"] == {"quantized": 1, "of": 1}
+    assert quantize_file_(file)["operators"]["MatMul"] == {"quantized": 1, "of": 1}
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     np.testing.assert_allclose(session.run(None, {"x": x})[0], opened.run(None, {"x": x})[0], atol=0.05)
     assert [path.name for path in tmp_path.iterdir()] == ["one.onnx"]
@@ -367,7 +367,7 @@ def test_a_file_may_be_quantized_in_its_place(tmp_path: Path) -> None:
 def test_a_graph_without_weights_to_quantize_is_refused(tmp_path: Path) -> None:
     file = graph_of(onnx.helper.make_node("Relu", ["x"], ["y"]), tmp_path / "one.onnx")
     with pytest.raises(ModelError, match="no matrix product with a float32 weight"):
-        quantize_file(file, tmp_path / "int8.onnx")
+        quantize_file_(file)
 
 
 def test_what_onnxruntime_cannot_quantize_is_one_line(tmp_path: Path, monkeypatch) -> None:
@@ -378,5 +378,5 @@ def test_what_onnxruntime_cannot_quantize_is_one_line(tmp_path: Path, monkeypatc
     weight = np.ones((4, 4), np.float32)
     file = graph_of(onnx.helper.make_node("MatMul", ["x", "w"], ["y"]), tmp_path / "one.onnx", w=weight)
     with pytest.raises(ModelError, match=r"cannot quantize the graph \(an operator is unknown and more\)"):
-        quantize_file(file, tmp_path / "int8.onnx")
+        quantize_file_(file)
     assert [path.name for path in tmp_path.iterdir()] == ["one.onnx"]

@@ -16,7 +16,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import forms
-from gatepress import sweep, training
+from gatepress import bench, sweep, training
 from gatepress.bench import tradeoff
 from gatepress.bench.record import Record, latencies
 from gatepress.bench.summary import Cell, knee, summarize
@@ -319,7 +319,9 @@ def test_wrong_requests_are_refused_before_anything_is_trained(settings, tmp_pat
 
 @pytest.mark.usefixtures("never")
 def test_a_figure_that_is_asked_for_needs_matplotlib(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "_can_plot", lambda: False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "gatepress.bench.figures", raising=False)
+    monkeypatch.delattr(bench, "figures", raising=False)
     with pytest.raises(MissingExtraError, match=r"pip install 'gatepress\[plot\]'"):
         run(settings, tmp_path / "sweep", plot=True)
 

@@ -71,7 +71,7 @@ class RunManifest:
 
     settings: TrainSettings
     task: TaskSpec
-    status: str  # "training" until the last step, then "finished"
+    status: str  # "training", or "interrupted" where it was stopped; "finished" behind the last step
     step: int
     base_sha256: dict[str, str]  # of each safetensors file of the base model
     data_fingerprint: str
@@ -107,7 +107,7 @@ def read_run(directory: Path) -> RunManifest:
     if not path.is_file():
         lacks = f"has no {RUN_FILE}" if directory.exists() else "is not there"
         raise ArtifactError(f"{directory}: {lacks}, expected a run directory written by `gatepress train`")
-    value = read_manifest(path, RUN_FORMAT)
+    value = read_manifest(path)
     try:
         manifest = RunManifest(
             settings=TrainSettings.from_json(value["settings"]),

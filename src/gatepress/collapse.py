@@ -31,12 +31,6 @@ def live_parts(model: PreTrainedModel, layers: list[Layer]) -> list[dict[str, Li
     return [{role: Live.of(*gated_linear(model, layer, role).folded()) for role in ROLES} for layer in layers]
 
 
-def collapse(model: PreTrainedModel, layout: Layout, costs: Costs | None = None) -> tuple[PreTrainedModel, PrunePlan]:
-    """Return the gated `model`, planned and cut, and the plan."""
-    plan = plan_model(model, layout, costs)
-    return cut(model, plan), plan
-
-
 def cut(model: PreTrainedModel, plan: PrunePlan, *, consume: bool = False) -> PreTrainedModel:
     """Return a new float32 model on the CPU that follows `plan` and equals the gated `model`.
 

@@ -1,7 +1,7 @@
 """Settings of each stage: frozen, checked, written into manifests as they are. No torch here.
 
-A field's comment is what `--help` says of its option; a wrong value raises one `UsageError` that
-lists every problem in the command line's spelling.
+A field's comment says in short what it means; what `--help` says stands at its option (cli/_options.py).
+A wrong value raises one `UsageError` that lists every problem in the command line's spelling.
 """
 
 from collections.abc import Callable, Sequence

@@ -33,17 +33,22 @@ Op = Literal["product", "gather", "again", "scatter"]  # again: a gather from an
 class TargetFacts:
     """What is known of a runtime without measuring on the machine (benchmarks/notes/kernels.md)."""
 
+    runtime: Literal["torch", "onnxruntime"]
+    device: Literal["cpu", "cuda"]
     macs_per_moved: float  # linear multiply-accumulates in the time that an index operation moves one number
     multiple: int  # kernels are slower on widths that are no multiple of this
     equal_widths: bool  # fused attention wants query/key and value/output dimensions of one width
+    int8: bool = False  # weights and products are quantized
     picks_share: bool = True  # further gathers from one input cost less; int8 loses a shared quantization by them
 
 
 TARGETS: dict[Target, TargetFacts] = {
-    "ort-cpu": TargetFacts(macs_per_moved=45, multiple=1, equal_widths=False),
-    "ort-int8": TargetFacts(macs_per_moved=160, multiple=1, equal_widths=False, picks_share=False),
-    "torch-cpu": TargetFacts(macs_per_moved=45, multiple=16, equal_widths=True),
-    "cuda": TargetFacts(macs_per_moved=300, multiple=8, equal_widths=True),
+    "ort-cpu": TargetFacts("onnxruntime", "cpu", macs_per_moved=45, multiple=1, equal_widths=False),
+    "ort-int8": TargetFacts(
+        "onnxruntime", "cpu", macs_per_moved=160, multiple=1, equal_widths=False, int8=True, picks_share=False
+    ),
+    "torch-cpu": TargetFacts("torch", "cpu", macs_per_moved=45, multiple=16, equal_widths=True),
+    "cuda": TargetFacts("torch", "cuda", macs_per_moved=300, multiple=8, equal_widths=True),
 }
 
 

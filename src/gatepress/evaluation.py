@@ -176,7 +176,11 @@ def evaluate_model(
     spec: TaskSpec,
     processes: Processes = ALONE,
 ) -> dict[str, Any]:
-    """Return the metric of a torch model on its own device; its mode is as before afterwards."""
+    """Return the metric of a torch model on its own device.
+
+    Afterwards all its parts are in the mode that the model as a whole was in: who sets some of them apart, as
+    `distill.learn_from_teacher_` does with gates, does so again.
+    """
 
     def predict(inputs: dict[str, torch.Tensor]) -> npt.NDArray[np.float32]:
         on_device = {name: value.to(model.device) for name, value in inputs.items()}

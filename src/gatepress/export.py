@@ -26,7 +26,7 @@ from gatepress.manifests import ONNX_FORMAT, ONNX_MODEL, form_of
 from gatepress.models import model_errors, open_tokenizer, save_tokenizer
 from gatepress.ondisk import stands_on
 from gatepress.progress import Progress
-from gatepress.quantize import quantize_file
+from gatepress.quantize import quantize_file_
 from gatepress.runners import Batch, Runner, TorchRunner
 from gatepress.runtime import open_runner
 from gatepress.schema import refuse_unsound
@@ -94,7 +94,7 @@ def export(  # noqa: PLR0913 - every option of the command is one
         smaller: dict[str, Any] = {}
         if quantize:
             size = _size(staged)
-            quantized = quantize_file(model_file, model_file)
+            quantized = quantize_file_(model_file)
             slim(model_file)
             after = open_runner(model_file)  # `exact` stays open, though its file is gone
             quantized["logit_diff"] = {

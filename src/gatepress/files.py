@@ -92,15 +92,20 @@ def explained(target: Path, *, way: str = "with -o") -> Iterator[None]:
         error = _os_error_in(found)
         if error is None:
             raise
-        way = "with TMPDIR" if any(part.startswith(_TEMPORARY) for part in target.parts) else way
-        remedy = {
-            errno.ENOSPC: "free some space or choose another disk",
-            errno.EDQUOT: "free some space or choose another disk",
-            errno.EACCES: "choose a directory that you may write to",
-            errno.EROFS: "choose a directory that you may write to",
-        }.get(error.errno or 0, "choose another output")
-        reason = error.strerror or str(error)
-        raise OutputError(f"{target}: cannot write ({reason}); {remedy} {way}") from found
+        raise cannot_write(target, error, way=way) from found
+
+
+def cannot_write(target: Path, error: OSError, *, way: str = "with -o") -> OutputError:
+    """Return what to raise where writing `target` failed: the remedy for `error`, and the `way` to it."""
+    way = "with TMPDIR" if any(part.startswith(_TEMPORARY) for part in target.parts) else way
+    remedy = {
+        errno.ENOSPC: "free some space or choose another disk",
+        errno.EDQUOT: "free some space or choose another disk",
+        errno.EACCES: "choose a directory that you may write to",
+        errno.EROFS: "choose a directory that you may write to",
+    }.get(error.errno or 0, "choose another output")
+    reason = error.strerror or str(error)
+    return OutputError(f"{target}: cannot write ({reason}); {remedy} {way}")
 
 
 def _open_to_readers(path: Path) -> None:

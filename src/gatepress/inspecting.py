@@ -13,7 +13,6 @@ from gatepress.graph import describe, names_beside, read_graph
 from gatepress.manifests import (
     ONNX_FORMAT,
     PRUNED_FORMAT,
-    RUN_FORMAT,
     Form,
     file_in,
     onnx_parts,
@@ -47,7 +46,7 @@ def inspect(path: Path) -> Facts:
 
 
 def _run(path: Path) -> Facts:
-    manifest = read_manifest(path / RUN_FILE, RUN_FORMAT)
+    manifest = read_manifest(path / RUN_FILE)
     report = manifest["report"]
     return {
         "status": manifest["status"],
@@ -73,7 +72,7 @@ def _layers_of_run(path: Path, manifest: Facts) -> list[Facts] | None:
 
 
 def _pruned(path: Path) -> Facts:
-    manifest = read_manifest(path / PRUNED_FILE, PRUNED_FORMAT)
+    manifest = read_manifest(path / PRUNED_FILE)
     report, run = manifest["report"], manifest.get("run", {}).get("report", {})
     config = read_config(path / "config.json")
     return {
@@ -98,7 +97,7 @@ def _onnx(path: Path) -> Facts:
     facts: Facts = {"size_bytes": size, "graph": graph}
     if named is None:
         return facts
-    manifest = read_manifest(named, ONNX_FORMAT)
+    manifest = read_manifest(named)
     before = manifest.get("source_manifest") or {}
     plan = before.get("report", {}).get("plan")
     heads = _heads(read_config(directory / "config.json")) if plan else 0

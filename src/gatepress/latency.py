@@ -27,13 +27,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 from gatepress import __version__, costs
 from gatepress.config import Target
-from gatepress.costs import Costs, Entry, Op
+from gatepress.costs import TARGETS, Costs, Entry, Op
 from gatepress.errors import ArtifactError, DeviceError, OutputError, UsageError
 from gatepress.files import explained, temporary_directory
 from gatepress.machine import device_name
 from gatepress.modeling_gatepress import pick
 from gatepress.progress import NoProgress, Progress
-from gatepress.quantize import quantize_file
+from gatepress.quantize import quantize_file_
 from gatepress.runners import session_options
 
 logger = logging.getLogger(__name__)
@@ -69,8 +69,8 @@ def for_target(target: Target, table: str | Path | None = None, progress: Progre
         if found.target != target:
             raise UsageError(f"--latency-table {table} is of {found.target}, but --for is {target}; give a table of it")
         return found
-    if target == "cuda" and not torch.cuda.is_available():
-        logger.info("no CUDA device here: planned by the analytic costs of cuda")
+    if not _is_here(target):
+        logger.info("no CUDA device here: planned by the analytic costs of %s", target)
         return costs.analytic(target)
     kept = cache_file(target)
     if os.path.isfile(kept):  # noqa: PTH113 - False, not an error, where nobody may look
@@ -104,10 +104,12 @@ def _home() -> Path:
 
 def measure(target: Target, *, progress: Progress | None = None) -> Costs:
     """Time products and index operations of a target on this machine; `DeviceError` where it is not here."""
-    if target == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("cuda is measured on a CUDA device, and torch sees none; run it on the machine that has one")
+    if not _is_here(target):
+        raise DeviceError(
+            f"{target} is measured on a CUDA device, and torch sees none; run it on the machine that has one"
+        )
     progress = progress or NoProgress()
-    prepare = _torch_calls if target in ("torch-cpu", "cuda") else _onnx_calls
+    prepare = _torch_calls if TARGETS[target].runtime == "torch" else _onnx_calls
     name, about = _about(target)
     fastest: dict[tuple[Op, int, tuple[int, int]], float] = {}
     progress.start(ROUNDS * len(TOKENS) * (len(PRODUCTS) + 3 * len(MOVED)), f"measuring {target}")
@@ -128,12 +130,17 @@ def measure(target: Target, *, progress: Progress | None = None) -> Costs:
     return Costs(target, name, tuple(entries), about)
 
 
+def _is_here(target: Target) -> bool:
+    """Say whether this machine has the device of a target."""
+    return TARGETS[target].device == "cpu" or torch.cuda.is_available()
+
+
 def _about(target: Target) -> tuple[str, dict[str, Any]]:
     """Return the machine's name and what else its times hang on."""
-    runtime = "torch" if target in ("torch-cpu", "cuda") else "onnxruntime"
-    version = torch.__version__ if runtime == "torch" else ort.__version__
-    device = torch.device("cuda" if target == "cuda" else "cpu")
-    return device_name(device), {"threads": torch.get_num_threads(), "versions": {runtime: str(version)}}
+    facts = TARGETS[target]
+    version = torch.__version__ if facts.runtime == "torch" else ort.__version__
+    versions = {facts.runtime: str(version)}
+    return device_name(torch.device(facts.device)), {"threads": torch.get_num_threads(), "versions": versions}
 
 
 def _fastest(call: Call, repeats: int) -> float:
@@ -150,7 +157,7 @@ def _fastest(call: Call, repeats: int) -> float:
 
 def _torch_calls(target: Target) -> Iterator[Operation]:
     """Yield what to time in torch, as `PrunedLinear.forward` computes it."""
-    device = torch.device("cuda" if target == "cuda" else "cpu")
+    device = torch.device(TARGETS[target].device)
 
     def together(copies: list[list[Callable[[torch.Tensor], torch.Tensor]]], width: int) -> Callable[[int], Call]:
         def call_of(tokens: int) -> Call:
@@ -251,8 +258,8 @@ def _session(copies: list[list[Chain]], width: int, target: Target) -> Callable[
     with temporary_directory() as place, explained(Path(place)):
         file = Path(place) / "few.onnx"
         onnx.save(model, file)
-        if target == "ort-int8" and nodes[0].op_type == "MatMul":
-            quantize_file(file, file)
+        if TARGETS[target].int8 and nodes[0].op_type == "MatMul":
+            quantize_file_(file)
         session = ort.InferenceSession(str(file), session_options(), providers=["CPUExecutionProvider"])
 
     def call_of(tokens: int) -> Call:

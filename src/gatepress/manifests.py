@@ -21,17 +21,14 @@ SWEEP_FORMAT = {"format": "gatepress-sweep", "version": 1}
 
 Form = Literal["run", "pruned", "onnx"]
 
-MANIFESTS: dict[Form, tuple[str, dict[str, Any]]] = {
-    "run": (RUN_FILE, RUN_FORMAT),
-    "pruned": (PRUNED_FILE, PRUNED_FORMAT),
-    "onnx": (ONNX_FILE, ONNX_FORMAT),
-}
+MANIFESTS: dict[Form, str] = {"run": RUN_FILE, "pruned": PRUNED_FILE, "onnx": ONNX_FILE}
+FORMATS = {RUN_FILE: RUN_FORMAT, PRUNED_FILE: PRUNED_FORMAT, ONNX_FILE: ONNX_FORMAT, SWEEP_FILE: SWEEP_FORMAT}
 REMEDIES: dict[Form, str] = {"run": "train again", "pruned": "prune again", "onnx": "export again"}
 WEIGHTS = (".safetensors", ".onnx", ".data")  # read by others, who compare them themselves
 MAX_NAME = 255  # characters that a file system takes
 
 # In this order: an ONNX directory has a config.json, and may lie in the directory of its source.
-MARKS: tuple[tuple[str, Form], ...] = (*((name, form) for form, (name, _) in MANIFESTS.items()), (ONNX_MODEL, "onnx"))
+MARKS: tuple[tuple[str, Form], ...] = (*((name, form) for form, name in MANIFESTS.items()), (ONNX_MODEL, "onnx"))
 
 _TEXTS, _COUNTS = {"*": "text"}, {"*": "int"}
 _MATRIX = {"dense": ["size"], "live": ["int"], "kept": ["int"], **every("gathered scattered", "bool")}
@@ -158,9 +155,9 @@ def understood(path: Path) -> Iterator[None]:
         ) from None
 
 
-def read_manifest(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
-    """Read a manifest of the `expected` format and version; `ArtifactError` on any other."""
-    value = read_json(path)
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read a manifest of the format and version that its file name stands for; `ArtifactError` on any other."""
+    value, expected = read_json(path), FORMATS[path.name]
     if value.get("format") != expected["format"]:
         raise ArtifactError(f"{path}: format is {value.get('format')!r}, expected {expected['format']!r}")
     if value.get("version") != expected["version"]:
@@ -221,10 +218,10 @@ def check_beside(directory: Path, *names: str) -> None:
     form = form_of(directory)
     if form is None or not directory.is_dir():
         return
-    file, expected = MANIFESTS[form]
-    if not (directory / file).is_file():  # a graph alone
+    manifest = directory / MANIFESTS[form]
+    if not manifest.is_file():  # a graph alone
         return
-    named = read_manifest(directory / file, expected).get("sha256") or {}
+    named = read_manifest(manifest).get("sha256") or {}
     bound = {name: digest for name, digest in named.items() if not name.endswith(WEIGHTS) or name in names}
     check_files(directory, [(name, bound[name]) for name in names or bound if name in bound], REMEDIES[form])
 

@@ -16,7 +16,6 @@ from gatepress.families import FAMILIES
 from gatepress.files import PRUNED_FILE, read_json, sha256_of
 from gatepress.hub import locate_model
 from gatepress.manifests import (
-    PRUNED_FORMAT,
     check_beside,
     check_files,
     form_of,
@@ -82,7 +81,7 @@ def load_pruned(directory: str | Path) -> PreTrainedModel:
         path = locate_model(str(directory))
     if not (path / PRUNED_FILE).is_file():
         raise ArtifactError(f"{path}: has no {PRUNED_FILE}, expected a directory written by `gatepress prune`")
-    manifest = read_manifest(path / PRUNED_FILE, PRUNED_FORMAT)
+    manifest = read_manifest(path / PRUNED_FILE)
     hashes = hashes_of(manifest, path / PRUNED_FILE, ("config.json", "model.safetensors"), "prune again")
     check_files(path, hashes.items(), "prune again")
     import gatepress.auto  # noqa: F401, PLC0415 - only importing it registers

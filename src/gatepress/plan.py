@@ -185,21 +185,15 @@ def make_plan(
     costs = costs or analytic(DEFAULT_TARGET)
     needed = [_indices(parts["up"].rows & parts["down"].columns) for parts in live]
     widest = max(1, *map(len, needed))
+    whole = layout in ("paper", "stock")  # heads stay as they are
     plans = []
     for layer, parts, neurons in zip(layers, live, needed, strict=True):
         full = _all_dimensions(layer)
-        heads, qk, vo = list(range(layer.heads)), full, full
-        inner: Axis | None = neurons
-        if layout == "stock":
-            inner = neurons + [ZERO_ROW] * (widest - len(neurons))
-        elif layout == "paper":
-            inner = None
-        else:
-            heads, qk, vo = _attention(layer, parts)
-            width = max(1, len(neurons))
-            if layout == "auto":
-                width = rounded(width, layer.shapes["up"][0], multiple=costs.facts.multiple)
-            inner = neurons + [ZERO_ROW] * (width - len(neurons))
+        heads, qk, vo = (list(range(layer.heads)), full, full) if whole else _attention(layer, parts)
+        width = widest if layout == "stock" else max(1, len(neurons))
+        if layout == "auto":
+            width = rounded(width, layer.shapes["up"][0], multiple=costs.facts.multiple)
+        inner = neurons + [ZERO_ROW] * (width - len(neurons))
         qk_width, vo_width = _head_widths(layer, qk, vo, costs if layout == "auto" else None)
         qk_rows, vo_rows = _padded(qk, qk_width), _padded(vo, vo_width)
         axes: dict[str, tuple[Axis | None, Axis | None]] = {

@@ -28,26 +28,26 @@ WORDS = "input_ids"  # the input that word embeddings are looked up by
 _SHOWN = ("MatMul", "Gemm", "Gather")
 
 
-def quantize_file(source: Path, output: Path) -> dict[str, Any]:
-    """Write `source` with int8 weights to `output`, which may be the same file; return what was quantized.
+def quantize_file_(file: Path) -> dict[str, Any]:
+    """Give a graph int8 weights, in place; return what was quantized.
 
     Weights that lie in a file of their own (`<name>.data`) do so afterwards. Raises `ModelError`
-    where ONNX Runtime cannot quantize the graph.
+    where ONNX Runtime cannot quantize the graph, which then is as it was.
     """
-    graph = onnx.load(source, load_external_data=False).graph
+    graph = onnx.load(file, load_external_data=False).graph
     chosen = _chosen(graph)
     if not chosen["MatMul"]:
-        raise ModelError(f"{source}: has no matrix product with a float32 weight; export without --quantize")
+        raise ModelError(f"{file}: has no matrix product with a float32 weight; export without --quantize")
     try:
-        # Moved into place, never written over: a session that is open on the source reads its weights from there.
-        with tempfile.TemporaryDirectory(dir=output.parent) as place, _silence():
-            external, file = source.with_name(f"{source.name}.data").is_file(), source
+        # Moved into place, never written over: a session that is open on the file reads its weights from there.
+        with tempfile.TemporaryDirectory(dir=file.parent) as place, _silence():
+            external, made = file.with_name(f"{file.name}.data").is_file(), file
             for operator in (name for name, nodes in chosen.items() if nodes):
-                before, file = file, Path(place) / operator / output.name
-                file.parent.mkdir()
+                before, made = made, Path(place) / operator / file.name
+                made.parent.mkdir()
                 quantize_dynamic(
                     before,
-                    file,
+                    made,
                     op_types_to_quantize=[operator],
                     nodes_to_quantize=chosen[operator],
                     per_channel=True,
@@ -55,9 +55,9 @@ def quantize_file(source: Path, output: Path) -> dict[str, Any]:
                     reduce_range=operator == "MatMul",
                     use_external_data_format=external,
                 )
-            _check(file, len(chosen["MatMul"]))
-            for part in file.parent.iterdir():
-                part.replace(output.with_name(part.name))
+            _check(made, len(chosen["MatMul"]))
+            for part in made.parent.iterdir():
+                part.replace(file.with_name(part.name))
     except (OSError, MemoryError):
         raise
     except Exception as error:  # it raises what its parts raise, without a common base

@@ -19,7 +19,6 @@ from gatepress.files import PRUNED_FILE, RUN_FILE, expanded, read_json
 from gatepress.graph import check_graph, read_graph
 from gatepress.hub import locate_model
 from gatepress.manifests import (
-    ONNX_FORMAT,
     ONNX_MODEL,
     check_files,
     form_of,
@@ -64,13 +63,19 @@ def open_runner(
         path = locate_model(str(target), code=trust_remote_code)
         kind = form_of(path) or kind  # what the hub has may be of ours
     name = _name(path) if path == here else str(target)
+    manifest: dict[str, Any] | None = None
+    head_is_random = False
     if kind == "run":
-        return _open_run(path, name, place, dtype)
-    if kind == "pruned":
-        return _open_pruned(path, name, place, dtype)
-    model, head_is_random = _load_model(str(target), path, trust_remote_code=trust_remote_code)
-    size, model = _bytes(list(path.glob("*.safetensors"))), _moved(model, place, dtype)
-    return TorchRunner(name, "model", place, _tokenizer_dir(path), size, head_is_random=head_is_random, model=model)
+        model, run = load_run(path)
+        manifest = run.to_json()
+    elif kind == "pruned":
+        model, manifest = load_pruned(path), read_json(path / PRUNED_FILE)
+    else:
+        kind = "model"  # whatever ONNX lies beside it
+        model, head_is_random = _load_model(str(target), path, trust_remote_code=trust_remote_code)
+    model = torch.nn.Module.to(model, torch.device(place), dtype)
+    size = _bytes(_weights(path))
+    return TorchRunner(name, kind, place, _tokenizer_dir(path), size, manifest, head_is_random, model=model)
 
 
 def torch_device(name: str) -> str:
@@ -119,12 +124,6 @@ def _kind_of(target: str, path: Path) -> Kind:
     return "model"
 
 
-def _open_run(path: Path, name: str, device: str, dtype: torch.dtype) -> TorchRunner:
-    model, manifest = load_run(path)
-    model, size = _moved(model, device, dtype), _bytes(_weights(path))
-    return TorchRunner(name, "run", device, _tokenizer_dir(path), size, manifest.to_json(), model=model)
-
-
 def _weights(directory: Path) -> list[Path]:
     """Return the files that make a model: what a run trained, and what the model or run below it holds."""
     if not (directory / RUN_FILE).is_file():
@@ -132,13 +131,6 @@ def _weights(directory: Path) -> list[Path]:
     manifest = read_run(directory)
     base = located(manifest.settings)
     return [directory / manifest.tensors["file"], *_weights(base)]
-
-
-def _open_pruned(path: Path, name: str, device: str, dtype: torch.dtype) -> TorchRunner:
-    model = _moved(load_pruned(path), device, dtype)
-    manifest = read_json(path / PRUNED_FILE)
-    size = _bytes(list(path.glob("*.safetensors")))
-    return TorchRunner(name, "pruned", device, _tokenizer_dir(path), size, manifest, model=model)
 
 
 def _load_model(target: str, path: Path, *, trust_remote_code: bool) -> tuple[PreTrainedModel, bool]:
@@ -158,18 +150,13 @@ def _load_model(target: str, path: Path, *, trust_remote_code: bool) -> tuple[Pr
     return model.eval(), bool(info["missing_keys"])
 
 
-def _moved(model: PreTrainedModel, device: str, dtype: torch.dtype) -> PreTrainedModel:
-    moved: PreTrainedModel = torch.nn.Module.to(model, torch.device(device), dtype)
-    return moved
-
-
 def _open_onnx(path: Path, device: str) -> OnnxRunner:
     directory, file, named = onnx_parts(path)
     if not file.is_file():
         raise ModelError(f"{file}: no such file, expected an ONNX model; export one with gatepress export")
     manifest, beside = None, check_graph(read_graph(file), directory)
     if named:
-        manifest = read_manifest(named, ONNX_FORMAT)
+        manifest = read_manifest(named)
         hashes = hashes_of(manifest, named, (ONNX_MODEL, *sorted(beside)), "export again")
         check_files(directory, hashes.items(), "export again")
     session, place = _session(file, device)

@@ -28,11 +28,12 @@ from typing import TYPE_CHECKING, Any
 from gatepress import training
 from gatepress.bench import endtoend
 from gatepress.bench.record import Record
-from gatepress.bench.render import markdown
+from gatepress.bench.render import drawing, markdown
 from gatepress.bench.summary import Cell, density, summarize, table
 from gatepress.checkpoint import RunManifest, dense_base, located, read_run
 from gatepress.config import DEFAULT_TARGET, METHODS, Method, Target, TrainSettings, refuse, refuse_below, spelled
-from gatepress.errors import ArtifactError, MissingExtraError, ModelError, OutputError, UsageError
+from gatepress.costs import TARGETS
+from gatepress.errors import ArtifactError, ModelError, OutputError, UsageError
 from gatepress.export import export
 from gatepress.files import RUN_FILE, check_output, json_text, read_json, refuse_held, replace_file, temporary_directory
 from gatepress.hub import locate_model
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PATIENCE_S = 30.0  # for a training that is told to end: it writes a checkpoint
-IN_TORCH = ("torch-cpu", "cuda")  # targets that are timed without ONNX
 # Decided by a training, unless given.
 LEFT_OPEN = ("lora_rank", "closing", "epochs", "learning_rate", "distill", "hidden_weight", "rotate_heads")
 GRID = ("methods", "sparsities", "seeds")  # may grow; the rest of a training must stay for figures to be comparable
@@ -95,9 +95,9 @@ def run(  # noqa: PLR0913 - every option of the command is one
         "repetitions": repetitions,
         "threads": threads,
     }
-    endtoend.check(device=_device(target), prefix="bench-", **measuring)
-    if plot and not _can_plot():
-        raise MissingExtraError("--plot needs matplotlib; install it with: pip install 'gatepress[plot]'")
+    endtoend.check(device=TARGETS[target].device, prefix="bench-", **measuring)
+    if plot:
+        drawing()  # where matplotlib is missing that is told at once: a sweep takes hours
     train = {key: value for key, value in settings.absolute().to_json().items() if key not in ("method", "sparsity")}
     asked = {"train": train, "methods": list(methods), "sparsities": list(sparsities), "seeds": seeds}
     if force:
@@ -124,7 +124,7 @@ def run(  # noqa: PLR0913 - every option of the command is one
     sweep.time(target, measuring, progress)
     result = sweep.to_json()
     replace_file(output / "sweep.md", markdown(table(result)).encode())
-    if plot is not False and _can_plot():
+    if plot is not False and find_spec("matplotlib"):
         from gatepress.bench import tradeoff  # noqa: PLC0415 - matplotlib is an extra, not always there
 
         for suffix in ("png", "svg"):
@@ -184,7 +184,7 @@ class _Sweep:
                     progress.advance(1, built=name)
             finally:
                 progress.finish()
-            self.records = endtoend.run(built, device=_device(target), progress=progress, **measuring)
+            self.records = endtoend.run(built, device=TARGETS[target].device, progress=progress, **measuring)
         self.save()
 
     def save(self) -> None:
@@ -322,7 +322,6 @@ def _meaningless(method: Method, settings: TrainSettings) -> dict[str, Any]:
             "hidden_weight": None,
             "open_epochs": None,
             "closing": None,
-            "start": None,
             "rotate_heads": None,
         }
     if spec and not spec.rank:
@@ -366,7 +365,7 @@ def _timed_before(output: Path, settings: dict[str, Any], *, force: bool) -> lis
         check_output(output, force=False)
         return []
     try:
-        found = read_manifest(output / SWEEP_FILE, SWEEP_FORMAT)
+        found = read_manifest(output / SWEEP_FILE)
     except ArtifactError as error:
         raise OutputError(f"{output}: exists and holds no sweep ({error}); choose another with -o") from None
     if force:
@@ -409,22 +408,15 @@ def _as_json(value: dict[str, Any]) -> dict[str, Any]:
 # --- latency --------------------------------------------------------------------------------------
 
 
-def _device(target: Target) -> str:
-    return "cuda" if target == "cuda" else "cpu"
-
-
 def _build(run_dir: Path, cell: Cell, root: Path, target: Target, progress: Progress) -> Path:
     """Write what would be deployed of a run on `target`, and return where it is."""
     source = run_dir
     if cell.gated:
         source = root / f"{cell.name}-pruned"
         prune(run_dir, source, target=target, progress=progress)
-    if target in IN_TORCH:
+    facts = TARGETS[target]
+    if facts.runtime == "torch":
         return source
     directory = root / f"{cell.name}-onnx"
-    export(source, directory, quantize="int8" if target == "ort-int8" else None, measure=False)
+    export(source, directory, quantize="int8" if facts.int8 else None, measure=False)
     return directory
-
-
-def _can_plot() -> bool:
-    return find_spec("matplotlib") is not None

@@ -52,7 +52,6 @@ from gatepress.rotation import bases_of, turn_
 from gatepress.runners import input_names, max_tokens
 from gatepress.runtime import device_here, torch_device
 from gatepress.schema import refuse_unsound
-from gatepress.tasks import TaskSpec
 from gatepress.tasks.sources import load_rows
 from gatepress.versions import MADE_WITH, versions
 
@@ -134,7 +133,6 @@ class _Job(Resumable):
     """Everything a run holds, loaded and wrapped."""
 
     settings: TrainSettings
-    spec: TaskSpec
     processes: Processes
     tokenizer: Any
     loader: DataLoader[Any]
@@ -235,7 +233,6 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
     return _Job(
         started=began,
         settings=settings,
-        spec=rows.spec,
         processes=processes,
         tokenizer=tokenizer,
         gated=model,
@@ -385,7 +382,7 @@ def _step(job: _Job, batch: dict[str, Tensor]) -> Tensor:
     _seed_step(job)
     # Not accelerate's autocast: it wraps the model itself, and measuring must be in float32.
     with computing(job.settings.precision, job.device.type), first_token_alone():
-        loss = batch_loss(job.gated, batch, job.spec, job.teacher, job.lesson)
+        loss = batch_loss(job.gated, batch, job.manifest.task, job.teacher, job.lesson)
     closing = job.budget if job.step >= job.open_steps else None
     penalty = closing.penalty(job.step - job.open_steps) if closing else None
     batches: Any = job.loader.batch_sampler
@@ -431,7 +428,7 @@ def _measured(job: _Job) -> dict[str, Any]:
     """Measure and count the model as it is; return the report with one point more of the curve."""
     report: dict[str, Any] = {
         **job.manifest.report,
-        **evaluate_model(job.gated, job.validation, job.spec, processes=job.processes),
+        **evaluate_model(job.gated, job.validation, job.manifest.task, processes=job.processes),
         **_counts(job),
         "train_seconds": job.seconds,
         "peak_memory_bytes": job.peak_memory,

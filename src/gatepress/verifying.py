@@ -13,10 +13,7 @@ from gatepress.errors import ArtifactError, GatepressError
 from gatepress.files import ONNX_FILE, PRUNED_FILE, RUN_FILE
 from gatepress.graph import check_graph, describe, read_graph
 from gatepress.manifests import (
-    ONNX_FORMAT,
     ONNX_MODEL,
-    PRUNED_FORMAT,
-    RUN_FORMAT,
     Form,
     check_files,
     hashes_of,
@@ -72,7 +69,7 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def _run(path: Path, found: Findings) -> None:
-    manifest = found.check(f"{RUN_FILE}: format and version", read_manifest, path / RUN_FILE, RUN_FORMAT)
+    manifest = found.check(f"{RUN_FILE}: format and version", read_manifest, path / RUN_FILE)
     if manifest is None:
         return
     bound = [one for one in manifest.values() if isinstance(one, dict) and {"file", "sha256"} <= set(one)]
@@ -114,7 +111,7 @@ def _finite_on_probe(model: Any, path: Path) -> None:
 
 
 def _pruned(path: Path, found: Findings) -> None:
-    manifest = found.check(f"{PRUNED_FILE}: format and version", read_manifest, path / PRUNED_FILE, PRUNED_FORMAT)
+    manifest = found.check(f"{PRUNED_FILE}: format and version", read_manifest, path / PRUNED_FILE)
     if manifest is None:
         return
     loaded = ("config.json", "model.safetensors")
@@ -133,7 +130,7 @@ def _onnx(path: Path, found: Findings) -> None:
     directory, file, named = onnx_parts(path)
     manifest: dict[str, Any] | None = None
     if named:
-        manifest = found.check(f"{ONNX_FILE}: format and version", read_manifest, named, ONNX_FORMAT)
+        manifest = found.check(f"{ONNX_FILE}: format and version", read_manifest, named)
         if manifest is None:
             return
         hashes = found.check(

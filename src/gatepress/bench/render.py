@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from gatepress.bench.record import FORMAT_VERSION, Record
-from gatepress.bench.tables import Table, cell, tables, too_slow
+from gatepress.bench.tables import Table, tables
 from gatepress.errors import ArtifactError, MissingExtraError, OutputError, UsageError
 from gatepress.files import json_text, read_json, replace_file
 
@@ -34,7 +34,7 @@ def check_report(path: Path, *, force: bool = False) -> None:
 def check_plot(path: Path, *, force: bool = False) -> None:
     """Refuse what `plot` would refuse, matplotlib missing included, before anything is timed."""
     check_file(path, PLOT_SUFFIXES, "--plot", force=force)
-    _figures()
+    drawing()
 
 
 def write(records: Sequence[Record], path: Path, *, force: bool = False) -> None:
@@ -55,7 +55,7 @@ def plot(records: Sequence[Record], path: Path, *, force: bool = False) -> None:
     check_plot(path, force=force)
     if len({record.what for record in records}) != 1:
         raise UsageError("--plot draws one kind of benchmark, expected records of matmul or of endtoend only")
-    replace_file(path, _figures().draw(records, path.suffix.lower()[1:]))
+    replace_file(path, drawing().draw(records, path.suffix.lower()[1:]))
 
 
 def read(path: Path) -> list[Record]:
@@ -83,7 +83,7 @@ def json_object(records: Sequence[Record], *, samples: bool = True) -> dict[str,
     }
 
 
-def _figures() -> ModuleType:
+def drawing() -> ModuleType:
     """Return the part that draws; `MissingExtraError` without matplotlib."""
     try:
         from gatepress.bench import figures  # noqa: PLC0415 - matplotlib is an extra, not always there
@@ -135,18 +135,3 @@ WRITERS: dict[str, Callable[[Sequence[Record]], str]] = {
     ".csv": _csv,
     ".md": _markdown,
 }
-
-
-__all__ = [
-    "cell",
-    "check_file",
-    "check_plot",
-    "check_report",
-    "json_object",
-    "markdown",
-    "plot",
-    "read",
-    "tables",
-    "too_slow",
-    "write",
-]

@@ -6,7 +6,7 @@ back into the caches and outlast the threads that the previous call left spinnin
 
 Measured on two cores with encoders of MiniLM's size, dense, pruned and int8, in torch and in ONNX
 Runtime, by turns: with 20 ms of untimed calls, and ONNX Runtime told to stop spinning when a run
-returns (runtime.py), medians are those of each model alone in a process of its own (1 x 32 tokens:
+returns (runners.py), medians are those of each model alone in a process of its own (1 x 32 tokens:
 int8 1.19 ms by turns and 1.14 ms alone, dense 5.02 and 5.20 ms). Without both, they come out up to 2.8
 times as long; a runtime that never spins is itself 5 to 45 % slower.
 """

@@ -24,7 +24,7 @@ import typer
 
 from gatepress.cli._launched import is_first
 from gatepress.errors import GatepressError
-from gatepress.files import explained, json_text
+from gatepress.files import cannot_write, json_text
 from gatepress.progress import NoProgress, Progress
 
 if TYPE_CHECKING:
@@ -32,11 +32,12 @@ if TYPE_CHECKING:
 
     from gatepress.cli._progress import BarProgress, LineProgress
 
-    Titled = tuple[str, Table]
+Titled = tuple[str, "Table"]  # rich is not imported before something is shown
 
 SIGNALS: list[int] = []  # that came: some libraries swallow what a handler raises while they are imported
 DELIVERED = threading.Event()  # the one JSON object: from then on a signal has nothing to tell
 INTERRUPTED, TERMINATED = 130, 143  # 128 + the signal's number, as shells count
+NOTHING_WRITTEN = "nothing was written"
 PIPE_WIDTH = 120  # columns of a table that goes into a file or a pipe
 
 # Read by the libraries when they are first imported, so they must stand before any command imports one.
@@ -66,7 +67,7 @@ class Screen:
         self.stderr = stderr
         self.as_json = as_json
         self.quiet = quiet
-        self.interrupt_note = "nothing was written"  # a command that keeps checkpoints says so here
+        self.interrupt_note = NOTHING_WRITTEN  # a command that keeps checkpoints says so here
         self._drawing: BarProgress | LineProgress | None = None
 
     @property
@@ -93,7 +94,7 @@ class Screen:
         else:
             print(line, file=self.stderr, flush=True)
 
-    def result(self, value: dict[str, Any], view: Callable[[dict[str, Any]], "Sequence[Titled]"]) -> None:
+    def result(self, value: dict[str, Any], view: Callable[[dict[str, Any]], Sequence[Titled]]) -> None:
         """Print the result: as it is with --json, else as the tables that `view` makes of it."""
         self.close()
         if self.as_json:
@@ -194,22 +195,22 @@ def session(*, as_json: bool, quiet: bool, debug: bool, launched: bool = False) 
             raise typer.Exit(1) from None
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - a user never meets a traceback unasked
             screen.close()
-            kind, message, exit_code = explain(error, screen)
+            kind, message, exit_code = explain(error, screen.interrupt_note)
             if debug:
                 traceback.print_exc(file=screen.stderr)
             screen.error(kind, message, exit_code)
             raise typer.Exit(exit_code) from None
 
 
-def explain(error: BaseException, screen: Screen) -> tuple[str, str, int]:
-    """Return the kind, the one-line message and the exit code of an exception."""
+def explain(error: BaseException, note: str = NOTHING_WRITTEN) -> tuple[str, str, int]:
+    """Return the kind, the one-line message and the exit code of an exception; `note`: what an interruption left."""
     kind = type(error).__name__
     if isinstance(error, GatepressError):
         return kind, str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt) or SIGNALS:
         terminated = isinstance(error, Terminated) or signal.SIGTERM in SIGNALS
         exit_code = TERMINATED if terminated else INTERRUPTED
-        return "Interrupted", f"interrupted; {screen.interrupt_note}", exit_code
+        return "Interrupted", f"interrupted; {note}", exit_code
     if _is_out_of_memory(error):
         remedy = "lower --batch-size or --max-length, or take a smaller model"
         return "OutOfMemory", f"out of memory; {remedy}", 1
@@ -231,11 +232,7 @@ def _os_error_text(error: OSError) -> str:
     if error.errno in FULL_DISK:
         if not error.filename:
             return f"{place}: cannot write ({error.strerror}); free some space where it goes"
-        try:
-            with explained(Path(place)):
-                raise error
-        except GatepressError as explanation:
-            return str(explanation)
+        return str(cannot_write(Path(place), error))
     reason = error.strerror or str(error)
     return f"{place}: cannot read or write ({reason}); check that it exists and that you have access to it"
 
@@ -278,14 +275,14 @@ def _logging_to(screen: Screen, *, debug: bool) -> Iterator[None]:
 # --- tables -------------------------------------------------------------------------------------
 
 
-def facts(title: str, rows: Sequence[tuple[str, str]]) -> "Titled":
+def facts(title: str, rows: Sequence[tuple[str, str]]) -> Titled:
     """Return a two-column table of names and values."""
     _, table = grid(title, ["", ""], rows, left=2)
     table.show_header = False
     return title, table
 
 
-def grid(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> "Titled":
+def grid(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> Titled:
     """Return a table whose first `left` columns are text and whose others are numbers."""
     from rich import box
     from rich.table import Table

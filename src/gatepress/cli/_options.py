@@ -1,17 +1,16 @@
 """The options that commands share: one annotated type each, so that `--help` says the same everywhere."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import typer
 
 from gatepress.config import (
     HIDDEN_WEIGHT,
-    Arithmetic,
     BudgetUnit,
     Controller,
-    DataSettings,
     GateAxes,
     Granularity,
     Layout,
@@ -20,144 +19,109 @@ from gatepress.config import (
     Precision,
     Target,
     TrainSettings,
-    spelled,
-    unused_by,
 )
-from gatepress.errors import UsageError
-from gatepress.families import ROLES
-from gatepress.tasks import task_named
 
 Device = Literal["auto", "cpu", "cuda"]
 Context = Annotated[typer.Context, typer.Option(help="What typer knows of this call: no option.")]
 
-DATA = "Data"
-MODEL = "Model"
-GATES = "Gates"
-TRAINING = "Training"
-MEASURING = "Measuring"
-ALTERNATIVES = "Alternatives"
-OUTPUT = "Output"
+# An option, in the group of a help page that it stands in.
+DATA = partial(typer.Option, rich_help_panel="Data")
+MODEL = partial(typer.Option, rich_help_panel="Model")
+GATES = partial(typer.Option, rich_help_panel="Gates")
+TRAINING = partial(typer.Option, rich_help_panel="Training")
+MEASURING = partial(typer.Option, rich_help_panel="Measuring")
+ALTERNATIVES = partial(typer.Option, rich_help_panel="Alternatives")
+OUTPUT = partial(typer.Option, rich_help_panel="Output")
 
 
 def output_option(metavar: str, text: str) -> Any:
     """Return the option that names what a command writes."""
-    return typer.Option("--output", "-o", metavar=metavar, help=text, rich_help_panel=OUTPUT)
+    return OUTPUT("--output", "-o", metavar=metavar, help=text)
 
 
 def force_option(text: str) -> Any:
     """Return the option that lets a command replace what exists; `text` says when that goes."""
-    return typer.Option(help=text, show_default=False, rich_help_panel=OUTPUT)
+    return OUTPUT(help=text, show_default=False)
+
+
+def examples(*lines: str) -> str:
+    """Return the end of a help page: commands to copy, one a line."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 # --- data -----------------------------------------------------------------------------------------
 
 Task = Annotated[
     str | None,
-    typer.Option(
+    DATA(
         metavar="NAME",
         help="A named task: cola, stsb, mrpc, rte, sst2, mnli, qnli or qqp of GLUE, or demo (tweets in "
         "three classes that come with gatepress[demo] and need no network).",
-        rich_help_panel=DATA,
     ),
 ]
 DataDir = Annotated[
     str | None,
-    typer.Option(
-        metavar="DIR",
-        help="Read a GLUE task from DIR/NAME/train.tsv and DIR/NAME/validation.tsv instead of the hub.",
-        rich_help_panel=DATA,
+    DATA(
+        metavar="DIR", help="Read a GLUE task from DIR/NAME/train.tsv and DIR/NAME/validation.tsv instead of the hub."
     ),
 ]
 TrainFile = Annotated[
     str | None,
-    typer.Option(
-        metavar="FILE",
-        help="Your own training rows, as .csv, .tsv, .jsonl or .parquet, in place of --task.",
-        rich_help_panel=DATA,
-    ),
+    DATA(metavar="FILE", help="Your own training rows, as .csv, .tsv, .jsonl or .parquet, in place of --task."),
 ]
 ValidationFile = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE",
-        help="Your own validation rows; the metric (--metric) is measured on these.",
-        rich_help_panel=DATA,
-    ),
+    str | None, DATA(metavar="FILE", help="Your own validation rows; the metric (--metric) is measured on these.")
 ]
 UnlabelledFile = Annotated[
     str | None,
-    typer.Option(
+    DATA(
         metavar="FILE",
         help="Texts without labels, in columns named as those of the training rows: a finetuned --model answers for "
         "them, and the model whose gates close learns its answers (--distill).",
-        rich_help_panel=DATA,
     ),
 ]
 TextColumn = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="Column with the text; guessed from usual names if absent.",
-        rich_help_panel=DATA,
-    ),
+    str | None, DATA(metavar="NAME", help="Column with the text; guessed from usual names if absent.")
 ]
 TextPairColumn = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="Column with a second text, for tasks on pairs of texts.",
-        rich_help_panel=DATA,
-    ),
+    str | None, DATA(metavar="NAME", help="Column with a second text, for tasks on pairs of texts.")
 ]
 LabelColumn = Annotated[
     str | None,
-    typer.Option(
+    DATA(
         metavar="NAME",
         help="Column with the label. Texts and whole numbers are classes, numbers with a point are regression targets.",
-        rich_help_panel=DATA,
     ),
 ]
 MetricOption = Annotated[
     Metric | None,
-    typer.Option(
+    DATA(
         help="What is measured on validation rows. Unless given: the task's own; of own rows accuracy of classes, the "
         "Pearson correlation of numbers. f1: of the second of two classes, the mean over more. average_precision: how "
         "far rows of the second of two classes stand above the others, as rerankers are measured.",
-        rich_help_panel=DATA,
         show_default=False,
     ),
 ]
-MaxTrainSamples = Annotated[
-    int | None,
-    typer.Option(metavar="N", help="Train on the first N rows only.", rich_help_panel=DATA),
-]
-MaxValidationSamples = Annotated[
-    int | None,
-    typer.Option(metavar="N", help="Validate on the first N rows only.", rich_help_panel=DATA),
-]
+MaxTrainSamples = Annotated[int | None, DATA(metavar="N", help="Train on the first N rows only.")]
+MaxValidationSamples = Annotated[int | None, DATA(metavar="N", help="Validate on the first N rows only.")]
 
 # --- model ----------------------------------------------------------------------------------------
 
 Model = Annotated[
     str,
-    typer.Option(
+    MODEL(
         metavar="NAME|DIR",
         help="The encoder, pretrained or finetuned: a hub id, a local directory, a run of another --method, or demo "
         "(MiniLM, 6 layers of 384, from gatepress[demo]).",
-        rich_help_panel=MODEL,
     ),
 ]
-Revision = Annotated[
-    str | None,
-    typer.Option(metavar="REV", help="Branch, tag or commit of the model on the hub.", rich_help_panel=MODEL),
-]
+Revision = Annotated[str | None, MODEL(metavar="REV", help="Branch, tag or commit of the model on the hub.")]
 TrustRemoteCode = Annotated[
     bool,
-    typer.Option(
+    MODEL(
         help="Allow Python code that comes with a model, in its directory or on the hub, to run on this machine. Off "
         "unless you have read it.",
         show_default=False,
-        rich_help_panel=MODEL,
     ),
 ]
 
@@ -165,155 +129,125 @@ TrustRemoteCode = Annotated[
 
 Sparsity = Annotated[
     float,
-    typer.Option(
+    GATES(
         "--sparsity",
         "-s",
         metavar="FRACTION",
         help="Fraction to remove, of the gates or of what --budget names, from 0 up to but not including 1. With "
         "structured gates, 0.5 halves the work of the encoder.",
-        rich_help_panel=GATES,
     ),
 ]
 GranularityOption = Annotated[
     Granularity,
-    typer.Option(
+    GATES(
         help="Where gates sit. structured: one for each inner dimension, shared by the matrices that meet "
         "there, so all that is closed also makes the model smaller. heads: the same, but attention heads go "
-        "whole or stay. matrix: in and out of each matrix, as in the paper.",
-        rich_help_panel=GATES,
+        "whole or stay. matrix: in and out of each matrix, as in the paper."
     ),
 ]
 ControllerOption = Annotated[
     Controller,
-    typer.Option(
+    GATES(
         help="What decides which gates close. importance: the least useful, step by step. penalty: the "
-        "paper's sparsity loss.",
-        rich_help_panel=GATES,
+        "paper's sparsity loss."
     ),
 ]
 RotateHeads = Annotated[
     bool | None,
-    typer.Option(
+    GATES(
         "--rotate-heads/--no-rotate-heads",
         help="Let gates of heads stand on the singular basis of query with key and of value with output, which leaves "
         "the model what it is: a closed gate takes away less. Unless given: yes with structured gates.",
-        rich_help_panel=GATES,
         show_default=False,
     ),
 ]
 LoraRank = Annotated[
     int | None,
-    typer.Option(
+    GATES(
         metavar="RANK",
         help="Rank of the low-rank update. Unless given: 8, with gates in a finetuned model 32; for vera 256, for "
         "lora-xs 25.",
-        rich_help_panel=GATES,
     ),
 ]
 MethodOption = Annotated[
     Method,
-    typer.Option(
+    GATES(
         help="What is trained. gates+lora: gates, with a low-rank update inside them. gates: without one. full, lora, "
-        "lora-fa, vera, lora-xs: what one would do instead, in the same loop; nothing is closed.",
-        rich_help_panel=GATES,
+        "lora-fa, vera, lora-xs: what one would do instead, in the same loop; nothing is closed."
     ),
 ]
 BudgetOption = Annotated[
     BudgetUnit | None,
-    typer.Option(
+    GATES(
         help="What --sparsity is a fraction of. gates: those closed. weights: those removed. macs: "
         "multiply-accumulates at the longest input, attention among them. latency: time of the matrix products by "
         "built-in estimates; nothing is measured. All of these over the whole encoder, so that layers share the loss; "
         "vectors: gates, in each vector alike, as in the paper. gates unless given, with --controller penalty vectors.",
-        rich_help_panel=GATES,
         show_default=False,
     ),
 ]
 GateAxesOption = Annotated[
     GateAxes,
-    typer.Option(
-        help="With --granularity matrix: gates on both sides of a matrix, on its inputs or on its outputs only.",
-        rich_help_panel=GATES,
-    ),
+    GATES(help="With --granularity matrix: gates on both sides of a matrix, on its inputs or on its outputs only."),
 ]
 ALL_MATRICES = ",".join(TrainSettings.matrices)
 Matrices = Annotated[
     str,
-    typer.Option(
+    GATES(
         metavar="ROLE,...",
         help="Which matrices of a layer get gates, low rank and trained biases: some of q, k, v (query, key, value), "
         "o (attention output), up, down (first and second of the feed-forward block). Structured gates stand on q, o, "
         "down.",
-        rich_help_panel=GATES,
     ),
 ]
 Distill = Annotated[
     bool | None,
-    typer.Option(
+    TRAINING(
         help="Let what the model knows with open gates, logits and hidden states, teach the one whose gates close, for "
         "one more forward pass a step. Unless given: where a model was finetuned for the task and has a low-rank "
-        "update. A pretrained one that is to teach learns the task first.",
-        rich_help_panel=TRAINING,
+        "update. A pretrained one that is to teach learns the task first."
     ),
 ]
 Start = Annotated[
     str | None,
-    typer.Option(
+    TRAINING(
         metavar="RUN",
         help="Go on from a run of the same --model, --method and gates: they are closed to --sparsity at once, by the "
         "scores that the run keeps, and in all epochs the rest recovers. A finetuned --model is the teacher, unless "
         "--no-distill.",
-        rich_help_panel=TRAINING,
     ),
 ]
 HiddenWeight = Annotated[
     float | None,
-    typer.Option(
+    TRAINING(
         metavar="WEIGHT",
         help="What a teacher's hidden states count for, where its logits and the labels have 1 each. Unless given: "
         f"{HIDDEN_WEIGHT:g}.",
-        rich_help_panel=TRAINING,
     ),
 ]
 OpenEpochs = Annotated[
     int | None,
-    typer.Option(
+    TRAINING(
         metavar="N",
         help="Of the epochs, how many pass with all gates open before closing begins. Unless given: none; with "
         "--distill a third, but none where the model was finetuned for the task already.",
-        rich_help_panel=TRAINING,
     ),
 ]
 Closing = Annotated[
     float | None,
-    typer.Option(
+    TRAINING(
         metavar="FRACTION",
         help="Part of the steps by which the gates have closed; in the rest what is left recovers, in steps that are "
         "the quicker the less is left. Unless given: 0.6; 0.35 with low rank in a model that was finetuned for "
         "the task.",
-        rich_help_panel=TRAINING,
     ),
 ]
-TrainBiases = Annotated[
-    bool,
-    typer.Option(
-        help="Train the biases of gated matrices too.",
-        rich_help_panel=GATES,
-    ),
-]
-TrainLayerNorms = Annotated[
-    bool,
-    typer.Option(
-        help="Train the layer norms too.",
-        rich_help_panel=GATES,
-    ),
-]
+TrainBiases = Annotated[bool, GATES(help="Train the biases of gated matrices too.")]
+TrainLayerNorms = Annotated[bool, GATES(help="Train the layer norms too.")]
 PenaltyWeight = Annotated[
     float,
-    typer.Option(
-        metavar="WEIGHT",
-        help="Weight of the sparsity loss (lambda of the paper); only --controller penalty has one.",
-        rich_help_panel=GATES,
+    GATES(
+        metavar="WEIGHT", help="Weight of the sparsity loss (lambda of the paper); only --controller penalty has one."
     ),
 ]
 
@@ -321,95 +255,62 @@ PenaltyWeight = Annotated[
 
 Epochs = Annotated[
     int | None,
-    typer.Option(
+    TRAINING(
         metavar="N",
         help="Passes over the training rows. Unless given: enough for about 1,500 steps, at least 3 and at most 20.",
-        rich_help_panel=TRAINING,
     ),
 ]
-BatchSize = Annotated[
-    int, typer.Option(metavar="N", help="Rows in a batch, of all processes together.", rich_help_panel=TRAINING)
-]
+BatchSize = Annotated[int, TRAINING(metavar="N", help="Rows in a batch, of all processes together.")]
 MaxLength = Annotated[
     int,
-    typer.Option(
-        metavar="TOKENS",
-        help="Cut texts after this many tokens, without a message; of a pair the longer one first.",
-        rich_help_panel=TRAINING,
+    TRAINING(
+        metavar="TOKENS", help="Cut texts after this many tokens, without a message; of a pair the longer one first."
     ),
 ]
 LearningRate = Annotated[
     float | None,
-    typer.Option(
+    TRAINING(
         "--learning-rate",
         "--lr",
         metavar="RATE",
         help="Learning rate of all that is trained but gates. Unless given: gates+lora 3e-4 (in a finetuned model "
         "5e-4, from a sparsity of 0.8 on 1e-3); gates, lora, lora-fa and lora-xs 1e-3; vera 4e-3; full 5e-5.",
-        rich_help_panel=TRAINING,
     ),
 ]
 GateLearningRate = Annotated[
-    float,
-    typer.Option(
-        "--gate-learning-rate",
-        "--gate-lr",
-        metavar="RATE",
-        help="Learning rate of the gates.",
-        rich_help_panel=TRAINING,
-    ),
+    float, TRAINING("--gate-learning-rate", "--gate-lr", metavar="RATE", help="Learning rate of the gates.")
 ]
 WeightDecay = Annotated[
     float,
-    typer.Option(
+    TRAINING(
         metavar="RATE",
         help="AdamW weight decay of the task's head, with --method full of the whole model; all else has none.",
-        rich_help_panel=TRAINING,
     ),
 ]
 WarmupRatio = Annotated[
     float,
-    typer.Option(
-        metavar="FRACTION",
-        help="Fraction of the steps in which learning rates rise; then they fall linearly to 0.",
-        rich_help_panel=TRAINING,
+    TRAINING(
+        metavar="FRACTION", help="Fraction of the steps in which learning rates rise; then they fall linearly to 0."
     ),
 ]
 SaveEvery = Annotated[
     int | None,
-    typer.Option(
+    TRAINING(
         metavar="STEPS",
         help="Write a checkpoint every so many steps too, from which --resume goes on. Unless given: after each epoch.",
-        rich_help_panel=TRAINING,
     ),
 ]
 Resume = Annotated[
     Path | None,
-    typer.Option(
+    TRAINING(
         metavar="RUN",
         help="Go on with a run that was stopped, with its own settings, to the end that it would have come to. Only "
         "--json, --quiet and --debug go with it.",
-        rich_help_panel=TRAINING,
     ),
 ]
-Seed = Annotated[
-    int,
-    typer.Option(
-        metavar="N",
-        help="Seed of all that is random; the same seed gives the same run.",
-        rich_help_panel=TRAINING,
-    ),
-]
-MeasuringSeed = Annotated[
-    int, typer.Option("--seed", metavar="N", help="Seed of the made-up inputs.", rich_help_panel=MEASURING)
-]
-PrecisionOption = Annotated[
-    Precision,
-    typer.Option(
-        help="Arithmetic of the forward and backward pass.",
-        rich_help_panel=TRAINING,
-    ),
-]
+Seed = Annotated[int, TRAINING(metavar="N", help="Seed of all that is random; the same seed gives the same run.")]
+MeasuringSeed = Annotated[int, MEASURING("--seed", metavar="N", help="Seed of the made-up inputs.")]
+PrecisionOption = Annotated[Precision, TRAINING(help="Arithmetic of the forward and backward pass.")]
 
 # --- what gatepress wrote ------------------------------------------------------------------------
 
@@ -420,61 +321,41 @@ Written = Annotated[
 
 # --- where and how --------------------------------------------------------------------------------
 
-DeviceOption = Annotated[
-    Device,
-    typer.Option(help="Where to compute; auto takes a CUDA GPU where there is one.", rich_help_panel=TRAINING),
-]
-MeasuringDevice = Annotated[
-    Device,
-    typer.Option(help="Where to compute; auto takes a CUDA GPU where there is one.", rich_help_panel=MEASURING),
-]
-Threads = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        help="CPU threads to compute with; all cores unless given.",
-        rich_help_panel=MEASURING,
-    ),
-]
+DeviceOption = Annotated[Device, TRAINING(help="Where to compute; auto takes a CUDA GPU where there is one.")]
+MeasuringDevice = Annotated[Device, MEASURING(help="Where to compute; auto takes a CUDA GPU where there is one.")]
+Threads = Annotated[int | None, MEASURING(metavar="N", help="CPU threads to compute with; all cores unless given.")]
 LayoutOption = Annotated[
     Layout,
-    typer.Option(
+    OUTPUT(
         help="How smaller matrices are stored. auto: what should be fastest on the runtime of --for. inner: without "
         "closed neurons, dimensions of heads and heads, no index operation at run time. index: also without zero "
         "inputs and outputs on the residual side, which an index operation picks (matrix gates only gain). paper: each "
         "matrix by its own indices, as in the paper; slow, to compare. stock: only what the original model class can "
-        "hold, so that plain transformers loads it with no extra code.",
-        rich_help_panel=OUTPUT,
+        "hold, so that plain transformers loads it with no extra code."
     ),
 ]
 
 TargetOption = Annotated[
     Target,
-    typer.Option(
-        "--for",
-        help="Runtime that the layout auto is chosen for. The result runs anywhere, it is fastest there.",
-        rich_help_panel=OUTPUT,
-    ),
+    OUTPUT("--for", help="Runtime that the layout auto is chosen for. The result runs anywhere, it is fastest there."),
 ]
 
 LatencyTable = Annotated[
     str | None,
-    typer.Option(
+    OUTPUT(
         metavar="FILE",
         help="Times that the layout auto is chosen by, from another machine (gatepress bench --latency-table); "
         "analytic: built-in estimates, the same everywhere. Unless given, this machine is measured once, in "
         "some twenty seconds, where a choice hangs on it.",
-        rich_help_panel=OUTPUT,
     ),
 ]
 
 Tokens = Annotated[
     int | None,
-    typer.Option(
+    OUTPUT(
         metavar="N",
         help="Tokens of one call that the layout auto is chosen for, batch size times sequence length: 1024 for "
         "batches of 8 x 128. Unless given, calls of 32 to 1,024 tokens count alike.",
-        rich_help_panel=OUTPUT,
     ),
 ]
 
@@ -484,30 +365,23 @@ TrainForce = Annotated[
 ]
 Json = Annotated[
     bool,
-    typer.Option(
-        "--json/--no-json",
-        help="Print one JSON object on stdout, errors too, in place of tables.",
-        show_default=False,
-        rich_help_panel=OUTPUT,
+    OUTPUT(
+        "--json/--no-json", help="Print one JSON object on stdout, errors too, in place of tables.", show_default=False
     ),
 ]
 Quiet = Annotated[
     bool,
-    typer.Option(
+    OUTPUT(
         "--quiet/--no-quiet",
         "-q",
         help="No progress and no notes, only result, warnings and errors.",
         show_default=False,
-        rich_help_panel=OUTPUT,
     ),
 ]
 Debug = Annotated[
     bool,
-    typer.Option(
-        "--debug/--no-debug",
-        help="Show tracebacks, and what the libraries underneath have to say.",
-        show_default=False,
-        rich_help_panel=OUTPUT,
+    OUTPUT(
+        "--debug/--no-debug", help="Show tracebacks, and what the libraries underneath have to say.", show_default=False
     ),
 ]
 
@@ -603,106 +477,3 @@ class Shown:
     as_json: Json = False
     quiet: Quiet = False
     debug: Debug = False
-
-
-def train_settings(rows: TrainingRows, *groups: Base | Gating | Schedule | Machine, **others: Any) -> TrainSettings:
-    """Return what groups of options ask of a training, with `others` of its settings."""
-    given = {name: value for group in groups for name, value in vars(group).items()} | others
-    asked = words(given["matrices"])
-    given["matrices"] = tuple(sorted(set(asked), key=[*ROLES, *asked].index))
-    return TrainSettings(data=data_settings(rows), **given)
-
-
-ASKS_NOTHING = {"sparsity": 0, "open_epochs": 0}  # of a method without gates
-ROWS = {"task", "validation_file"}  # options that say which rows; the others say how
-
-
-def data_settings(rows: Rows | TrainingRows) -> DataSettings:
-    """Return where rows come from; an unknown task is told at once, before anything slow is imported."""
-    settings = DataSettings(**vars(rows))
-    if settings.task is not None:
-        task_named(settings.task)
-    return settings
-
-
-def asked_data(rows: Rows) -> DataSettings | None:
-    """Return where rows come from, or None where no option speaks of data at all."""
-    found = rows_of(rows)
-    if found["changes"]:
-        options = ", ".join(map(spelled, found["changes"]))
-        raise UsageError(f"{options} does not say which rows; give --task NAME or --validation-file FILE with it")
-    data: DataSettings | None = found["data"]
-    return data
-
-
-def rows_of(rows: Rows) -> dict[str, Any]:
-    """Return `data`, where options say which rows, or else the `changes` that they make to what a manifest says."""
-    changes = said_of(vars(rows))
-    data = data_settings(rows) if ROWS & set(changes) else None
-    return {"data": data, "changes": None if data else changes}
-
-
-def said_of(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options that were given."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def refuse_beside(option: str, context: typer.Context) -> None:
-    """Raise `UsageError` naming the settings that were given beside an option that stands alone."""
-    allowed = {option, "--json", "--quiet", "--debug"}
-    if others := [given for given in _given(context).values() if given not in allowed]:
-        raise UsageError(f"{option} goes on with the run's own settings, but {', '.join(others)} came with it; drop it")
-
-
-def refuse_unused(method: Method, context: typer.Context) -> None:
-    """Raise `UsageError` naming the settings that were given and mean nothing to a method."""
-    given = _given(context)
-    asked = [name for name in unused_by(method) if name in given and context.params[name] != ASKS_NOTHING.get(name)]
-    if asked:
-        why = "trains the whole model" if method == "full" else "has no gates"
-        others = ", ".join(given[name] for name in asked)
-        raise UsageError(f"{others} means nothing to --method {method}, which {why}; drop it")
-
-
-def _given(context: typer.Context) -> dict[str, str]:
-    """Return the parameters that came from the command line, and how their options are spelled."""
-    return {
-        str(one.name): (one.secondary_opts if context.params.get(str(one.name)) is False else one.opts)[0]
-        for one in context.command.params
-        if (source := context.get_parameter_source(str(one.name))) and source.name != "DEFAULT"
-    }
-
-
-def numbers(option: str, text: str) -> list[float]:
-    """Return the numbers of a comma-separated list, e.g. of `--sparsity 0,0.3`."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise UsageError(f"{option} is {text!r}, expected numbers separated by commas") from None
-
-
-def whole_numbers(option: str, text: str) -> list[int]:
-    """Return the whole numbers of a comma-separated list, e.g. of `--batch-size 1,8`."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UsageError(f"{option} is {text!r}, expected whole numbers separated by commas") from None
-
-
-def arithmetics(option: str, text: str) -> list[Arithmetic]:
-    """Return the kinds of a comma-separated list, e.g. of `--precision fp32,bf16`, each once."""
-    known: dict[str, Arithmetic] = {kind: kind for kind in get_args(Arithmetic)}
-    asked = dict.fromkeys(words(text))
-    if not asked or not asked.keys() <= known.keys():
-        raise UsageError(f"{option} is {text!r}, expected some of {', '.join(known)}, separated by commas")
-    return [known[word] for word in asked]
-
-
-def examples(*lines: str) -> str:
-    """Return the end of a help page: commands to copy, one a line."""
-    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
-
-
-def words(text: str) -> tuple[str, ...]:
-    """Return the words of a comma-separated list, e.g. of `--matrices q,k`."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())

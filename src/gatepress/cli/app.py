@@ -50,12 +50,11 @@ class Verbs(TyperGroup):
         try:
             exit_code = super().main(arguments, *given, **settings)
         except (StoppedError, typer.Abort):
-            screen = _screen(arguments)
-            kind, message, exit_code = explain(KeyboardInterrupt(), screen)
-            screen.error(kind, message, exit_code)
+            kind, message, exit_code = explain(KeyboardInterrupt())
+            _screen(arguments).error(kind, message, exit_code)
         except OSError as error:  # help and errors of usage are printed outside of a session
             leave(sys.stdout)
-            _, message, exit_code = explain(error, Screen(sys.stdout, sys.stderr, as_json=False, quiet=False))
+            _, message, exit_code = explain(error)
             if not isinstance(error, BrokenPipeError):
                 typer.echo(f"error: {message}", err=True)
         except Exception as error:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gatepress.cli import _options as opt
-from gatepress.cli._console import Screen, grid, session
+from gatepress.cli._asked import arithmetics, asked_data, numbers, said_of, whole_numbers
+from gatepress.cli._console import Screen, Titled, grid, session
 from gatepress.config import Target, refuse_below, spelled
 from gatepress.errors import UsageError
 from gatepress.files import refuse_overwriting
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from gatepress.bench.record import Record
-    from gatepress.cli._console import Titled
 
 EXAMPLES = opt.examples(
     "gatepress bench --device cpu",
@@ -43,128 +43,98 @@ def bench(  # noqa: PLR0913 - every option is a parameter
     ] = None,
     *,
     batch_size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N,...",
-            help="With models: batch sizes; 1,8 unless given.",
-            rich_help_panel=opt.MEASURING,
-        ),
+        str | None, opt.MEASURING(metavar="N,...", help="With models: batch sizes; 1,8 unless given.")
     ] = None,
     seq_len: Annotated[
         str | None,
-        typer.Option(
-            metavar="TOKENS,...",
-            help="With models: sequence lengths in tokens; 32,128 unless given.",
-            rich_help_panel=opt.MEASURING,
-        ),
+        opt.MEASURING(metavar="TOKENS,...", help="With models: sequence lengths in tokens; 32,128 unless given."),
     ] = None,
     shape: Annotated[
         str | None,
-        typer.Option(
-            metavar="OUTxIN,...",
-            help="Without models: sizes of the weight; 768x768 unless given.",
-            rich_help_panel=opt.MEASURING,
-        ),
+        opt.MEASURING(metavar="OUTxIN,...", help="Without models: sizes of the weight; 768x768 unless given."),
     ] = None,
     sparsity: Annotated[
         str | None,
-        typer.Option(
+        opt.MEASURING(
             metavar="FRACTION,...",
             help="Without models: fractions of the columns removed; 0 to 0.9 in tenths unless given.",
-            rich_help_panel=opt.MEASURING,
         ),
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            help="Without models: rows the weight is multiplied with; 128 unless given.",
-            rich_help_panel=opt.MEASURING,
-        ),
+        opt.MEASURING(metavar="N", help="Without models: rows the weight is multiplied with; 128 unless given."),
     ] = None,
     repetitions: Annotated[
         int | None,
-        typer.Option(
+        opt.MEASURING(
             metavar="N",
             help="Timed calls of each. Unless given: 2,000 of a weight (the paper: 100,000), 20 of a "
             "batch, 10 of a pass over a task's rows.",
-            rich_help_panel=opt.MEASURING,
         ),
     ] = None,
     warmup: Annotated[
         int | None,
-        typer.Option(
+        opt.MEASURING(
             metavar="N",
             help="Untimed calls before the timed ones. Unless given: 3 of a batch, 1 of a pass over a task's "
             "rows, 10 of a weight.",
-            rich_help_panel=opt.MEASURING,
         ),
     ] = None,
     alternatives: Annotated[
         bool,
-        typer.Option(
+        opt.ALTERNATIVES(
             "--alternatives",
             help="With one run directory: time it against what could be deployed in its place. Builds, for the "
             "moment, the dense model, its 8-bit form, the paper's layout and the forms of gatepress, in torch "
             "and ONNX Runtime; takes a few minutes.",
-            rich_help_panel=opt.ALTERNATIVES,
         ),
     ] = False,
     for_target: Annotated[
         Target | None,
-        typer.Option(
+        opt.ALTERNATIVES(
             "--for",
             help="With --alternatives: prune the ONNX forms for this target; each for its own runtime unless given.",
-            rich_help_panel=opt.ALTERNATIVES,
         ),
     ] = None,
     baseline: Annotated[
         str | None,
-        typer.Option(
+        opt.ALTERNATIVES(
             metavar="NAME",
             help="With --alternatives: what the others are compared with: dense torch, masked torch, dense ORT, dense "
             "ORT int8, paper layout ORT, paper layout torch, gatepress torch, gatepress ORT or gatepress ORT int8; "
             "dense ORT unless given.",
-            rich_help_panel=opt.ALTERNATIVES,
         ),
     ] = None,
     latency_table: Annotated[
         Target | None,
-        typer.Option(
+        opt.MEASURING(
             help="Instead: measure what products and index operations of a runtime cost on this machine, for "
-            "gatepress prune --latency-table on another one; write it with --output.",
-            rich_help_panel=opt.MEASURING,
+            "gatepress prune --latency-table on another one; write it with --output."
         ),
     ] = None,
     fail_under: Annotated[
         float | None,
-        typer.Option(
+        opt.MEASURING(
             metavar="FACTOR",
             help="With models: exit with 1 where the last one is not at least FACTOR times as fast as the first in "
             "every table. Results are shown and written all the same.",
-            rich_help_panel=opt.MEASURING,
         ),
     ] = None,
     threads: opt.Threads = None,
     device: opt.MeasuringDevice = "cpu",
     precision: Annotated[
         str | None,
-        typer.Option(
+        opt.MEASURING(
             metavar="KIND,...",
             help="With models: fp32, bf16 or fp16, in which torch models compute, each of them once in each; fp32 "
             "unless given. ONNX files compute in what they were exported in.",
-            rich_help_panel=opt.MEASURING,
         ),
     ] = None,
     seed: opt.MeasuringSeed = 0,
     rows: opt.Rows,
     max_length: Annotated[
         int | None,
-        typer.Option(
-            metavar="TOKENS",
-            help="With rows of a task: cut texts after this many tokens; 128 unless given.",
-            rich_help_panel=opt.DATA,
-        ),
+        opt.DATA(metavar="TOKENS", help="With rows of a task: cut texts after this many tokens; 128 unless given."),
     ] = None,
     trust_remote_code: opt.TrustRemoteCode = False,
     output: Annotated[
@@ -174,12 +144,7 @@ def bench(  # noqa: PLR0913 - every option is a parameter
         ),
     ] = None,
     plot: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Also draw a figure, as .png or .svg; needs gatepress[plot].",
-            rich_help_panel=opt.OUTPUT,
-        ),
+        Path | None, opt.OUTPUT(metavar="FILE", help="Also draw a figure, as .png or .svg; needs gatepress[plot].")
     ] = None,
     force: opt.Force = False,
     shown: opt.Shown,
@@ -222,7 +187,7 @@ def bench(  # noqa: PLR0913 - every option is a parameter
         )
         plain = {"tokens": tokens, "max_length": max_length, "repetitions": repetitions, "warmup": warmup}
         asked |= {name: value for name, value in plain.items() if value is not None}
-        data = opt.asked_data(rows)
+        data = asked_data(rows)
         if targets and data:
             _refuse_given({"seq-len": seq_len}, "means nothing to the rows of a task, which are as long as they are")
         elif targets:
@@ -247,6 +212,7 @@ def _deliver(
 ) -> None:
     """Write and show the records; exit with 1 where the last model is not `factor` times as fast as the first."""
     from gatepress.bench import render
+    from gatepress.bench.tables import too_slow
 
     written: dict[str, str] = {}
     for (key, path), write in zip(files.items(), (render.write, render.plot), strict=True):
@@ -254,7 +220,7 @@ def _deliver(
             write(records, path, force=force)
             written[key] = str(path)
     value = {**render.json_object(records, samples=False), **written}
-    missed = [] if factor is None else render.too_slow(records, factor)
+    missed = [] if factor is None else too_slow(records, factor)
     if factor is not None:
         value |= {"fail_under": factor, "missed": [_missed(record) for record in missed]}
     screen.result(value, lambda _: tables(records))
@@ -265,11 +231,11 @@ def _deliver(
         raise typer.Exit(1)
 
 
-def tables(records: "Sequence[Record]") -> "list[Titled]":
+def tables(records: "Sequence[Record]") -> list[Titled]:
     """Return one table for each weight, or for each batch size and length."""
-    from gatepress.bench import render
+    from gatepress.bench.tables import tables as tables_of
 
-    return [grid(table.title, table.columns, table.rows, left=table.left) for table in render.tables(records)]
+    return [grid(table.title, table.columns, table.rows, left=table.left) for table in tables_of(records)]
 
 
 def _records(targets: list[str] | None, *, alternatives: bool, **asked: Any) -> "list[Record]":
@@ -338,9 +304,9 @@ def _missed(record: "Record") -> dict[str, Any]:
 
 def _say_missed(screen: Screen, missed: "Sequence[Record]", factor: float | None) -> None:
     """Say in one line where the last model is too slow."""
-    from gatepress.bench import render
+    from gatepress.bench.tables import cell
 
-    places = ", ".join(f"{record.relative_time_factor:.2f}x at {render.cell(record)}" for record in missed)
+    places = ", ".join(f"{record.relative_time_factor:.2f}x at {cell(record)}" for record in missed)
     last = missed[0]
     screen.say(f"error: {last.name} is not {factor:g} times as fast as {last.baseline} (--fail-under): {places}")
 
@@ -348,18 +314,18 @@ def _say_missed(screen: Screen, missed: "Sequence[Record]", factor: float | None
 def _asked(**lists: str | None) -> dict[str, Any]:
     """Return the lists that options give; the library knows the defaults of the others."""
     read: dict[str, Callable[[str], Any]] = {
-        "batch_sizes": lambda text: opt.whole_numbers("--batch-size", text),
-        "seq_lens": lambda text: opt.whole_numbers("--seq-len", text),
+        "batch_sizes": lambda text: whole_numbers("--batch-size", text),
+        "seq_lens": lambda text: whole_numbers("--seq-len", text),
         "shapes": lambda text: [_shape(part) for part in text.split(",")],
-        "sparsities": lambda text: opt.numbers("--sparsity", text),
-        "precisions": lambda text: opt.arithmetics("--precision", text),
+        "sparsities": lambda text: numbers("--sparsity", text),
+        "precisions": lambda text: arithmetics("--precision", text),
     }
     return {name: read[name](text) for name, text in lists.items() if text is not None}
 
 
 def _refuse_given(options: dict[str, Any], reason: str) -> None:
     """Refuse options that would be silently without effect."""
-    given = list(map(spelled, opt.said_of(options)))
+    given = list(map(spelled, said_of(options)))
     if given:
         raise UsageError(f"{', '.join(given)} {reason}")
 

@@ -5,16 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from gatepress.cli import _options as opt
-from gatepress.cli._console import Screen, count, grid, megabytes, milliseconds, percent, session
+from gatepress.cli._console import Screen, Titled, count, grid, megabytes, milliseconds, percent, session
 from gatepress.config import DataSettings, TrainSettings
 from gatepress.files import RUN_FILE, check_output
 
 if TYPE_CHECKING:
     from gatepress.bench.record import Record
-    from gatepress.cli._console import Titled
 
 # Chosen so that all of it takes five to eight minutes on two cores.
 DEMO = TrainSettings(
@@ -36,9 +33,7 @@ def demo(  # noqa: PLR0913 - every option is a parameter
     sparsity: opt.Sparsity = DEMO.sparsity,
     max_train_samples: opt.MaxTrainSamples = DEMO.data.max_train_samples,
     max_validation_samples: opt.MaxValidationSamples = DEMO.data.max_validation_samples,
-    epochs: Annotated[
-        int | None, typer.Option(metavar="N", help="Passes over the training rows.", rich_help_panel=opt.TRAINING)
-    ] = DEMO.epochs,
+    epochs: Annotated[int | None, opt.TRAINING(metavar="N", help="Passes over the training rows.")] = DEMO.epochs,
     seed: opt.Seed = DEMO.seed,
     output: Annotated[
         Path,
@@ -145,7 +140,7 @@ def _measured(in_torch: "Record", in_ort: "Record") -> dict[str, Any]:
     }
 
 
-def tables(result: dict[str, Any]) -> "list[Titled]":
+def tables(result: dict[str, Any]) -> list[Titled]:
     """Return the one table of the demo: before, after and how much of the former the latter is."""
     before, after = result["before"], result["after"]
     figures = [

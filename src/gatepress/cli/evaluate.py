@@ -1,18 +1,16 @@
 """`gatepress evaluate`: the same metric on the same rows, whatever form the model has."""
 
 import math
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from gatepress.cli import _options as opt
-from gatepress.cli._console import count, facts, pick, session
+from gatepress.cli._asked import rows_of
+from gatepress.cli._console import Titled, count, facts, pick, session
 from gatepress.cli.train import metric_rows
 from gatepress.config import METRIC_ROUNDING, Arithmetic
 from gatepress.errors import UsageError
-
-if TYPE_CHECKING:
-    from gatepress.cli._console import Titled
 
 EXAMPLES = opt.examples(
     "gatepress evaluate runs/sst2",
@@ -36,40 +34,30 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
     ],
     *,
     rows: opt.MeasuredRows,
-    batch_size: Annotated[int, typer.Option(metavar="N", help="Rows in a batch.", rich_help_panel=opt.MEASURING)] = 32,
+    batch_size: Annotated[int, opt.MEASURING(metavar="N", help="Rows in a batch.")] = 32,
     max_length: Annotated[
         int | None,
-        typer.Option(
-            metavar="TOKENS",
-            help="Cut texts after this many tokens; as in training unless given.",
-            rich_help_panel=opt.MEASURING,
-        ),
+        opt.MEASURING(metavar="TOKENS", help="Cut texts after this many tokens; as in training unless given."),
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(
+        opt.MEASURING(
             metavar="MODEL",
             help="Measure this model too, on the same rows, and tell how far the metric dropped from it: what was "
             "finetuned before it was pressed, or the release before. It computes in float32 whatever --precision says.",
-            rich_help_panel=opt.MEASURING,
         ),
     ] = None,
     max_metric_drop: Annotated[
         float | None,
-        typer.Option(
+        opt.MEASURING(
             metavar="LIMIT",
             help="With --against: exit with 1 where the metric dropped by more, e.g. 0.01 for one point of accuracy. "
             "The result is shown all the same.",
-            rich_help_panel=opt.MEASURING,
         ),
     ] = None,
     device: opt.MeasuringDevice = "auto",
     precision: Annotated[
-        Arithmetic,
-        typer.Option(
-            help="In which a torch model computes; ONNX files do in what they were exported in.",
-            rich_help_panel=opt.MEASURING,
-        ),
+        Arithmetic, opt.MEASURING(help="In which a torch model computes; ONNX files do in what they were exported in.")
     ] = "fp32",
     trust_remote_code: opt.TrustRemoteCode = False,
     shown: opt.Shown,
@@ -81,7 +69,7 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
     and what was exported from that all score the same.
     """
     with session(**vars(shown)) as screen:
-        measured_on = opt.rows_of(rows)
+        measured_on = rows_of(rows)
         if max_metric_drop is not None and not 0 <= max_metric_drop < math.inf:
             raise UsageError(f"--max-metric-drop is {max_metric_drop}, expected 0 or a positive number")
         if max_metric_drop is not None and against is None:
@@ -112,7 +100,7 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
             raise typer.Exit(1)
 
 
-def tables(result: dict[str, Any]) -> "list[Titled]":
+def tables(result: dict[str, Any]) -> list[Titled]:
     """Return the metric and what it was measured on."""
     rows = metric_rows(result)
     rows += pick(

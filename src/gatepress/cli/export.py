@@ -2,18 +2,16 @@
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from gatepress.cli import _options as opt
-from gatepress.cli._console import facts, megabytes, pick, session
+from gatepress.cli._asked import rows_of
+from gatepress.cli._console import Titled, facts, megabytes, pick, session
 from gatepress.config import MAX_LOGIT_DIFF
 from gatepress.files import check_output
 from gatepress.hub import name_of
-
-if TYPE_CHECKING:
-    from gatepress.cli._console import Titled
 
 EXAMPLES = opt.examples(
     "gatepress export pruned/sst2 -o onnx/sst2",
@@ -35,40 +33,32 @@ def export(  # noqa: PLR0913 - every option is a parameter
     ],
     *,
     opset: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="ONNX operator set; the exporter's own choice unless given.",
-            rich_help_panel=opt.OUTPUT,
-        ),
+        int | None, opt.OUTPUT(metavar="N", help="ONNX operator set; the exporter's own choice unless given.")
     ] = None,
     max_diff: Annotated[
         float,
-        typer.Option(
+        opt.OUTPUT(
             metavar="LIMIT",
             help="Refuse to write when a logit of ONNX Runtime and torch differs by more than this, of the largest "
             "logit where that is above 1.",
-            rich_help_panel=opt.OUTPUT,
         ),
     ] = MAX_LOGIT_DIFF,
     quantize: Annotated[
         Literal["int8"] | None,
-        typer.Option(
+        opt.OUTPUT(
             help="int8: store the encoder's matrices and the word embeddings in 8 bits and multiply in 8 bits. A "
             "quarter of the size and, on CPUs with VNNI, 1.2 to 2.9 times as fast (measured on two encoders); the "
             "logits move a little, so the metric is measured before and after, on the run's validation rows or those "
             "of the data options.",
             show_default=False,
-            rich_help_panel=opt.OUTPUT,
         ),
     ] = None,
     max_metric_drop: Annotated[
         float | None,
-        typer.Option(
+        opt.OUTPUT(
             metavar="LIMIT",
             help="With --quantize: write nothing and exit with 1 when the metric drops by more than this, "
             "e.g. 0.01 for one point of accuracy; 0 allows no loss at all.",
-            rich_help_panel=opt.OUTPUT,
         ),
     ] = None,
     rows: opt.MeasuredRows,
@@ -88,7 +78,7 @@ def export(  # noqa: PLR0913 - every option is a parameter
     and what it costs is measured on the rows that the run was validated on, or on those that data options name.
     """
     with session(**vars(shown)) as screen:
-        measured_on = opt.rows_of(rows)
+        measured_on = rows_of(rows)
         target = output or Path("onnx") / name_of(source)
         check_output(target, force=force)  # at once: what follows takes seconds to import
 
@@ -110,7 +100,7 @@ def export(  # noqa: PLR0913 - every option is a parameter
         screen.note(f"next: gatepress bench {shlex.quote(str(source))} {shlex.quote(str(target))}")
 
 
-def tables(result: dict[str, Any]) -> "list[Titled]":
+def tables(result: dict[str, Any]) -> list[Titled]:
     """Return what was written, how well it agrees with torch, and what int8 changed."""
     rows = pick(
         result,

@@ -2,14 +2,11 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from gatepress.cli import _options as opt
-from gatepress.cli._console import count, facts, grid, megabytes, percent, pick, session
+from gatepress.cli._console import Titled, count, facts, grid, megabytes, percent, pick, session
 from gatepress.cli.train import metric_rows
-
-if TYPE_CHECKING:
-    from gatepress.cli._console import Titled
 
 EXAMPLES = opt.examples(
     "gatepress inspect runs/sst2",
@@ -48,7 +45,7 @@ def draws(stream: TextIO) -> bool:
     return stream.isatty() and (stream.encoding or "").lower().startswith("utf")
 
 
-def tables(result: dict[str, Any], *, drawn: bool) -> "list[Titled]":
+def tables(result: dict[str, Any], *, drawn: bool) -> list[Titled]:
     """Return what it is, where it comes from, how to make it again, and what each layer keeps."""
     shown = [facts(f"{result['kind']}: {result['directory']}", _about(result, drawn=drawn))]
     if result.get("provenance"):

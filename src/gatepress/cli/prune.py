@@ -2,19 +2,17 @@
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from gatepress.cli import _options as opt
-from gatepress.cli._console import count, facts, grid, megabytes, percent, pick, session
+from gatepress.cli._asked import numbers
+from gatepress.cli._console import Titled, count, facts, grid, megabytes, percent, pick, session
 from gatepress.cli.train import metric_rows
 from gatepress.config import DEFAULT_LAYOUT, DEFAULT_TARGET
 from gatepress.errors import UsageError
 from gatepress.files import check_output
-
-if TYPE_CHECKING:
-    from gatepress.cli._console import Titled
 
 EXAMPLES = opt.examples(
     "gatepress prune runs/sst2 --sparsity 0.3,0.5,0.75 --recover-epochs 1",
@@ -38,29 +36,23 @@ def prune(  # noqa: PLR0913 - every option is a parameter
     tokens: opt.Tokens = None,
     sparsity: Annotated[
         str | None,
-        typer.Option(
+        opt.GATES(
             "--sparsity",
             "-s",
             metavar="FRACTION,...",
             help="Close the gates anew, by the scores that the run keeps, to another fraction of its budget. Several "
             "fractions give one directory each, named after it.",
-            rich_help_panel=opt.GATES,
         ),
     ] = None,
     recover_epochs: Annotated[
         int,
-        typer.Option(
+        opt.GATES(
             metavar="N",
             help="With --sparsity: train each on for N passes over the run's rows before it is pruned, gates fixed.",
-            rich_help_panel=opt.GATES,
         ),
     ] = 0,
     dry_run: Annotated[
-        bool,
-        typer.Option(
-            help="Only tell what would go, per layer, and what it should gain; write nothing.",
-            rich_help_panel=opt.OUTPUT,
-        ),
+        bool, opt.OUTPUT(help="Only tell what would go, per layer, and what it should gain; write nothing.")
     ] = False,
     output: Annotated[
         Path | None,
@@ -78,7 +70,7 @@ def prune(  # noqa: PLR0913 - every option is a parameter
     """
     with session(**vars(shown)) as screen:
         directory = output or Path("pruned") / run.resolve().name
-        asked = None if sparsity is None else opt.numbers("--sparsity", sparsity)
+        asked = None if sparsity is None else numbers("--sparsity", sparsity)
         outputs = _outputs(directory, asked)
         if not dry_run:
             for path in outputs.values():
@@ -125,7 +117,7 @@ def _outputs(directory: Path, asked: list[float] | None) -> dict[float, Path]:
     return outputs
 
 
-def tables(result: dict[str, Any]) -> "list[Titled]":
+def tables(result: dict[str, Any]) -> list[Titled]:
     """Return what went and how exactly the rest agrees with the gated model."""
     rows = metric_rows(result.get("recovery", result))
     rows += pick(

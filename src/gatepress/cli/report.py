@@ -1,15 +1,12 @@
 """`gatepress report`: one HTML page of runs, models, sweeps and measurements."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from gatepress.cli import _options as opt
-from gatepress.cli._console import facts, grid, percent, session
-
-if TYPE_CHECKING:
-    from gatepress.cli._console import Titled
+from gatepress.cli._console import Titled, facts, grid, percent, session
 
 EXAMPLES = opt.examples(
     "gatepress report runs/sst2 pruned/sst2 onnx/sst2 -o sst2.html",
@@ -30,17 +27,13 @@ def report(  # noqa: PLR0913 - every option is a parameter
     *,
     bench: Annotated[
         list[Path] | None,
-        typer.Option(
+        opt.MEASURING(
             metavar="FILE",
             help="Latencies to show beside them, as gatepress bench --output FILE.json writes; may be given again.",
-            rich_help_panel=opt.MEASURING,
         ),
     ] = None,
     title: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT", help="Title of the page; made from the tasks unless given.", rich_help_panel=opt.OUTPUT
-        ),
+        str | None, opt.OUTPUT(metavar="TEXT", help="Title of the page; made from the tasks unless given.")
     ] = None,
     output: Annotated[
         Path,
@@ -63,7 +56,7 @@ def report(  # noqa: PLR0913 - every option is a parameter
         screen.note(f"wrote {output}; open it in a browser")
 
 
-def tables(result: dict[str, Any]) -> "list[Titled]":
+def tables(result: dict[str, Any]) -> list[Titled]:
     """Return what the page says first, and the models that it is about."""
     columns = ["model", "kind", "task", "metric", "removed"]
     rows = [

@@ -1,17 +1,15 @@
 """`gatepress sweep`: metric against latency for several sparsities, methods and seeds, as one picture."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from gatepress.cli import _options as opt
-from gatepress.cli._console import Screen, grid, session
+from gatepress.cli._asked import numbers, train_settings, whole_numbers, words
+from gatepress.cli._console import Screen, Titled, grid, session
 from gatepress.config import DEFAULT_TARGET, TrainSettings, default_run_name
 from gatepress.manifests import SWEEP_FILE
-
-if TYPE_CHECKING:
-    from gatepress.cli._console import Titled
 
 EXAMPLES = opt.examples(
     "gatepress sweep --task sst2 --sparsity 0,0.3,0.5,0.75 --method gates+lora,lora,full --seeds 5",
@@ -25,56 +23,45 @@ def sweep(  # noqa: PLR0913 - every option is a parameter
     base: opt.Base,
     sparsity: Annotated[
         str,
-        typer.Option(
+        opt.GATES(
             "--sparsity",
             "-s",
             metavar="FRACTION,...",
             help="Sparsities of each method that trains gates: the points of its curve. With 0 the curve starts "
             "at the whole model; three points or more have a knee.",
-            rich_help_panel=opt.GATES,
         ),
     ] = "0,0.3,0.5,0.7",
     method: Annotated[
         str,
-        typer.Option(
+        opt.GATES(
             metavar="NAME,...",
             help="What is trained, as in gatepress train --method. Those without gates (full, lora, ...) are one "
             "point each, what would be deployed instead.",
-            rich_help_panel=opt.GATES,
         ),
     ] = TrainSettings.method,
     gating: opt.Gating,
     seeds: Annotated[
         int,
-        typer.Option(
+        opt.TRAINING(
             metavar="N",
             help="Trainings of each point, with seeds counted up from --seed. The picture shows the median and, as "
             "whiskers, the least and the most: with one seed, luck looks like a result.",
-            rich_help_panel=opt.TRAINING,
         ),
     ] = 1,
     schedule: opt.Schedule,
     machine: opt.Machine,
     target: opt.TargetOption = DEFAULT_TARGET,
     bench_batch_size: Annotated[
-        str,
-        typer.Option(
-            metavar="N,...", help="Batch sizes to time; the picture shows the largest.", rich_help_panel=opt.MEASURING
-        ),
+        str, opt.MEASURING(metavar="N,...", help="Batch sizes to time; the picture shows the largest.")
     ] = "1,8",
     bench_seq_len: Annotated[
-        str,
-        typer.Option(
-            metavar="TOKENS,...", help="Lengths to time; the picture shows the largest.", rich_help_panel=opt.MEASURING
-        ),
+        str, opt.MEASURING(metavar="TOKENS,...", help="Lengths to time; the picture shows the largest.")
     ] = "32,128",
     threads: opt.Threads = None,
     plot: Annotated[
         bool | None,
-        typer.Option(
-            help="Draw sweep.png and sweep.svg; unless given, where gatepress[plot] is installed.",
-            show_default=False,
-            rich_help_panel=opt.OUTPUT,
+        opt.OUTPUT(
+            help="Draw sweep.png and sweep.svg; unless given, where gatepress[plot] is installed.", show_default=False
         ),
     ] = None,
     output: Annotated[
@@ -95,12 +82,12 @@ def sweep(  # noqa: PLR0913 - every option is a parameter
     seeds may be added. All runs stay in DIR/runs, each as gatepress train leaves it.
     """
     with session(**vars(shown)) as screen:
-        settings = opt.train_settings(rows, base, gating, schedule, machine)
+        settings = train_settings(rows, base, gating, schedule, machine)
         asked: dict[str, Any] = {
-            "methods": list(opt.words(method)),
-            "sparsities": opt.numbers("--sparsity", sparsity),
-            "batch_sizes": opt.whole_numbers("--bench-batch-size", bench_batch_size),
-            "seq_lens": opt.whole_numbers("--bench-seq-len", bench_seq_len),
+            "methods": list(words(method)),
+            "sparsities": numbers("--sparsity", sparsity),
+            "batch_sizes": whole_numbers("--bench-batch-size", bench_batch_size),
+            "seq_lens": whole_numbers("--bench-seq-len", bench_seq_len),
         }
         directory = output or Path("sweeps") / default_run_name(settings).rpartition("-")[0]  # no one sparsity
 
@@ -127,7 +114,7 @@ def sweep(  # noqa: PLR0913 - every option is a parameter
         _say_failed(screen, result)
 
 
-def tables(result: dict[str, Any]) -> "list[Titled]":
+def tables(result: dict[str, Any]) -> list[Titled]:
     """Return the summary, one row for each point of the picture."""
     from gatepress.bench.summary import table
 

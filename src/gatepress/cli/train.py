@@ -4,16 +4,14 @@ import shlex
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from gatepress.cli import _options as opt
-from gatepress.cli._console import Screen, count, facts, percent, pick, session
+from gatepress.cli._asked import refuse_beside, refuse_unused, train_settings
+from gatepress.cli._console import Screen, Titled, count, facts, percent, pick, session
 from gatepress.config import METHODS, TrainSettings, default_run_name
 from gatepress.errors import ArtifactError
 from gatepress.files import RUN_FILE, check_output, read_json
-
-if TYPE_CHECKING:
-    from gatepress.cli._console import Titled
 
 EXAMPLES = opt.examples(
     "gatepress train --task demo --model demo -o runs/demo",
@@ -66,13 +64,13 @@ def train(  # noqa: PLR0913 - every option is a parameter
     """
     with session(**vars(shown), launched=True) as screen:
         if resume is not None:
-            opt.refuse_beside("--resume", context)
+            refuse_beside("--resume", context)
 
             from gatepress import training
 
             _work(screen, resume, partial(training.resume, resume))
             return
-        settings = opt.train_settings(
+        settings = train_settings(
             rows,
             base,
             gating,
@@ -89,7 +87,7 @@ def train(  # noqa: PLR0913 - every option is a parameter
             warmup_ratio=warmup_ratio,
             save_every=save_every,
         )
-        opt.refuse_unused(method, context)
+        refuse_unused(method, context)
         target = output or Path("runs") / default_run_name(settings)
         check_output(target, force=force)  # at once: what follows takes seconds to import
 
@@ -137,7 +135,7 @@ def _hint(target: Path) -> str:
     return f"; go on with: gatepress train --resume {shlex.quote(str(target))}" if stopped else ""
 
 
-def tables(result: dict[str, Any]) -> "list[Titled]":
+def tables(result: dict[str, Any]) -> list[Titled]:
     """Return what was asked beside what was counted, and what was trained."""
     rows = metric_rows(result)
     if result.get("total_gates") and "closed_gates" in result:

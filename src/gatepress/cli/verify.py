@@ -1,14 +1,11 @@
 """`gatepress verify`: whether a directory still is what its manifest says."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
 from gatepress.cli import _options as opt
-from gatepress.cli._console import facts, session
-
-if TYPE_CHECKING:
-    from gatepress.cli._console import Titled
+from gatepress.cli._console import Titled, facts, session
 
 EXAMPLES = opt.examples(
     "gatepress verify pruned/sst2",
@@ -39,7 +36,7 @@ def verify(
             raise typer.Exit(1)
 
 
-def tables(result: dict[str, Any]) -> "list[Titled]":
+def tables(result: dict[str, Any]) -> list[Titled]:
     """Return what was checked and holds, what does not, and what could not be checked."""
     states = (("checked", "holds"), ("skipped", "not checked"))
     rows = [(state, line) for key, state in states for line in result[key]]

@@ -30,15 +30,14 @@ def report(
         raise UsageError("nothing to report: give a directory of gatepress train, prune, export or sweep")
     render.check_file(output, SUFFIXES, "--output", force=force)
     sheet = facts.read(directories, [(path, render.read(path)) for path in benches])
-    text = page.render(sheet, title)
+    drawn = page.render(sheet, title)
     # Names are hostile: a lone surrogate is no UTF-8, but it is a character reference.
-    data = text.encode("utf-8", "xmlcharrefreplace")
-    replace_file(output, data)
+    replace_file(output, drawn.html.encode("utf-8", "xmlcharrefreplace"))
     return {
         "output": str(output),
-        "title": title or page.title_of(sheet),
-        "finding": page.finding(sheet).sentence,
-        "sections": [section.name for section in page.sections(sheet)],
+        "title": drawn.title,
+        "finding": drawn.finding,
+        "sections": drawn.sections,
         "models": [_told(item) for item in sheet.items],
     }
 

@@ -76,7 +76,6 @@ class Axis:
     show: Callable[[float], str] | None = None  # None: with as many decimals as the ticks need
     logarithmic: bool = False
     least: float | None = None  # the axis reaches at least from here
-    most: float | None = None
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ class _Scale:
 
 def _scale(axis: Axis, values: Sequence[float], start: float, end: float) -> _Scale:
     """Return a scale that holds all values, from tick to tick."""
-    reach = [*values, *(end for end in (axis.least, axis.most) if end is not None)]
+    reach = [*values] if axis.least is None else [*values, axis.least]
     least, most = min(reach), max(reach)
     if axis.logarithmic and least > 0 and most > LOGARITHMIC_FROM * least:
         least, most = least / 1.15, most * 1.15

@@ -19,7 +19,6 @@ from gatepress.manifests import (
     PRUNED_FORMAT,
     RUN_FORMAT,
     SWEEP_FILE,
-    SWEEP_FORMAT,
     Form,
     form_of,
     read_manifest,
@@ -135,14 +134,14 @@ def _directory(path: Path) -> tuple[tuple[Item, ...], tuple[Record, ...]]:
     """Return the models of one directory, and what was timed of them."""
     if (path / SWEEP_FILE).is_file():
         with understood(path / SWEEP_FILE):
-            return _of_sweep(read_manifest(path / SWEEP_FILE, SWEEP_FORMAT), path)
+            return _of_sweep(read_manifest(path / SWEEP_FILE), path)
     form = form_of(path) if path.is_dir() else None
     if form is None:
         got = "holds no manifest" if path.is_dir() else "is a file" if path.exists() else "is not there"
         raise ArtifactError(f"{path}: {got}, expected a directory of gatepress train, prune, export or sweep")
-    name, expected = MANIFESTS[form]
-    with understood(path / name):
-        return (_READERS[form](read_manifest(path / name, expected), path),), ()
+    manifest = path / MANIFESTS[form]
+    with understood(manifest):
+        return (_READERS[form](read_manifest(manifest), path),), ()
 
 
 def _with_time(item: Item, path: str, records: Sequence[Record], *, alone: bool) -> Item:
@@ -252,7 +251,7 @@ def _point(row: dict[str, Any], finished: list[dict[str, Any]], path: Path) -> I
     known = Item(kind="sweep", name="")
     if (run / RUN_FILE).is_file():
         with understood(run / RUN_FILE):
-            known = _of_run(read_manifest(run / RUN_FILE, RUN_FORMAT), run)
+            known = _of_run(read_manifest(run / RUN_FILE), run)
     least, most = number(row["metric_min"]), number(row["metric_max"])
     return replace(
         known,

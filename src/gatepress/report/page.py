@@ -36,31 +36,34 @@ class Finding:
     numbers: tuple[tuple[str, str], ...]  # (number, what it is)
 
 
-def render(sheet: Sheet, title: str | None = None) -> str:
-    """Return the page as HTML; `title` is the task and what was found of it unless given."""
-    found = finding(sheet)
+@dataclass(frozen=True)
+class Page:
+    """What was drawn, and what of it a command tells."""
+
+    html: str
+    title: str
+    finding: str  # a sentence
+    sections: list[str]  # their anchors
+
+
+def render(sheet: Sheet, title: str | None = None) -> Page:
+    """Draw the page; `title` names its tasks unless given. Sections that there is nothing to say in are left out."""
+    title = title or f"gatepress on {_and(dict.fromkeys(map(_task, sheet.items)))}"
+    found = _finding(sheet)
+    sections = [section for part in _PARTS for section in part(sheet) if section.body]
     tiles = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for value, name in found.numbers)
     template = Template(files("gatepress.report").joinpath(TEMPLATE).read_text(encoding="utf-8"))
-    return template.substitute(
-        title=escape(title or title_of(sheet)),
+    html = template.substitute(
+        title=escape(title),
         lead=escape(found.sentence),
         tiles=tiles,
-        sections="\n".join(map(_section, sections(sheet))),
+        sections="\n".join(map(_section, sections)),
         footer=f"Written by gatepress {escape(__version__)}. Nothing on this page is loaded from anywhere else.",
     )
+    return Page(html, title, found.sentence, [section.name for section in sections])
 
 
-def title_of(sheet: Sheet) -> str:
-    """Return the title that a page has when none is given: its tasks."""
-    return f"gatepress on {_and(dict.fromkeys(map(_task, sheet.items)))}"
-
-
-def sections(sheet: Sheet) -> list[Section]:
-    """Return all sections that there is something to say in."""
-    return [section for part in _PARTS for section in part(sheet) if section.body]
-
-
-def finding(sheet: Sheet) -> Finding:
+def _finding(sheet: Sheet) -> Finding:
     """Return what matters most: the knee of a sweep, else the last form that was given of a model."""
     item = max(sheet.items, key=lambda one: (one.knee, _LATE.index(one.kind), one.closed or 0.0))
     record = item.timed
@@ -90,7 +93,7 @@ _LATE = ("run", "sweep", "pruned", "onnx")  # the later form is nearer to what i
 
 def _models(sheet: Sheet) -> Iterable[Section]:
     """Yield the table of what was given."""
-    chosen = finding(sheet).item
+    chosen = _finding(sheet).item
     columns: dict[str, Callable[[Item], str]] = {
         "model": lambda item: item.label,
         "task": _task,

@@ -1,0 +1,116 @@
+"""What a command line asks for: the options that were given (`_options.py`), read as settings, rows and lists.
+
+What cannot be read, or means nothing beside the rest, is one `UsageError`, before anything slow is imported.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
+
+from gatepress.config import Arithmetic, DataSettings, Method, TrainSettings, spelled, unused_by
+from gatepress.errors import UsageError
+from gatepress.families import ROLES
+from gatepress.tasks import task_named
+
+if TYPE_CHECKING:
+    import typer
+
+    from gatepress.cli._options import Base, Gating, Machine, Rows, Schedule, TrainingRows
+
+T = TypeVar("T")
+ASKS_NOTHING = {"sparsity": 0, "open_epochs": 0}  # of a method without gates
+ROWS = {"task", "validation_file"}  # options that say which rows; the others say how
+
+
+def train_settings(rows: "TrainingRows", *groups: "Base | Gating | Schedule | Machine", **others: Any) -> TrainSettings:
+    """Return what groups of options ask of a training, with `others` of its settings."""
+    given = {name: value for group in groups for name, value in vars(group).items()} | others
+    asked = words(given["matrices"])
+    given["matrices"] = tuple(sorted(set(asked), key=[*ROLES, *asked].index))
+    return TrainSettings(data=data_settings(rows), **given)
+
+
+def data_settings(rows: "Rows | TrainingRows") -> DataSettings:
+    """Return where rows come from; an unknown task is told at once, before anything slow is imported."""
+    settings = DataSettings(**vars(rows))
+    if settings.task is not None:
+        task_named(settings.task)
+    return settings
+
+
+def asked_data(rows: "Rows") -> DataSettings | None:
+    """Return where rows come from, or None where no option speaks of data at all."""
+    found = rows_of(rows)
+    if found["changes"]:
+        options = ", ".join(map(spelled, found["changes"]))
+        raise UsageError(f"{options} does not say which rows; give --task NAME or --validation-file FILE with it")
+    data: DataSettings | None = found["data"]
+    return data
+
+
+def rows_of(rows: "Rows") -> dict[str, Any]:
+    """Return `data`, where options say which rows, or else the `changes` that they make to what a manifest says."""
+    changes = said_of(vars(rows))
+    data = data_settings(rows) if ROWS & set(changes) else None
+    return {"data": data, "changes": None if data else changes}
+
+
+def said_of(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def refuse_beside(option: str, context: "typer.Context") -> None:
+    """Raise `UsageError` naming the settings that were given beside an option that stands alone."""
+    allowed = {option, "--json", "--quiet", "--debug"}
+    if others := [given for given in _given(context).values() if given not in allowed]:
+        raise UsageError(f"{option} goes on with the run's own settings, but {', '.join(others)} came with it; drop it")
+
+
+def refuse_unused(method: Method, context: "typer.Context") -> None:
+    """Raise `UsageError` naming the settings that were given and mean nothing to a method."""
+    given = _given(context)
+    asked = [name for name in unused_by(method) if name in given and context.params[name] != ASKS_NOTHING.get(name)]
+    if asked:
+        why = "trains the whole model" if method == "full" else "has no gates"
+        others = ", ".join(given[name] for name in asked)
+        raise UsageError(f"{others} means nothing to --method {method}, which {why}; drop it")
+
+
+def _given(context: "typer.Context") -> dict[str, str]:
+    """Return the parameters that came from the command line, and how their options are spelled."""
+    return {
+        str(one.name): (one.secondary_opts if context.params.get(str(one.name)) is False else one.opts)[0]
+        for one in context.command.params
+        if (source := context.get_parameter_source(str(one.name))) and source.name != "DEFAULT"
+    }
+
+
+def numbers(option: str, text: str) -> list[float]:
+    """Return the numbers of a comma-separated list, e.g. of `--sparsity 0,0.3`."""
+    return _listed(option, text, float, "numbers")
+
+
+def whole_numbers(option: str, text: str) -> list[int]:
+    """Return the whole numbers of a comma-separated list, e.g. of `--batch-size 1,8`."""
+    return _listed(option, text, int, "whole numbers")
+
+
+def _listed(option: str, text: str, kind: Callable[[str], T], kinds: str) -> list[T]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} is {text!r}, expected {kinds} separated by commas") from None
+
+
+def arithmetics(option: str, text: str) -> list[Arithmetic]:
+    """Return the kinds of a comma-separated list, e.g. of `--precision fp32,bf16`, each once."""
+    known: dict[str, Arithmetic] = {kind: kind for kind in get_args(Arithmetic)}
+    asked = dict.fromkeys(words(text))
+    if not asked or not asked.keys() <= known.keys():
+        raise UsageError(f"{option} is {text!r}, expected some of {', '.join(known)}, separated by commas")
+    return [known[word] for word in asked]
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Return the words of a comma-separated list, e.g. of `--matrices q,k`."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
