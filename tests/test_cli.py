@@ -494,6 +494,15 @@ def test_debug_shows_the_traceback_before_the_line(library):
             ["train", "--task", "demo", "--method", "full", "--matrices", "q", "--no-train-biases"],
             "--no-train-biases, --matrices means nothing to --method full, which trains the whole model; drop it",
         ),
+        (
+            ["train", "--task", "demo", "--penalty-weight", "3"],
+            "--penalty-weight means nothing to --controller importance, which has no penalty; drop it",
+        ),
+        (
+            ["train", "--task", "demo", "--start", "runs/x", "--closing", "0.3", "--penalty-weight", "3"],
+            "--penalty-weight means nothing to --controller importance, which has no penalty; drop it; "
+            "--closing means nothing to --start, whose gates are closed at once; drop it",
+        ),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(library, arguments, text):

@@ -64,7 +64,7 @@ def commands_of(manifest: dict[str, Any], name: str, *, portable: bool = False) 
 def _train(value: dict[str, Any], output: str, *, portable: bool) -> str:
     """Return the line of a training by its settings, as a manifest holds them."""
     settings = TrainSettings.from_json(value)
-    unused = ("data", *unused_by(settings.method))
+    unused = ("data", *unused_by(settings))
     words = [
         word
         for part in (settings.data, settings)

@@ -72,11 +72,6 @@ OF_GATES = (
 )
 
 
-def unused_by(method: str) -> tuple[str, ...]:
-    """Return the names of settings that mean nothing to a method."""
-    return (*(() if METHODS[method].gated else OF_GATES), *(("matrices",) if method == "full" else ()))
-
-
 @dataclass(frozen=True)
 class DataSettings:
     """Where the rows come from: a named task (hub or directory), or the user's own files."""
@@ -311,6 +306,20 @@ class TrainSettings:
             raise ArtifactError(f"settings in the manifest are not understood ({error})") from None
         before = "closing" not in value and settings.gated  # it could be chosen; then it was that of a pretrained model
         return replace(settings, closing=MethodSpec.closing) if before else settings
+
+
+def unused_by(settings: TrainSettings) -> dict[str, str]:
+    """Return the names of settings that mean nothing beside others, and to what."""
+    unused = {}
+    if settings.controller == "importance":
+        unused["penalty_weight"] = "--controller importance, which has no penalty"
+    if settings.start:
+        unused["closing"] = "--start, whose gates are closed at once"
+    if not settings.gated:
+        why = "trains the whole model" if settings.method == "full" else "has no gates"
+        names = (*OF_GATES, *(("matrices",) if settings.method == "full" else ()))
+        unused |= dict.fromkeys(names, f"--method {settings.method}, which {why}")
+    return unused
 
 
 def _method_of_old(value: dict[str, Any]) -> dict[str, Any]:

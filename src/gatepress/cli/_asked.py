@@ -6,7 +6,7 @@ What cannot be read, or means nothing beside the rest, is one `UsageError`, befo
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
-from gatepress.config import Arithmetic, DataSettings, Method, TrainSettings, spelled, unused_by
+from gatepress.config import Arithmetic, DataSettings, TrainSettings, refuse, spelled, unused_by
 from gatepress.errors import UsageError
 from gatepress.families import ROLES
 from gatepress.tasks import task_named
@@ -66,14 +66,14 @@ def refuse_beside(option: str, context: "typer.Context") -> None:
         raise UsageError(f"{option} goes on with the run's own settings, but {', '.join(others)} came with it; drop it")
 
 
-def refuse_unused(method: Method, context: "typer.Context") -> None:
-    """Raise `UsageError` naming the settings that were given and mean nothing to a method."""
+def refuse_unused(settings: TrainSettings, context: "typer.Context") -> None:
+    """Raise `UsageError` naming the settings that were given and mean nothing beside the others."""
     given = _given(context)
-    asked = [name for name in unused_by(method) if name in given and context.params[name] != ASKS_NOTHING.get(name)]
-    if asked:
-        why = "trains the whole model" if method == "full" else "has no gates"
-        others = ", ".join(given[name] for name in asked)
-        raise UsageError(f"{others} means nothing to --method {method}, which {why}; drop it")
+    asked: dict[str, list[str]] = {}
+    for name, to_what in unused_by(settings).items():
+        if name in given and context.params[name] != ASKS_NOTHING.get(name):
+            asked.setdefault(to_what, []).append(given[name])
+    refuse([f"{', '.join(names)} means nothing to {to_what}; drop it" for to_what, names in asked.items()])
 
 
 def _given(context: "typer.Context") -> dict[str, str]:

@@ -87,7 +87,7 @@ def train(  # noqa: PLR0913 - every option is a parameter
             warmup_ratio=warmup_ratio,
             save_every=save_every,
         )
-        refuse_unused(method, context)
+        refuse_unused(settings, context)
         target = output or Path("runs") / default_run_name(settings)
         check_output(target, force=force)  # at once: what follows takes seconds to import
 
