@@ -500,8 +500,10 @@ def test_debug_shows_the_traceback_before_the_line(library):
         ),
         (
             ["train", "--task", "demo", "--start", "runs/x", "--closing", "0.3", "--penalty-weight", "3"],
-            "--penalty-weight means nothing to --controller importance, which has no penalty; drop it; "
-            "--closing means nothing to --start, whose gates are closed at once; drop it",
+            (
+                "--penalty-weight means nothing to --controller importance, which has no penalty; drop it; "
+                "--closing means nothing to --start, whose gates are closed at once; drop it"
+            ),
         ),
     ],
 )
