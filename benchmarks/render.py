@@ -5,12 +5,13 @@
 Nothing in a rendered file is typed by hand; running this twice changes nothing.
 """
 
+import argparse
 import itertools
 import json
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,13 @@ import pruning_baselines
 import resume
 import steps
 import training_time
-from cells import TASKS
+from cells import RESULTS, TASKS, parser
 from speed import AGAIN, GRID
 
 from gatepress.bench import render
 from gatepress.bench.record import Record
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results"
-README = HERE.parent / "README.md"
+README = Path(__file__).parents[1] / "README.md"
 TIMINGS = (
     "matmul",
     "speed_base",
@@ -310,8 +309,14 @@ def readme() -> str:
     return text
 
 
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line, which has no options."""
+    return parser(__doc__).parse_args(words)
+
+
 def main() -> None:
     """Write every rendered file."""
+    parse()
     for path, text in tables():
         path.write_text(text)
     for name in TIMINGS:

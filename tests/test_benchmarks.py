@@ -1,0 +1,187 @@
+"""The scripts of benchmarks/ as reproducers and maintainers run them: options, failures, and what a cell says."""
+
+import importlib
+import json
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
+KEY = ("encoder", "seed")
+MODEL = ("--model", "tiny=DIR")
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Return name -> module of a script."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module
+
+
+@pytest.fixture
+def cells(script):
+    return script("cells")
+
+
+# --- the command line -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "told"),
+    [
+        ("paper", ["accuracy", *MODEL], "--work is required"),
+        ("paper", ["accuracy", "--work", "W"], "--model is required"),
+        ("paper", ["figure3b", "--work", "W"], "--model is required"),
+        ("paper", ["figure3b", "--work", "W", *MODEL, "--model", "other=DIR"], "figure3b takes one"),
+        ("paper", ["accuracy", "--work", "W", *MODEL, "--arm", "3x"], "'4x, heads as they are'"),
+        ("paper", ["accuracy", "--work", "W", *MODEL, "--task", "sst3"], "'sst2'"),
+        ("paper", ["accuracy", "--work", "W", *MODEL, "--device", "gpu"], "'cuda'"),
+        ("paper", ["figure3a", "--work", "W", "--task", "cola"], "unrecognized arguments: --task"),
+        ("main_job", MODEL, "--work is required"),
+        ("main_job", ["--work", "W"], "--model is required"),
+        ("main_job", ["--work", "W", *MODEL, "--task", "mnli"], "'sst2'"),
+        ("deployed", ["--work", "W", *MODEL, "--task", "cola", "--task", "rte"], "--task is given twice"),
+        ("deployed", ["--work", "W", *MODEL, "--seed", "1", "--seed", "0"], "--seed is given twice"),
+        ("training_time", ["--work", "W", *MODEL, "--seed", "1"], "unrecognized arguments: --seed"),
+        ("pruning_baselines", ["--work", "W", *MODEL, "--device", "cuda"], "unrecognized arguments: --device"),
+        ("pruning_baselines", ["--work", "W", *MODEL], "--data-dir is required"),
+        ("speed", ["trained"], "--run"),
+        ("speed", ["base", "--run", "R"], "unrecognized arguments: --run"),
+        ("steps", [], "--results is required"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list | tuple) else None,
+)
+def test_what_is_missing_unknown_or_without_use_is_refused(name, words, told, script, capsys):
+    with pytest.raises(SystemExit) as end:
+        script(name).parse(words)
+    assert end.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+def test_results_are_the_reproducers_own_unless_they_say_where(script):
+    parse = script("paper").parse
+    assert parse(["table4", *MODEL, "--work", "W"]).results == Path("W/results")
+    assert parse(["table4", *MODEL, "--work", "W", "--results", "R"]).results == Path("R")
+    assert parse(["table4", "--render"]).results == RESULTS
+    assert parse(["table4", "--render", "--results", "R"]).results == Path("R")
+
+
+def test_accuracy_runs_four_arms_unless_others_are_asked(script, monkeypatch):
+    paper, asked = script("paper"), []
+    monkeypatch.setattr(paper, "sweep", lambda _, keys, *__, **___: asked.append([arm for _, _, arm, _ in keys]))
+    words = ["paper.py", "accuracy", *MODEL, "--work", "W", "--task", "rte"]
+    for more in ([], ["--arm", "4x, penalty"]):
+        monkeypatch.setattr(sys, "argv", [*words, *more])
+        paper.main()
+    assert asked == [["full", "2x", "4x", "8x"], ["4x, penalty"]]
+
+
+def test_the_main_job_tells_sparsities_and_seeds_apart(script, tmp_path, monkeypatch):
+    main_job, runs = script("main_job"), {}
+    committed = json.loads((RESULTS / "main_job.json").read_text())
+    assert len({tuple(one[name] for name in main_job.KEY) for one in committed}) == len(committed)
+    scored = {"metric_value": 0.5, "total_params": 1, "max_abs_logit_diff": 0.0}
+    monkeypatch.setattr(main_job, "gatepress", lambda *_: scored)
+    monkeypatch.setattr(main_job, "train", lambda run, _, __, words, ___: runs.update({run: words}) or scored)
+    options = main_job.parse([*MODEL, "--work", str(tmp_path)])
+    for key in (("tiny", "rte", 0.5, 0), ("tiny", "rte", 0.5, 1), ("tiny", "rte", 0.25, 0)):
+        main_job.cell(key, options)
+    asked = [(words[words.index("--sparsity") + 1], words[words.index("--seed") + 1]) for words in runs.values()]
+    assert asked == [(0.5, 0), (0.5, 1), (0.25, 0)]  # a run directory for each
+
+    table = main_job.render(committed)
+    assert "one seed" in table
+    assert ", seed 0 |" not in table
+    table = main_job.render([*committed, {**committed[0], "seed": 1}])
+    assert "seeds 0, 1" in table
+    assert f"| {committed[0]['task']}, seed 1 |" in table
+
+
+# --- a sweep ----------------------------------------------------------------------------------------
+
+
+def test_a_cell_that_fails_does_not_stop_the_others(cells, tmp_path, capsys):
+    def cell(key):
+        if key[1] == 1:
+            raise SystemExit("no space is left")
+        return {"value": key[1]}
+
+    path, keys = tmp_path / "new/some.json", [("e", seed) for seed in range(3)]
+    cells.sweep(path, keys[:1], KEY, cell, str)
+    assert "0 of 1 cells are there already" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        cells.sweep(path, keys, KEY, cell, str)
+    assert end.value.code == "1 of 3 cells failed:\ne 1: failed: no space is left"  # printed, and exit code 1
+    told = capsys.readouterr().err
+    assert "1 of 3 cells are there already" in told
+    assert "e 1: failed: no space is left" in told
+    assert [one["value"] for one in json.loads(path.read_text())] == [0, 2]
+    assert path.with_suffix(".md").read_text() == str(json.loads(path.read_text()))
+
+
+def test_a_cell_that_is_there_is_run_again_only_when_asked(cells, tmp_path):
+    path, keys = tmp_path / "some.json", [("e", 0), ("e", 1)]
+    cells.sweep(path, keys, KEY, lambda _: {"value": "old"}, str)
+    cells.sweep(path, keys, KEY, lambda _: {"value": "new"}, str)
+    assert [one["value"] for one in json.loads(path.read_text())] == ["old", "old"]
+    cells.sweep(path, keys[:1], KEY, lambda _: {"value": "new"}, str, anew=True)
+    assert {one["seed"]: one["value"] for one in json.loads(path.read_text())} == {0: "new", 1: "old"}
+
+
+def test_cells_of_processes_that_write_at_once_are_all_kept(cells, tmp_path):
+    path = tmp_path / "some.json"
+
+    def write(encoder):
+        for seed in range(10):
+            cells.put(path, KEY, {"encoder": encoder, "seed": seed}, str)
+
+    writers = [threading.Thread(target=write, args=(name,)) for name in "ab"]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert len(json.loads(path.read_text())) == 20
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        ("kill -9 $$", f"was killed by {signal.Signals.SIGKILL.name} before it printed a result"),
+        ("exit 3", "ended with exit code 3 before it printed a result"),
+        ('echo \'{"error": "no such task"}\'; exit 2', "no such task"),
+    ],
+)
+def test_a_command_that_ends_without_a_result_says_how(lines, told, cells, tmp_path, monkeypatch):
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\n{lines}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(cells.sys, "executable", str(program))
+    with pytest.raises(SystemExit, match=rf"gatepress train --seed 0 --json: .*{told}"):
+        cells.gatepress("train", "--seed", 0)
+
+
+# --- figure 3 -----------------------------------------------------------------------------------------
+
+
+def test_figure_3_is_drawn_from_what_is_there_and_runs_nothing(script, tmp_path, monkeypatch):
+    paper = script("paper")
+    monkeypatch.setattr(paper, "gatepress", lambda *_: pytest.fail("it ran a command"))
+    monkeypatch.setattr(sys, "argv", ["paper.py", "figure3a", "--render", "--results", str(tmp_path)])
+    with pytest.raises(SystemExit, match="time it first"):
+        paper.main()
+    (tmp_path / "paper_figure3a.json").write_bytes((RESULTS / "matmul.json").read_bytes())
+    paper.main()
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".md", ".png", ".svg"]
+
+
+def test_figure_3b_trains_what_it_needs(script, tmp_path, monkeypatch):
+    paper, ran = script("paper"), []
+    monkeypatch.setattr(paper, "trained", lambda _, key, *__: (Path("/".join(map(str, key))), {}))
+    monkeypatch.setattr(paper, "gatepress", lambda *words: ran.append(words))
+    paper._passes(paper.parse(["figure3b", *MODEL, "--work", str(tmp_path), "--seed", "3", "--device", "cpu"]))
+    arms = list(paper.EXPERIMENTS["figure2"].arms)
+    assert [words[:2] for words in ran] == [("prune", Path(f"tiny/cola/{arm}/3")) for arm in arms]
