@@ -26,6 +26,7 @@ from gatepress.config import Precision
 from gatepress.errors import GatepressError
 from gatepress.files import RUN_FILE, replace_file
 from gatepress.machine import cpu_name, device_name
+from gatepress.models import model_files
 
 RESULTS = Path(__file__).parent / "results"  # the committed ones
 EPOCHS = {"sst2": 3, "cola": 5, "stsb": 5, "rte": 8}  # tasks that small encoders can be tried on in minutes
@@ -155,7 +156,7 @@ def train(run: Path, name: str, model: str, words: Sequence[object], options: ar
 
     Exits where the one that is there was trained otherwise than asked.
     """
-    status = _status(run)
+    status, trained_by = _status(run), run.with_name(f"{run.name}.machine.json")
     if status in ("training", "interrupted"):
         gatepress("train", "--resume", run)
     elif status != "finished":
@@ -164,6 +165,8 @@ def train(run: Path, name: str, model: str, words: Sequence[object], options: ar
         gatepress("train", "--model", model, *where, *words, "-o", run)
     manifest = _manifest(run)
     report, settings = manifest["report"], manifest["settings"]
+    if status != "finished":  # now: who collects the run later may be another machine
+        replace_file(trained_by, json.dumps(machine(report["device"])).encode())
     asked = dict(itertools.pairwise(words))  # option -> the word behind it
     found = {"--max-train-samples": settings["data"]["max_train_samples"]}
     found |= {f"--{name}": settings[name] for name in ("precision", "epochs", "seed", "sparsity")}
@@ -177,11 +180,23 @@ def train(run: Path, name: str, model: str, words: Sequence[object], options: ar
             for key in ("granularity", "controller", "method", "lora_rank", "learning_rate", "distill", "precision")
         },
         "rotate_heads": settings.get("rotate_heads", False),
+        **_start_of(run, manifest, Path(model)),
         "versions": manifest["versions"],
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
+        **(json.loads(trained_by.read_text()) if trained_by.exists() else _of_unknown(report)),
         "command": f"{KEPT}gatepress train --model {name.upper()} --data-dir GLUE " + " ".join(map(str, words)),
     }
+
+
+def _start_of(run: Path, manifest: dict[str, Any], start: Path) -> dict[str, Any]:
+    """Return the sha256 of the finetuned run that a run started from, and its metric; {}: it started from no run.
+
+    Exits where that run has been trained anew since.
+    """
+    if not (start / RUN_FILE).is_file():
+        return {}
+    if manifest["base_sha256"] != model_files(start):
+        raise SystemExit(f"{run}: was trained from other weights than {start} has now; remove it")
+    return {"start_sha256": manifest["base_sha256"], "start_metric": _manifest(start)["report"]["metric_value"]}
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
@@ -193,6 +208,11 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
     }
+
+
+def _of_unknown(report: dict[str, Any]) -> dict[str, Any]:
+    """Return the same of a run that this machine may not have trained: nobody wrote it down."""
+    return {**{key: report[key] for key in ("device",) if key in report}, "cpu": cpu_name(), "cores": os.cpu_count()}
 
 
 def on_gpu(cell: dict[str, Any]) -> bool:

@@ -34,12 +34,14 @@ from cells import (
     common,
     gatepress,
     models_of,
+    on_gpu,
     parser,
     pressed_epochs,
     read,
     run_of,
     sweep,
     train,
+    trained_on,
 )
 
 from gatepress.bench import render as timings
@@ -215,11 +217,11 @@ def render(experiment: Experiment, cells: list[dict[str, Any]]) -> str:
                 *([_kept([_part(cells, encoder, task, arm) for task in tasks])] if measured else []),
                 _range(rows, "steps"),
                 _range(rows, "train_seconds"),
-                f"{max(c['peak_memory_bytes'] for c in usual or rows) / 1e9:.1f} GB",
+                _peak(usual or rows, told=any(map(on_gpu, cells))),
                 _releases(rows),
             ]
             text += f"| {' | '.join(columns)} |\n"
-    machines = sorted({f"{c['precision']} on {c['cores']} cores of {c['cpu']}" for c in cells})
+    machines = sorted({f"{c['precision']} on {trained_on(c)}" for c in cells})
     return text + (
         f"\nMedian over seeds, their number in square brackets where it is not {SEEDS}; in round ones the part of "
         "full finetuning's metric with the same seeds, where the table has it. "
@@ -228,6 +230,16 @@ def render(experiment: Experiment, cells: list[dict[str, Any]]) -> str:
         "Peak memory is that of trainings whose command sets no environment. Commands, curves and versions stand in "
         f"the JSON.{_turned(cells)}\n"
     )
+
+
+def _peak(rows: list[dict[str, Any]], *, told: bool) -> str:
+    """Return the peak memory of trainings; with `told` that of CPUs and that of GPUs, each by its name."""
+    found = {}
+    for name in ("CPU", "GPU"):
+        peaks = [c["peak_memory_bytes"] for c in rows if on_gpu(c) == (name == "GPU")]
+        if peaks:
+            found[name] = f"{max(peaks) / 1e9:.1f} GB"
+    return ", ".join(f"{peak} {name}" if told else peak for name, peak in found.items())
 
 
 def _turned(cells: list[dict[str, Any]]) -> str:

@@ -2,12 +2,18 @@
 
 import importlib
 import json
+import re
 import signal
 import sys
 import threading
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from gatepress.checkpoint import read_run
+from gatepress.cli.app import app
+from gatepress.models import model_files
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -25,6 +31,22 @@ def script(monkeypatch):
 @pytest.fixture
 def cells(script):
     return script("cells")
+
+
+@pytest.fixture
+def here(monkeypatch, script):
+    """Run `gatepress` of the scripts in this process: one of its own takes seconds to start. Return the verbs."""
+    verbs = []
+
+    def gatepress(*words):
+        verbs.append(words[0])
+        done = CliRunner().invoke(app, [*map(str, words), "--json"])
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)
+
+    for name in ("cells", "paper", "deployed", "main_job"):
+        monkeypatch.setattr(script(name), "gatepress", gatepress)
+    return verbs
 
 
 # --- the command line -------------------------------------------------------------------------------
@@ -164,7 +186,53 @@ def test_a_command_that_ends_without_a_result_says_how(lines, told, cells, tmp_p
         cells.gatepress("train", "--seed", 0)
 
 
-# --- figure 3 -----------------------------------------------------------------------------------------
+# --- what a cell says -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def options(script, tiny_model_dir, tiny_glue_dir, tmp_path):
+    words = ["--data-dir", tiny_glue_dir, "--model", f"tiny={tiny_model_dir('bert')}", "--work", tmp_path]
+    words += ["--epochs", 1, "--precision", "fp32", "--device", "cpu"]
+    return script("paper").parse(["accuracy", *map(str, words)])
+
+
+def test_a_cell_says_what_it_started_from_and_which_machine_trained_it(here, script, options, cells, monkeypatch):
+    paper = script("paper")
+    full, pressed = ("tiny", "sst2", "full", 0), ("tiny", "sst2", "2x", 0)
+    run, told = paper.trained("accuracy", pressed, options.models, options)
+    start, of_start = paper.trained("accuracy", full, options.models, options)
+    assert here == ["train", "train"]
+    assert told["start_sha256"] == read_run(run).base_sha256 == model_files(start)
+    assert told["start_metric"] == of_start["metric_value"]
+    assert not {"start_sha256", "start_metric"} & of_start.keys()
+    assert (told["device"], told["device_name"]) == ("cpu", told["cpu"])
+    assert told["threads"] == 1
+
+    # Collected elsewhere, it is still the one that was trained here.
+    monkeypatch.setattr(cells, "machine", lambda _: pytest.fail("it asked for the machine that collects"))
+    assert paper.trained("accuracy", pressed, options.models, options)[1] == told
+
+    manifest = run / "gatepress_run.json"
+    manifest.write_text(manifest.read_text().replace(next(iter(told["start_sha256"].values())), "0" * 64))
+    with pytest.raises(SystemExit, match="was trained from other weights than"):
+        paper.trained("accuracy", pressed, options.models, options)
+
+
+def of_gpu(cell):
+    return {**cell, "device": "cuda:0", "device_name": "A Card", "threads": 16, "peak_memory_bytes": 3e9}
+
+
+def test_a_table_tells_memory_and_name_of_a_gpu_from_those_of_a_cpu(script):
+    paper = script("paper")
+    experiment = paper.EXPERIMENTS["table4"]
+    cells = json.loads((RESULTS / "paper_table4.json").read_text())
+    cpu, gpu = cells[0], of_gpu({**cells[0], "seed": 7})
+    assert " GB CPU" not in paper.render(experiment, [cpu])
+    assert "| 3.0 GB GPU |" in paper.render(experiment, [gpu])
+    assert f"Trained in {cpu['precision']} on A Card; measured" in paper.render(experiment, [gpu])
+    both = paper.render(experiment, [cpu, gpu])
+    assert re.search(r"\| \d\.\d GB CPU, 3\.0 GB GPU \|", both)
+    assert f"on {cpu['cores']} cores of {cpu['cpu']}" in both
 
 
 def test_figure_3_is_drawn_from_what_is_there_and_runs_nothing(script, tmp_path, monkeypatch):
