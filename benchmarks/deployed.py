@@ -11,6 +11,7 @@ figure are rendered from the JSON, which is in `results` below `--work` or where
 """
 
 import argparse
+import shutil
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from paper import FINETUNED, KEY, PAPER_TASKS, place_of, trained
 from gatepress.bench import endtoend
 from gatepress.bench.figures import BLUE, FAINT, ORANGE
 from gatepress.bench.record import Record, relative_to
+from gatepress.files import RUN_FILE, replace_file, sha256_of
 
 TASK, SEED = "sst2", 2
 DTYPES = ("float32", "int8")
@@ -65,7 +67,11 @@ def _whole(row: Row) -> str:
 
 
 def _export(run: Path, place: Path, arm: str) -> Iterator[tuple[str, Path]]:
-    """Write the ONNX forms of a run beneath `place`, unless they are there; yield (dtype, directory)."""
+    """Write the ONNX forms of a run beneath `place`, unless those of this very run are; yield (dtype, directory)."""
+    made_of, digest = place / "run.sha256", sha256_of(run / RUN_FILE)
+    if not made_of.exists() or made_of.read_text() != digest:  # it was trained anew
+        shutil.rmtree(place, ignore_errors=True)
+        replace_file(made_of, digest.encode())
     source = run if arm == FINETUNED else place / "pruned"
     if not source.exists():
         gatepress("prune", run, "-o", source)

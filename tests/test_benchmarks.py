@@ -218,6 +218,23 @@ def test_a_cell_says_what_it_started_from_and_which_machine_trained_it(here, scr
         paper.trained("accuracy", pressed, options.models, options)
 
 
+def test_what_is_deployed_is_built_anew_of_a_run_that_was_trained_anew(script, tmp_path, monkeypatch):
+    deployed, built = script("deployed"), []
+
+    def gatepress(verb, *words):
+        built.append(verb)
+        words[words.index("-o") + 1].mkdir(parents=True)
+
+    monkeypatch.setattr(deployed, "gatepress", gatepress)
+    run, place = tmp_path / "run", tmp_path / "built"
+    run.mkdir()
+    for content, verbs in (("old", ["prune", "export", "export"]), ("old", []), ("new", ["prune", "export", "export"])):
+        (run / "gatepress_run.json").write_text(content)
+        built.clear()
+        assert [dtype for dtype, _ in deployed._export(run, place, "4x")] == ["float32", "int8"]
+        assert built == verbs
+
+
 def of_gpu(cell):
     return {**cell, "device": "cuda:0", "device_name": "A Card", "threads": 16, "peak_memory_bytes": 3e9}
 
