@@ -1,8 +1,10 @@
 """The scripts of benchmarks/ as reproducers and maintainers run them: options, failures, and what a cell says."""
 
+import argparse
 import importlib
 import json
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -11,11 +13,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import fuzz
 from gatepress.checkpoint import read_run
 from gatepress.cli.app import app
 from gatepress.models import model_files
 
 ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted(path.stem for path in ROOT.glob("benchmarks/*.py") if "__main__" in path.read_text("utf-8"))
 RESULTS = ROOT / "benchmarks/results"
 KEY = ("encoder", "seed")
 MODEL = ("--model", "tiny=DIR")
@@ -66,6 +70,34 @@ def here(monkeypatch, script):
 
 
 # --- the command line -------------------------------------------------------------------------------
+
+
+def printed() -> list[str]:
+    """Return the commands that README and docstrings print, without what marks an option as one."""
+    texts = re.findall(r"`(python (?:benchmarks|tests)/[^`]*)`", (ROOT / "benchmarks/README.md").read_text("utf-8"))
+    for name in SCRIPTS:
+        source = (ROOT / f"benchmarks/{name}.py").read_text("utf-8")
+        found = re.findall(r"^    (python .*(?:\n {8,}.*)*)", source.partition('"""\n\n')[0], re.MULTILINE)
+        texts += [" ".join(re.sub(r"  +#.*", "", text).split()) for text in found]
+    return list(dict.fromkeys(re.sub(r"[\[\]]|\.\.\.", "", text) for text in texts))
+
+
+@pytest.mark.parametrize("command", printed())
+def test_every_printed_command_can_be_parsed(command, script, monkeypatch):
+    _, path, *words = shlex.split(command)
+    assert (ROOT / path).exists()
+    if path == "tests/fuzz.py":  # the one that would go on
+        parse_args = argparse.ArgumentParser.parse_args
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda made: sys.exit(f"{parse_args(made, words)}"))
+        with pytest.raises(SystemExit, match="Namespace"):
+            fuzz.main()
+        return
+    script(Path(path).stem).parse(words)
+
+
+def test_every_script_prints_a_command_and_is_in_the_readme():
+    told = " ".join(printed())
+    assert [name for name in SCRIPTS if f"benchmarks/{name}.py" not in told] == []
 
 
 @pytest.mark.parametrize(
