@@ -1,25 +1,34 @@
 """What benchmarks of trainings share: the command line run as a user would, cell by cell, and what a cell says.
 
 A cell that stands in the results is not run again, and a run directory that is finished is not trained again, so a
-stopped sweep goes on where it was. Results are written after every cell.
+stopped sweep goes on where it was. Results are written after every cell: below `--work`, so that a reproducer gets
+tables of their own, or where `--results` says.
 """
 
 import argparse
+import contextlib
+import fcntl
 import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from gatepress.config import Precision
-from gatepress.files import replace_file
-from gatepress.machine import cpu_name
+import torch
 
-RESULTS = Path(__file__).parent / "results"
+from gatepress.config import Precision
+from gatepress.errors import GatepressError
+from gatepress.files import RUN_FILE, replace_file
+from gatepress.machine import cpu_name, device_name
+from gatepress.models import model_files
+
+RESULTS = Path(__file__).parent / "results"  # the committed ones
 EPOCHS = {"sst2": 3, "cola": 5, "stsb": 5, "rte": 8}  # tasks that small encoders can be tried on in minutes
 MORE_EPOCHS = {  # of models so small that these take about as long: fraction removed from which on -> epochs
     0.75: {"sst2": 4, "cola": 8, "stsb": 6, "rte": 10},
@@ -42,35 +51,66 @@ COUNTED = (
 
 
 def gatepress(*words: object) -> dict[str, Any]:
-    """Run one command and return its JSON object; its progress goes to stderr as it comes."""
+    """Run one command and return its JSON object; its progress goes to stderr as it comes. Exits where it fails."""
     command = [sys.executable, "-m", "gatepress", *map(str, words), "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
-    value: dict[str, Any] = json.loads(done.stdout)
+    shown = " ".join(["gatepress", *command[3:]])
+    try:
+        value: dict[str, Any] = json.loads(done.stdout)
+    except ValueError:
+        code = done.returncode
+        end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        raise SystemExit(f"{shown}: {end} before it printed a result") from None
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)}: {value}")
+        raise SystemExit(f"{shown}: {value}")
     return value
 
 
+class Once(argparse.Action):
+    """An option that may be given once: of two, one would be ignored."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        """Keep the value; exit where there is another."""
+        if getattr(namespace, self.dest) != self.default:
+            parser.error(f"{option} is given twice, expected once")
+        setattr(namespace, self.dest, values)
+
+
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """Return a parser with the options that all trainings have."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--data-dir", type=Path, metavar="GLUE", help="GLUE files; from the hub unless given")
-    made.add_argument("--model", action="append", default=[], type=named, metavar="NAME=DIRECTORY|HUB-ID")
-    made.add_argument("--task", action="append")
-    made.add_argument("--seed", action="append", type=int)
-    made.add_argument("--epochs", type=count, help="default: those of the benchmark, else of gatepress train")
-    made.add_argument("--work", type=Path, help="where runs are kept between starts")
-    made.add_argument("--precision", default="bf16", choices=get_args(Precision))
-    made.add_argument("--device", default="cpu")
-    made.add_argument("--render", action="store_true", help="only render the results that are there")
-    return made
+    """Return a parser that shows a script's docstring as it is written."""
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def models_of(options: argparse.Namespace, others: dict[str, str] | None = None) -> dict[str, str]:
+def add(made: argparse.ArgumentParser, *names: str, tasks: Iterable[str] = TASKS) -> None:
+    """Give a parser those of `OPTIONS` that a script makes use of; `--task` knows the `tasks`."""
+    for name in names:
+        known: dict[str, Any] = {"choices": tuple(tasks)} if name == "--task" else {}
+        made.add_argument(name, **OPTIONS[name], **known)
+
+
+def read(made: argparse.ArgumentParser, words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the options of a command line, with the directory of the results; exits where one is missing."""
+    options = made.parse_args(words)
+    if options.render:
+        options.results = options.results or RESULTS
+    elif "work" in options and options.work is None:
+        made.error("--work is required, or --render alone")
+    elif options.results is None and "work" not in options:
+        made.error("--results is required, or --render alone")
+    else:
+        options.results = options.results or options.work / "results"
+    return options
+
+
+def models_of(
+    made: argparse.ArgumentParser, options: argparse.Namespace, others: dict[str, str] | None = None
+) -> dict[str, str]:
     """Return name -> directory or hub id, `others` unless some are given; none where results are only rendered."""
     models = {} if options.render else dict(options.model) or others or {}
     if not (models or options.render):
-        raise SystemExit("no model: give --model NAME=DIRECTORY, or --render for the table of what was measured")
+        made.error("--model is required, as NAME=DIRECTORY or NAME=HUB-ID, or --render alone")
     return models
 
 
@@ -90,20 +130,43 @@ def count(text: str) -> int:
     return value
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--data-dir": {"type": Path, "metavar": "GLUE", "help": "GLUE files; from the hub unless given"},
+    "--model": {"action": "append", "default": [], "type": named, "metavar": "NAME=DIRECTORY|HUB-ID"},
+    "--task": {"action": "append"},
+    "--seed": {"action": "append", "type": int},
+    "--epochs": {"type": count, "help": "default: those of the benchmark, else of gatepress train"},
+    "--precision": {"default": "bf16", "choices": get_args(Precision)},
+    "--device": {"default": "auto", "choices": ("auto", "cpu", "cuda")},
+    "--work": {"type": Path, "metavar": "DIR", "help": "where runs are kept between starts"},
+    "--results": {
+        "type": Path,
+        "metavar": "DIR",
+        "help": "where the JSON and what is rendered from it are written; `results` in --work unless given, with "
+        "--render the committed ones",
+    },
+    "--render": {"action": "store_true", "help": "only render the results that are there"},
+}
+OF_TRAINING = ("--data-dir", "--model", "--epochs", "--precision", "--device")
+KEPT_IN = ("--work", "--results", "--render")
+
+
 def train(run: Path, name: str, model: str, words: Sequence[object], options: argparse.Namespace) -> dict[str, Any]:
     """Train one run unless it is there and finished, and return what it says of itself, with the command.
 
     Exits where the one that is there was trained otherwise than asked.
     """
-    status = _status(run)
+    status, trained_by = _status(run), run.with_name(f"{run.name}.machine.json")
     if status in ("training", "interrupted"):
         gatepress("train", "--resume", run)
     elif status != "finished":
         shutil.rmtree(run, ignore_errors=True)
         where = [] if options.data_dir is None else ["--data-dir", options.data_dir]
         gatepress("train", "--model", model, *where, *words, "-o", run)
-    manifest = json.loads((run / "gatepress_run.json").read_text())
+    manifest = _manifest(run)
     report, settings = manifest["report"], manifest["settings"]
+    if status != "finished":  # now: who collects the run later may be another machine
+        replace_file(trained_by, json.dumps(machine(report["device"])).encode())
     asked = dict(itertools.pairwise(words))  # option -> the word behind it
     found = {"--max-train-samples": settings["data"]["max_train_samples"]}
     found |= {f"--{name}": settings[name] for name in ("precision", "epochs", "seed", "sparsity")}
@@ -117,11 +180,53 @@ def train(run: Path, name: str, model: str, words: Sequence[object], options: ar
             for key in ("granularity", "controller", "method", "lora_rank", "learning_rate", "distill", "precision")
         },
         "rotate_heads": settings.get("rotate_heads", False),
+        **_start_of(run, manifest, Path(model)),
         "versions": manifest["versions"],
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
+        **(json.loads(trained_by.read_text()) if trained_by.exists() else _of_unknown(report)),
         "command": f"{KEPT}gatepress train --model {name.upper()} --data-dir GLUE " + " ".join(map(str, words)),
     }
+
+
+def _start_of(run: Path, manifest: dict[str, Any], start: Path) -> dict[str, Any]:
+    """Return the sha256 of the finetuned run that a run started from, and its metric; {}: it started from no run.
+
+    Exits where that run has been trained anew since.
+    """
+    if not (start / RUN_FILE).is_file():
+        return {}
+    if manifest["base_sha256"] != model_files(start):
+        raise SystemExit(f"{run}: was trained from other weights than {start} has now; remove it")
+    return {"start_sha256": manifest["base_sha256"], "start_metric": _manifest(start)["report"]["metric_value"]}
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """Return what a cell says of the machine that trained it."""
+    return {
+        "device": device,
+        "device_name": device_name(torch.device(device)),
+        "threads": torch.get_num_threads(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+    }
+
+
+def _of_unknown(report: dict[str, Any]) -> dict[str, Any]:
+    """Return the same of a run that this machine may not have trained: nobody wrote it down."""
+    return {**{key: report[key] for key in ("device",) if key in report}, "cpu": cpu_name(), "cores": os.cpu_count()}
+
+
+def on_gpu(cell: dict[str, Any]) -> bool:
+    """Say whether a cell was trained on a GPU; early ones do not tell, and were not."""
+    return str(cell.get("device", "cpu")) != "cpu"
+
+
+def trained_on(cell: dict[str, Any]) -> str:
+    """Return what trained a cell, in words."""
+    if on_gpu(cell):
+        return str(cell.get("device_name", "a GPU"))
+    if "threads" in cell:
+        return f"{cell['threads']} thread{'s' if int(cell['threads']) > 1 else ''} of {cell['cpu']}"
+    return f"{cell['cores']} cores of {cell['cpu']}"
 
 
 def run_of(encoder: str, task: str, seed: int, words: Sequence[object], options: argparse.Namespace) -> Path:
@@ -153,8 +258,29 @@ def common(options: argparse.Namespace, epochs: int | None = None) -> tuple[obje
 
 def keep(path: Path, measured: Any, render: Callable[[Any], str]) -> Any:
     """Write what was `measured` to `path` as JSON and its table beside it; None: the table only. Return the JSON."""
+    with _locked(path):
+        return _keep(path, measured, render)
+
+
+def put(path: Path, names: Sequence[str], done: dict[str, Any], render: Callable[[Any], str]) -> None:
+    """Write one more cell to the JSON at `path` and its table beside it, in the place of one with its `names`."""
+    key = tuple(done[name] for name in names)
+    with _locked(path):  # read anew: another process may have added cells meanwhile, this one too
+        others = [one for one in _read(path) if tuple(one[name] for name in names) != key]
+        _keep(path, [*others, done], render)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keep other processes from writing a JSON while this one reads and writes it; they wait."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+        yield
+
+
+def _keep(path: Path, measured: Any, render: Callable[[Any], str]) -> Any:
     if measured is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, (json.dumps(measured, indent=1) + "\n").encode())
     found = _read(path)
     if not found:
@@ -171,29 +297,61 @@ def draw_both(path: Path, draw_on: Callable[[Any], None]) -> None:
         replace_file(path.with_suffix(f".{suffix}"), drawn(suffix, draw_on))
 
 
-def sweep(
+def sweep(  # noqa: PLR0913 - what is run, where it is kept, how it is shown
     path: Path,
     keys: Iterable[tuple[Any, ...]],
     names: Sequence[str],
     cell: Callable[[tuple[Any, ...]], dict[str, Any]],
     render: Callable[[list[dict[str, Any]]], str],
-) -> list[dict[str, Any]]:
-    """Run the cells whose key is not in the JSON at `path` yet; keep it and the table beside it up to date."""
-    for key in keys:
-        if key in {tuple(one[name] for name in names) for one in _read(path)}:
+    *,
+    draw: Callable[[list[dict[str, Any]], Any], None] | None = None,
+    anew: bool = False,
+) -> None:
+    """Run the cells whose key is not in the JSON at `path` yet, with `anew` all; keep it, table and figure up to date.
+
+    One that fails does not stop the others. Exits at the end where some did, or where there is nothing to render.
+    """
+    asked = list(dict.fromkeys(keys))
+    if asked:
+        there = _keys(path, names)
+        _tell(f"{path}: {sum(key in there for key in asked)} of {len(asked)} cells are there already")
+    failed = []
+    for key in asked:
+        if not anew and key in _keys(path, names):
             continue
-        done = {**dict(zip(names, key, strict=True)), **cell(key)}
-        # Read anew: another process may have added cells meanwhile, this one too.
-        others = [one for one in _read(path) if tuple(one[name] for name in names) != key]
-        keep(path, [*others, done], render)
-    there: list[dict[str, Any]] = keep(path, None, render)
-    return there
+        try:
+            done = {**dict(zip(names, key, strict=True)), **cell(key)}
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - the next cell may do; all are told of at the end
+            if not isinstance(error, (GatepressError, SystemExit)):
+                traceback.print_exc()
+            failed.append(f"{' '.join(map(str, key))}: failed: {error or repr(error)}")
+            _tell(failed[-1])
+        else:
+            put(path, names, done, render)
+    if _read(path) or not failed:
+        found = keep(path, None, render)
+        if draw:
+            draw_both(path, lambda figure: draw(found, figure))
+    if failed:
+        raise SystemExit("\n".join([f"{len(failed)} of {len(asked)} cells failed:", *failed]))
+
+
+def _tell(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+
+
+def _keys(path: Path, names: Sequence[str]) -> set[tuple[Any, ...]]:
+    return {tuple(one[name] for name in names) for one in _read(path)}
 
 
 def _read(path: Path) -> Any:
     return json.loads(path.read_text()) if path.exists() else []
 
 
+def _manifest(run: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads((run / RUN_FILE).read_text())
+    return value
+
+
 def _status(run: Path) -> str | None:
-    manifest = run / "gatepress_run.json"
-    return json.loads(manifest.read_text())["status"] if manifest.is_file() else None
+    return _manifest(run)["status"] if (run / RUN_FILE).is_file() else None

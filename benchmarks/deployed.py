@@ -5,27 +5,28 @@
 Takes the runs of `paper.py accuracy` in `--work` and trains those that are missing: full finetuning, and what it gave
 pressed to a half, a quarter and an eighth. Each is pruned, exported to ONNX in float32 and in int8, measured on all
 validation rows and timed by turns with all others. Wants a quiet machine; what is built is kept in `--work`. Table and
-figure are rendered from the JSON:
+figure are rendered from the JSON, which is in `results` below `--work` or where `--results` says. The committed ones:
 
     python benchmarks/deployed.py --render
 """
 
 import argparse
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cells import RESULTS, draw_both, gatepress, is_finished, keep, models_of, parser
+from cells import KEPT_IN, OF_TRAINING, Once, add, draw_both, gatepress, is_finished, keep, models_of, parser, read
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from paper import FINETUNED, KEY, place_of, trained
+from paper import FINETUNED, KEY, PAPER_TASKS, place_of, trained
 
 from gatepress.bench import endtoend
 from gatepress.bench.figures import BLUE, FAINT, ORANGE
 from gatepress.bench.record import Record, relative_to
+from gatepress.files import RUN_FILE, replace_file, sha256_of
 
-PATH = RESULTS / "deployed.json"
 TASK, SEED = "sst2", 2
 DTYPES = ("float32", "int8")
 BATCHES, LENGTHS = (1, 8), (32, 128)
@@ -35,15 +36,14 @@ ARMS = {FINETUNED: "all", "2x": "half", "4x": "a quarter", "8x": "an eighth"}  #
 Row = dict[str, Any]  # what one form of one model is, what it gives, and how long it takes
 
 
-def measure(task: str, seed: int, options: argparse.Namespace) -> list[Row]:
+def measure(options: argparse.Namespace) -> list[Row]:
     """Build every form of every model, measure its metric, and time all of them in one run."""
     forms: dict[str, Row] = {}
     places: dict[str, Path] = {}
-    models = models_of(options)
-    for key in ((encoder, task, arm, seed) for encoder in models for arm in ARMS):
+    for key in ((encoder, options.task, arm, options.seed) for encoder in options.models for arm in ARMS):
         if options.finished and not is_finished(place_of("accuracy", key, options)):
             continue
-        run, report = trained("accuracy", key, models, options)
+        run, report = trained("accuracy", key, options.models, options)
         for dtype, directory in _export(run, options.work / "deployed" / run.name, key[2]):
             name = f"{key[0]} {key[2]} {dtype}"
             scored = gatepress("evaluate", directory)
@@ -67,7 +67,11 @@ def _whole(row: Row) -> str:
 
 
 def _export(run: Path, place: Path, arm: str) -> Iterator[tuple[str, Path]]:
-    """Write the ONNX forms of a run beneath `place`, unless they are there; yield (dtype, directory)."""
+    """Write the ONNX forms of a run beneath `place`, unless those of this very run are; yield (dtype, directory)."""
+    made_of, digest = place / "run.sha256", sha256_of(run / RUN_FILE)
+    if not made_of.exists() or made_of.read_text() != digest:  # it was trained anew
+        shutil.rmtree(place, ignore_errors=True)
+        replace_file(made_of, digest.encode())
     source = run if arm == FINETUNED else place / "pruned"
     if not source.exists():
         gatepress("prune", run, "-o", source)
@@ -138,14 +142,24 @@ def _curve(axes: Axes, points: list[tuple[Row, Record]], label: str, color: str,
         axes.annotate(row["arm"], (x, y), (0, -11), textcoords="offset points", ha="center", color=color, fontsize=7.5)
 
 
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    made = parser(__doc__)
+    add(made, *OF_TRAINING, *KEPT_IN)
+    made.add_argument("--task", action=Once, choices=PAPER_TASKS, default=TASK)
+    made.add_argument("--seed", action=Once, type=int, default=SEED)
+    made.add_argument("--finished", action="store_true", help="only models whose training is in --work: train none")
+    options = read(made, words)
+    options.models = models_of(made, options)
+    return options
+
+
 def main() -> None:
     """Measure, or only render."""
-    made = parser(__doc__)
-    made.add_argument("--finished", action="store_true", help="only models whose training is in --work: train none")
-    options = made.parse_args()
-    task, seed = (options.task or [TASK])[0], (options.seed or [SEED])[0]
-    rows = keep(PATH, None if options.render else measure(task, seed, options), render)
-    draw_both(PATH, partial(draw, rows))
+    options = parse()
+    path = options.results / "deployed.json"
+    rows = keep(path, None if options.render else measure(options), render)
+    draw_both(path, partial(draw, rows))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ next, these move less. What is near on training rows and far on others was learn
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +65,16 @@ def _measured(student: Any, teacher: Any, loader: Iterable[dict[str, Tensor]], s
     return {**found, "loss": loss, "logits": answers, "hidden": inner, "distance": answers + inner}
 
 
-def main() -> None:
-    """Print the rows of each run."""
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    for run in made.parse_args().runs:
+    return made.parse_args(words)
+
+
+def main() -> None:
+    """Print the rows of each run."""
+    for run in parse().runs:
         for split, found in nearness(run):
             figures = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
             sys.stdout.write(f"{run}  {split:10}  {figures}\n")

@@ -4,9 +4,10 @@
     python benchmarks/paper.py table2 --size paper --device cuda --work DIR
 
 `--size paper` takes the paper's encoders, tasks and five seeds: it needs a GPU and the hub. `--size laptop` takes the
-encoders that `--model` names and the four tasks whose rows are few; `--task`, `--seed` and `--arm` choose among them. A
-stopped run goes on where it was. Every cell is one `gatepress train`, whose command stands in the JSON. Tables show the
-median over seeds; they and the figures are rendered from the JSON:
+encoders that `--model` names and the four tasks whose rows are few; `--task`, `--seed` and `--arm` choose among them
+(`paper.py table4 --help` names them). A stopped run goes on where it was, one that fails does not stop the others.
+Every cell is one `gatepress train`, whose command stands in the JSON. Tables show the median over seeds; they and the
+figures are rendered from the JSON, which is in `results` below `--work` or where `--results` says. The committed ones:
 
     python benchmarks/paper.py table4 --render
 """
@@ -14,6 +15,7 @@ median over seeds; they and the figures are rendered from the JSON:
 import argparse
 import itertools
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,22 +24,29 @@ from typing import Any
 from cells import (
     EPOCHS,
     FULL,
+    KEPT_IN,
     MAX_ROWS,
-    RESULTS,
+    OF_TRAINING,
     ROWS,
     TASKS,
+    Once,
+    add,
     common,
-    draw_both,
     gatepress,
     models_of,
+    on_gpu,
     parser,
     pressed_epochs,
+    read,
     run_of,
     sweep,
     train,
+    trained_on,
 )
 
+from gatepress.bench import render as timings
 from gatepress.config import DataSettings
+from gatepress.runtime import torch_device
 from gatepress.tasks.sources import load_rows
 
 PAPER_TASKS = ("cola", "stsb", "mrpc", "rte", "sst2", "mnli", "qnli", "qqp")
@@ -91,6 +100,7 @@ class Experiment:
     tasks: tuple[str, ...] = PAPER_TASKS  # of the paper's size
     words: Words = ROWS
     line: str | None = None  # what the arms are points of, for a figure
+    usual: tuple[str, ...] = ()  # arms that are run where none is asked for; (): all
     models: dict[str, str] = field(default_factory=lambda: PAPER_MODELS)
 
 
@@ -153,6 +163,7 @@ EXPERIMENTS = {
         },
         tasks=TASKS,
         models={},
+        usual=(FINETUNED, *FACTORS),
     ),
     "texts": Experiment(
         "What texts without labels are worth, in as many steps",
@@ -175,6 +186,10 @@ EXPERIMENTS = {
         tasks=TASKS,
         models={},
     ),
+}
+FIGURE_3 = {
+    "figure3a": "Figure 3a: one weight, with columns removed",
+    "figure3b": "Figure 3b: passes over CoLA's validation rows, by what Figure 2 trained",
 }
 
 
@@ -201,11 +216,11 @@ def render(experiment: Experiment, cells: list[dict[str, Any]]) -> str:
                 *(_kept([part(cells, encoder, task, arm) for task in tasks]) for part in averages.values()),
                 _range(rows, "steps"),
                 _range(rows, "train_seconds"),
-                f"{max(c['peak_memory_bytes'] for c in usual or rows) / 1e9:.1f} GB",
+                _peak(usual or rows, told=any(map(on_gpu, cells))),
                 _releases(rows),
             ]
             text += f"| {' | '.join(columns)} |\n"
-    machines = sorted({f"{c['precision']} on {c['cores']} cores of {c['cpu']}" for c in cells})
+    machines = sorted({f"{c['precision']} on {trained_on(c)}" for c in cells})
     return text + (
         f"\nMedian over seeds, their number in square brackets where it is not {SEEDS}; in round ones the part of "
         f"full finetuning's metric with the same seeds, where the table has it. {AVERAGED if averages else ''}"
@@ -214,6 +229,16 @@ def render(experiment: Experiment, cells: list[dict[str, Any]]) -> str:
         "Peak memory is that of trainings whose command sets no environment. Commands, curves and versions stand in "
         f"the JSON.{_turned(cells)}\n"
     )
+
+
+def _peak(rows: list[dict[str, Any]], *, told: bool) -> str:
+    """Return the peak memory of trainings; with `told` that of CPUs and that of GPUs, each by its name."""
+    found = {}
+    for name in ("CPU", "GPU"):
+        peaks = [c["peak_memory_bytes"] for c in rows if on_gpu(c) == (name == "GPU")]
+        if peaks:
+            found[name] = f"{max(peaks) / 1e9:.1f} GB"
+    return ", ".join(f"{peak} {name}" if told else peak for name, peak in found.items())
 
 
 def _turned(cells: list[dict[str, Any]]) -> str:
@@ -323,56 +348,95 @@ def place_of(name: str, key: tuple[Any, ...], options: argparse.Namespace) -> Pa
     return run_of(encoder, task, seed, (*experiment.words, *experiment.arms[arm]), options)
 
 
-def figure_3(name: str, options: argparse.Namespace) -> None:
-    """Time one weight (3a), or passes over CoLA's validation rows with what Figure 2 trained (3b)."""
-    path = RESULTS / f"paper_{name}"
-    files = ["-o", path.with_suffix(".json"), "--plot", path.with_suffix(".png"), "--force"]
-    if name == "figure3a":
-        repetitions = 100_000 if options.size == "paper" else 2_000
-        gatepress("bench", "--shape", "768x768,3072x768", "--repetitions", repetitions, *files)
-        return
-    experiment = EXPERIMENTS["figure2"]
-    encoder, seed = next(iter(dict(options.model) or PAPER_MODELS)), next(iter(options.seed or (0,)))
-    target = "cuda" if options.device == "cuda" else "torch-cpu"
-    pruned = []
-    for arm in experiment.arms:
-        run = place_of("figure2", (encoder, "cola", arm, seed), options)
+def figure_3(options: argparse.Namespace) -> None:
+    """Time one weight (3a), or passes over CoLA's validation rows with what Figure 2 trained (3b); then draw it."""
+    path = options.results / f"paper_{options.experiment}.json"
+    if not options.render:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        words = _weights(options) if options.experiment == "figure3a" else _passes(options)
+        gatepress("bench", *words, "--device", torch_device(options.device), "-o", path, "--force")
+    if not path.exists():
+        raise SystemExit(f"{path}: is not there, so there is nothing to draw; time it first")
+    records = timings.read(path)
+    timings.write(records, path.with_suffix(".md"), force=True)
+    for suffix in (".png", ".svg"):
+        timings.plot(records, path.with_suffix(suffix), force=True)
+
+
+def _weights(options: argparse.Namespace) -> list[object]:
+    """Return the words of `gatepress bench` for 3a."""
+    return ["--shape", "768x768,3072x768", "--repetitions", 100_000 if options.size == "paper" else 2_000]
+
+
+def _passes(options: argparse.Namespace) -> list[object]:
+    """Return the words of `gatepress bench` for 3b; what they name is trained and pruned unless it is there."""
+    (encoder,) = options.models
+    target = "cuda" if torch_device(options.device) == "cuda" else "torch-cpu"
+    pruned: list[object] = []
+    for arm in EXPERIMENTS["figure2"].arms:
+        run, _ = trained("figure2", (encoder, "cola", arm, options.seed), options.models, options)
         pruned.append(options.work / "figure3b" / arm.strip("%"))
         gatepress("prune", run, "-o", pruned[-1], "--for", target, "--force")
     where = [] if options.data_dir is None else ["--data-dir", options.data_dir]
-    gatepress("bench", *pruned, "--task", "cola", *where, "--device", options.device, "--repetitions", 10, *files)
+    return [*pruned, "--task", "cola", *where, "--repetitions", 10]
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; each experiment has the options that it makes use of."""
+    made = parser(__doc__)
+    ways = made.add_subparsers(dest="experiment", required=True, metavar="EXPERIMENT")
+    for name, title in {**{name: one.title for name, one in EXPERIMENTS.items()}, **FIGURE_3}.items():
+        way = ways.add_parser(name, help=title.replace("%", "%%"), description=title)
+        add(way, *(("--device",) if name == "figure3a" else OF_TRAINING), *KEPT_IN)
+        way.add_argument("--size", choices=("laptop", "paper"), default="laptop")
+        if name in EXPERIMENTS:
+            add(way, "--task", "--seed", tasks=PAPER_TASKS)
+            way.add_argument(
+                "--arm", action="append", choices=EXPERIMENTS[name].arms, help=_of_arms(name), metavar="ARM"
+            )
+        elif name == "figure3b":
+            way.add_argument("--seed", action=Once, type=int, default=0)
+    options = read(made, words)
+    if options.experiment == "figure3a":
+        return options
+    others = EXPERIMENTS.get(options.experiment, EXPERIMENTS["figure2"]).models if options.size == "paper" else {}
+    one = options.experiment == "figure3b"
+    options.models = models_of(made, options, dict(itertools.islice(others.items(), 1 if one else None)))
+    if one and len(options.models) > 1:
+        made.error("--model: figure3b takes one")
+    return options
+
+
+def _of_arms(name: str) -> str:
+    """Return which arms an experiment has, and which of them are run unless others are asked for."""
+    experiment = EXPERIMENTS[name]
+    usual = f"; {', '.join(experiment.usual)} unless given" if experiment.usual else ""
+    return f"one of {', '.join(map(repr, experiment.arms))}{usual}".replace("%", "%%")
 
 
 def main() -> None:
     """Run the asked experiment, or only render what is there."""
-    made = parser(__doc__)
-    made.add_argument("experiment", choices=(*EXPERIMENTS, "figure3a", "figure3b"))
-    made.add_argument("--size", choices=("laptop", "paper"), default="laptop")
-    made.add_argument("--arm", action="append")
-    options = made.parse_args()
-    if options.experiment not in EXPERIMENTS:
-        figure_3(options.experiment, options)
+    options = parse()
+    if options.experiment in FIGURE_3:
+        figure_3(options)
         return
     experiment = EXPERIMENTS[options.experiment]
-    paper = options.size == "paper" and not options.render
-    models = models_of(options, experiment.models if paper else {})
+    paper = options.size == "paper"
     tasks = options.task or (experiment.tasks if paper else [t for t in TASKS if t in experiment.tasks] or TASKS)
     keys = [
         (encoder, task, arm, seed)
         for seed in options.seed or (range(SEEDS) if paper else (0,))
-        for encoder in models
+        for encoder in options.models
         for task in tasks
-        for arm in options.arm or experiment.arms
+        for arm in options.arm or experiment.usual or experiment.arms
     ]
 
-    path = RESULTS / f"paper_{options.experiment}.json"
-
     def cell(key: tuple[Any, ...]) -> dict[str, Any]:
-        return trained(options.experiment, key, models, options)[1]
+        return trained(options.experiment, key, options.models, options)[1]
 
-    cells = sweep(path, keys, KEY, cell, lambda done: render(experiment, done))
-    if experiment.line:
-        draw_both(path, partial(draw, experiment, cells))
+    path = options.results / f"paper_{options.experiment}.json"
+    figure = partial(draw, experiment) if experiment.line else None
+    sweep(path, keys, KEY, cell, partial(render, experiment), draw=figure)
 
 
 if __name__ == "__main__":

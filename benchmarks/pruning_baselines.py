@@ -1,6 +1,6 @@
 """What else could be pruned in the same time: finetune everything, prune by a score, finetune again.
 
-    python benchmarks/pruning_baselines.py --data-dir GLUE --model NAME=DIRECTORY ... --work DIR
+    python benchmarks/pruning_baselines.py --data-dir GLUE --model NAME=DIRECTORY --work DIR
         [--task sst2 ...] [--kept 0.5 ...] [--seed 0 ...] [--method magnitude ...]
 
 What goes are feed-forward neurons and whole attention heads, until the asked fraction of the encoder's linear
@@ -14,8 +14,9 @@ multiply-accumulates (MACs) is left; the best head and the best neuron of each l
 
 Every cut is checked: the smaller model must agree with the full one whose removed parts are set to zero. It starts
 from the run of full finetuning in `--work` that `paper.py accuracy` starts from too, and is finetuned again for as
-many epochs as gates close and recover in there. A record that is there is not run again. The table beside the JSON is
-rendered from it, with what `paper.py accuracy` has of gates at the same size:
+many epochs as gates close and recover in there, all of it on the CPU. A record that is there is not run again. The
+table beside the JSON, which is in `results` below `--work` or where `--results` says, is rendered from it, with what
+`paper.py accuracy` has of gates at the same size in the same directory. The committed one:
 
     python benchmarks/pruning_baselines.py --render
 """
@@ -24,17 +25,29 @@ import argparse
 import json
 import logging
 import operator
-import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
-import torch
-from cells import EPOCHS, RESULTS, TASKS, models_of, parser, pressed_epochs, sweep
+from cells import (
+    EPOCHS,
+    KEPT_IN,
+    OF_TRAINING,
+    RESULTS,
+    TASKS,
+    add,
+    machine,
+    models_of,
+    parser,
+    pressed_epochs,
+    read,
+    sweep,
+)
 from paper import FACTORS
 from pruning_job import BATCH, LEARNING_RATE, TAUGHT_RATE, Job, finetune_, load_job
 from pruning_parts import Units, macs_of, magnitude_, name_heads_, prunable, refuse_too_small, zeroed
@@ -46,7 +59,6 @@ from gatepress.collapse import parameters_of
 from gatepress.distill import Teacher
 from gatepress.errors import GatepressError, ParityError
 from gatepress.hub import locate_model
-from gatepress.machine import cpu_name
 from gatepress.resolve import Layer, resolve
 from gatepress.tasks import task_named
 from gatepress.versions import MADE_WITH, versions
@@ -135,10 +147,8 @@ def cell(key: tuple[Any, ...], load: Callable[[str, str, int], Job]) -> dict[str
         "prune_seconds": prune_seconds,
         "recovery_seconds": seconds,
         "precision": job.precision,
-        "threads": torch.get_num_threads(),
         "versions": versions(*MADE_WITH, *(["torch-pruning"] if METHODS[method].prune_ is taylor_ else [])),
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
+        **machine(),
         "command": f"python benchmarks/pruning_baselines.py --data-dir GLUE --work WORK {words}",
     }
 
@@ -149,11 +159,11 @@ def place(record: dict[str, Any]) -> tuple[Any, ...]:
     return record["encoder"], TASKS.index(record["task"]), record["seed"], -record["asked_kept"], method
 
 
-def render(records: list[dict[str, Any]]) -> str:
-    """Return the tables in Markdown: means over seeds with those of gates, then every record."""
+def render(records: list[dict[str, Any]], results: Path = RESULTS) -> str:
+    """Return the tables in Markdown: means over seeds with those of gates in `results`, then every record."""
     records = sorted(records, key=place)
     fractions = sorted({one["asked_kept"] for one in records}, reverse=True)
-    gates = of_gates(records)
+    gates = of_gates(records, results)
     text = "# Finetuned, pruned by a score, finetuned again\n\n"
     text += "| encoder | task | metric | method | full | " + " | ".join(f"{kept:.1%} of MACs" for kept in fractions)
     text += " |\n" + "|---" * (5 + len(fractions)) + "|\n"
@@ -192,7 +202,7 @@ def render(records: list[dict[str, Any]]) -> str:
     )
 
 
-def of_gates(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def of_gates(records: list[dict[str, Any]], results: Path = RESULTS) -> list[dict[str, Any]]:
     """Return what gates gave where `records` have another method: the same encoder, task, seed, size and start.
 
     The table of accuracy may have been trained anew, from other starts; what began with those of `records` is kept.
@@ -200,7 +210,7 @@ def of_gates(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     arms = {name: round(1 - removed, 6) for name, removed in FACTORS.items()}
     full = {same(one): one["full_metric_value"] for one in records}
     cells = {}
-    for path in (RESULTS / "paper_accuracy.json", RESULTS / "pruning_gates.json"):
+    for path in (results / "paper_accuracy.json", results / "pruning_gates.json"):
         for one in json.loads(path.read_text()) if path.exists() else []:
             if one["arm"] in arms:
                 cell = {**one, "method": GATES, "asked_kept": arms[one["arm"]]}
@@ -253,17 +263,17 @@ def fraction(text: str) -> float:
     return value
 
 
-def parse() -> argparse.Namespace:
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     made = parser(__doc__)
+    add(made, *(name for name in OF_TRAINING if name != "--device"), *KEPT_IN, "--task", "--seed")
+    made.set_defaults(device="cpu")
     made.add_argument("--kept", action="append", type=fraction, help="fraction of the encoder's linear MACs")
     made.add_argument("--method", action="append", choices=METHODS)
-    options = made.parse_args()
-    unknown = [task for task in options.task or () if task not in TASKS]
-    if unknown:
-        made.error(f"--task is {unknown[0]!r}, expected one of {', '.join(TASKS)}")
-    if not options.render and not (options.data_dir and options.model and options.work):
-        made.error("--data-dir, --model and --work are required, or --render alone")
+    options = read(made, words)
+    options.models = models_of(made, options)
+    if not (options.render or options.data_dir):
+        made.error("--data-dir is required, or --render alone")
     return options
 
 
@@ -272,11 +282,10 @@ def main() -> None:
     options = parse()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     methods, fractions = options.method or list(METHODS), options.kept or [0.5, 0.25, 0.125]
-    models = models_of(options)
     keys = [
         (encoder, task, seed, method, kept)
         for seed in options.seed or [0]
-        for encoder in models
+        for encoder in options.models
         for task in options.task or TASKS
         for kept in fractions
         for method in methods
@@ -284,10 +293,11 @@ def main() -> None:
     try:
         if keys and any(METHODS[method].prune_ is taylor_ for method in methods):
             torch_pruning()  # what is missing is found out now, not after hours of training
-        for directory in models.values():
+        for directory in options.models.values():
             refuse_too_small(open_base(locate_model(directory), task_named(TASKS[0])), fractions)
         load = lru_cache(maxsize=1)(partial(load_job, options=options))
-        sweep(RESULTS / "pruning_baselines.json", keys, KEY, partial(cell, load=load), render)
+        path, table = options.results / "pruning_baselines.json", partial(render, results=options.results)
+        sweep(path, keys, KEY, partial(cell, load=load), table)
     except GatepressError as error:
         logger.error("%s", error)  # noqa: TRY400 - one line, no traceback
         sys.exit(error.exit_code)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import MAX_ROWS, models_of
+from cells import MAX_ROWS
 from paper import FINETUNED, trained
 from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup
@@ -77,7 +77,7 @@ class Job:
 
 def load_job(encoder: str, task: str, seed: int, options: argparse.Namespace) -> Job:
     """Return an encoder finetuned on a task, with the task's rows."""
-    run, told = trained("accuracy", (encoder, task, FINETUNED, seed), models_of(options), options)
+    run, told = trained("accuracy", (encoder, task, FINETUNED, seed), options.models, options)
     rows = load_rows(DataSettings(task=task, data_dir=str(options.data_dir), max_train_samples=MAX_ROWS))
     tokenizer = open_tokenizer(run)
     validation = {name: tokenize(split, tokenizer, MAX_LENGTH) for name, split in rows.validation.items()}

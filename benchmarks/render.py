@@ -5,12 +5,13 @@
 Nothing in a rendered file is typed by hand; running this twice changes nothing.
 """
 
+import argparse
 import itertools
 import json
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,13 @@ import pruning_baselines
 import resume
 import steps
 import training_time
-from cells import TASKS
+from cells import RESULTS, TASKS, draw_both, parser
 from speed import AGAIN, GRID
 
 from gatepress.bench import render
 from gatepress.bench.record import Record
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results"
-README = HERE.parent / "README.md"
+README = Path(__file__).parents[1] / "README.md"
 TIMINGS = (
     "matmul",
     "speed_base",
@@ -310,6 +309,10 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "steps_bf16": steps.render,
     "training_time": training_time.render,
 }
+FIGURES: dict[str, Callable[[Any, Any], None]] = {
+    "deployed": deployed.draw,
+    **{f"paper_{name}": partial(paper.draw, one) for name, one in paper.EXPERIMENTS.items() if one.line},
+}
 BLOCKS = {"figures": readme_figures, "speed": speed_figures, "pruned": readme_pruned}
 
 
@@ -330,10 +333,26 @@ def readme() -> str:
     return text
 
 
+def figures() -> Iterator[tuple[Path, Callable[[Any], None]]]:
+    """Yield every figure that is drawn from one file here, without a suffix, and what draws it."""
+    for name, draw in FIGURES.items():
+        source = RESULTS / f"{name}.json"
+        if source.exists():
+            yield source.with_suffix(""), partial(draw, json.loads(source.read_text()))
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line, which has no options."""
+    return parser(__doc__).parse_args(words)
+
+
 def main() -> None:
     """Write every rendered file."""
+    parse()
     for path, text in tables():
         path.write_text(text)
+    for path, draw_on in figures():
+        draw_both(path, draw_on)
     for name in TIMINGS:
         records = render.read(RESULTS / f"{name}.json")
         render.write(records, RESULTS / f"{name}.md", force=True)

@@ -4,27 +4,26 @@
 
 One run is left alone. Each other is sent SIGKILL at a moment drawn evenly over the time that the first took, loading
 and writing among it, goes on with `gatepress train --resume` (from the start where there was no checkpoint yet), and
-is compared bit by bit. Moments that stand in the results are not tried again.
+is compared bit by bit. Moments that stand in the results, which are in `results` below `--work` or where `--results`
+says, are not tried again.
 """
 
 import argparse
 import json
-import os
 import random
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cells import RESULTS, gatepress, sweep
+from cells import KEPT_IN, add, count, gatepress, keep, machine, parser, read, sweep
 
-from gatepress.machine import cpu_name
 from gatepress.versions import MADE_WITH, versions
 
-PATH = RESULTS / "resume.json"
 TIMES = ("train_seconds", "peak_memory_bytes", "output_dir")
 
 
@@ -70,8 +69,7 @@ def cell(key: tuple[Any, ...], words: list[str], whole: Path, seconds: float) ->
         "checkpoint_step": found.get("step"),
         "equal": equal,
         "versions": versions(*MADE_WITH),
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
+        **machine(),
         "command": "gatepress " + " ".join(words),
     }
 
@@ -92,15 +90,24 @@ def render(cells: list[dict[str, Any]]) -> str:
     )
 
 
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    made = parser(__doc__)
+    add(made, *KEPT_IN)
+    made.add_argument("--kills", type=count, default=50)
+    made.add_argument("--save-every", type=count, default=2, metavar="STEPS")
+    made.add_argument("--model", default="demo", metavar="DIR", help="demo unless given")
+    made.add_argument("--max-train-samples", type=count, default=512)
+    return read(made, words)
+
+
 def main() -> None:
     """Train once, then kill and resume as often as asked."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--work", type=Path, required=True, help="where runs are kept between starts")
-    made.add_argument("--kills", type=int, default=50)
-    made.add_argument("--save-every", type=int, default=2, metavar="STEPS")
-    made.add_argument("--model", default="demo", metavar="DIR", help="demo unless given")
-    made.add_argument("--max-train-samples", type=int, default=512)
-    options = made.parse_args()
+    options = parse()
+    path, keys = options.results / "resume.json", [(number,) for number in range(options.kills)]
+    if options.render:
+        keep(path, None, render)
+        return
     words = ["train", "--task", "demo", "--model", options.model, "--device", "cpu", "--epochs", "3"]
     words += ["--max-train-samples", str(options.max_train_samples), "--max-validation-samples", "256"]
     words += ["--save-every", str(options.save_every)]
@@ -108,7 +115,7 @@ def main() -> None:
     begun = time.monotonic()
     gatepress(*words, "-o", whole, "--force")
     kill = partial(cell, words=words, whole=whole, seconds=time.monotonic() - begun)
-    sweep(PATH, [(number,) for number in range(options.kills)], ("kill",), kill, render)
+    sweep(path, keys, ("kill",), kill, render)
 
 
 if __name__ == "__main__":

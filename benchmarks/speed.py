@@ -12,7 +12,8 @@
 
 Weights are random (how long a product takes does not hang on them), gates are closed at random, shapes
 are real. Every comparison is one interleaved run. Wants a quiet machine; `--work DIR` keeps models, and
-parts of the grid that are done are not measured again.
+parts of the grid that are done are not measured again. Results are written to `results` below `--work`, or
+where `--results` says.
 """
 
 import argparse
@@ -25,12 +26,14 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from cells import parser
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -59,7 +62,6 @@ from gatepress.resolve import resolve
 from gatepress.tasks.sources import load_rows
 from gatepress.versions import MADE_WITH, versions
 
-RESULTS = Path(__file__).parent / "results"
 SHAPES: dict[str, Any] = {
     "minilm": lambda: BertForSequenceClassification(
         BertConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=12)
@@ -145,14 +147,14 @@ def closed_mask(size: int, groups: int, sparsity: float, *, whole: bool) -> torc
     return mask.flatten()
 
 
-def table(work: Path) -> None:
+def table(work: Path, results: Path) -> None:
     """Measure the costs that layouts are chosen by."""
     del work
     measured = {target: latency.measure(target).to_json() for target in GRID}
-    (RESULTS / "latency_tables.json").write_text(json.dumps(measured, indent=1) + "\n")
+    (results / "latency_tables.json").write_text(json.dumps(measured, indent=1) + "\n")
 
 
-def kernels(work: Path) -> None:
+def kernels(work: Path, results: Path) -> None:
     """Time what the target's facts in `costs.TARGETS` stand on: odd widths, and two ways to pick columns."""
     del work
     rows: list[dict[str, Any]] = []
@@ -187,13 +189,13 @@ def kernels(work: Path) -> None:
             x, index = torch.randn(1, tokens, 768), torch.from_numpy(kept)
             add("index_select from the last axis", "torch-cpu", (768, 544), tokens, partial(x.index_select, -1, index))
             add("gather from the last axis", "torch-cpu", (768, 544), tokens, partial(pick, x, index))
-    (RESULTS / "kernels.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (results / "kernels.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def compare(run: Path, name: str) -> None:
+def compare(run: Path, results: Path, name: str) -> None:
     """Time a run against everything else that could be deployed."""
     records = against_alternatives(run, batch_sizes=BATCHES, seq_lens=LENGTHS, repetitions=REPETITIONS)
-    render.write(records, RESULTS / f"speed_{name}.json", force=True)
+    render.write(records, results / f"speed_{name}.json", force=True)
 
 
 def forms_of(run: Path, target: Target, layouts: tuple[Layout, ...], tokens: int | None = None) -> dict[str, Path]:
@@ -219,7 +221,7 @@ def _graph_of(source: Path, quantize: Literal["int8"] | None) -> Path:
     return graph
 
 
-def structured(work: Path) -> None:
+def structured(work: Path, results: Path) -> None:
     """Time half of the multiply-accumulates gone, as dimensions of every head and as whole heads."""
     for shape in ("minilm", "roberta-base"):
         runs = {
@@ -229,25 +231,25 @@ def structured(work: Path) -> None:
         targets = {"dense": forms_of(runs["heads"], "ort-cpu", ())["dense"]}
         targets |= {f"half, {name}": forms_of(run, "ort-cpu", ("auto",))["auto"] for name, run in runs.items()}
         records = endtoend.run(targets, batch_sizes=BATCHES, seq_lens=LENGTHS, repetitions=2 * REPETITIONS)
-        render.write(records, RESULTS / f"speed_structured_{shape}.json", force=True)
+        render.write(records, results / f"speed_structured_{shape}.json", force=True)
 
 
-def bf16(work: Path) -> None:
+def bf16(work: Path, results: Path) -> None:
     """Time torch in float32 and in bfloat16 with half of the multiply-accumulates gone, against all else."""
     run = random_run("roberta-base", work, granularity="structured", sparsity=0.5)
     records = against_alternatives(
         run, precisions=("fp32", "bf16"), batch_sizes=BATCHES, seq_lens=LENGTHS[-1:], repetitions=REPETITIONS
     )
-    render.write(records, RESULTS / "speed_bf16.json", force=True)
+    render.write(records, results / "speed_bf16.json", force=True)
 
 
-def grid(work: Path) -> None:
+def grid(work: Path, results: Path) -> None:
     """Time the layout chosen for each batch and length beside the fixed ones, for every sparsity, shape and runtime.
 
     Two sessions of one graph may differ by more than two layouts do, so every form is opened anew in each of
     `ROUNDS`, and the chosen one twice: what lies between these two is noise.
     """
-    done = RESULTS / "speed_grid.json"
+    done = results / "speed_grid.json"
     rows = json.loads(done.read_text()) if done.exists() else []
     cells = itertools.product(("minilm", "mpnet"), SPARSITIES, GRID, BATCHES, LENGTHS)
     for shape, sparsity, target, batch, length in cells:
@@ -293,7 +295,7 @@ def _weights(form: Path) -> list[str]:
     return [sha256_of(file) for file in sorted(form.glob("model.*"))]
 
 
-def fusions(work: Path) -> None:
+def fusions(work: Path, results: Path) -> None:
     """Count what ONNX Runtime fuses in dense and in pruned graphs, as `export` reports it."""
     rows = []
     targets: tuple[Target, ...] = ("ort-cpu", "ort-int8")
@@ -303,10 +305,10 @@ def fusions(work: Path) -> None:
             manifest = json.loads((directory / "gatepress_onnx.json").read_text())
             counted = {key: manifest[key] for key in ("dtype", "fused_operators", "operators")}
             rows.append({"encoder": "minilm", "layout": name, **counted})
-    (RESULTS / "fusions.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (results / "fusions.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def collapse(work: Path) -> None:
+def collapse(work: Path, results: Path) -> None:
     """Measure time and memory of `gatepress prune` in a fresh process, RoBERTa-base shape."""
     run = random_run("roberta-base", work, granularity="matrix", sparsity=0.3)
     base = base_model("roberta-base", work)
@@ -340,7 +342,7 @@ def collapse(work: Path) -> None:
         "seconds_of_the_imports_alone": round(seconds, 2),
         "runs": rows,
     }
-    (RESULTS / "speed_collapse.json").write_text(json.dumps(result, indent=1) + "\n")
+    (results / "speed_collapse.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _watch(process: "subprocess.Popen[bytes]", peak: dict[str, int]) -> None:
@@ -361,22 +363,36 @@ def _high_water(status: str) -> int:
 OF_ITS_OWN = {one.__name__: one for one in (table, kernels, structured, bf16, grid, fusions, collapse)}
 
 
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; only what is timed on several machines takes a suffix, only `trained` a run."""
+    made = parser(__doc__)
+    ways = made.add_subparsers(dest="what", required=True, metavar="WHAT")
+    for name in (*OF_ITS_OWN, "base", "trained"):
+        way = ways.add_parser(name)
+        way.add_argument("--work", type=Path, default=Path("work"), metavar="DIR", help="where models are kept")
+        told = "where results are written; `results` in --work unless given"
+        way.add_argument("--results", type=Path, metavar="DIR", help=told)
+        if name not in OF_ITS_OWN:
+            way.add_argument("--suffix", default="", help="of the result's name, for that of another machine")
+        if name == "trained":
+            way.add_argument("--run", type=Path, required=True, help="a run directory with matrix gates")
+    return made.parse_args(words)
+
+
 def main() -> None:
     """Run what was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=(*OF_ITS_OWN, "base", "trained"))
-    parser.add_argument("--work", type=Path, default=Path("work"))
-    parser.add_argument("--run", type=Path, help="a run directory with matrix gates, for `trained`")
-    parser.add_argument("--suffix", default="", help="of the result's name, for `base` and `trained` on other machines")
-    options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
+    options = parse()
     work = options.work.absolute()
+    results = options.results or work / "results"
+    for directory in (work, results):
+        directory.mkdir(parents=True, exist_ok=True)
     if options.what == "trained":
-        compare(options.run, f"trained{options.suffix}")
+        compare(options.run, results, f"trained{options.suffix}")
     elif options.what == "base":
-        compare(random_run("roberta-base", work, granularity="matrix", sparsity=0.3), f"base{options.suffix}")
+        run = random_run("roberta-base", work, granularity="matrix", sparsity=0.3)
+        compare(run, results, f"base{options.suffix}")
     else:
-        OF_ITS_OWN[options.what](work)
+        OF_ITS_OWN[options.what](work, results)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """What a step of training costs: everything finetuned, gates that still close, gates that are fixed.
 
-    python benchmarks/steps.py
+    python benchmarks/steps.py --results DIR
 
 MiniLM's shape with random weights and gates closed at random, alike in every head; forward, backward and optimizer on
 one batch, all forms by turns. `teacher` adds what `--distill` asks in a step. Wants a quiet machine. The table beside
-the JSON is rendered from it:
+the JSON is rendered from it; the committed one:
 
     python benchmarks/steps.py --render
 
@@ -14,11 +14,12 @@ the JSON is rendered from it:
 import argparse
 import os
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from cells import RESULTS, keep
+from cells import add, count, keep, parser, read
 from speed import SHAPES, closed_mask
 
 from gatepress.bench.timing import Call, interleave, wall_clock
@@ -35,7 +36,7 @@ from gatepress.progress import NoProgress
 from gatepress.tasks import TaskSpec, task_named
 from gatepress.versions import MADE_WITH, versions
 
-PATHS: dict[Precision, Path] = {"fp32": RESULTS / "steps.json", "bf16": RESULTS / "steps_bf16.json"}
+NAMES: dict[Precision, str] = {"fp32": "steps.json", "bf16": "steps_bf16.json"}
 SHAPE, BATCH, LENGTH = "minilm", 32, 32
 REPETITIONS, BLOCK, WARMUP = 20, 4, 1
 LESSON = Lesson(torch.tensor([0, 101, 102]), torch.tensor([0.5, 0.5]), HIDDEN_WEIGHT)
@@ -144,14 +145,22 @@ def render(record: dict[str, Any]) -> str:
     )
 
 
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    made = parser(__doc__)
+    add(made, "--render")
+    told = "where the JSON and its table are written; with --render the committed ones unless given"
+    made.add_argument("--results", type=Path, metavar="DIR", help=told)
+    made.add_argument("--precision", default="fp32", choices=NAMES)
+    made.add_argument("--threads", type=count, default=os.cpu_count())
+    return read(made, words)
+
+
 def main() -> None:
     """Measure, or only render."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--precision", default="fp32", choices=PATHS)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--render", action="store_true")
-    options = parser.parse_args()
-    keep(PATHS[options.precision], None if options.render else measure(options.precision, options.threads), render)
+    options = parse()
+    measured = None if options.render else measure(options.precision, options.threads)
+    keep(options.results / NAMES[options.precision], measured, render)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands]
 
-BENCHMARKS = [path for path in sorted(ROOT.glob("benchmarks/*.py")) if ".parse_args(" in path.read_text("utf-8")]
+BENCHMARKS = [path for path in sorted(ROOT.glob("benchmarks/*.py")) if "__main__" in path.read_text("utf-8")]
 
 IMPORTED_BY_TORCH = {"onnxscript"}  # by its ONNX exporter
 
