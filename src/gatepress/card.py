@@ -57,13 +57,16 @@ model = gatepress.load_pruned("DIR")
 ```"""
 
 
-def card(manifest: dict[str, Any]) -> str:
-    """Return the card of what `gatepress_pruned.json` describes; paths of this machine are shown as names."""
+def card(manifest: dict[str, Any], outputs: int | None = None) -> str:
+    """Return the card of what `gatepress_pruned.json` describes; paths of this machine are shown as names.
+
+    `outputs` are those of the model's head, one for each class unless given.
+    """
     name = str(manifest["run"]["name"])
     parts = [
         f"---\n{_front_matter(manifest, name)}---",
         f"# {name}, pruned",
-        _about(manifest),
+        _about(manifest, outputs),
         _numbers(manifest),
         f"## Loading it\n\n`DIR` is this directory, or its name on the hub.\n\n{_loading(manifest)}",
         _again(manifest, name),
@@ -130,10 +133,14 @@ def _from_hub(manifest: dict[str, Any]) -> bool:
     return data["task"] in TASKS and data["task"] != "demo" and not data["data_dir"]
 
 
-def _about(manifest: dict[str, Any]) -> str:
+def _about(manifest: dict[str, Any], outputs: int | None) -> str:
     task, base, report = manifest["task"], manifest["base"], manifest["report"]
     labels = task["label_names"]
     kind = f"Classes: {', '.join(labels)}." if labels else "It predicts a number."
+    if labels and outputs == 1:
+        kind = (
+            f"One output: the higher, the likelier `{labels[1]}` and not `{labels[0]}`; its sigmoid is the probability."
+        )
     revision = f" at revision `{base['revision']}`" if base["revision"] else ""
     return (
         f"`{shown(base['model'])}`{revision}, trained on {task['name']} with gates over its matrices; what they closed "

@@ -125,7 +125,7 @@ def prune(  # noqa: PLR0913 - every option of the command is one
         }
         refuse_unsound(body)
         (staged / PRUNED_FILE).write_text(json_text(body), encoding="utf-8")
-        (staged / CARD_FILE).write_text(card(body), encoding="utf-8")
+        (staged / CARD_FILE).write_text(card(body, outputs=wanted.shape[1]), encoding="utf-8")
     return {**report, "size_bytes": (output / "model.safetensors").stat().st_size, "output_dir": str(output)}
 
 
