@@ -121,7 +121,9 @@ def test_a_reranker_keeps_its_head_in_all_forms(
     config = json.loads((pruned / "config.json").read_text())
     assert config["id2label"] == before["id2label"] == {"0": "LABEL_0"}
     assert config.get("problem_type") is None
-    assert "One output: the higher, the likelier `wild` and not `calm`" in (pruned / "README.md").read_text()
+    assert (
+        "One output, whose sigmoid is the probability of `wild` against `calm`." in (pruned / "README.md").read_text()
+    )
     model = load_pruned(pruned)
     assert model(**tiny.random_batch(family)).logits.shape == (4, 1)
     shipped = AutoModelForSequenceClassification.from_pretrained(pruned, trust_remote_code=True)

@@ -138,9 +138,7 @@ def _about(manifest: dict[str, Any], outputs: int | None) -> str:
     labels = task["label_names"]
     kind = f"Classes: {', '.join(labels)}." if labels else "It predicts a number."
     if labels and outputs == 1:
-        kind = (
-            f"One output: the higher, the likelier `{labels[1]}` and not `{labels[0]}`; its sigmoid is the probability."
-        )
+        kind = f"One output, whose sigmoid is the probability of `{labels[1]}` against `{labels[0]}`."
     revision = f" at revision `{base['revision']}`" if base["revision"] else ""
     return (
         f"`{shown(base['model'])}`{revision}, trained on {task['name']} with gates over its matrices; what they closed "
