@@ -30,6 +30,7 @@ from gatepress.bench import render
 from gatepress.bench.record import Record
 
 README = Path(__file__).parents[1] / "README.md"
+GUIDE = README.parent / "docs/which-sparsity.md"
 TIMINGS = (
     "matmul",
     "speed_base",
@@ -46,6 +47,7 @@ TIMINGS = (
 BATCH, LENGTH = 8, 128  # of the latencies in the README
 FIRST, SIZE, LEAD = "mpnet", "12 layers of 768", "4x"  # the encoder of its first table, and what its sentence is about
 ENCODER = "minilm"  # of its table of other pruning
+NAMES = {"sst2": "SST-2", "stsb": "STS-B", "rte": "RTE", "cola": "CoLA"}
 TOLERATED = 0.03  # what a chosen layout may be slower than the best fixed one
 
 
@@ -290,6 +292,59 @@ def readme_pruned() -> str:
     )
 
 
+def readme_kept() -> str:
+    """Return what is kept of full finetuning's metric on average and on the task that loses most, in Markdown."""
+    cells = _accuracy()
+    sentences = []
+    for encoder, title in ((ENCODER, "MiniLM"), (FIRST, FIRST)):
+        sizes = []
+        for arm in paper.FACTORS:
+            parts = {task: paper._part(cells, encoder, task, arm) or 0.0 for task in TASKS}
+            least = min(parts, key=lambda task: parts[task])
+            lost = f"least of {NAMES[least]}, {parts[least]:.0%}"
+            sizes.append(f"{statistics.mean(parts.values()):.1%} at {deployed.ARMS[arm]} ({lost})")
+        sentences.append(f"{title} {', '.join(sizes)}")
+    return (
+        f"- Not all accuracy is kept: of full finetuning's metric, on average over {len(TASKS)} tasks, "
+        f"{'; '.join(sentences)}. One to six seeds, by several releases "
+        "([table](benchmarks/results/paper_accuracy.md)).\n"
+    )
+
+
+def guide_small() -> str:
+    """Return what MiniLM keeps, medians over seeds, in Markdown."""
+    cells = _accuracy()
+
+    def shown(task: str, arm: str) -> str:
+        part = paper._part(cells, ENCODER, task, arm) or 0.0
+        return f"{statistics.median(paper._values(cells, ENCODER, task, arm).values()):.3f} ({part:.0%})"
+
+    return _by_task(shown)
+
+
+def guide_large() -> str:
+    """Return what the larger encoder keeps, seed by seed, in Markdown."""
+    cells = _accuracy()
+
+    def shown(task: str, arm: str) -> str:
+        values, full = (paper._values(cells, FIRST, task, one) for one in (arm, paper.FINETUNED))
+        return ", ".join(f"{value:.3f} of {full[seed]:.3f}" for seed, value in sorted(values.items()))
+
+    return _by_task(shown)
+
+
+def _accuracy() -> list[dict[str, Any]]:
+    cells: list[dict[str, Any]] = json.loads((RESULTS / "paper_accuracy.json").read_text())
+    return cells
+
+
+def _by_task(shown: Callable[[str, str], str]) -> str:
+    """Return a table of what is `shown` of a task and an arm: a row for each size."""
+    rows = [f"| {deployed.ARMS[arm]} | {' | '.join(shown(task, arm) for task in NAMES)} |" for arm in paper.FACTORS]
+    head = f"| multiply-accumulates | {' | '.join(NAMES.values())} |\n|---|{'--:|' * len(NAMES)}\n"
+    return head + "\n".join(rows) + "\n"
+
+
 def _median(values: list[float]) -> str:
     return f"{statistics.median(values):.3f}" if values else ""
 
@@ -313,7 +368,10 @@ FIGURES: dict[str, Callable[[Any, Any], None]] = {
     "deployed": deployed.draw,
     **{f"paper_{name}": partial(paper.draw, one) for name, one in paper.EXPERIMENTS.items() if one.line},
 }
-BLOCKS = {"figures": readme_figures, "speed": speed_figures, "pruned": readme_pruned}
+BLOCKS = {
+    README: {"figures": readme_figures, "speed": speed_figures, "pruned": readme_pruned, "kept": readme_kept},
+    GUIDE: {"small": guide_small, "large": guide_large},
+}
 
 
 def tables() -> Iterator[tuple[Path, str]]:
@@ -324,13 +382,14 @@ def tables() -> Iterator[tuple[Path, str]]:
             yield source.with_suffix(".md"), table(json.loads(source.read_text()))
 
 
-def readme() -> str:
-    """Return README with the figures between its marks rendered anew."""
-    text = README.read_text()
-    for mark, block in BLOCKS.items():
-        plain = block().replace("\\", r"\\")
-        text = re.sub(rf"(?s)(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", rf"\g<1>{plain}\g<2>", text)
-    return text
+def documents() -> Iterator[tuple[Path, str]]:
+    """Yield every document with the figures between its marks rendered anew."""
+    for path, blocks in BLOCKS.items():
+        text = path.read_text()
+        for mark, block in blocks.items():
+            plain = block().replace("\\", r"\\")
+            text = re.sub(rf"(?s)(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", rf"\g<1>{plain}\g<2>", text)
+        yield path, text
 
 
 def figures() -> Iterator[tuple[Path, Callable[[Any], None]]]:
@@ -358,7 +417,8 @@ def main() -> None:
         render.write(records, RESULTS / f"{name}.md", force=True)
         for suffix in ("svg", "png"):
             render.plot(records, RESULTS / f"{name}.{suffix}", force=True)
-    README.write_text(readme())
+    for path, text in documents():
+        path.write_text(text)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What stands in benchmarks/results and in README as a figure is rendered from the measurements beside it."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,15 @@ def test_tables_are_those_of_their_measurements(render):
     assert stale == [], "python benchmarks/render.py"
 
 
-def test_figures_of_the_readme_are_those_of_the_measurements(render):
-    assert (ROOT / "README.md").read_text(encoding="utf-8") == render.readme(), "python benchmarks/render.py"
+def test_figures_in_documents_are_those_of_the_measurements(render):
+    stale = [path.name for path, text in render.documents() if path.read_text(encoding="utf-8") != text]
+    assert stale == [], "python benchmarks/render.py"
+
+
+def test_every_mark_in_documents_is_rendered(render):
+    for path, blocks in render.BLOCKS.items():
+        marks = re.findall(r"<!-- (\w+) -->", path.read_text(encoding="utf-8"))
+        assert [*marks] == [*blocks], path
 
 
 def test_parts_of_full_finetuning_compare_the_same_seeds(render):
