@@ -217,8 +217,10 @@ def test_every_setting_has_an_option_with_its_default():
                 assert parameters[field.name].default == default, field.name
 
 
-def test_train_options_become_settings(library):
+@pytest.mark.parametrize("schedule", [{"open_epochs": 1, "closing": 0.5}, {"open_epochs": 0, "start": "runs/x"}])
+def test_train_options_become_settings(library, schedule):
     given = {
+        **schedule,
         "model": "demo",
         "sparsity": 0.25,
         "granularity": "matrix",
@@ -228,9 +230,6 @@ def test_train_options_become_settings(library):
         "gate_axes": "in",
         "matrices": ("q", "down"),
         "lora_rank": 4,
-        "open_epochs": 0,
-        "closing": 0.5,
-        "start": "runs/x",
         "penalty_weight": 7.0,
         "epochs": 2,
         "batch_size": 5,
@@ -250,6 +249,7 @@ def test_train_options_become_settings(library):
         "text_column": "t",
         "text_pair_column": "u",
         "label_column": "l",
+        "metric": "f1",
         "max_train_samples": 9,
         "max_validation_samples": 8,
     }
