@@ -66,6 +66,12 @@ from gatepress.versions import MADE_WITH, versions
 KEY = ("encoder", "task", "seed", "method", "asked_kept")
 GATES = "gates"
 TOLERANCE = 0.005  # of the asked MACs
+CLOSE = 0.005  # of a metric: less than one standard error of any of these tasks
+ORDERS: dict[str, Callable[[float, float], bool]] = {
+    f"by less than {CLOSE} on": lambda a, b: 0 < a - b < CLOSE,
+    "level on": operator.eq,
+    "behind on": operator.lt,
+}
 
 logger = logging.getLogger(__name__)
 
@@ -240,9 +246,9 @@ def won(records: list[dict[str, Any]], gates: list[dict[str, Any]]) -> str:
                 for name, (a, b) in means.items()
                 if order(a, b)
             ]
-            for word, order in (("level on", operator.eq), ("behind on", operator.lt))
+            for word, order in ORDERS.items()
         }
-        ahead = len(cells) - sum(map(len, told.values()))
+        ahead = sum(a > b for a, b in means.values())
         others = [f"{word} {', '.join(names)}" for word, names in told.items() if names]
         sentences += ["; ".join([f"of `{method}` in {ahead} of {len(cells)} cells", *others])] if cells else []
     return f"`{GATES}` are ahead " + (". They are ahead ".join(sentences) or "of nothing yet") + "."

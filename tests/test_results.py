@@ -55,5 +55,7 @@ def test_gates_are_ahead_where_they_are(render):
     assert "of `taylor` in 0 of 1 cells; level on e sst2 at 25.0% (0.8000 to 0.8000, 1 seed)" in told
     again = [{**one, "seed": 1, "metric_value": value} for one, value in zip(others, (0.7, 0.9), strict=True)]
     told = pruned.won([*others, *again], [*ours, {**ours[0], "seed": 1, "metric_value": 0.7}])
-    assert "of `magnitude` in 1 of 1 cells" in told  # by the mean, though level with this seed
+    assert "of `magnitude` in 1 of 1 cells." in told  # by the mean, though level with this seed
     assert "of `taylor` in 0 of 1 cells; behind on e sst2 at 25.0% (0.7500 to 0.8500, 2 seeds)" in told
+    told = pruned.won([{**others[0], "metric_value": 0.797}], ours)
+    assert "of `magnitude` in 1 of 1 cells; by less than 0.005 on e sst2 at 25.0% (0.8000 to 0.7970, 1 seed)." in told
