@@ -81,7 +81,7 @@ def render(records: list[dict[str, Any]]) -> str:
             middle = statistics.median(values)
             text += f"| {record['encoder']} | {record['task']} | {arm} | {record['epochs'][arm]} | {middle:.1f} "
             text += f"| {min(values):.1f} to {max(values):.1f} | {middle / full:.0%} |\n"
-    one = records[0]
+    times = " or ".join(map(str, sorted({len(each["seconds"][FINETUNED]) for each in records}, reverse=True)))
     by = ", and in ".join(
         dict.fromkeys(
             f"{each['precision']}, {trained_on(each)}, gatepress {each['versions']['gatepress']}, "
@@ -90,7 +90,7 @@ def render(records: list[dict[str, Any]]) -> str:
         )
     )
     return text + (
-        f"\nThe first {one['rows']:,} rows, {len(one['seconds'][FINETUNED])} trainings of each by turns, "
+        f"\nThe first {records[0]['rows']:,} rows, {times} trainings of each by turns, "
         f"{by}. *{FINETUNED}*: full finetuning; *4x*: what it gave, pressed to a quarter "
         "of the encoder's multiply-accumulates, with its teacher.\n"
     )
