@@ -57,7 +57,6 @@ from gatepress.tasks.labels import are_numbered, folded, in_order, some
 
 logger = logging.getLogger(__name__)
 
-NOTHING: frozenset[Path] = frozenset()
 PROBE_FILE = "probe.safetensors"
 HEAD = "classifier"  # what all families call it; a configuration may speak of one that the weights do not have
 Place = TypeVar("Place", bound=Path | None)  # of a model, where a way to look for it always finds one or may not
@@ -161,13 +160,13 @@ def read_probe(directory: Path, model: PreTrainedModel) -> dict[str, Tensor]:
     return probe
 
 
-def open_base(directory: Path, spec: TaskSpec, above: frozenset[Path] = NOTHING) -> PreTrainedModel:
+def open_base(directory: Path, spec: TaskSpec, above: frozenset[Path] = frozenset()) -> PreTrainedModel:
     """Load a dense float32 model with a head for the task: its own one, where it was finetuned for it.
 
     `directory` may be a run without gates (`--method full` and the like), other than those `above` that stand on it.
-    Raises `ModelError` for a family that
-    gatepress does not know, for a run with gates, for a head whose classes stand in another order, and where the
-    checkpoint lacks weights of the encoder itself: a randomly initialised layer must never be trained on silently.
+    Raises `ModelError` for a family that gatepress does not know, for a run with gates, for a head whose classes stand
+    in another order, and where the checkpoint lacks weights of the encoder itself: a randomly initialised layer must
+    never be trained on silently.
     """
     if (directory / RUN_FILE).is_file():
         return _open_run_as_base(directory, spec, above)
@@ -261,10 +260,11 @@ def _head_of(directory: Path, spec: TaskSpec) -> tuple[int, bool]:
     Of two classes one output may tell, as in rerankers, unless it was trained to give numbers.
     """
     config = read_json(directory / "config.json")
-    headed = any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or ())
+    if not any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or ()):
+        return 0, False
     outputs = len(config.get("id2label") or (0, 1))  # absent: the two of transformers
     shapes = {name: shape for file in directory.glob("*.safetensors") for name, shape in tensor_shapes(file).items()}
-    if not headed or not any(HEAD in name and shape[:1] == (outputs,) for name, shape in shapes.items()):
+    if not any(HEAD in name and shape[:1] == (outputs,) for name, shape in shapes.items()):
         return 0, False
     numbers = config.get("problem_type") == "regression"
     return outputs, outputs == spec.num_labels or (outputs in spec.widths and not numbers)
@@ -365,7 +365,7 @@ def _tell_unfinished(directory: Path, manifest: RunManifest) -> None:
         )
 
 
-def load_run(directory: Path, above: frozenset[Path] = NOTHING) -> tuple[PreTrainedModel, RunManifest]:
+def load_run(directory: Path, above: frozenset[Path] = frozenset()) -> tuple[PreTrainedModel, RunManifest]:
     """Rebuild the model of a run directory, in evaluation mode: gated, or with its adapters merged.
 
     Raises `ArtifactError` where the directory is broken, the base model is not the one it was trained on, or one of

@@ -40,9 +40,8 @@ class TaskSpec:
     @property
     def metrics(self) -> tuple[Metric, ...]:
         """The metrics that labels of this kind can be measured by."""
-        fit = {name: (name in OF_NUMBERS) == (self.label_names is None) for name in get_args(Metric)}
-        fit |= {name: fit[name] and self.num_labels == MIN_CLASSES for name in OF_TWO_CLASSES}
-        return tuple(name for name in fit if fit[name])
+        kind = [name for name in get_args(Metric) if (name in OF_NUMBERS) == (self.label_names is None)]
+        return tuple(name for name in kind if name not in OF_TWO_CLASSES or self.num_labels == MIN_CLASSES)
 
     @property
     def no_label(self) -> int | float:
