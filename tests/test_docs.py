@@ -115,7 +115,10 @@ def world(
             for left, right, score in tiny.made_up_pairs(96, seed)
         ]
         (root / f"pairs-{name}.jsonl").write_text("\n".join(pairs))
-        ranked = [(left, right, int(score > 2)) for left, right, score in tiny.made_up_pairs(96, seed)]
+        ranked = [
+            (tiny.FILLERS[number // 8], right, int(score > 2))
+            for number, (_, right, score) in enumerate(tiny.made_up_pairs(96, seed))
+        ]
         tiny.write_table(root / f"queries-{name}.csv", ("query", "passage", "relevant"), ranked)
     return root
 

@@ -195,7 +195,9 @@ def test_metrics_are_what_they_are_called() -> None:
     [
         ("sst2", "pearson", "accuracy, matthews, f1, average_precision"),
         ("mnli", "average_precision", "accuracy, matthews, f1"),
-        ("stsb", "f1", "pearson, spearman"),
+        ("stsb", "f1", "ndcg@10, pearson, spearman"),
+        ("rte", "pearson", "accuracy, matthews, f1, average_precision, mrr@10, ndcg@10"),
+        ("cola", "mrr@10", "accuracy, matthews, f1, average_precision"),
     ],
 )
 def test_a_metric_of_other_labels_is_refused(task: str, metric: Metric, fit: str, tiny_glue_dir: Path) -> None:

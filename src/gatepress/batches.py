@@ -33,10 +33,11 @@ def fitting(asked: int, most: int | None, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def tokenize(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> datasets.Dataset:
-    """Return `input_ids`, `attention_mask`, `token_type_ids` (where the tokenizer has them) and `label`.
+    """Return `input_ids`, `attention_mask`, `token_type_ids` (where the tokenizer has them), `label`, of pairs `query`.
 
-    Texts are cut at `max_length` tokens, of a pair the longer text first; nothing is padded yet. Raises `UsageError`
-    where special tokens alone take as many: then tokenizers do not cut at all.
+    Texts are cut at `max_length` tokens, of a pair the longer text first; nothing is padded yet. Pairs whose first text
+    is the same have the same number as `query`. Raises `UsageError` where special tokens alone take as many: then
+    tokenizers do not cut at all.
     """
     pairs = "text_pair" in rows.column_names
     special = tokenizer.num_special_tokens_to_add(pair=pairs)
@@ -44,11 +45,15 @@ def tokenize(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_len
         raise UsageError(
             f"--max-length is {max_length}, of which {special} are special tokens; expected {special + 1} or more"
         )
-    tables = []
+    tables: list[pa.Table] = []
+    numbers: dict[str, int] = {}
     for chunk in rows.iter(batch_size=_CHUNK_ROWS):
         texts = (chunk["text"], chunk["text_pair"]) if pairs else (chunk["text"],)
         encoded = tokenizer(*texts, truncation=True, max_length=max_length, padding=False)
         columns = {name: pa.array(encoded[name], pa.list_(pa.int32())) for name in INPUTS if name in encoded}
+        if pairs:
+            queries = [numbers.setdefault(text, len(numbers)) for text in chunk["text"]]
+            columns["query"] = pa.array(queries, pa.int64())
         kind = pa.int64() if isinstance(chunk["label"][0], int) else pa.float32()
         tables.append(pa.table({**columns, "label": pa.array(chunk["label"], kind)}))
     return datasets.Dataset(pa.concat_tables(tables))
@@ -126,11 +131,18 @@ class TokenRows(Dataset[Row]):
                 ends = np.cumsum(column.value_lengths().to_numpy(zero_copy_only=False), dtype=np.int64)
         self._bounds = np.concatenate([np.zeros(1, np.int64), ends])
         self._labels = table.column("label").to_numpy()
+        alone = np.arange(len(self._labels))
+        self._queries = table.column("query").to_numpy() if "query" in table.column_names else alone
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """Tokens of each row."""
         return np.diff(self._bounds)
+
+    @property
+    def queries(self) -> npt.NDArray[np.int64]:
+        """Number of the query that each row is of, less than there are rows; a single text is of its own."""
+        return self._queries
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -193,6 +205,12 @@ def make_loader(  # noqa: PLR0913 - each is a dial of the batches
     batches = GroupedBatches(rows.lengths, batch_size, shuffle=shuffle, seed=seed, processes=processes)
     collate = PadToLongest(tokenizer, pad_to_multiple_of, most=int(rows.lengths.max()))
     return DataLoader(rows, batch_sampler=batches, collate_fn=collate)
+
+
+def queries_in_order(loader: DataLoader[Any]) -> npt.NDArray[np.int64]:
+    """Return the query of each row that an unshuffled loader of `make_loader` yields, in its order."""
+    rows = np.concatenate(cast("GroupedBatches", loader.batch_sampler).batches(0))
+    return cast("TokenRows", loader.dataset).queries[rows]
 
 
 def left_of_epoch(loader: DataLoader[Any], epoch: int, done: int) -> Iterator[Batch]:

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gatepress.batches import PROBE_ROWS, fitting, make_loader, probe_batch, tokenize
+from gatepress.batches import PROBE_ROWS, fitting, make_loader, probe_batch, queries_in_order, tokenize
 from gatepress.checkpoint import OTHER_CLASSES
 from gatepress.config import Arithmetic, DataSettings, refuse_below
 from gatepress.errors import ArtifactError, ModelError, UsageError
@@ -208,7 +208,8 @@ def score(
     Several processes share the batches, and each returns the same.
     """
     progress = progress or NoProgress()
-    outputs = {}
+    outputs: dict[str, tuple[npt.NDArray[Any], ...]] = {}
+    examples = 0
     progress.start(sum(len(loader) for loader in loaders.values()), f"evaluating {spec.name}")
     try:
         for name, loader in loaders.items():
@@ -219,15 +220,17 @@ def score(
                     parts.append((number, logits, batch["labels"].numpy()))
                 progress.advance(1)
             ordered = sorted(processes.gathered(parts), key=itemgetter(0))
-            outputs[name] = np.concatenate([part[1] for part in ordered]), np.concatenate([part[2] for part in ordered])
+            logits, labels = (np.concatenate([part[which] for part in ordered]) for which in (1, 2))
+            outputs[name] = logits, labels, queries_in_order(loader) + examples  # of two splits no two are the same
+            examples += len(labels)
     finally:
         progress.finish()
     every = tuple(np.concatenate(parts) for parts in zip(*outputs.values(), strict=True))
     return {
         "metric_name": spec.metric,
         "metric_value": compute_metric(spec.metric, *every),
-        "metrics_by_split": {name: compute_metric(spec.metric, *pair) for name, pair in outputs.items()},
-        "examples": len(every[1]),
+        "metrics_by_split": {name: compute_metric(spec.metric, *own) for name, own in outputs.items()},
+        "examples": examples,
     }
 
 

@@ -6,34 +6,44 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, average_precision_score, f1_score, matthews_corrcoef
+from sklearn.metrics import accuracy_score, average_precision_score, f1_score, matthews_corrcoef, ndcg_score
 
 from gatepress.config import Metric
 from gatepress.errors import ModelError
 
 Numbers = npt.NDArray[Any]
 
+RANKED = 10  # passages of a query that count: those of the highest scores
 
-def compute_metric(name: Metric, logits: Numbers, labels: Numbers) -> float:
-    """Return accuracy, F1 or average precision (0 to 1), or a correlation (-1 to 1): Matthews, Pearson or Spearman.
+
+def compute_metric(name: Metric, logits: Numbers, labels: Numbers, queries: Numbers | None = None) -> float:
+    """Return a metric of 0 to 1, or a correlation (-1 to 1): Matthews, Pearson or Spearman.
 
     `logits` are `[rows, classes]`, of two classes also `[rows, 1]`, how far the second is likelier; `[rows, 1]` of
-    numbers. `labels` are `[rows]`, ids or numbers. F1 is that of the second of two classes, the mean over more. A
-    correlation with constant predictions or labels is 0.0, and so is the average precision where no row is of the
-    second class. Raises `ModelError` on logits that are not finite: a diverged model has no metric.
+    numbers. `labels` are `[rows]`, ids or numbers; `queries [rows]` number the queries that rows are passages of, each
+    of its own unless given. F1 is that of the second of two classes, the mean over more. A correlation with constant
+    predictions or labels is 0.0, and so is the average precision where no row is of the second class. Ranks are means
+    over the queries whose passages have not all the same label, 0.0 where there are none. Raises `ModelError` on logits
+    that are not finite: a diverged model has no metric.
     """
     if not np.isfinite(logits).all():
         raise ModelError(
             "the model's outputs are not finite numbers; a smaller --learning-rate, or --precision fp32, may help"
         )
-    if name in CORRELATIONS:
-        scores, wanted = logits.reshape(len(labels)).astype(np.float64), labels.astype(np.float64)
-        return 0.0 if _constant(scores) or _constant(wanted) else float(CORRELATIONS[name](scores, wanted).statistic)
-    if logits.shape[1] == 1:
-        logits = np.pad(logits, ((0, 0), (1, 0)))  # the first class's is what the second's is counted from
-    if name == "average_precision":
-        return float(average_precision_score(labels, logits[:, 1] - logits[:, 0])) if labels.any() else 0.0
-    return float(OF_CLASSES[name](labels, logits.argmax(axis=-1), logits.shape[1]))
+    single = logits.shape[1] == 1
+    if name in OF_CLASSES:
+        if single:
+            logits = np.pad(logits, ((0, 0), (1, 0)))  # the first class's is what the second's is counted from
+        return float(OF_CLASSES[name](labels, logits.argmax(axis=-1), logits.shape[1]))
+    scores = (logits[:, 0] if single else logits[:, 1] - logits[:, 0]).astype(np.float64)
+    wanted = labels.astype(np.float64)
+    if name in OF_SCORES:
+        return float(OF_SCORES[name](wanted, scores))
+    of = np.arange(len(labels)) if queries is None else queries
+    order = np.argsort(of, kind="stable")
+    passages = np.split(order, np.flatnonzero(np.diff(of[order])) + 1)
+    ranked = [RANKS[name](wanted[own], scores[own]) for own in passages if not _constant(wanted[own])]
+    return float(np.mean(ranked)) if ranked else 0.0
 
 
 def _matthews(labels: Numbers, predicted: Numbers, _: int) -> float:
@@ -49,7 +59,25 @@ def _constant(values: Numbers) -> bool:
     return bool((values == values[0]).all())
 
 
-CORRELATIONS: dict[str, Callable[[Numbers, Numbers], Any]] = {"pearson": pearsonr, "spearman": spearmanr}
+def _correlation(of: Callable[[Numbers, Numbers], Any]) -> Callable[[Numbers, Numbers], float]:
+    return lambda wanted, scores: 0.0 if _constant(scores) or _constant(wanted) else of(scores, wanted).statistic
+
+
+def _reciprocal_rank(wanted: Numbers, scores: Numbers) -> float:
+    """Return 1 over the rank of the first relevant passage of a query; one that is not relevant wins a tie."""
+    rank = 1 + int((scores[wanted == 0] >= scores[wanted > 0].max()).sum())
+    return 1 / rank if rank <= RANKED else 0.0
+
+
+OF_SCORES: dict[str, Callable[[Numbers, Numbers], float]] = {
+    "average_precision": lambda wanted, scores: average_precision_score(wanted, scores) if wanted.any() else 0.0,
+    "pearson": _correlation(pearsonr),
+    "spearman": _correlation(spearmanr),
+}
+RANKS: dict[str, Callable[[Numbers, Numbers], float]] = {
+    "mrr@10": _reciprocal_rank,
+    "ndcg@10": lambda wanted, scores: ndcg_score(wanted[None], scores[None], k=RANKED),
+}
 OF_CLASSES: dict[str, Callable[[Numbers, Numbers, int], float]] = {
     "accuracy": lambda labels, predicted, _: accuracy_score(labels, predicted),
     "matthews": _matthews,

@@ -98,7 +98,8 @@ MetricOption = Annotated[
     DATA(
         help="What is measured on validation rows. Unless given: the task's own; of own rows accuracy of classes, the "
         "Pearson correlation of numbers. f1: of the second of two classes, the mean over more. average_precision: how "
-        "far rows of the second of two classes stand above the others, as rerankers are measured.",
+        "far rows of the second of two classes stand above the others. mrr@10, ndcg@10: how high the relevant passages "
+        "of a query rank, as rerankers are measured; pairs with the same first text are those of one query.",
         show_default=False,
     ),
 ]

@@ -17,7 +17,7 @@ from gatepress.tasks.demo import demo_rows
 from gatepress.tasks.glue import glue_columns, hub_columns
 from gatepress.tasks.labels import class_ids, infer_names, scores
 from gatepress.tasks.readers import Columns, read_columns
-from gatepress.tasks.spec import MIN_CLASSES, PAIR, TASKS, TaskSpec, task_named
+from gatepress.tasks.spec import MIN_CLASSES, PAIR, RANKS, TASKS, TaskSpec, task_named
 
 _HALF = re.compile("[\ud800-\udfff]")
 
@@ -66,13 +66,19 @@ def load_rows(
     _refuse_unfit_columns(spec)
     if spec.metric not in spec.metrics:
         kind = "numbers" if spec.label_names is None else f"{len(spec.label_names)} classes"
-        raise UsageError(f"--metric is {spec.metric}, expected one of {', '.join(spec.metrics)}: labels are {kind}")
+        of = "pairs of texts" if len(spec.text_columns) == PAIR else "single texts"
+        raise UsageError(
+            f"--metric is {spec.metric}, expected one of {', '.join(spec.metrics)}: labels are {kind} of {of}"
+        )
     used, tables = None, []
     if train is not None and splits == "all":
         used = _table(train, spec, data)
         _refuse_one_class(used["label"], spec, train.where, cut=data.max_train_samples is not None)
         tables.append(used)
     checked = {split.name: _table(split, spec, data) for split in validation}
+    if spec.metric in RANKS:
+        for split in validation:
+            _refuse_unrankable(checked[split.name], spec, split.where, cut=data.max_validation_samples is not None)
     tables += checked.values()
     more = None
     if data.unlabelled_file and splits == "all":
@@ -216,6 +222,22 @@ def _refuse_one_class(ids: list[int], spec: TaskSpec, where: str, *, cut: bool) 
     remedy = "; raise --max-train-samples" if cut else ""
     only = spec.label_names[ids[0]]
     raise DataError(f"{where}: every row used has the label {only!r}, expected two classes or more{remedy}")
+
+
+def _refuse_unrankable(table: Columns, spec: TaskSpec, where: str, *, cut: bool) -> None:
+    """Raise `DataError` where a metric of ranks has nothing to rank, or labels that are no grades."""
+    least = min(table["label"])
+    if least < 0:
+        raise DataError(f"{where}: a label is {least:g}, expected 0 or more, which --metric {spec.metric} weighs by")
+    found: dict[str, set[float]] = {}
+    for query, label in zip(table["text"], table["label"], strict=True):
+        found.setdefault(query, set()).add(label)
+    if all(len(labels) == 1 for labels in found.values()):
+        remedy = "raise --max-validation-samples, or " if cut else ""
+        raise DataError(
+            f"{where}: no query has passages of different labels, so there is nothing to rank for --metric "
+            f"{spec.metric}: rows of one query have the same {spec.text_columns[0]!r}; {remedy}measure by another"
+        )
 
 
 def _dataset(table: Columns, spec: TaskSpec) -> datasets.Dataset:

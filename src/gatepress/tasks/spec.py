@@ -9,8 +9,14 @@ from typing import Any, get_args
 from gatepress.config import Metric
 from gatepress.errors import ArtifactError, UsageError
 
-OF_NUMBERS = ("pearson", "spearman")  # metrics of regression; the others are of classes
-OF_TWO_CLASSES = ("average_precision",)
+_OF_CLASSES, _OF_TWO, _OF_NUMBERS = ("two classes", "classes"), ("two classes",), ("numbers",)
+METRICS: dict[Metric, tuple[str, ...]] = {  # each with the labels that it can be taken of
+    **dict.fromkeys(("accuracy", "matthews", "f1"), _OF_CLASSES),
+    **dict.fromkeys(("average_precision", "mrr@10"), _OF_TWO),
+    "ndcg@10": (*_OF_TWO, *_OF_NUMBERS),
+    **dict.fromkeys(("pearson", "spearman"), _OF_NUMBERS),
+}
+RANKS = ("mrr@10", "ndcg@10")  # of pairs alone: rows whose first text is the same are those of one query
 ONE_TEXT, PAIR = 1, 2  # text columns a row can have
 MIN_CLASSES = 2
 NO_CLASS = -100
@@ -39,9 +45,10 @@ class TaskSpec:
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
-        """The metrics that labels of this kind can be measured by."""
-        kind = [name for name in get_args(Metric) if (name in OF_NUMBERS) == (self.label_names is None)]
-        return tuple(name for name in kind if name not in OF_TWO_CLASSES or self.num_labels == MIN_CLASSES)
+        """The metrics that rows of this kind can be measured by."""
+        kind = "numbers" if self.label_names is None else "two classes" if len(self.widths) > 1 else "classes"
+        pairs = len(self.text_columns) == PAIR
+        return tuple(name for name, kinds in METRICS.items() if kind in kinds and (pairs or name not in RANKS))
 
     @property
     def no_label(self) -> int | float:
