@@ -411,7 +411,11 @@ def test_tokens_are_those_of_the_tokenizer(rows: Rows, tokenizer):
     tokens = tokenize(rows.train, tokenizer, max_length=12)
     row = rows.train[3]
     expected = tokenizer(*[row[k] for k in ("text", "text_pair") if k in row], truncation=True, max_length=12)
-    assert tokens[3] == {**expected, "label": row["label"]}
+    assert {key: value for key, value in tokens[3].items() if key != "query"} == {**expected, "label": row["label"]}
+    if "text_pair" in row:  # whose first texts are numbered
+        numbers = dict(zip(rows.train["text"], tokens["query"], strict=True))
+        assert [numbers[text] for text in rows.train["text"]] == tokens["query"][:]
+        assert len(set(numbers.values())) == len(numbers)
     assert max(map(len, tokens["input_ids"])) == 12
 
 
