@@ -374,7 +374,7 @@ def test_a_task_is_timed_as_passes_over_all_its_rows(fakes, tiny_task_files, tin
     assert endtoend.run(["a"], data=data, batch_sizes=[10], repetitions=1)[0].max_length == 7
 
     fakes(FakeRunner("file.onnx", []))
-    with pytest.raises(ModelError, match=r"^file.onnx: no tokenizer beside it"):
+    with pytest.raises(ModelError, match=r"^file.onnx: no tokenizer beside it, .* \(--task, --validation-file\) need"):
         endtoend.run(["file.onnx"], data=data, batch_sizes=[8], **SMALL)
 
 

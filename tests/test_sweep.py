@@ -102,6 +102,32 @@ def test_a_sweep_may_grow_and_start_over_and_does_nothing_twice(settings, traine
     assert len(over["cells"]) == 1
 
 
+def test_what_was_asked_before_stays_and_nothing_else_is_added(settings, trained, tmp_path):
+    whole = run(settings, tmp_path / "sweep")
+    assert (tmp_path / "sweep/sweep.svg").exists()
+    trained.clear()
+    added = run(settings, tmp_path / "sweep", methods=["full"], seeds=1, plot=False)
+    assert trained == ["full-s0-seed0"]
+    assert added["cells"][: len(RUNS)] == whole["cells"]
+    assert added["cells"][len(RUNS) :][0]["method"] == "full"
+    points = {"full", "lora", "gates+lora 0", "gates+lora 0.5"}
+    assert {record["name"] for record in added["latency"]} == points  # all of them anew, by turns
+    assert all(point in (tmp_path / "sweep/sweep.md").read_text() for point in points)
+    assert not (tmp_path / "sweep/sweep.svg").exists()  # it showed other points
+    less = run(settings, tmp_path / "sweep", methods=["lora"], plot=False)
+    assert less["cells"] == added["cells"]
+    assert trained == ["full-s0-seed0"]
+    shutil.rmtree(tmp_path / "sweep/runs" / RUNS[1])  # a run that is gone, and that nobody asks for, is no point
+    assert len(run(settings, tmp_path / "sweep", methods=["lora"], plot=False)["cells"]) == len(RUNS)
+    assert trained == ["full-s0-seed0"]
+
+
+@pytest.mark.parametrize("cell", [3, {}, {"status": "finished", "method": "lora", "sparsity": "much", "seed": 0}])
+def test_cells_that_are_not_understood_are_refused(tmp_path, cell):
+    with pytest.raises(ArtifactError, match="wrong kind"):
+        sweep._finished_cells({"cells": [cell]}, tmp_path / "sweep.json")
+
+
 class Stop(NoProgress):
     def advance(self, *_, **__):
         raise KeyboardInterrupt
@@ -502,7 +528,7 @@ def test_the_command_prints_the_documented_object(settings, trained, tmp_path, c
         "--for",
         "torch-cpu",
         "-o",
-        "sweep",
+        "my sweep",
     ]
     with pytest.raises(SystemExit) as ended:
         app(line)
@@ -518,6 +544,7 @@ def test_the_command_prints_the_documented_object(settings, trained, tmp_path, c
     with pytest.raises(SystemExit) as ended:
         app([one for one in line if one != "--json"])
     assert ended.value.code == 0
-    shown = capsys.readouterr().out
+    shown, err = capsys.readouterr()
+    assert "next: look at 'my sweep/sweep.md', then gatepress prune 'my sweep/runs'/NAME" in " ".join(err.split())
     assert "gates" in shown
     assert ("knee" in shown) == any(row["knee"] for row in result["summary"])

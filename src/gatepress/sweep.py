@@ -37,7 +37,7 @@ from gatepress.errors import ArtifactError, ModelError, OutputError, UsageError
 from gatepress.export import export
 from gatepress.files import RUN_FILE, check_output, json_text, read_json, refuse_held, replace_file, temporary_directory
 from gatepress.hub import locate_model
-from gatepress.manifests import SWEEP_FILE, SWEEP_FORMAT, read_manifest
+from gatepress.manifests import SWEEP_FILE, SWEEP_FORMAT, read_manifest, understood
 from gatepress.models import model_files
 from gatepress.ondisk import stands_on
 from gatepress.progress import NoProgress, Progress
@@ -81,14 +81,14 @@ def run(  # noqa: PLR0913 - every option of the command is one
     """Train methods x sparsities x seeds, time what can be deployed of them, write it all to `output`.
 
     A method without gates is trained once a seed; seeds count up from `settings.seed`, whose method and
-    sparsity do not matter. What `output` holds of the same sweep is not done again, and methods, sparsities
-    and seeds may be added; `force` starts over. A training that fails is told of in its cell, but for the
+    sparsity do not matter. What `output` holds of the same sweep is kept and not done again: methods, sparsities
+    and seeds are added to it; `force` starts over. A training that fails is told of in its cell, but for the
     first, whose error is raised. `plot` None: where matplotlib is installed. Returns what `sweep.json`
     holds; docs/json-contract.md lists it. Raises `UsageError` on wrong arguments and on a sweep of other
     settings, `OutputError` on a directory that is none, and what the steps raise.
     """
     progress = progress or NoProgress()
-    wanted = _cells(settings, methods, sparsities, seeds)
+    asked = _cells(settings, methods, sparsities, seeds)
     measuring: dict[str, Any] = {
         "batch_sizes": list(batch_sizes),
         "seq_lens": list(seq_lens),
@@ -99,15 +99,18 @@ def run(  # noqa: PLR0913 - every option of the command is one
     if plot:
         drawing()  # where matplotlib is missing that is told at once: a sweep takes hours
     train = {key: value for key, value in settings.absolute().to_json().items() if key not in ("method", "sparsity")}
-    asked = {"train": train, "methods": list(methods), "sparsities": list(sparsities), "seeds": seeds}
+    grid = {"methods": list(methods), "sparsities": list(sparsities), "seeds": seeds}
     if force:
         refuse_held(output / "runs", (*settings.reads, *stands_on(settings)))
     fresh = not output.exists()
-    sweep = _Sweep(output, wanted, _as_json({**asked, "target": target, **measuring}))
-    sweep.records = _timed_before(output, sweep.settings, force=force)
+    sweep = _Sweep(output, asked, _as_json({"train": train, **grid, "target": target, **measuring}))
+    before = _before(output, sweep.settings, force=force)
     if not force:
-        done = {cell: run for cell in wanted if (run := _finished(sweep.run_dir(cell), wanted[cell]))}
-        if len(done) < len(wanted):
+        sweep.records = _timed(before, sweep.settings)
+        known = {cell: _trained_as(settings, cell) for cell in _finished_cells(before, output / SWEEP_FILE)} | asked
+        done = {cell: run for cell, how in known.items() if (run := _finished(sweep.run_dir(cell), how))}
+        sweep.wanted = {cell: how for cell, how in known.items() if cell in done or cell in asked}
+        if len(done) < len(sweep.wanted):
             _refuse_changed({sweep.run_dir(cell): run for cell, run in done.items()})
         sweep.reports = {cell: run.report for cell, run in done.items()}
     longest = max_tokens(read_json(_located(settings) / "config.json"))
@@ -124,17 +127,20 @@ def run(  # noqa: PLR0913 - every option of the command is one
     sweep.time(target, measuring, progress)
     result = sweep.to_json()
     replace_file(output / "sweep.md", markdown(table(result)).encode())
-    if plot is not False and find_spec("matplotlib"):
-        from gatepress.bench import tradeoff  # noqa: PLC0415 - matplotlib is an extra, not always there
+    drawn = plot is not False and find_spec("matplotlib")
+    for picture in (output / "sweep.png", output / "sweep.svg"):
+        if drawn:
+            from gatepress.bench import tradeoff  # noqa: PLC0415 - matplotlib is an extra, not always there
 
-        for suffix in ("png", "svg"):
-            replace_file(output / f"sweep.{suffix}", tradeoff.draw(result, suffix))
+            replace_file(picture, tradeoff.draw(result, picture.suffix[1:]))
+        else:
+            picture.unlink(missing_ok=True)  # of other points than the table has
     return {**result, "output_dir": str(output)}
 
 
 @dataclass
 class _Sweep:
-    """What is asked, and what is known of it so far."""
+    """What is asked, what was asked before and is finished, and what is known of it so far."""
 
     output: Path
     wanted: dict[Cell, TrainSettings]
@@ -292,18 +298,25 @@ def _deaf_to_interrupts() -> Iterator[None]:
 def _cells(
     settings: TrainSettings, methods: Sequence[Method], sparsities: Sequence[float], seeds: int
 ) -> dict[Cell, TrainSettings]:
-    """Return what each cell is trained with, seed by seed: a whole picture is there after the first."""
+    """Return the cells that are asked for, seed by seed, each with its training: the first makes a whole picture."""
     refuse_below(1, seeds=seeds)
     refuse([f"--{name} is empty" for name, given in (("method", methods), ("sparsity", sparsities)) if not given])
     wanted = {}
     for seed in range(settings.seed, settings.seed + seeds):
         for method in methods:
-            dense = replace(settings, **_meaningless(method, settings), method=method, sparsity=0.0, seed=seed)
-            for sparsity in sparsities if dense.gated else (0.0,):
-                wanted[Cell(method, sparsity, seed)] = replace(dense, sparsity=sparsity).absolute()
+            gated = method not in METHODS or METHODS[method].gated
+            for sparsity in sparsities if gated else (0.0,):
+                cell = Cell(method, sparsity, seed)
+                wanted[cell] = _trained_as(settings, cell)
     if len({cell.name for cell in wanted}) < len(wanted):
         raise UsageError("--sparsity names fractions too near to each other for a run each; round them")
     return wanted
+
+
+def _trained_as(settings: TrainSettings, cell: Cell) -> TrainSettings:
+    """Return what a cell is trained with."""
+    own: dict[str, Any] = {"method": cell.method, "sparsity": cell.sparsity, "seed": cell.seed}
+    return replace(settings, **_meaningless(cell.method, settings), **own).absolute()
 
 
 def _located(settings: TrainSettings) -> Path:
@@ -359,23 +372,34 @@ def train_or_resume(settings: TrainSettings, output: Path) -> dict[str, Any]:
     return training.resume(output) if stopped else training.train(settings, output, force=True)
 
 
-def _timed_before(output: Path, settings: dict[str, Any], *, force: bool) -> list[Record]:
-    """Return the measurements of the sweep in `output`, none where others are asked; refuse another sweep's place."""
+def _before(output: Path, settings: dict[str, Any], *, force: bool) -> dict[str, Any]:
+    """Return what the sweep in `output` says of itself, {}: there is none; refuse the place of another one."""
     if not output.exists():
         check_output(output, force=False)
-        return []
+        return {}
     try:
         found = read_manifest(output / SWEEP_FILE)
     except ArtifactError as error:
         raise OutputError(f"{output}: exists and holds no sweep ({error}); choose another with -o") from None
-    if force:
-        return []
-    before = found.get("settings", {})
-    _refuse_other(output, before, settings)
-    if any(before.get(key) != settings.get(key) for key in TIMING):
+    if not force:
+        _refuse_other(output, found.get("settings", {}), settings)
+    return found
+
+
+def _finished_cells(before: dict[str, Any], path: Path) -> list[Cell]:
+    """Return the cells that the sweep in the manifest at `path` says are finished."""
+    with understood(path):
+        cells = [one for one in before.get("cells") or () if one["status"] == "finished" and one["method"] in METHODS]
+        return [Cell(one["method"], float(one["sparsity"]), int(one["seed"])) for one in cells]
+
+
+def _timed(before: dict[str, Any], settings: dict[str, Any]) -> list[Record]:
+    """Return the measurements that a sweep holds, none where others are asked for."""
+    there = before.get("settings", {})
+    if any(there.get(key) != settings.get(key) for key in TIMING):
         return []
     try:
-        return [Record.from_json(value) for value in found.get("latency") or []]
+        return [Record.from_json(value) for value in before.get("latency") or []]
     except (ArtifactError, TypeError, AttributeError):  # damaged, or of another release: timed anew
         return []
 

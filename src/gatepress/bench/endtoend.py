@@ -263,8 +263,8 @@ def _tokenizers(runners: Iterable[Runner], *, trust_remote_code: bool) -> Tokeni
     for runner in runners:
         if runner.tokenizer_dir is None:
             raise ModelError(
-                f"{runner.name}: no tokenizer beside it, and --task needs one; "
-                "give the directory that `gatepress export` wrote, or drop --task"
+                f"{runner.name}: no tokenizer beside it, which the rows of a task (--task, --validation-file) need; "
+                "give the directory that `gatepress export` wrote, or time without rows"
             )
         tokenizers[runner.tokenizer_dir] = open_tokenizer(runner.tokenizer_dir, trust_remote_code=trust_remote_code)
     return tokenizers

@@ -86,7 +86,7 @@ def prune(  # noqa: PLR0913 - every option is a parameter
 
         if recover_epochs or len(outputs) > 1:
             if len(outputs) > 1:
-                screen.interrupt_note = "the sizes that were complete by then are written"
+                screen.interrupt_note = "sizes that were complete by then, if any, are written"
             from gatepress import recovery  # with all that trains: seconds that pruning alone need not wait for
 
             reports = recovery.prune_each(

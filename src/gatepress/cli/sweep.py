@@ -1,5 +1,6 @@
 """`gatepress sweep`: metric against latency for several sparsities, methods and seeds, as one picture."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,8 +79,8 @@ def sweep(  # noqa: PLR0913 - every option is a parameter
     Trains every sparsity with every seed, and what one would use instead of gates. Then prunes, exports
     and times one model of each point, all by turns, and shows metric against latency. The knee is
     where the metric is still high for how fast the model has become: a first guess, not a verdict.
-    Interrupt it at any time: the same command goes on with what is missing, and sparsities, methods and
-    seeds may be added. All runs stay in DIR/runs, each as gatepress train leaves it.
+    Interrupt it at any time: the same command goes on with what is missing, and one with other sparsities,
+    methods or more seeds adds them to what is there. All runs stay in DIR/runs, each as gatepress train leaves it.
     """
     with session(**vars(shown)) as screen:
         settings = train_settings(rows, base, gating, schedule, machine)
@@ -110,7 +111,8 @@ def sweep(  # noqa: PLR0913 - every option is a parameter
                 screen.interrupt_note = f"what is finished is in {directory}; the same command goes on from there"
             raise
         screen.result(result, tables)
-        screen.note(f"next: look at {directory / 'sweep.md'}, then gatepress prune {directory}/runs/NAME")
+        summary, runs = (shlex.quote(str(directory / name)) for name in ("sweep.md", "runs"))
+        screen.note(f"next: look at {summary}, then gatepress prune {runs}/NAME")
         _say_failed(screen, result)
 
 
