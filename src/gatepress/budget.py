@@ -5,7 +5,7 @@
     gates     gates that are closed
     weights   weights and biases of the matrices that closure removes
     macs      multiply-accumulates at the longest input, those of attention itself among them
-    latency   time of the matrices, as the analytic costs of the default target predict it
+    latency   time of the matrices and index operations, as the analytic costs of the default target predict it
     vectors   gates that are closed, in each vector on its own (the paper)
 
 Two controllers over the same gates say which of them close.
@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gatepress.config import BudgetUnit, Controller, Granularity, MethodSpec, TrainSettings
+from gatepress.config import BudgetUnit, Controller, Granularity, Layout, MethodSpec, TrainSettings
 from gatepress.errors import ArtifactError, UsageError
 from gatepress.families import ROLES
 from gatepress.gates import Gate, counted
@@ -98,13 +98,15 @@ def removed_by(
     """Return the measure of a budget that is not counted in gates: masks, one a vector -> fraction of `unit` gone.
 
     `tokens` is the input length that `macs` counts attention at. Counted is what the plan that closure makes of
-    the masks (layout `inner`) leaves out.
+    the masks leaves out: without an index operation (layout `inner`), which no machine does otherwise; of `latency`
+    with those that pay (`auto`), for they take time.
     """
     biased = biases_of(model, layers)
+    layout: Layout = "auto" if unit == "latency" else "inner"
 
     def planned(masks: Masks) -> float:
         live = open_parts(layers, biased, vectors, masks)
-        return make_plan(layers, live, "inner").removed(unit, tokens)
+        return make_plan(layers, live, layout).removed(unit, tokens)
 
     return planned
 
