@@ -3,9 +3,10 @@
     python benchmarks/training_time.py --data-dir GLUE --model minilm=DIRECTORY --task sst2 --precision fp32 --work DIR
 
 The first rows only, with the epochs of `paper.py accuracy`: a training takes as long as its rows are many, and few
-leave room for repetitions. Seconds are those that a run reports, measuring after every epoch included. Wants a quiet
-machine. What is measured again takes the place of what was; other encoders and tasks stay. The table beside the JSON,
-which is in `results` below `--work` or where `--results` says, is rendered from it. The committed one:
+leave room for repetitions (`--repetitions`). Seconds are those that a run reports, measuring after every epoch
+included. Wants a quiet machine. What is measured again takes the place of what was; other encoders, tasks and
+precisions stay. The table beside the JSON, which is in `results` below `--work` or where `--results` says, is rendered
+from it. The committed one:
 
     python benchmarks/training_time.py --render
 """
@@ -26,6 +27,7 @@ from cells import (
     TASKS,
     add,
     common,
+    count,
     gatepress,
     machine,
     models_of,
@@ -39,14 +41,13 @@ from paper import FACTORS, FINETUNED
 
 from gatepress.versions import MADE_WITH, versions
 
-KEY = ("encoder", "task")
-REPETITIONS = 3
+KEY = ("encoder", "task", "precision")
 ROWS, VALIDATION_ROWS = 2_000, 100
 
 
 def measure(key: tuple[Any, ...], options: argparse.Namespace) -> dict[str, Any]:
     """Train every arm by turns; return the seconds of each."""
-    encoder, task = key
+    encoder, task, _ = key
     seconds: dict[str, list[float]] = {name: [] for name in (FINETUNED, *FACTORS)}
     epochs = {FINETUNED: EPOCHS[task], **{name: pressed_epochs(task, removed) for name, removed in FACTORS.items()}}
     where = [] if options.data_dir is None else ["--data-dir", options.data_dir]
@@ -54,7 +55,7 @@ def measure(key: tuple[Any, ...], options: argparse.Namespace) -> dict[str, Any]
     options.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.work) as staged:
         full, pressed = Path(staged) / "full", Path(staged) / "pressed"
-        for _ in range(REPETITIONS):
+        for _ in range(options.repetitions):
             for arm, values in seconds.items():
                 kind = FULL if arm == FINETUNED else ("--distill", "--sparsity", FACTORS[arm])
                 start, run = (options.models[encoder], full) if arm == FINETUNED else (full, pressed)
@@ -65,7 +66,6 @@ def measure(key: tuple[Any, ...], options: argparse.Namespace) -> dict[str, Any]
         "rows": ROWS,
         "epochs": epochs,
         "seconds": seconds,
-        "precision": options.precision,
         **machine(told["device"]),
         "versions": versions(*MADE_WITH),
     }
@@ -73,14 +73,15 @@ def measure(key: tuple[Any, ...], options: argparse.Namespace) -> dict[str, Any]
 
 def render(records: list[dict[str, Any]]) -> str:
     """Return the table in Markdown."""
-    text = "# What a whole training takes\n\n| encoder | task | training | epochs | seconds, median | spread "
-    text += "| of full finetuning |\n|---|---|---|--:|--:|--:|--:|\n"
+    text = "# What a whole training takes\n\n| encoder | task | precision | training | epochs | seconds, median "
+    text += "| spread | of full finetuning |\n|---|---|---|---|--:|--:|--:|--:|\n"
     for record in records:
         full = statistics.median(record["seconds"][FINETUNED])
         for arm, values in record["seconds"].items():
             middle = statistics.median(values)
-            text += f"| {record['encoder']} | {record['task']} | {arm} | {record['epochs'][arm]} | {middle:.1f} "
-            text += f"| {min(values):.1f} to {max(values):.1f} | {middle / full:.0%} |\n"
+            told = (arm, record["epochs"][arm], f"{middle:.1f}", f"{min(values):.1f} to {max(values):.1f}")
+            row = (*(record[key] for key in KEY), *told, f"{middle / full:.0%}")
+            text += f"| {' | '.join(map(str, row))} |\n"
     times = " or ".join(map(str, sorted({len(each["seconds"][FINETUNED]) for each in records}, reverse=True)))
     by = ", and in ".join(
         dict.fromkeys(
@@ -100,6 +101,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     made = parser(__doc__)
     add(made, *OF_TRAINING, *KEPT_IN, "--task")
+    made.add_argument("--repetitions", type=count, default=3, help="trainings of each arm, by turns; default: 3")
     options = read(made, words)
     options.models = models_of(made, options)
     return options
@@ -108,7 +110,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Measure, or only render."""
     options = parse()
-    keys = [(encoder, task) for encoder in options.models for task in options.task or TASKS]
+    keys = [(encoder, task, options.precision) for encoder in options.models for task in options.task or TASKS]
     path = options.results / "training_time.json"
     sweep(path, keys, KEY, partial(measure, options=options), render, anew=True)
 
