@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from datasets import Dataset
 
 import tiny
 from forms import MAX_LENGTH, data_settings, save_run
@@ -134,8 +135,10 @@ def test_the_metric_is_of_all_rows_together_whatever_the_size_of_a_split() -> No
     spec = task_named("sst2")
 
     def rows(right: int, wrong: int) -> Any:
-        labels = torch.tensor([1] * right + [0] * wrong)
-        return [{"input_ids": torch.zeros(len(labels), 1, dtype=torch.long), "labels": labels}]
+        labels = [1] * right + [0] * wrong
+        each = [[1]] * len(labels)
+        table = Dataset.from_dict({"input_ids": each, "attention_mask": each, "label": labels})
+        return make_loader(table, tiny.build_tokenizer(tiny.BY_FAMILY["bert"]), 8, shuffle=False, seed=0)
 
     def predict(inputs: dict[str, torch.Tensor]) -> Any:
         return np.array([[0.0, 1.0]] * len(inputs["input_ids"]), dtype=np.float32)
