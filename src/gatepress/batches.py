@@ -131,8 +131,7 @@ class TokenRows(Dataset[Row]):
                 ends = np.cumsum(column.value_lengths().to_numpy(zero_copy_only=False), dtype=np.int64)
         self._bounds = np.concatenate([np.zeros(1, np.int64), ends])
         self._labels = table.column("label").to_numpy()
-        alone = np.arange(len(self._labels))
-        self._queries = table.column("query").to_numpy() if "query" in table.column_names else alone
+        self._queries = table.column("query").to_numpy() if "query" in table.column_names else None
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -142,7 +141,7 @@ class TokenRows(Dataset[Row]):
     @property
     def queries(self) -> npt.NDArray[np.int64]:
         """Number of the query that each row is of, less than there are rows; a single text is of its own."""
-        return self._queries
+        return np.arange(len(self)) if self._queries is None else self._queries
 
     def __len__(self) -> int:
         """Return the number of rows."""

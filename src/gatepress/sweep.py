@@ -304,8 +304,8 @@ def _cells(
     wanted = {}
     for seed in range(settings.seed, settings.seed + seeds):
         for method in methods:
-            gated = method not in METHODS or METHODS[method].gated
-            for sparsity in sparsities if gated else (0.0,):
+            dense = Cell(method, 0.0, seed)
+            for sparsity in sparsities if _trained_as(settings, dense).gated else (0.0,):
                 cell = Cell(method, sparsity, seed)
                 wanted[cell] = _trained_as(settings, cell)
     if len({cell.name for cell in wanted}) < len(wanted):

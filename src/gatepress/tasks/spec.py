@@ -46,7 +46,7 @@ class TaskSpec:
     @property
     def metrics(self) -> tuple[Metric, ...]:
         """The metrics that rows of this kind can be measured by."""
-        kind = "numbers" if self.label_names is None else "two classes" if len(self.widths) > 1 else "classes"
+        kind = "numbers" if self.label_names is None else "two classes" if self.num_labels == MIN_CLASSES else "classes"
         pairs = len(self.text_columns) == PAIR
         return tuple(name for name, kinds in METRICS.items() if kind in kinds and (pairs or name not in RANKS))
 
