@@ -4,10 +4,12 @@
 
 Takes the runs of `paper.py accuracy` in `--work` and trains those that are missing: full finetuning, and what it gave
 pressed to a half, a quarter and an eighth. Each is pruned, exported to ONNX in float32 and in int8, measured on all
-validation rows and timed by turns with all others. Wants a quiet machine; what is built is kept in `--work`. Table and
+validation rows and timed by turns with all others. Wants a quiet machine; what is built is kept in `--work`. With
+`--embed` the models are embedders on STS-B: as they are, and pressed by themselves (`paper.py embedders`). Table and
 figure are rendered from the JSON, which is in `results` below `--work` or where `--results` says. The committed ones:
 
     python benchmarks/deployed.py --render
+    python benchmarks/deployed.py --embed --render
 """
 
 import argparse
@@ -28,9 +30,12 @@ from gatepress.bench.record import Record, relative_to
 from gatepress.files import RUN_FILE, replace_file, sha256_of
 
 TASK, SEED = "sst2", 2
+EMBEDDERS = {"task": "stsb", "metric": "spearman"}  # what these are measured by
 DTYPES = ("float32", "int8")
 BATCHES, LENGTHS = (1, 8), (32, 128)
+WHOLE = ("full finetuning; the others: what it gave", "the model as it is; the others: the same")
 SHOWN = ((1, 32), (8, 128))  # batch x length, in the table and the figure
+TOLD = ("command", "encoder_macs_removed", "steps")  # by a training
 ARMS = {FINETUNED: "all", "2x": "half", "4x": "a quarter", "8x": "an eighth"}  # and what is left of the encoder
 
 Row = dict[str, Any]  # what one form of one model is, what it gives, and how long it takes
@@ -40,16 +45,22 @@ def measure(options: argparse.Namespace) -> list[Row]:
     """Build every form of every model, measure its metric, and time all of them in one run."""
     forms: dict[str, Row] = {}
     places: dict[str, Path] = {}
+    experiment = "embedders" if options.embed else "accuracy"
+    where = [] if options.data_dir is None else ["--data-dir", options.data_dir]
+    rows = ["--task", options.task, *where, *(("--metric", EMBEDDERS["metric"]) if options.embed else ())]
     for key in ((encoder, options.task, arm, options.seed) for encoder in options.models for arm in ARMS):
-        if options.finished and not is_finished(place_of("accuracy", key, options)):
+        if options.embed and key[2] == FINETUNED:
+            run, report = Path(options.models[key[0]]), dict.fromkeys(TOLD)  # nobody trained it
+        elif options.finished and not is_finished(place_of(experiment, key, options)):
             continue
-        run, report = trained("accuracy", key, options.models, options)
+        else:
+            run, report = trained(experiment, key, options.models, options)
         for dtype, directory in _export(run, options.work / "deployed" / run.name, key[2]):
             name = f"{key[0]} {key[2]} {dtype}"
-            scored = gatepress("evaluate", directory)
+            scored = gatepress("evaluate", directory, *rows)
             forms[name] = {
                 **dict(zip((*KEY, "dtype"), (*key, dtype), strict=True)),
-                **{name: report[name] for name in ("command", "encoder_macs_removed", "steps")},
+                **{name: report[name] for name in TOLD},
                 **{name: scored[name] for name in ("metric_name", "metric_value", "examples")},
             }
             places[name] = directory
@@ -68,7 +79,8 @@ def _whole(row: Row) -> str:
 
 def _export(run: Path, place: Path, arm: str) -> Iterator[tuple[str, Path]]:
     """Write the ONNX forms of a run beneath `place`, unless those of this very run are; yield (dtype, directory)."""
-    made_of, digest = place / "run.sha256", sha256_of(run / RUN_FILE)
+    made_of, manifest = place / "run.sha256", run / RUN_FILE
+    digest = sha256_of(manifest if manifest.is_file() else run / "model.safetensors")
     if not made_of.exists() or made_of.read_text() != digest:  # it was trained anew
         shutil.rmtree(place, ignore_errors=True)
         replace_file(made_of, digest.encode())
@@ -110,7 +122,7 @@ def render(rows: list[Row]) -> str:
     return text + (
         f"\nONNX Runtime, {first.threads} threads of {first.device_name}, all by turns in one run, median of "
         f"{first.repetitions}; batch x tokens, in brackets how many times as fast as the whole model in float32. "
-        f"*all*: full finetuning; the others: what it gave, pressed with its teacher to so much of the encoder's "
+        f"*all*: {WHOLE[one['task'] == EMBEDDERS['task']]}, pressed with its teacher to so much of the encoder's "
         f"multiply-accumulates. {one['metric_name']} of each ONNX form on all {one['examples']:,} validation rows, "
         f"seed {one['seed']}. All batches and lengths, spreads and commands: the JSON.\n"
     )
@@ -148,16 +160,19 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     add(made, *OF_TRAINING, *KEPT_IN)
     made.add_argument("--task", action=Once, choices=PAPER_TASKS, default=TASK)
     made.add_argument("--seed", action=Once, type=int, default=SEED)
+    made.add_argument("--embed", action="store_true", help="embedders in place of classifiers")
     made.add_argument("--finished", action="store_true", help="only models whose training is in --work: train none")
     options = read(made, words)
     options.models = models_of(made, options)
+    if options.embed:
+        options.task = EMBEDDERS["task"]
     return options
 
 
 def main() -> None:
     """Measure, or only render."""
     options = parse()
-    path = options.results / "deployed.json"
+    path = options.results / f"deployed{'_embedders' if options.embed else ''}.json"
     rows = keep(path, None if options.render else measure(options), render)
     draw_both(path, partial(draw, rows))
 

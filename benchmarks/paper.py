@@ -180,6 +180,13 @@ EXPERIMENTS = {
         tasks=("sst2",),
         models={},
     ),
+    "embedders": Experiment(
+        "Embedders that learn from themselves, without labels",
+        _at(FACTORS, "--embed"),
+        tasks=("stsb",),
+        words=(),
+        models={},
+    ),
     "heads": Experiment(
         "Whole heads against single dimensions",
         {kind: ("--granularity", kind, "--sparsity", 0.5) for kind in ("structured", "heads")},

@@ -351,7 +351,7 @@ def _median(values: list[float]) -> str:
 
 TABLES: dict[str, Callable[[Any], str]] = {
     "defaults": defaults_table,
-    "deployed": deployed.render,
+    **dict.fromkeys(("deployed", "deployed_embedders"), deployed.render),
     "fusions": fusions_table,
     "kernels": kernels_table,
     "main_job": main_job.render,
@@ -365,7 +365,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "training_time": training_time.render,
 }
 FIGURES: dict[str, Callable[[Any, Any], None]] = {
-    "deployed": deployed.draw,
+    **dict.fromkeys(("deployed", "deployed_embedders"), deployed.draw),
     **{f"paper_{name}": partial(paper.draw, one) for name, one in paper.EXPERIMENTS.items() if one.line},
 }
 BLOCKS = {

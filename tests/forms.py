@@ -40,17 +40,19 @@ def save_run(  # noqa: PLR0913 - what runs differ in
     granularity: Granularity = "structured",
     closed: float = 0.4,
     silent: bool = False,
+    embed: bool = False,
 ) -> Path:
     """Write a run directory as training would, all of it drawn; `silent`: no query of the first layer is open."""
     settings = TrainSettings(
         data=data_settings(files),
         model=str(base),
+        embed=embed,
         granularity=granularity,
         lora_rank=2,
         max_length=MAX_LENGTH,
         device="cpu",
     )
-    rows = load_rows(settings.data)
+    rows = load_rows(settings.data, embeds=embed)
     tokenizer = open_tokenizer(base)
     model = open_base(base, rows.spec)
     layers = attach_gates_(model, granularity=granularity, controller="importance", lora_rank=settings.rank)

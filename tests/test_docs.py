@@ -28,6 +28,7 @@ import typer
 import forks
 import tiny
 from gatepress.cli.app import app
+from gatepress.embedding import write_modules
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "benchmarks/README.md"]
@@ -106,8 +107,11 @@ def world(
         shutil.copytree(tiny_model_dir("roberta"), root / name)
     shutil.copytree(tiny_classifier_dir("bert"), root / "my-finetuned")
     shutil.copytree(tiny_classifier_dir("bert", 1), root / "my-reranker")
+    shutil.copytree(tiny_model_dir("bert"), root / "my-embedder")
+    write_modules(root / "my-embedder", {"pooling": "mean", "normalize": True}, tiny.HIDDEN)
     shutil.copytree(tiny_glue_dir, root / "glue")
-    tiny.write_table(root / "texts.csv", ("text",), [(text,) for text, _ in tiny.made_up_rows(48, seed=7)])
+    for name, column in (("texts", "text"), ("served", "left")):
+        tiny.write_table(root / f"{name}.csv", (column,), [(text,) for text, _ in tiny.made_up_rows(48, seed=7)])
     for seed, name in enumerate(("train", "dev", "fresh")):
         tiny.write_table(root / f"{name}.csv", ("text", "topic"), tiny.made_up_rows(96, seed=seed))
         pairs = [

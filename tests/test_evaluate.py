@@ -137,7 +137,8 @@ def test_the_metric_is_of_all_rows_together_whatever_the_size_of_a_split() -> No
     def rows(right: int, wrong: int) -> Any:
         labels = [1] * right + [0] * wrong
         each = [[1]] * len(labels)
-        table = Dataset.from_dict({"input_ids": each, "attention_mask": each, "label": labels})
+        queries = range(len(labels))
+        table = Dataset.from_dict({"input_ids": each, "attention_mask": each, "label": labels, "query": queries})
         return make_loader(table, tiny.build_tokenizer(tiny.BY_FAMILY["bert"]), 8, shuffle=False, seed=0)
 
     def predict(inputs: dict[str, torch.Tensor]) -> Any:

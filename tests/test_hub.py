@@ -90,7 +90,9 @@ def test_a_cached_copy_serves_without_a_network(tmp_path: Path, monkeypatch: pyt
     assert locate_model("somebody/some-model").resolve() == directory.resolve()
 
 
-def test_no_pickle_no_code_and_no_folder_is_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_no_pickle_no_code_and_of_folders_only_parts_of_an_embedder_are_asked_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     directory = model_directory(tmp_path / "snapshot")
     asked = {}
 
@@ -100,7 +102,7 @@ def test_no_pickle_no_code_and_no_folder_is_asked_of_the_hub(tmp_path: Path, mon
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert locate_model("somebody/some-model", "v1") == directory
-    files = ["config.json", "model.safetensors", "vocab.txt", "merges.txt", "spiece.model"]
+    files = ["config.json", "model.safetensors", "vocab.txt", "merges.txt", "spiece.model", "1_Pooling/config.json"]
     unwanted = ["pytorch_model.bin", "tf_model.h5", "modeling.py", "onnx/config.json", "a/model.safetensors"]
 
     def kept() -> list[str]:

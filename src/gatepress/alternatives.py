@@ -16,6 +16,7 @@ from gatepress.bench import endtoend
 from gatepress.bench.record import Record
 from gatepress.checkpoint import located, open_base, read_run
 from gatepress.config import Layout, Target
+from gatepress.embedding import as_saved
 from gatepress.errors import UsageError
 from gatepress.export import export
 from gatepress.files import explained, temporary_directory
@@ -112,5 +113,5 @@ def _write_dense(run_dir: Path, directory: Path, longest: int) -> None:
         model = open_base(base, manifest.task)
     endtoend.refuse_longer(str(run_dir), max_tokens(model.config.to_dict()), longest)
     with explained(directory):
-        model.save_pretrained(directory)
+        as_saved(model).save_pretrained(directory)
         open_tokenizer(run_dir).save_pretrained(directory)

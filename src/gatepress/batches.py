@@ -33,9 +33,9 @@ def fitting(asked: int, most: int | None, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def tokenize(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> datasets.Dataset:
-    """Return `input_ids`, `attention_mask`, `token_type_ids` (where the tokenizer has them), `label`, of pairs `query`.
+    """Return `input_ids`, `attention_mask`, `token_type_ids` (where the tokenizer has them), `label` and `query`.
 
-    Texts are cut at `max_length` tokens, of a pair the longer text first; nothing is padded yet. Pairs whose first text
+    Texts are cut at `max_length` tokens, of a pair the longer text first; nothing is padded yet. Rows whose first text
     is the same have the same number as `query`. Raises `UsageError` where special tokens alone take as many: then
     tokenizers do not cut at all.
     """
@@ -51,9 +51,8 @@ def tokenize(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_len
         texts = (chunk["text"], chunk["text_pair"]) if pairs else (chunk["text"],)
         encoded = tokenizer(*texts, truncation=True, max_length=max_length, padding=False)
         columns = {name: pa.array(encoded[name], pa.list_(pa.int32())) for name in INPUTS if name in encoded}
-        if pairs:
-            queries = [numbers.setdefault(text, len(numbers)) for text in chunk["text"]]
-            columns["query"] = pa.array(queries, pa.int64())
+        queries = [numbers.setdefault(text, len(numbers)) for text in chunk["text"]]
+        columns["query"] = pa.array(queries, pa.int64())
         kind = pa.int64() if isinstance(chunk["label"][0], int) else pa.float32()
         tables.append(pa.table({**columns, "label": pa.array(chunk["label"], kind)}))
     return datasets.Dataset(pa.concat_tables(tables))
@@ -131,17 +130,12 @@ class TokenRows(Dataset[Row]):
                 ends = np.cumsum(column.value_lengths().to_numpy(zero_copy_only=False), dtype=np.int64)
         self._bounds = np.concatenate([np.zeros(1, np.int64), ends])
         self._labels = table.column("label").to_numpy()
-        self._queries = table.column("query").to_numpy() if "query" in table.column_names else None
+        self.queries = table.column("query").to_numpy()  # of each row, less than there are rows
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """Tokens of each row."""
         return np.diff(self._bounds)
-
-    @property
-    def queries(self) -> npt.NDArray[np.int64]:
-        """Number of the query that each row is of, less than there are rows; a single text is of its own."""
-        return np.arange(len(self)) if self._queries is None else self._queries
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -206,10 +200,15 @@ def make_loader(  # noqa: PLR0913 - each is a dial of the batches
     return DataLoader(rows, batch_sampler=batches, collate_fn=collate)
 
 
-def queries_in_order(loader: DataLoader[Any]) -> npt.NDArray[np.int64]:
-    """Return the query of each row that an unshuffled loader of `make_loader` yields, in its order."""
-    rows = np.concatenate(cast("GroupedBatches", loader.batch_sampler).batches(0))
-    return cast("TokenRows", loader.dataset).queries[rows]
+def rows_in_order(loader: DataLoader[Any]) -> npt.NDArray[np.int64]:
+    """Return the number of each row that an unshuffled loader of `make_loader` yields, in its order."""
+    return np.concatenate(cast("GroupedBatches", loader.batch_sampler).batches(0))
+
+
+def queries_of(loader: DataLoader[Any]) -> npt.NDArray[np.int64]:
+    """Return the query of each row of a loader of `make_loader`, in the order of the rows."""
+    queries: npt.NDArray[np.int64] = cast("TokenRows", loader.dataset).queries
+    return queries
 
 
 def left_of_epoch(loader: DataLoader[Any], epoch: int, done: int) -> Iterator[Batch]:

@@ -39,6 +39,23 @@ from transformers import AutoModelForSequenceClassification
 
 model = AutoModelForSequenceClassification.from_pretrained("DIR", trust_remote_code=True)
 ```"""
+EMBEDDER_CODE = """By sentence-transformers, with the code in the directory (`modeling_gatepress.py`; read it first):
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("DIR", trust_remote_code=True)
+vectors = model.encode(["one text", "another"])
+```
+
+With gatepress installed its code is enough: `import gatepress.auto` before, and no `trust_remote_code`."""
+STOCK_EMBEDDER_CODE = """It is an ordinary model of transformers, with narrower feed-forward layers:
+
+```python
+from sentence_transformers import SentenceTransformer
+
+vectors = SentenceTransformer("DIR").encode(["one text", "another"])
+```"""
 STOCK_CODE = """It is an ordinary model of transformers, with narrower feed-forward layers:
 
 ```python
@@ -80,8 +97,8 @@ def _front_matter(manifest: dict[str, Any], name: str) -> str:
     public = None if Path(model).is_absolute() else DEMO_BASE if model == "demo" else without_revision(model)
     data = ModelCardData(
         base_model=public,
-        library_name="transformers",
-        pipeline_tag="text-classification",
+        library_name="sentence-transformers" if _embeds(manifest) else "transformers",
+        pipeline_tag=_kind_on_hub(manifest),
         tags=["gatepress", "pruned"],
         datasets=[GLUE] if _from_hub(manifest) else None,
         metrics=[_on_hub(manifest["task"]["metric"])],
@@ -99,7 +116,7 @@ def _results(manifest: dict[str, Any]) -> list[EvalResult] | None:
     splits, hub = task["validation_splits"], _from_hub(manifest)
     return [
         EvalResult(
-            task_type="text-classification",
+            task_type=_kind_on_hub(manifest),
             dataset_type=GLUE if hub else task["name"],
             dataset_name=f"GLUE {task['name']}" if hub else task["name"],
             dataset_config=task["name"] if hub else None,
@@ -122,6 +139,15 @@ def metric_after(manifest: dict[str, Any]) -> float | None:
     return value
 
 
+def _embeds(manifest: dict[str, Any]) -> bool:
+    return bool(manifest["task"].get("embeds"))
+
+
+def _kind_on_hub(manifest: dict[str, Any]) -> str:
+    """Return what the hub calls what the model does."""
+    return "sentence-similarity" if _embeds(manifest) else "text-classification"
+
+
 def _on_hub(metric: str) -> str:
     """Return what the hub calls a metric."""
     return HUB_METRICS.get(metric, metric)
@@ -140,10 +166,14 @@ def _about(manifest: dict[str, Any], outputs: int | None) -> str:
     if labels and outputs == 1:
         kind = f"One output, whose sigmoid is the probability of `{labels[1]}` against `{labels[0]}`."
     revision = f" at revision `{base['revision']}`" if base["revision"] else ""
+    taught, gives = "trained on", "logit"
+    if _embeds(manifest):
+        kind = f"It gives a vector of {outputs} numbers for each text, to be compared by their cosine."
+        taught, gives = "taught by itself on the texts of", "number of a vector"
     return (
-        f"`{shown(base['model'])}`{revision}, trained on {task['name']} with gates over its matrices; what they closed "
+        f"`{shown(base['model'])}`{revision}, {taught} {task['name']} with gates over its matrices; what they closed "
         "was then cut out of the weights by gatepress. "
-        f"{kind} On {report['probe_rows']} validation rows no logit differs by more than "
+        f"{kind} On {report['probe_rows']} validation rows no {gives} differs by more than "
         f"{report['max_abs_logit_diff']:.1e} from the model before it was cut."
     )
 
@@ -175,7 +205,10 @@ def _metric(value: float | None) -> str:
 
 
 def _loading(manifest: dict[str, Any]) -> str:
-    return STOCK_CODE if manifest["report"]["layout"] == "stock" else OWN_CODE
+    stock = manifest["report"]["layout"] == "stock"
+    if _embeds(manifest):
+        return STOCK_EMBEDDER_CODE if stock else EMBEDDER_CODE
+    return STOCK_CODE if stock else OWN_CODE
 
 
 def _again(manifest: dict[str, Any], name: str) -> str:
@@ -193,7 +226,8 @@ def _limits(manifest: dict[str, Any]) -> str:
     splits = " and ".join(task["validation_splits"])
     return (
         "## What it cannot do\n\n"
-        f"- Any task but {task['name']}: what other tasks need may be among what was removed, and cannot be reopened.\n"
+        f"- {'Texts of another kind than' if _embeds(manifest) else 'Any task but'} {task['name']}: what others need "
+        "may be among what was removed, and cannot be reopened.\n"
         f"- Longer texts: it was trained and measured on at most {manifest['max_length']} tokens.\n"
         f"- Promise its metric elsewhere: that is of one seed, on {splits}. Which rows pruning and training served "
         "worse than others was not measured, nor was bias; those of the base model are likely still there.\n"

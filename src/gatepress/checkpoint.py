@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from gatepress.config import TrainSettings
+from gatepress.embedding import embedder_class, embedding_of, tell_of_prompt
 from gatepress.errors import ArtifactError, HubError, ModelError, UsageError
 from gatepress.files import (
     RUN_FILE,
@@ -161,7 +162,7 @@ def read_probe(directory: Path, model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def open_base(directory: Path, spec: TaskSpec, above: frozenset[Path] = frozenset()) -> PreTrainedModel:
-    """Load a dense float32 model with a head for the task: its own one, where it was finetuned for it.
+    """Load a dense float32 model with a head for the task: its own one, where it was finetuned for it; or an embedder.
 
     `directory` may be a run without gates (`--method full` and the like), other than those `above` that stand on it.
     Raises `ModelError` for a family that gatepress does not know, for a run with gates, for a head whose classes stand
@@ -182,20 +183,12 @@ def open_base(directory: Path, spec: TaskSpec, above: frozenset[Path] = frozense
                 f"{directory}: is a decoder by its config.json (is_decoder, add_cross_attention), expected an encoder, "
                 "whose tokens all see each other"
             )
-        names = spec.label_names or ("score",)
-        own, wanted = folded(in_order(config.id2label or {})), folded(names)
-        if own != wanted and sorted(own) == sorted(wanted):
-            raise ModelError(
-                f"{directory}: its classes are {', '.join(own)}, those of the task {', '.join(names)}; a head whose "
-                "classes stand in another order cannot be trained on: order id2label and the head's rows alike"
-            )
-        outputs, kept_head = _head_of(directory, spec)
-        if not kept_head or outputs == spec.num_labels:  # one output for two classes keeps its own name
-            config.num_labels = spec.num_labels
-            config.id2label = dict(enumerate(names))
-            config.label2id = {name: index for index, name in enumerate(names)}
-            config.problem_type = "regression" if spec.label_names is None else "single_label_classification"
-        model, info = AutoModelForSequenceClassification.from_pretrained(
+        if spec.embeds:
+            config.embedding = embedding_of(directory)
+        else:
+            _set_labels_(config, directory, spec)
+        kind = embedder_class(model_type) if spec.embeds else AutoModelForSequenceClassification
+        model, info = kind.from_pretrained(
             directory,
             config=config,
             dtype=torch.float32,
@@ -210,12 +203,31 @@ def open_base(directory: Path, spec: TaskSpec, above: frozenset[Path] = frozense
     return opened
 
 
+def _set_labels_(config: Any, directory: Path, spec: TaskSpec) -> None:
+    """Let the head of a configuration be that of the task, in place; `ModelError` where classes stand otherwise."""
+    names = spec.label_names or ("score",)
+    own, wanted = folded(in_order(config.id2label or {})), folded(names)
+    if own != wanted and sorted(own) == sorted(wanted):
+        raise ModelError(
+            f"{directory}: its classes are {', '.join(own)}, those of the task {', '.join(names)}; a head whose "
+            "classes stand in another order cannot be trained on: order id2label and the head's rows alike"
+        )
+    outputs, kept_head = _head_of(directory, spec)
+    if not kept_head or outputs == spec.num_labels:  # one output for two classes keeps its own name
+        config.num_labels = spec.num_labels
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: index for index, name in enumerate(names)}
+        config.problem_type = "regression" if spec.label_names is None else "single_label_classification"
+
+
 def _open_run_as_base(directory: Path, spec: TaskSpec, above: frozenset[Path]) -> PreTrainedModel:
     if directory.resolve() in above:
         raise ArtifactError(f"{directory}: is trained on itself, it says; it is damaged, or not written by gatepress")
     model, manifest = load_run(directory, above)
     if manifest.settings.gated:
         raise ModelError(f"{directory}: was trained with gates, expected a dense model; --start goes on from a run")
+    if spec.embeds:
+        raise ModelError(f"{directory}: was trained with a head, expected an embedder; give the model it was made of")
     if manifest.status != "finished":
         raise ModelError(f"{directory}: is not finished; end it first: gatepress train --resume {directory}")
     if manifest.task.label_names != spec.label_names:
@@ -250,8 +262,11 @@ def dense_base(settings: TrainSettings, locate: Callable[[TrainSettings], Place]
 
 
 def is_finetuned(directory: Path, spec: TaskSpec) -> bool:
-    """Say whether a model comes with a head that fits the task, so that it need not learn the task first."""
-    return (directory / RUN_FILE).is_file() or _head_of(directory, spec)[1]
+    """Say whether a model comes with a head that fits the task, so that it need not learn the task first.
+
+    An embedder needs none: what it gives is what it is to give.
+    """
+    return spec.embeds or (directory / RUN_FILE).is_file() or _head_of(directory, spec)[1]
 
 
 def _head_of(directory: Path, spec: TaskSpec) -> tuple[int, bool]:
@@ -271,12 +286,14 @@ def _head_of(directory: Path, spec: TaskSpec) -> tuple[int, bool]:
 
 
 def tell_of_head(directory: Path, spec: TaskSpec) -> None:
-    """Warn where a head is left behind, or kept while its classes are called otherwise than the task's.
+    """Warn where a head is left behind, or kept while its classes are called otherwise than the task's, or of a prompt.
 
     Only the order of classes is believed. Numbered ones, as transformers names them where nobody else did, say nothing
     that could be wrong; nor does the name of one output.
     """
-    if (directory / RUN_FILE).is_file():
+    if spec.embeds:
+        tell_of_prompt(directory, embedding_of(directory))
+    if spec.embeds or (directory / RUN_FILE).is_file():
         return
     (outputs, fits), names = _head_of(directory, spec), spec.label_names
     if outputs and not fits:

@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 from gatepress import modeling_gatepress
 from gatepress.config import Layout
 from gatepress.costs import Costs
+from gatepress.embedding import embedder_class, embeds
 from gatepress.errors import ModelError
 from gatepress.families import ROLES
 from gatepress.inject import gated_linear
@@ -42,7 +43,9 @@ def cut(model: PreTrainedModel, plan: PrunePlan, *, consume: bool = False) -> Pr
     refuse_activation(model)
     layers = resolve(model)
     config = _pruned_config(model, layers, plan)
-    pruned_class = model_class(family_of(model.config), stock=plan.layout == "stock")
+    pruned_class: Any = model_class(family_of(model.config), stock=plan.layout == "stock")
+    if embeds(model):
+        pruned_class = embedder_class(config.model_type)
     with init_empty_weights(include_buffers=False):
         pruned: PreTrainedModel = pruned_class(config)
     pruned.load_state_dict(_pruned_state(model, layers, plan, consume=consume), strict=True, assign=True)
@@ -152,10 +155,11 @@ def ship_code(config: dict[str, Any], directory: Path) -> None:
     """
     source = Path(modeling_gatepress.__file__)
     shutil.copyfile(source, directory / source.name)
-    class_name = config["architectures"][0]
+    class_name = str(config["architectures"][0])
+    kind = next(kind for kind in ("ForSequenceClassification", "Model") if class_name.endswith(kind))
     config["auto_map"] = {
-        "AutoConfig": f"{source.stem}.{class_name.removesuffix('ForSequenceClassification')}Config",
-        "AutoModelForSequenceClassification": f"{source.stem}.{class_name}",
+        "AutoConfig": f"{source.stem}.{class_name.removesuffix(kind)}Config",
+        f"AutoModel{kind.removeprefix('Model')}": f"{source.stem}.{class_name}",
     }
 
 

@@ -131,6 +131,7 @@ class TrainSettings:
     data: DataSettings
     model: str = "FacebookAI/roberta-base"  # hub id, local directory, run of another method, or "demo"
     revision: str | None = None  # branch, tag or commit on the hub
+    embed: bool = False  # an embedder: texts are read one by one, and the model as it is teaches, without labels
     method: Method = "gates+lora"
     sparsity: float = 0.3  # fraction of `budget` to remove, in [0, 1)
     budget: BudgetUnit | None = None  # None: gates; the penalty controller counts by vectors
@@ -206,6 +207,9 @@ class TrainSettings:
         if self.hidden_weight is not None and (self.distill is False or not self.gated):
             asked = "--no-distill" if self.gated else f"--method {self.method}"
             problems.append(f"--hidden-weight weighs what a teacher computes, {asked} has none")
+        if self.embed and not (self.gated and self.distill is not False and not self.open_epochs):
+            asked = "--open-epochs" if self.open_epochs else "--no-distill" if self.gated else f"--method {self.method}"
+            problems.append(f"--embed trains by what the model as it is gives, from the first step on; drop {asked}")
         if self.open_epochs and self.start:
             problems.append("--open-epochs says nothing to --start, whose gates are closed at once")
         if self.lora_rank is not None and self.method in METHODS and not METHODS[self.method].rank:
@@ -249,7 +253,7 @@ class TrainSettings:
         if finetuned and own.gated and own.rank:
             little = self.sparsity >= LITTLE_LEFT
             own = replace(FINETUNED, learning_rate=RATE_OF_LITTLE) if little else FINETUNED
-        distill = _unless_asked(self.distill, own.distill)
+        distill = _unless_asked(self.distill, own.distill or self.embed)
         if self.data.unlabelled_file and not (finetuned and distill and not self.open_epochs):
             raise UsageError(
                 "--unlabelled-file holds texts that a teacher must answer for from the first step, and there is none; "

@@ -37,7 +37,7 @@ class Lesson:
     """What is known of all training rows, on the device of the model, and what is asked of a student."""
 
     special: Tensor  # ids of tokens that are no words
-    shares: Tensor | None  # of each class among labels [classes]; None: labels are numbers
+    shares: Tensor | None  # of each class among labels [classes]; None: labels are numbers, or nobody asks for them
     hidden_weight: float  # of the teacher's hidden states, where its logits and the labels have 1 each
     processes: Processes = ALONE  # that share the rows of a batch
 
@@ -53,7 +53,7 @@ class Lesson:
     ) -> "Lesson":
         """Return the lesson of rows that have these labels."""
         special = torch.tensor(tokenizer.all_special_ids, device=processes.device)
-        if spec.label_names is None:
+        if spec.label_names is None or spec.embeds:
             return cls(special, None, hidden_weight, processes)
         counted = torch.bincount(torch.tensor(labels), minlength=spec.num_labels)
         return cls(special, (counted / len(labels)).to(processes.device), hidden_weight, processes)
@@ -165,18 +165,20 @@ def of_classes(logits: Tensor) -> Tensor:
     return values
 
 
-def hidden_distances(student: Any, teacher: Any, mask: Tensor) -> Tensor:
+def hidden_distances(student: Any, teacher: Any, mask: Tensor, *, whole: bool = False) -> Tensor:
     """Return how far the hidden states behind each layer lie from a teacher's, on the tokens of `mask` [layers].
 
-    Squared error over the variance of the teacher's. Of the last layer the first token alone counts: the head reads no
-    other.
+    Of the last layer the first token alone counts, unless the `whole` of it is read: a head reads no other.
     """
-    *inner, last = zip(student.hidden_states[1:], teacher.hidden_states[1:], strict=True)
+    pairs = [*zip(student.hidden_states[1:], teacher.hidden_states[1:], strict=True)]
     tokens = mask.flatten().nonzero()[:, 0]
-    layers = [_relative(*(z.flatten(0, 1).index_select(0, tokens).float() for z in pair)) for pair in inner]
-    layers.append(_relative(*(z[:, 0].float() for z in last)))
+    inner = pairs if whole else pairs[:-1]
+    layers = [relative_distance(*(z.flatten(0, 1).index_select(0, tokens) for z in pair)) for pair in inner]
+    layers += [relative_distance(*(z[:, 0] for z in pair)) for pair in pairs[len(inner) :]]
     return torch.stack(layers)
 
 
-def _relative(x: Tensor, y: Tensor) -> Tensor:
-    return functional.mse_loss(x, y) / y.var()
+def relative_distance(x: Tensor, y: Tensor) -> Tensor:
+    """Return the mean squared error of x over the variance of y, of one shape."""
+    wanted = y.float()
+    return functional.mse_loss(x.float(), wanted) / wanted.var()

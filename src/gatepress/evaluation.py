@@ -13,11 +13,11 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gatepress.batches import PROBE_ROWS, fitting, make_loader, probe_batch, queries_in_order, tokenize
+from gatepress.batches import PROBE_ROWS, fitting, make_loader, probe_batch, queries_of, rows_in_order, tokenize
 from gatepress.checkpoint import OTHER_CLASSES
 from gatepress.config import Arithmetic, DataSettings, refuse_below
 from gatepress.errors import ArtifactError, ModelError, UsageError
-from gatepress.metrics import compute_metric
+from gatepress.metrics import compute_metric, cosines
 from gatepress.models import open_tokenizer
 from gatepress.processes import ALONE, Processes
 from gatepress.progress import NoProgress, Progress
@@ -112,7 +112,7 @@ def basis_of(  # noqa: PLR0913 - what `evaluate` is asked of its rows
     spec = TaskSpec.from_json(manifest["task"]) if manifest.get("task") else None
     settings = (data or replace(_settings(manifest.get("data"), target), **(changes or {}))).absolute()
     tokenizer = _tokenizer_of(runner, target, trust_remote_code=trust_remote_code)
-    rows = load_rows(settings, splits="validation", spec=spec, classes=runner.label_names)
+    rows = load_rows(settings, splits="validation", spec=spec, classes=runner.label_names, embeds=runner.embeds)
     return Basis(settings, rows, tokenizer, max_length or manifest.get("max_length") or MAX_LENGTH)
 
 
@@ -145,6 +145,9 @@ def evaluate_runner(  # noqa: PLR0913 - each is a dial of the measurement
 ) -> dict[str, Any]:
     """Return the metric of an open model on rows, each text cut at `max_length` tokens."""
     spec = rows.spec
+    if runner.embeds != spec.embeds:
+        kinds = [f"{'an embedder' if one else 'a model with a head'}" for one in (runner.embeds, spec.embeds)]
+        raise ModelError(f"{runner.name}: is {kinds[0]}, but the rows are those of {kinds[1]}; compare two of a kind")
     if runner.num_labels is not None:  # known before the first batch
         _refuse_other_width(runner, spec, runner.num_labels)
     tokens = fitting(max_length, runner.max_tokens, tokenizer)
@@ -152,7 +155,7 @@ def evaluate_runner(  # noqa: PLR0913 - each is a dial of the measurement
         name: make_loader(tokenize(split, tokenizer, tokens), tokenizer, batch_size, shuffle=False, seed=0)
         for name, split in rows.validation.items()
     }
-    columns = _columns(runner, spec)
+    columns = [] if spec.embeds else _columns(runner, spec)
 
     def predict(inputs: dict[str, torch.Tensor]) -> npt.NDArray[np.float32]:
         logits = runner.logits({name: value.numpy() for name, value in inputs.items()})
@@ -163,7 +166,7 @@ def evaluate_runner(  # noqa: PLR0913 - each is a dial of the measurement
 
 
 def _refuse_other_width(runner: Runner, spec: TaskSpec, outputs: int) -> None:
-    if outputs not in spec.widths:
+    if outputs not in spec.widths and not spec.embeds:
         raise ModelError(
             f"{runner.name}: has {outputs} outputs, but {spec.name} needs {spec.num_labels}; "
             "give the data it was trained for, or a model for this task"
@@ -209,7 +212,7 @@ def score(
     """
     progress = progress or NoProgress()
     outputs: dict[str, tuple[npt.NDArray[Any], ...]] = {}
-    examples = 0
+    examples = seen = 0
     progress.start(sum(len(loader) for loader in loaders.values()), f"evaluating {spec.name}")
     try:
         for name, loader in loaders.items():
@@ -220,8 +223,13 @@ def score(
                     parts.append((number, logits, batch["labels"].numpy()))
                 progress.advance(1)
             ordered = sorted(processes.gathered(parts), key=itemgetter(0))
-            logits, labels = (np.concatenate([part[which] for part in ordered]) for which in (1, 2))
-            outputs[name] = logits, labels, queries_in_order(loader) + examples  # of two splits no two are the same
+            order = np.argsort(rows_in_order(loader))
+            logits, labels = (np.concatenate([part[which] for part in ordered])[order] for which in (1, 2))
+            queries = queries_of(loader) + seen  # of two splits no two are the same
+            seen += len(labels)
+            if spec.embeds:  # rows are texts, the first ones of all pairs before the second ones
+                logits, labels, queries = cosines(logits), labels[: len(labels) // 2], queries[: len(labels) // 2]
+            outputs[name] = logits, labels, queries
             examples += len(labels)
     finally:
         progress.finish()

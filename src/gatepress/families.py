@@ -1,7 +1,7 @@
 """What is q, k, v, o, up and down in each model family: pure data, one row a family.
 
 A row names modules by their paths: `layers` below the base model, all others below one layer.
-To add a family, add its row here, its two classes in `modeling_gatepress.py` and its tiny model in
+To add a family, add its row here, its three classes in `modeling_gatepress.py` and its tiny model in
 the tests' fixture; nothing else in gatepress knows families.
 """
 

@@ -24,6 +24,7 @@ DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 MOVED = "GATEPRESS_MODELS"  # environment variable: folders that hold models and runs which stood elsewhere
 MODEL_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model")
 CODE_PATTERNS = ("*.py",)
+OTHER_FOLDERS = "[!0-9]*/*"  # all but those of the parts of an embedder, 1_Pooling and the like
 TIMEOUT_S = 10.0  # for the first answer of the hub; downloads themselves may take as long as they need
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -131,7 +132,7 @@ def download(
 ) -> Path:
     """Return the cached snapshot of a hub repository, fetched first where it is missing or outdated.
 
-    Takes files that match `patterns`; of a model only those at the top, not its exports in folders.
+    Takes files that match `patterns`; of a model those at the top and in its numbered parts, not its exports.
     Raises `ModelError` where the hub knows no such repository or revision, `HubError` with
     `ways_out` where it cannot be reached and nothing is cached.
     """
@@ -144,7 +145,7 @@ def download(
                 repo_type=kind,
                 revision=revision,
                 allow_patterns=list(patterns),
-                ignore_patterns=["*/*"] if kind == "model" else None,
+                ignore_patterns=[OTHER_FOLDERS] if kind == "model" else None,
                 etag_timeout=TIMEOUT_S,
             )
         )

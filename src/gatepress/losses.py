@@ -5,7 +5,16 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-from gatepress.distill import Lesson, Teacher, balanced, hidden_distances, logit_distances, of_classes, varied
+from gatepress.distill import (
+    Lesson,
+    Teacher,
+    balanced,
+    hidden_distances,
+    logit_distances,
+    of_classes,
+    relative_distance,
+    varied,
+)
 from gatepress.tasks import TaskSpec
 from gatepress.tasks.spec import NO_CLASS
 
@@ -14,7 +23,7 @@ def batch_loss(model: Any, batch: dict[str, Tensor], spec: TaskSpec, teacher: Te
     """Return the loss of a batch of inputs [batch, length] and `labels` [batch].
 
     Behind a teacher words are partly exchanged: labels count where there are any and they still hold; how far logits
-    and hidden states are from the teacher's, everywhere.
+    and hidden states are from the teacher's, everywhere. An embedder has no labels: its logits are its vectors.
     """
     labels = batch["labels"]
     inputs = {name: value for name, value in batch.items() if name != "labels"}
@@ -22,11 +31,13 @@ def batch_loss(model: Any, batch: dict[str, Tensor], spec: TaskSpec, teacher: Te
         return task_losses(model(**inputs).logits, labels, spec).mean()
     inputs, same = varied(inputs, lesson.special)
     outputs, answers = model(**inputs, output_hidden_states=True), teacher(inputs)
+    of_hidden = hidden_distances(outputs, answers, inputs["attention_mask"], whole=spec.embeds)
+    if spec.embeds:
+        return relative_distance(outputs.logits, answers.logits) + lesson.hidden_weight * of_hidden.mean()
     known = labels.isfinite() if spec.label_names is None else labels != NO_CLASS
     losses = task_losses(outputs.logits, labels.where(known, 0), spec) * (known & same)
     weights = balanced(answers, labels, known, same, lesson)
     of_logits = logit_distances(outputs, answers, spec) * weights
-    of_hidden = hidden_distances(outputs, answers, inputs["attention_mask"])
     return losses.mean() + of_logits.mean() + lesson.hidden_weight * of_hidden.mean()
 
 

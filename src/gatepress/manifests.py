@@ -53,6 +53,7 @@ _TASK = {
     **every("name metric label_column", "text"),
     **every("text_columns validation_splits", ["text"]),
     "label_names": (["text"],),
+    "embeds": "bool",
 }
 _FILE = every("file sha256", "text")
 _SETTINGS = schema_of(TrainSettings)
@@ -93,6 +94,12 @@ _CONFIG: dict[str, Schema] = {
     "label2id": (_COUNTS,),
     **every("max_position_embeddings pad_token_id", ("int",)),
     **every("num_hidden_layers n_layers num_attention_heads n_heads", "size"),
+    "embedding": {
+        **every("pooling default_prompt_name", "text"),
+        "normalize": "bool",
+        "max_seq_length": "int",
+        "prompts": _TEXTS,
+    },
     "gatepress": {
         "version": "int",
         "linears": {"*": {**every("rows columns", "size"), **every("gathered scattered", "bool")}},

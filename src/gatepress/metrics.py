@@ -46,6 +46,14 @@ def compute_metric(name: Metric, logits: Numbers, labels: Numbers, queries: Numb
     return float(np.mean(ranked)) if ranked else 0.0
 
 
+def cosines(vectors: Numbers) -> Numbers:
+    """Return how alike the texts of each pair are [pairs, 1], from vectors [2 * pairs, hidden]: first texts first."""
+    long = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+    first, second = np.split(vectors / np.maximum(long, np.finfo(np.float64).tiny), 2)
+    alike: Numbers = (first * second).sum(1, keepdims=True)
+    return alike
+
+
 def _matthews(labels: Numbers, predicted: Numbers, _: int) -> float:
     return 0.0 if _constant(predicted) or _constant(labels) else float(matthews_corrcoef(labels, predicted))
 

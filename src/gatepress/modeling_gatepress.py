@@ -13,7 +13,8 @@ Paths are below the base model. Every head that is left has `qk_width` query/key
 no query/key dimension is left: all scores are 0.
 
 The heads of all these classes read the first token of the last layer and no other. So outside of training
-that layer computes it alone, from the keys and values of all tokens; see `_Pruned.first_token_alone`.
+that layer computes it alone, from the keys and values of all tokens; see `_Pruned.first_token_alone`. Classes
+without a head (`GatepressBertModel` and the like) compute all tokens.
 """
 
 import contextlib
@@ -29,17 +30,23 @@ from torch.nn import functional
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    BertModel,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    DistilBertModel,
     ElectraConfig,
     ElectraForSequenceClassification,
+    ElectraModel,
     MPNetConfig,
     MPNetForSequenceClassification,
+    MPNetModel,
     PreTrainedModel,
     RobertaConfig,
     RobertaForSequenceClassification,
+    RobertaModel,
     XLMRobertaConfig,
     XLMRobertaForSequenceClassification,
+    XLMRobertaModel,
 )
 
 VERSION = 1
@@ -300,6 +307,16 @@ class _Pruned(PreTrainedModel):
             narrow_layer_(last)
 
 
+class _Headless(PreTrainedModel):
+    """What classes without a head leave out: all tokens are read, and no pooler, which a head would read."""
+
+    first_token_alone = False
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.register_module("pooler", None)
+
+
 class GatepressBertConfig(BertConfig):
     """BERT with pruned layers."""
 
@@ -308,6 +325,12 @@ class GatepressBertConfig(BertConfig):
 
 class GatepressBertForSequenceClassification(_Pruned, BertForSequenceClassification):
     """BERT with pruned layers and a classification or regression head."""
+
+    config_class = GatepressBertConfig
+
+
+class GatepressBertModel(_Headless, _Pruned, BertModel):
+    """BERT with pruned layers, without a head: what an embedder is made of."""
 
     config_class = GatepressBertConfig
 
@@ -324,6 +347,12 @@ class GatepressRobertaForSequenceClassification(_Pruned, RobertaForSequenceClass
     config_class = GatepressRobertaConfig
 
 
+class GatepressRobertaModel(_Headless, _Pruned, RobertaModel):
+    """RoBERTa with pruned layers, without a head: what an embedder is made of."""
+
+    config_class = GatepressRobertaConfig
+
+
 class GatepressXLMRobertaConfig(XLMRobertaConfig):
     """XLM-R with pruned layers."""
 
@@ -332,6 +361,12 @@ class GatepressXLMRobertaConfig(XLMRobertaConfig):
 
 class GatepressXLMRobertaForSequenceClassification(_Pruned, XLMRobertaForSequenceClassification):
     """XLM-R with pruned layers and a classification or regression head."""
+
+    config_class = GatepressXLMRobertaConfig
+
+
+class GatepressXLMRobertaModel(_Headless, _Pruned, XLMRobertaModel):
+    """XLM-R with pruned layers, without a head: what an embedder is made of."""
 
     config_class = GatepressXLMRobertaConfig
 
@@ -348,6 +383,12 @@ class GatepressElectraForSequenceClassification(_Pruned, ElectraForSequenceClass
     config_class = GatepressElectraConfig
 
 
+class GatepressElectraModel(_Headless, _Pruned, ElectraModel):
+    """ELECTRA with pruned layers, without a head: what an embedder is made of."""
+
+    config_class = GatepressElectraConfig
+
+
 class GatepressMPNetConfig(MPNetConfig):
     """MPNet with pruned layers."""
 
@@ -360,6 +401,12 @@ class GatepressMPNetForSequenceClassification(_Pruned, MPNetForSequenceClassific
     config_class = GatepressMPNetConfig
 
 
+class GatepressMPNetModel(_Headless, _Pruned, MPNetModel):
+    """MPNet with pruned layers, without a head: what an embedder is made of."""
+
+    config_class = GatepressMPNetConfig
+
+
 class GatepressDistilBertConfig(DistilBertConfig):
     """DistilBERT with pruned layers."""
 
@@ -368,5 +415,11 @@ class GatepressDistilBertConfig(DistilBertConfig):
 
 class GatepressDistilBertForSequenceClassification(_Pruned, DistilBertForSequenceClassification):
     """DistilBERT with pruned layers and a classification or regression head."""
+
+    config_class = GatepressDistilBertConfig
+
+
+class GatepressDistilBertModel(_Headless, _Pruned, DistilBertModel):
+    """DistilBERT with pruned layers, without a head: what an embedder is made of."""
 
     config_class = GatepressDistilBertConfig

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
+from gatepress.embedding import as_saved, embedder_class, is_embedder
 from gatepress.errors import ArtifactError, GatepressError, ModelError, reason_of
 from gatepress.families import FAMILIES
 from gatepress.files import PRUNED_FILE, read_json, sha256_of
@@ -110,7 +111,7 @@ def refuse_unfit(path: Path) -> None:
     got = tensor_shapes(file)
     read_config(path / "config.json")
     model = empty_model(path, most_layers=len(got))
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    wanted = {name: tuple(value.shape) for name, value in as_saved(model).state_dict().items()}
     odd = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))
     if odd:
         told = "; ".join(
@@ -145,6 +146,8 @@ def empty_model(directory: Path, *, most_layers: int | None = None) -> PreTraine
 def _class_of(directory: Path) -> Any:
     """Return the class of a dense or pruned model by its configuration; `ModelError` where it is of no known family."""
     model_type = str(read_json(directory / "config.json").get("model_type"))
+    if is_embedder(directory):
+        return embedder_class(model_type)
     return model_class(family_named(model_type), stock=model_type in FAMILIES)
 
 

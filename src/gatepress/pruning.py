@@ -16,6 +16,7 @@ from gatepress.checkpoint import RunManifest, load_run, read_probe, read_run
 from gatepress.collapse import cut, live_parts, parameters_of, ship_code
 from gatepress.config import DEFAULT_LAYOUT, DEFAULT_TARGET, Layout, Target, TrainSettings, refuse_below
 from gatepress.costs import Costs, analytic
+from gatepress.embedding import as_saved, embeds, write_modules
 from gatepress.errors import UsageError
 from gatepress.files import PRUNED_FILE, check_output, json_text, new_directory, read_json, sha256_of
 from gatepress.gates import counted, gates_of
@@ -91,13 +92,13 @@ def prune(  # noqa: PLR0913 - every option of the command is one
     report["total_params"] = parameters_of(pruned)
     del model
     with new_directory(output, force=force) as staged:
-        _write(pruned, staged, layout)
+        parts = _write(pruned, staged, layout)
         del pruned  # what counts is what is on disk, and that is loaded now
         reloaded = _logits(open_pruned(staged), probe)
         difference = agree(wanted, reloaded, "gated and reloaded logits", "nothing was written, please report it")
         bound = save_tokenizer(open_tokenizer(run_dir), staged)
         report |= {"max_abs_logit_diff": difference, "probe_rows": len(probe["input_ids"])}
-        loaded = [staged / "config.json", staged / "model.safetensors", *staged.glob("*.py")]
+        loaded = [staged / "config.json", staged / "model.safetensors", *staged.glob("*.py"), *parts]
         body = {
             **PRUNED_FORMAT,
             "task": manifest.task.to_json(),
@@ -159,13 +160,19 @@ def gated_settings(run_dir: Path) -> TrainSettings:
     return settings
 
 
-def _write(pruned: PreTrainedModel, staged: Path, layout: Layout) -> None:
-    """Write weights and config; a layout of our own brings the code that loads it."""
-    pruned.save_pretrained(staged, max_shard_size="100GB")  # one file: what the manifest binds is one hash
+def _write(pruned: PreTrainedModel, staged: Path, layout: Layout) -> list[Path]:
+    """Write weights and config; a layout of our own brings the code that loads it.
+
+    Returns the files at the top that are written for an embedder besides.
+    """
+    as_saved(pruned).save_pretrained(staged, max_shard_size="100GB")  # one file: what the manifest binds is one hash
     if layout != "stock":
         config = read_json(staged / "config.json")
         ship_code(config, staged)
         (staged / "config.json").write_text(json_text(config), encoding="utf-8")
+    if not embeds(pruned):
+        return []
+    return [staged / name for name in write_modules(staged, pruned.config.embedding, pruned.config.hidden_size)]
 
 
 @torch.inference_mode()

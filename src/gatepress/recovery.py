@@ -50,7 +50,9 @@ def prune_each(
         run = read_run(run_dir)
         # A pretrained model has learned the task in this run alone, whose gates are closed: nobody is left to teach.
         taught = bool(settings.distill) and is_finetuned(located(settings), run.task)
-        refuse_other(run_dir, run, replace(run, data_fingerprint=load_rows(settings.data).fingerprint))
+        refuse_other(
+            run_dir, run, replace(run, data_fingerprint=load_rows(settings.data, embeds=settings.embed).fingerprint)
+        )
     reads = (run_dir, *stands_on(settings))
     for output in outputs.values():
         check_output(output, force=force, reads=reads)

@@ -46,9 +46,9 @@ def family_of(config: Any) -> FamilySpec:
     return family_named(str(getattr(config, "model_type", None)))
 
 
-def model_class(family: FamilySpec, *, stock: bool = False) -> Any:
-    """Return the family's pruned class, or its stock class, with a classification head."""
-    name = f"{family.class_prefix}ForSequenceClassification"
+def model_class(family: FamilySpec, *, stock: bool = False, head: bool = True) -> Any:
+    """Return the family's pruned class, or its stock class, with a classification head or without one."""
+    name = family.class_prefix + ("ForSequenceClassification" if head else "Model")
     return getattr(transformers, name) if stock else getattr(modeling_gatepress, f"Gatepress{name}")
 
 

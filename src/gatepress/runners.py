@@ -19,11 +19,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from gatepress.embedding import embeds
 from gatepress.errors import ModelError, reason_of
 from gatepress.families import row_of
 from gatepress.tasks.labels import in_order
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+LOGITS, VECTORS = "logits", "sentence_embedding"  # what a graph calls what it gives
 MAC_TERMS = ("token", "pair", "row")
 COUNTED_TOKEN = 5  # any that is in every vocabulary and does not stand for padding
 
@@ -72,6 +74,11 @@ class Runner(ABC):
     @abstractmethod
     def label_names(self) -> tuple[str, ...] | None:
         """What its outputs are called, in order; None: they have no names of their own."""
+
+    @property
+    @abstractmethod
+    def embeds(self) -> bool:
+        """Whether its logits are vectors of texts, as an embedder gives them."""
 
     @property
     @abstractmethod
@@ -132,9 +139,14 @@ class TorchRunner(Runner):
         return in_order(self.model.config.id2label or {}) or None
 
     @property
+    def embeds(self) -> bool:
+        """Whether the model is an embedder."""
+        return embeds(self.model)
+
+    @property
     def num_labels(self) -> int | None:
-        """Width of the task head."""
-        return self.model.config.num_labels
+        """Width of the task head; None: it has none."""
+        return None if self.embeds else self.model.config.num_labels
 
     @property
     def max_tokens(self) -> int | None:
@@ -213,9 +225,14 @@ class OnnxRunner(Runner):
 
     @property
     def output_name(self) -> str:
-        """The output that is read: the logits, or the first one where none is called so."""
+        """The output that is read: the logits, or vectors of texts, or the first one where none is called so."""
         names = [one.name for one in self.session.get_outputs()]
-        return "logits" if "logits" in names else names[0]
+        return next((name for name in (LOGITS, VECTORS) if name in names), names[0])
+
+    @property
+    def embeds(self) -> bool:
+        """Whether its output is called as that of an embedder."""
+        return self.output_name == VECTORS
 
     @property
     def label_names(self) -> tuple[str, ...] | None:

@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from gatepress.checkpoint import load_run, located, read_run
 from gatepress.config import Arithmetic, refuse_below
+from gatepress.embedding import embedder_class, embedding_of, is_embedder
 from gatepress.errors import ArtifactError, DeviceError, ModelError, UsageError, reason_of
 from gatepress.files import PRUNED_FILE, RUN_FILE, expanded, read_json
 from gatepress.graph import check_graph, read_graph
@@ -135,10 +136,17 @@ def _weights(directory: Path) -> list[Path]:
 
 def _load_model(target: str, path: Path, *, trust_remote_code: bool) -> tuple[PreTrainedModel, bool]:
     """Return a plain model, and whether its head was drawn at random: from a fixed seed, so that two openings agree."""
+    kind: Any = AutoModelForSequenceClassification
+    own: dict[str, Any] = {}
+    if is_embedder(path):
+        kind = embedder_class(str(read_json(path / "config.json")["model_type"]))
+        own = {"config": kind.config_class.from_pretrained(path)}
+        own["config"].embedding = embedding_of(path)
     with model_errors(target), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model, info = AutoModelForSequenceClassification.from_pretrained(
+        model, info = kind.from_pretrained(
             path,
+            **own,
             dtype=torch.float32,
             output_loading_info=True,
             trust_remote_code=trust_remote_code,

@@ -356,11 +356,12 @@ def _finished(directory: Path, wanted: TrainSettings) -> RunManifest | None:
 
 def _refuse_changed(runs: dict[Path, RunManifest]) -> None:
     """Raise `ArtifactError` where rows or base are no longer those of finished runs: what is added must compare."""
-    fingerprint = functools.cache(lambda data: load_rows(data).fingerprint)
+    fingerprint = functools.cache(lambda data, embed: load_rows(data, embeds=embed).fingerprint)
     weights = functools.cache(lambda model, revision: model_files(locate_model(model, revision)))
     for directory, run in runs.items():
         base = weights(run.settings.model, run.settings.revision)
-        refuse_other(directory, run, replace(run, data_fingerprint=fingerprint(run.settings.data), base_sha256=base))
+        rows = fingerprint(run.settings.data, run.settings.embed)
+        refuse_other(directory, run, replace(run, data_fingerprint=rows, base_sha256=base))
 
 
 def train_or_resume(settings: TrainSettings, output: Path) -> dict[str, Any]:
@@ -405,12 +406,13 @@ def _timed(before: dict[str, Any], settings: dict[str, Any]) -> list[Record]:
 
 
 def _refuse_other(where: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    """Raise `UsageError` naming the first setting that differs."""
+    """Raise `UsageError` naming the first setting that differs; one that a release did not have yet is its default."""
     found, asked = dict(_flat(there)), dict(_flat(here))
     for key in [*asked, *found]:
-        if key not in (*GRID, *TIMING) and found.get(key) != asked.get(key):
+        was = found.get(key, getattr(TrainSettings, key, None))
+        if key not in (*GRID, *TIMING) and was != asked.get(key):
             raise UsageError(
-                f"{where}: was made with {spelled(key)} {found.get(key)}, asked is {asked.get(key)}; "
+                f"{where}: was made with {spelled(key)} {was}, asked is {asked.get(key)}; "
                 "ask for the same, choose another -o, or start over with --force"
             )
 

@@ -21,9 +21,10 @@ from transformers import PreTrainedModel
 
 from gatepress import shortcuts
 from gatepress.agreement import random_rows
+from gatepress.embedding import embeds
 from gatepress.errors import ModelError, reason_of
 from gatepress.files import explained, temporary_directory
-from gatepress.runners import Batch, input_names
+from gatepress.runners import LOGITS, VECTORS, Batch, input_names
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def write_onnx(model: PreTrainedModel, file: Path, *, opset: int | None = None) 
                 dynamo=True,
                 verbose=False,
                 input_names=names,
-                output_names=["logits"],
+                output_names=[VECTORS if embeds(model) else LOGITS],
                 dynamic_shapes=(tuple({0: batch, 1: length} for _ in names),),
                 external_data=size > EXTERNAL_DATA_BYTES,
                 opset_version=opset,

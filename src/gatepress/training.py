@@ -156,7 +156,8 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
     set_seed(settings.seed)
     if settings.start and not resumed:
         settings = _as_start(settings, Path(settings.start))
-    rows = load_rows(settings.data)  # before the model: what is wrong here is found without a download
+    # Before the model: what is wrong with rows is found without a download.
+    rows = load_rows(settings.data, embeds=settings.embed)
     refuse_unsound({"settings": settings.to_json(), "task": rows.spec.to_json()})
     base = locate_model(settings.model, settings.revision)
     finetuned = is_finetuned(base, rows.spec)
@@ -170,7 +171,7 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
     dense_params = parameters_of(model)
     refuse_rank(model, settings)
     layers = prepare_(model, settings)
-    if settings.gated:
+    if settings.gated and not rows.spec.embeds:
         narrow_last_layer_(model, layers)
     start = None if resumed else settings.start
     base_sha256 = model_files(base)

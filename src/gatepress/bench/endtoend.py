@@ -7,7 +7,7 @@ those of inputs that are on the device already until the result is there.
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,19 @@ Tokenizers = dict[Path | None, PreTrainedTokenizerBase]  # by the directory that
 
 
 Targets = Sequence[str | Path] | Mapping[str, str | Path]  # with the names that tables give them, or without
+
+
+def _as_read(rows: Rows, data: DataSettings, runners: Collection[Runner]) -> Rows:
+    """Return the rows as these models read them, embedders one text at a time; `ModelError` where some are not."""
+    embedders = [one.name for one in runners if one.embeds]
+    if not embedders:
+        return rows
+    if len(embedders) < len(runners):
+        raise ModelError(
+            f"{', '.join(embedders)}: read texts one at a time, the others as pairs, so one pass is not as much as "
+            "another; leave out the rows, or time models of one kind"
+        )
+    return load_rows(data.absolute(), splits="validation", embeds=True)
 
 
 @dataclass(frozen=True)
@@ -115,9 +128,10 @@ def run(  # noqa: PLR0913 - every knob of a measurement is named
     with timing.undisturbed(threads) as active:
         opening = partial(open_runner, device=str(place), threads=active, trust_remote_code=trust_remote_code)
         runners = _open(targets, precisions, opening)
-        if rows is None:
+        if rows is None or data is None:
             cells = _grid(batch_sizes, seq_lens, seed)
         else:
+            rows = _as_read(rows, data, runners.values())
             tokenizers = _tokenizers(runners.values(), trust_remote_code=trust_remote_code)
             cut = min(fitting(max_length, one.max_tokens, tokenizers[one.tokenizer_dir]) for one in runners.values())
             cells = _passes(batch_sizes, rows, cut, tokenizers)

@@ -117,6 +117,15 @@ Model = Annotated[
     ),
 ]
 Revision = Annotated[str | None, MODEL(metavar="REV", help="Branch, tag or commit of the model on the hub.")]
+Embed = Annotated[
+    bool,
+    MODEL(
+        help="Make an embedder smaller: each text is read on its own and becomes one vector, pooled as "
+        "sentence-transformers says beside the model. The model as it is teaches, so training rows need no labels; "
+        "validation rows are pairs, measured by the cosine of their two vectors.",
+        show_default=False,
+    ),
+]
 TrustRemoteCode = Annotated[
     bool,
     MODEL(
@@ -433,6 +442,7 @@ class Base:
 
     model: Model = TrainSettings.model
     revision: Revision = TrainSettings.revision
+    embed: Embed = TrainSettings.embed
 
 
 @dataclass(frozen=True)

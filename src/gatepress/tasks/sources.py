@@ -26,7 +26,10 @@ Splits = Literal["all", "validation"]
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one task: columns `text`, `text_pair` (pairs only) and `label` (id or number)."""
+    """The rows of one task: columns `text`, `text_pair` (pairs only) and `label` (id or number).
+
+    For an embedder each text is a row: all first texts of pairs, and behind them the second ones.
+    """
 
     spec: TaskSpec
     train: datasets.Dataset | None  # None where only validation was asked for
@@ -48,8 +51,9 @@ def load_rows(
     splits: Splits = "all",
     spec: TaskSpec | None = None,
     classes: tuple[str, ...] | None = None,
+    embeds: bool = False,
 ) -> Rows:
-    """Load, check and cut the rows that `data` asks for.
+    """Load, check and cut the rows that `data` asks for; `embeds`: of an embedder, which learns without labels.
 
     `spec` (from a run's manifest) fixes columns and label ids; without it they come from the task's
     row or from the training file; `classes` (of a model from elsewhere) are those of own rows that hold no others.
@@ -58,12 +62,15 @@ def load_rows(
     """
     if data.task is None:
         train, validation = _own_splits(data, splits, spec)
-        spec = _as_asked(spec, data) if spec else _infer_spec(data, train or validation[0], classes)
+        labelled = validation[0] if embeds or train is None else train
+        spec = _as_asked(spec, data) if spec else _infer_spec(data, labelled, classes)
     else:
         named = task_named(data.task)
         train, validation = _named_splits(data, named, splits)
         spec = _as_asked(_trained_for(spec, named), data)
     _refuse_unfit_columns(spec)
+    if embeds:
+        spec = _embedding(spec, data)
     if spec.metric not in spec.metrics:
         kind = "numbers" if spec.label_names is None else f"{len(spec.label_names)} classes"
         of = "pairs of texts" if len(spec.text_columns) == PAIR else "single texts"
@@ -72,8 +79,9 @@ def load_rows(
         )
     used, tables = None, []
     if train is not None and splits == "all":
-        used = _table(train, spec, data)
-        _refuse_one_class(used["label"], spec, train.where, cut=data.max_train_samples is not None)
+        used = _unlabelled(train, spec, data, data.max_train_samples) if embeds else _table(train, spec, data)
+        if not embeds:
+            _refuse_one_class(used["label"], spec, train.where, cut=data.max_train_samples is not None)
         tables.append(used)
     checked = {split.name: _table(split, spec, data) for split in validation}
     if spec.metric in RANKS:
@@ -82,8 +90,7 @@ def load_rows(
     tables += checked.values()
     more = None
     if data.unlabelled_file and splits == "all":
-        more = _text_columns(_file_split("unlabelled", data.unlabelled_file), spec, data, None)
-        more["label"] = [spec.no_label] * len(more["text"])
+        more = _unlabelled(_file_split("unlabelled", data.unlabelled_file), spec, data, None)
         tables.append(more)
     return Rows(
         spec,
@@ -165,6 +172,25 @@ def _as_asked(spec: TaskSpec, data: DataSettings) -> TaskSpec:
     return replace(spec, text_columns=texts, label_column=label, metric=metric)
 
 
+def _embedding(spec: TaskSpec, data: DataSettings) -> TaskSpec:
+    """Return the spec of an embedder over the same pairs; `UsageError` where there is nothing to compare vectors by.
+
+    Unless a metric is asked for, classes are measured by average precision.
+    """
+    if len(spec.text_columns) != PAIR:
+        raise UsageError(
+            f"an embedder is measured by how alike the two texts of a pair are, and {spec.name} has single texts; name "
+            "the second with --text-pair-column, or give another --task"
+        )
+    if spec.label_names is not None and len(spec.label_names) != MIN_CLASSES:
+        raise UsageError(
+            f"an embedder is measured on pairs with numbers, or of two classes, and {spec.name} has "
+            f"{len(spec.label_names)} classes; name another --label-column, or give another --task"
+        )
+    spec = replace(spec, embeds=True)
+    return spec if data.metric or spec.metric in spec.metrics else replace(spec, metric=spec.metrics[0])
+
+
 def _refuse_unfit_columns(spec: TaskSpec) -> None:
     columns = (*spec.text_columns, spec.label_column)
     if len(set(columns)) < len(columns):
@@ -190,6 +216,14 @@ def _table(split: _Split, spec: TaskSpec, data: DataSettings) -> Columns:
         ids_too = known is not None and known.label_names == spec.label_names
         table["label"] = class_ids(values, spec.label_names, where, ids_too=ids_too)
     return table
+
+
+def _unlabelled(split: _Split, spec: TaskSpec, data: DataSettings, limit: int | None) -> dict[str, list[Any]]:
+    """Return the checked texts of one split without labels; an embedder takes single texts as well as pairs."""
+    if spec.embeds and spec.text_columns[-1] not in split.columns:
+        spec = replace(spec, text_columns=spec.text_columns[:1])
+    table = _text_columns(split, spec, data, limit)
+    return {**table, "label": [spec.no_label] * len(table["text"])}
 
 
 def _text_columns(split: _Split, spec: TaskSpec, data: DataSettings, limit: int | None) -> dict[str, list[Any]]:
@@ -243,6 +277,10 @@ def _refuse_unrankable(table: Columns, spec: TaskSpec, where: str, *, cut: bool)
 def _dataset(table: Columns, spec: TaskSpec) -> datasets.Dataset:
     kinds = {key: datasets.Value("string") for key in table}
     kinds["label"] = datasets.Value("float32" if spec.label_names is None else "int64")
+    if spec.embeds:
+        texts = [text for key in ("text", "text_pair") for text in table.get(key, [])]
+        table = {"text": texts, "label": [*table["label"]] * (len(texts) // len(table["label"]))}
+        kinds.pop("text_pair", None)
     return datasets.Dataset.from_dict(table, features=datasets.Features(kinds))
 
 

@@ -16,6 +16,7 @@ METRICS: dict[Metric, tuple[str, ...]] = {  # each with the labels that it can b
     "ndcg@10": (*_OF_TWO, *_OF_NUMBERS),
     **dict.fromkeys(("pearson", "spearman"), _OF_NUMBERS),
 }
+OF_PREDICTED = ("accuracy", "matthews", "f1")  # classes, which no likeness of vectors names
 RANKS = ("mrr@10", "ndcg@10")  # of pairs alone: rows whose first text is the same are those of one query
 ONE_TEXT, PAIR = 1, 2  # text columns a row can have
 MIN_CLASSES = 2
@@ -32,6 +33,7 @@ class TaskSpec:
     metric: Metric
     validation_splits: tuple[str, ...] = ("validation",)
     label_column: str = "label"
+    embeds: bool = False  # each text is read on its own, and how alike the vectors of a pair are is measured
 
     @property
     def num_labels(self) -> int:
@@ -45,10 +47,14 @@ class TaskSpec:
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
-        """The metrics that rows of this kind can be measured by."""
+        """The metrics that rows of this kind can be measured by; of vectors those of scores and ranks."""
         kind = "numbers" if self.label_names is None else "two classes" if self.num_labels == MIN_CLASSES else "classes"
         pairs = len(self.text_columns) == PAIR
-        return tuple(name for name, kinds in METRICS.items() if kind in kinds and (pairs or name not in RANKS))
+        return tuple(
+            name
+            for name, kinds in METRICS.items()
+            if kind in kinds and (pairs or name not in RANKS) and not (self.embeds and name in OF_PREDICTED)
+        )
 
     @property
     def no_label(self) -> int | float:
@@ -64,6 +70,7 @@ class TaskSpec:
         """Read a row back from a manifest; `ArtifactError` where a field is missing, unknown or malformed."""
         if not isinstance(value, dict):
             raise ArtifactError(f"task in the manifest is {type(value).__name__}, expected an object")
+        value = {"embeds": False, **value}  # before 0.27 nothing did
         known = [field.name for field in fields(cls)]
         if set(value) != set(known):
             got = ", ".join(map(str, value)) or "nothing"
@@ -95,6 +102,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "metric": lambda v: _is_text(v) and v in get_args(Metric),
     "validation_splits": _are_texts,
     "label_column": _is_text,
+    "embeds": lambda v: isinstance(v, bool),
 }
 
 

@@ -1,0 +1,182 @@
+"""Embedders: encoders whose answer to a text is one vector, in the files that sentence-transformers reads.
+
+How hidden states become a vector stands in `config.embedding`, of models from elsewhere in the `modules.json` beside
+the configuration. The vector is what an embedder gives as its `logits`, by which all forms of a model are compared.
+"""
+
+import functools
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from gatepress.errors import ModelError
+from gatepress.families import row_of
+from gatepress.files import MAX_JSON_BYTES, json_text, read_json
+from gatepress.resolve import family_named, model_class
+
+logger = logging.getLogger(__name__)
+
+MODULES_FILE, LENGTH_FILE, POOLING_DIR = "modules.json", "sentence_bert_config.json", "1_Pooling"
+PROMPTS_FILE = "config_sentence_transformers.json"
+_HANDED_ON = {LENGTH_FILE: ("max_seq_length",), PROMPTS_FILE: ("prompts", "default_prompt_name")}  # file -> its keys
+POOLINGS = ("mean", "cls")
+_OLD_NAMES = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}  # before one key named the mode
+_PARTS = (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
+_MODULES = "sentence_transformers.models."
+
+# {"pooling": one of POOLINGS, "normalize": bool}, and what is handed on where a directory says so
+Embedding = dict[str, Any]
+
+
+class Embedder(PreTrainedModel):
+    """An encoder and how its hidden states become one vector a text; mixed in before a family's own base class."""
+
+    encoder_class: Any
+    _keys_to_ignore_on_load_unexpected = ["pooler"]  # noqa: RUF012 - transformers' own; of a head that no embedder has
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        if config.embedding["pooling"] not in POOLINGS:
+            raise ModelError(f"pools tokens by {config.embedding['pooling']}, expected one of {', '.join(POOLINGS)}")
+        encoder = self.encoder_class(config)
+        encoder.register_module("pooler", None)
+        setattr(self, self.base_model_prefix, encoder)
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        output_hidden_states: bool | None = None,  # noqa: FBT001 - as transformers calls it
+    ) -> SequenceClassifierOutput:
+        """Map inputs [batch, length] to vectors [batch, hidden], as `logits`; they have length 1 where normalized."""
+        given = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        out = self.base_model(input_ids, attention_mask, output_hidden_states=output_hidden_states, **given)
+        hidden = out.last_hidden_state.float()
+        if self.config.embedding["pooling"] == "cls":
+            vectors = hidden[:, 0]
+        elif attention_mask is None:
+            vectors = hidden.mean(1)
+        else:
+            mask = attention_mask[:, :, None].to(hidden.dtype)
+            vectors = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+        if self.config.embedding["normalize"]:
+            vectors = functional.normalize(vectors, dim=-1)
+        return SequenceClassifierOutput(logits=vectors, hidden_states=out.hidden_states)
+
+
+@functools.cache
+def embedder_class(model_type: str) -> Any:
+    """Return the class of embedders of a dense or pruned `model_type`; `ModelError` where it is of no known family."""
+    family = family_named(model_type)
+    encoder = model_class(family, stock=family.model_type == model_type, head=False)
+    parent = next(kind for kind in encoder.__mro__ if kind.__name__ == f"{family.class_prefix}PreTrainedModel")
+    parts = {"config_class": encoder.config_class, "encoder_class": encoder}
+    return type(f"{encoder.__name__}Embedder", (Embedder, parent), parts)
+
+
+def embeds(model: Any) -> bool:
+    """Say whether a model gives vectors."""
+    return isinstance(model, Embedder)
+
+
+def as_saved(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the part of a model that its directory holds: of an embedder the encoder, as sentence-transformers has."""
+    saved: Any = model.base_model if embeds(model) else model
+    return saved  # type: ignore[no-any-return]
+
+
+def is_embedder(directory: Path) -> bool:
+    """Say whether a model directory holds an embedder of a known family: one that says so, and of parts known here."""
+    config = read_json(directory / "config.json")
+    if row_of(config.get("model_type")) is None:
+        return False
+    if "embedding" in config:
+        return True
+    headed = any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or ())
+    return not headed and (directory / MODULES_FILE).is_file() and _parts(directory) in _PARTS
+
+
+def embedding_of(directory: Path) -> Embedding:
+    """Return how the hidden states of a model become vectors; the mean of all tokens, where its directory says nothing.
+
+    Raises `ModelError` where it has parts or ways that gatepress does not know.
+    """
+    own: Embedding | None = read_json(directory / "config.json").get("embedding")
+    if own:
+        return own
+    if not (directory / MODULES_FILE).is_file():
+        return {"pooling": "mean", "normalize": False}
+    parts = _parts(directory)
+    if parts not in _PARTS:
+        raise ModelError(
+            f"{directory}: as an embedder it is made of {', '.join(parts) or 'nothing'}, expected Transformer, Pooling "
+            "and perhaps Normalize"
+        )
+    said = read_json(directory / _modules(directory)[1]["path"] / "config.json")
+    old = [name for name, key in _OLD_NAMES.items() if said.get(key)]
+    others = [key for key, value in said.items() if key.startswith("pooling_mode_") and value]
+    pooling = said.get("pooling_mode") or (old[0] if len(others) == len(old) == 1 else others)
+    if pooling not in POOLINGS:
+        raise ModelError(f"{directory}: pools tokens by {pooling}, expected one of {', '.join(POOLINGS)}")
+    embedding = {"pooling": pooling, "normalize": len(parts) > len(_PARTS[0])}
+    for name, keys in _HANDED_ON.items():
+        said = read_json(directory / name) if (directory / name).is_file() else {}
+        embedding |= {key: said[key] for key in keys if said.get(key)}
+    return embedding
+
+
+def tell_of_prompt(directory: Path, embedding: Embedding) -> None:
+    """Warn where sentence-transformers would put words before each text that gatepress does not."""
+    name = embedding.get("default_prompt_name")
+    if name:
+        logger.warning(
+            "%s: has the default prompt %r, which is not put before texts here; let it stand in the rows",
+            *(directory, (embedding.get("prompts") or {}).get(name, name)),
+        )
+
+
+def write_modules(directory: Path, embedding: Embedding, width: int) -> list[str]:
+    """Write what sentence-transformers reads beside an encoder whose vectors have `width` numbers; return the names."""
+    kinds = ["Transformer", "Pooling", *(["Normalize"] if embedding["normalize"] else [])]
+    paths = ["", *(f"{number}_{kind}" for number, kind in enumerate(kinds[1:], start=1))]
+    modules = [
+        {"idx": number, "name": str(number), "path": path, "type": _MODULES + kind}
+        for number, (path, kind) in enumerate(zip(paths, kinds, strict=True))
+    ]
+    pooling = {"word_embedding_dimension": width}
+    pooling |= {key: name == embedding["pooling"] for name, key in _OLD_NAMES.items()}
+    (directory / POOLING_DIR).mkdir()
+    (directory / MODULES_FILE).write_text(json.dumps(modules, indent=2) + "\n", encoding="utf-8")
+    (directory / POOLING_DIR / "config.json").write_text(json_text(pooling), encoding="utf-8")
+    written = [MODULES_FILE]
+    for name, keys in _HANDED_ON.items():
+        if said := {key: embedding[key] for key in keys if key in embedding}:
+            (directory / name).write_text(json_text(said), encoding="utf-8")
+            written.append(name)
+    return written
+
+
+def _parts(directory: Path) -> list[str]:
+    return [str(module["type"]).rpartition(".")[2] for module in _modules(directory)]
+
+
+def _modules(directory: Path) -> list[dict[str, str]]:
+    """Return the parts that `modules.json` lists; `ModelError` where it is no such list, or a part lies elsewhere."""
+    file = directory / MODULES_FILE
+    fault = ModelError(f"{file}: is no list of the parts of an embedder, which lie beside it; mend it")
+    try:
+        modules: list[dict[str, str]] = json.loads(file.read_bytes()[: MAX_JSON_BYTES + 1])
+        inside = all(Path(module["path"]).name == module["path"] and module["type"] for module in modules)
+    except (OSError, ValueError, RecursionError, TypeError, KeyError):
+        raise fault from None
+    if not inside:
+        raise fault
+    return modules
