@@ -223,6 +223,7 @@ class FakeRunner:
     input_names: tuple = ("input_ids", "attention_mask")
     dtype: str = "float32"
     num_labels: int = 2
+    embeds: bool = False
     parameters: int | None = 10
     size_bytes: int = 40
     seen: list = field(default_factory=list)

@@ -26,7 +26,7 @@ from forms import data_settings, save_run, settings_for
 from gatepress import alternatives, sweep, training
 from gatepress.bench import endtoend
 from gatepress.checkpoint import load_run, open_base
-from gatepress.config import Layout, TrainSettings
+from gatepress.config import DataSettings, Layout, TrainSettings
 from gatepress.distill import Lesson
 from gatepress.embedding import embedding_of, is_embedder
 from gatepress.errors import ArtifactError, DataError, ModelError, UsageError
@@ -441,6 +441,17 @@ def test_rows_that_compare_no_two_texts_are_refused(tiny_task_files: TaskFiles, 
     assert rows.spec.metric == "average_precision"
     with pytest.raises(UsageError, match="--metric is accuracy, expected one of average_precision"):
         load_rows(replace(named, **glue, task="rte", data_dir=str(tiny_glue_dir), metric="accuracy"), embeds=True)
+
+
+def test_any_pairs_will_do_to_measure_by(trained: Path, tiny_glue_dir: Path, tmp_path: Path) -> None:
+    named = evaluate(trained, data=DataSettings(task="rte", data_dir=str(tiny_glue_dir)))
+    assert (named["task"], named["metric_name"]) == ("rte", "average_precision")
+    rows = [(text, text.split()[0], label) for text, label in tiny.made_up_rows(32)]
+    file = tiny.write_table(tmp_path / "dev.csv", ("query", "passage", "relevant"), rows)
+    own = evaluate(trained, data=DataSettings(validation_file=str(file)))
+    assert (own["metric_name"], own["examples"]) == ("average_precision", 32)
+    ranked = evaluate(trained, changes={"metric": "spearman"})
+    assert (ranked["task"], ranked["metric_name"]) == ("train", "spearman")
 
 
 def test_models_of_two_kinds_are_not_compared(

@@ -183,7 +183,7 @@ def test_labels_count_where_words_are_as_they_were_and_the_teacher_reads_the_sam
     each = functional.cross_entropy(outputs(ids + 1).logits, labels, reduction="none")
     assert plain == pytest.approx(float(each[same].sum() / 8))  # equals have no distance
     monkeypatch.setattr(losses, "logit_distances", lambda *_: torch.full((8,), 100.0))
-    monkeypatch.setattr(losses, "hidden_distances", lambda *_: torch.tensor([10.0, 30.0]))
+    monkeypatch.setattr(losses, "hidden_distances", lambda *_, **__: torch.tensor([10.0, 30.0]))
     assert loss() == pytest.approx(plain + 100 + 3 * 20)
 
 

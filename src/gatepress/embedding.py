@@ -120,13 +120,7 @@ def embedding_of(directory: Path) -> Embedding:
             f"{directory}: as an embedder it is made of {', '.join(parts) or 'nothing'}, expected Transformer, Pooling "
             "and perhaps Normalize"
         )
-    said = read_json(directory / _modules(directory)[1]["path"] / "config.json")
-    old = [name for name, key in _OLD_NAMES.items() if said.get(key)]
-    others = [key for key, value in said.items() if key.startswith("pooling_mode_") and value]
-    pooling = said.get("pooling_mode") or (old[0] if len(others) == len(old) == 1 else others)
-    if pooling not in POOLINGS:
-        raise ModelError(f"{directory}: pools tokens by {pooling}, expected one of {', '.join(POOLINGS)}")
-    embedding = {"pooling": pooling, "normalize": len(parts) > len(_PARTS[0])}
+    embedding = {"pooling": _pooling(directory / _modules(directory)[1]["path"]), "normalize": "Normalize" in parts}
     for name, keys in _HANDED_ON.items():
         said = read_json(directory / name) if (directory / name).is_file() else {}
         embedding |= {key: said[key] for key in keys if said.get(key)}
@@ -162,6 +156,17 @@ def write_modules(directory: Path, embedding: Embedding, width: int) -> list[str
             (directory / name).write_text(json_text(said), encoding="utf-8")
             written.append(name)
     return written
+
+
+def _pooling(directory: Path) -> str:
+    """Return which of `POOLINGS` the directory of that part says; `ModelError` where it is another, or are several."""
+    said = read_json(directory / "config.json")
+    modes = [key for key, value in said.items() if key.startswith("pooling_mode_") and value]
+    old = [name for name, key in _OLD_NAMES.items() if [key] == modes]
+    pooling = said.get("pooling_mode") or (old[0] if old else modes)
+    if pooling not in POOLINGS:
+        raise ModelError(f"{directory}: pools tokens by {pooling}, expected one of {', '.join(POOLINGS)}")
+    return str(pooling)
 
 
 def _parts(directory: Path) -> list[str]:

@@ -20,6 +20,7 @@ EXAMPLES = opt.examples(
     "gatepress train --task sst2 --model runs/full --sparsity 0.75",
     "gatepress train --resume runs/sst2-roberta-base-s0.5",
     "gatepress train --task stsb --data-dir glue --model ./my-encoder",
+    "gatepress train --embed --task stsb --model sentence-transformers/all-MiniLM-L6-v2 --sparsity 0.5",
     "gatepress train --train-file train.csv --validation-file dev.csv --label-column topic",
 )
 
@@ -60,7 +61,8 @@ def train(  # noqa: PLR0913 - every option is a parameter
     low-rank update and the task's head learn. Gates close until exactly the asked fraction is shut, then the
     rest recovers. The run directory holds what was learnt (a few megabytes) and a note of the encoder it
     belongs to. Stopped at any moment, a run goes on with --resume. Next step: gatepress prune. Other
-    --method close no gates: full finetuning and adapters, to compare with, or to press afterwards.
+    --method close no gates: full finetuning and adapters, to compare with, or to press afterwards. With --embed
+    an embedder learns from itself, without labels.
     """
     with session(**vars(shown), launched=True) as screen:
         if resume is not None:

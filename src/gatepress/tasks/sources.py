@@ -55,13 +55,15 @@ def load_rows(
 ) -> Rows:
     """Load, check and cut the rows that `data` asks for; `embeds`: of an embedder, which learns without labels.
 
-    `spec` (from a run's manifest) fixes columns and label ids; without it they come from the task's
+    `spec` (from the manifest of a run with a head) fixes columns and label ids; without it they come from the task's
     row or from the training file; `classes` (of a model from elsewhere) are those of own rows that hold no others.
     Raises `UsageError` on an unknown task, `DataError` on unusable
     rows, `HubError` where a hub is out of reach, `MissingExtraError` without the demo package.
     """
+    if embeds:
+        spec = None  # without a head any labels will do: rows say themselves what they are
     if data.task is None:
-        train, validation = _own_splits(data, splits, spec)
+        train, validation = _own_splits(data, splits, classes_known=embeds or spec is not None)
         labelled = validation[0] if embeds or train is None else train
         spec = _as_asked(spec, data) if spec else _infer_spec(data, labelled, classes)
     else:
@@ -101,7 +103,7 @@ def load_rows(
     )
 
 
-def _own_splits(data: DataSettings, splits: Splits, spec: TaskSpec | None) -> tuple[_Split | None, list[_Split]]:
+def _own_splits(data: DataSettings, splits: Splits, *, classes_known: bool) -> tuple[_Split | None, list[_Split]]:
     if data.data_dir:
         raise UsageError("--data-dir holds named tasks; give --task NAME with it, or own files without it")
     if not data.validation_file:
@@ -109,7 +111,7 @@ def _own_splits(data: DataSettings, splits: Splits, spec: TaskSpec | None) -> tu
     if splits == "all" and not data.train_file:
         raise DataError("own data has no training rows; give them with --train-file FILE")
     train = None
-    if data.train_file and (splits == "all" or spec is None):  # its labels name the classes
+    if data.train_file and (splits == "all" or not classes_known):  # its labels name the classes
         train = _file_split("train", data.train_file)
     return train, [_file_split("validation", data.validation_file)]
 
