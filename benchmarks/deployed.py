@@ -93,6 +93,11 @@ def _export(run: Path, place: Path, arm: str) -> Iterator[tuple[str, Path]]:
         yield dtype, place / dtype
 
 
+def _embedders(rows: list[Row]) -> bool:
+    """Say whether the models are embedders, by the commands that trained them."""
+    return any("--embed" in (row["command"] or "") for row in rows)
+
+
 def at(rows: list[Row], batch: int, length: int, **facts: Any) -> list[tuple[Row, Record]]:
     """Return the rows of one batch and length that have these `facts`, each with its record."""
     pairs = [(row, Record.from_json(row["record"])) for row in rows if facts.items() <= row.items()]
@@ -122,7 +127,7 @@ def render(rows: list[Row]) -> str:
     return text + (
         f"\nONNX Runtime, {first.threads} threads of {first.device_name}, all by turns in one run, median of "
         f"{first.repetitions}; batch x tokens, in brackets how many times as fast as the whole model in float32. "
-        f"*all*: {WHOLE[one['task'] == EMBEDDERS['task']]}, pressed with its teacher to so much of the encoder's "
+        f"*all*: {WHOLE[_embedders(rows)]}, pressed with its teacher to so much of the encoder's "
         f"multiply-accumulates. {one['metric_name']} of each ONNX form on all {one['examples']:,} validation rows, "
         f"seed {one['seed']}. All batches and lengths, spreads and commands: the JSON.\n"
     )
@@ -158,14 +163,15 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     made = parser(__doc__)
     add(made, *OF_TRAINING, *KEPT_IN)
-    made.add_argument("--task", action=Once, choices=PAPER_TASKS, default=TASK)
+    made.add_argument("--task", action=Once, choices=PAPER_TASKS, help=f"{TASK} unless given")
     made.add_argument("--seed", action=Once, type=int, default=SEED)
     made.add_argument("--embed", action="store_true", help="embedders in place of classifiers")
     made.add_argument("--finished", action="store_true", help="only models whose training is in --work: train none")
     options = read(made, words)
     options.models = models_of(made, options)
-    if options.embed:
-        options.task = EMBEDDERS["task"]
+    if options.embed and options.task:
+        made.error(f"--embed is measured on {EMBEDDERS['task']}; drop --task")
+    options.task = options.task or (EMBEDDERS["task"] if options.embed else TASK)
     return options
 
 

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -322,12 +323,7 @@ def test_passages_rank_by_cosine(embedder: Make, tmp_path: Path) -> None:
 def test_what_serves_it_is_told_its_length_and_its_prompts(
     embedder: Make, tiny_regression_files: TaskFiles, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    base = tmp_path / "base"
-    base.mkdir()
-    for file in embedder().rglob("*"):
-        if file.is_file():
-            (base / file.relative_to(embedder())).parent.mkdir(exist_ok=True)
-            (base / file.relative_to(embedder())).write_bytes(file.read_bytes())
+    base = shutil.copytree(embedder(), tmp_path / "base")
     prompts = {"prompts": {"query": "hilu: ", "document": "ivo: "}, "default_prompt_name": "query"}
     (base / "config_sentence_transformers.json").write_text(json.dumps({"__version__": {}, **prompts}))
     (base / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 77, "do_lower_case": False}))

@@ -43,9 +43,10 @@ def cut(model: PreTrainedModel, plan: PrunePlan, *, consume: bool = False) -> Pr
     refuse_activation(model)
     layers = resolve(model)
     config = _pruned_config(model, layers, plan)
-    pruned_class: Any = model_class(family_of(model.config), stock=plan.layout == "stock")
     if embeds(model):
         pruned_class = embedder_class(config.model_type)
+    else:
+        pruned_class = model_class(family_of(model.config), stock=plan.layout == "stock")
     with init_empty_weights(include_buffers=False):
         pruned: PreTrainedModel = pruned_class(config)
     pruned.load_state_dict(_pruned_state(model, layers, plan, consume=consume), strict=True, assign=True)

@@ -170,11 +170,14 @@ def hidden_distances(student: Any, teacher: Any, mask: Tensor, *, whole: bool = 
 
     Of the last layer the first token alone counts, unless the `whole` of it is read: a head reads no other.
     """
-    pairs = [*zip(student.hidden_states[1:], teacher.hidden_states[1:], strict=True)]
+    *inner, last = zip(student.hidden_states[1:], teacher.hidden_states[1:], strict=True)
     tokens = mask.flatten().nonzero()[:, 0]
-    inner = pairs if whole else pairs[:-1]
-    layers = [relative_distance(*(z.flatten(0, 1).index_select(0, tokens) for z in pair)) for pair in inner]
-    layers += [relative_distance(*(z[:, 0] for z in pair)) for pair in pairs[len(inner) :]]
+    layers = [
+        relative_distance(*(z.flatten(0, 1).index_select(0, tokens) for z in pair))
+        for pair in (*inner, *([last] if whole else []))
+    ]
+    if not whole:
+        layers.append(relative_distance(*(z[:, 0] for z in last)))
     return torch.stack(layers)
 
 

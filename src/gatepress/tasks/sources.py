@@ -79,10 +79,13 @@ def load_rows(
         raise UsageError(
             f"--metric is {spec.metric}, expected one of {', '.join(spec.metrics)}: labels are {kind} of {of}"
         )
-    used, tables = None, []
+    used: Columns | None = None
+    tables: list[Columns] = []
     if train is not None and splits == "all":
-        used = _unlabelled(train, spec, data, data.max_train_samples) if embeds else _table(train, spec, data)
-        if not embeds:
+        if embeds:
+            used = _unlabelled(train, spec, data, data.max_train_samples)
+        else:
+            used = _table(train, spec, data)
             _refuse_one_class(used["label"], spec, train.where, cut=data.max_train_samples is not None)
         tables.append(used)
     checked = {split.name: _table(split, spec, data) for split in validation}

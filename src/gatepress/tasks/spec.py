@@ -16,7 +16,6 @@ METRICS: dict[Metric, tuple[str, ...]] = {  # each with the labels that it can b
     "ndcg@10": (*_OF_TWO, *_OF_NUMBERS),
     **dict.fromkeys(("pearson", "spearman"), _OF_NUMBERS),
 }
-OF_PREDICTED = ("accuracy", "matthews", "f1")  # classes, which no likeness of vectors names
 RANKS = ("mrr@10", "ndcg@10")  # of pairs alone: rows whose first text is the same are those of one query
 ONE_TEXT, PAIR = 1, 2  # text columns a row can have
 MIN_CLASSES = 2
@@ -47,13 +46,16 @@ class TaskSpec:
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
-        """The metrics that rows of this kind can be measured by; of vectors those of scores and ranks."""
+        """The metrics that rows of this kind can be measured by.
+
+        How alike vectors are names no class, so of an embedder not those that any number of classes can have.
+        """
         kind = "numbers" if self.label_names is None else "two classes" if self.num_labels == MIN_CLASSES else "classes"
         pairs = len(self.text_columns) == PAIR
         return tuple(
             name
             for name, kinds in METRICS.items()
-            if kind in kinds and (pairs or name not in RANKS) and not (self.embeds and name in OF_PREDICTED)
+            if kind in kinds and (pairs or name not in RANKS) and not (self.embeds and "classes" in kinds)
         )
 
     @property
