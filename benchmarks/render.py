@@ -42,6 +42,7 @@ TIMINGS = (
     "speed_trained_avx2",
     "speed_structured_minilm",
     "speed_structured_roberta-base",
+    "speed_deberta",
     "speed_bf16",
 )
 BATCH, LENGTH = 8, 128  # of the latencies in the README

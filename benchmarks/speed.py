@@ -5,6 +5,7 @@
     python benchmarks/speed.py base        # RoBERTa-base shape, matrix gates, s = 0.3 on both axes, random
     python benchmarks/speed.py trained --run DIR    # the same for a trained run
     python benchmarks/speed.py structured  # half of the multiply-accumulates gone: how much of that is time
+    python benchmarks/speed.py deberta     # the same in DeBERTa-v3-base's shape, and with all gates open
     python benchmarks/speed.py bf16        # the same in torch where a CPU multiplies bfloat16, against all else
     python benchmarks/speed.py grid        # is the chosen layout ever slower than a fixed one?
     python benchmarks/speed.py fusions     # what ONNX Runtime fuses in dense and in pruned graphs
@@ -38,6 +39,8 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
     MPNetConfig,
     MPNetForSequenceClassification,
     PreTrainedModel,
@@ -62,6 +65,18 @@ from gatepress.resolve import resolve
 from gatepress.tasks.sources import load_rows
 from gatepress.versions import MADE_WITH, versions
 
+DEBERTA: dict[str, Any] = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "relative_attention": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "share_att_key": True,
+    "position_buckets": 256,
+    "norm_rel_ebd": "layer_norm",
+    "position_biased_input": False,
+}
 SHAPES: dict[str, Any] = {
     "minilm": lambda: BertForSequenceClassification(
         BertConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=12)
@@ -70,6 +85,7 @@ SHAPES: dict[str, Any] = {
     "roberta-base": lambda: RobertaForSequenceClassification(
         RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
     ),
+    "deberta-v3-base": lambda: DebertaV2ForSequenceClassification(DebertaV2Config(**DEBERTA)),
 }
 BATCHES, LENGTHS = (1, 8), (32, 128)
 SPARSITIES = (0.1, 0.3, 0.5, 0.7)
@@ -234,6 +250,18 @@ def structured(work: Path, results: Path) -> None:
         render.write(records, results / f"speed_structured_{shape}.json", force=True)
 
 
+def deberta(work: Path, results: Path) -> None:
+    """Time DeBERTa as transformers computes it, with all gates open, and with half of the multiply-accumulates gone."""
+    targets: dict[str, Path] = {}
+    for name, sparsity in (("all gates open", 0.0), ("half", 0.5)):
+        run = random_run("deberta-v3-base", work, granularity="structured", sparsity=sparsity)
+        for target in GRID:
+            forms = forms_of(run, target, ("inner",))
+            targets |= {f"dense, {target}": forms["dense"], f"{name}, {target}": forms["inner"]}
+    records = endtoend.run(targets, batch_sizes=BATCHES, seq_lens=LENGTHS, repetitions=REPETITIONS)
+    render.write(records, results / "speed_deberta.json", force=True)
+
+
 def bf16(work: Path, results: Path) -> None:
     """Time torch in float32 and in bfloat16 with half of the multiply-accumulates gone, against all else."""
     run = random_run("roberta-base", work, granularity="structured", sparsity=0.5)
@@ -360,7 +388,7 @@ def _high_water(status: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-OF_ITS_OWN = {one.__name__: one for one in (table, kernels, structured, bf16, grid, fusions, collapse)}
+OF_ITS_OWN = {one.__name__: one for one in (table, kernels, structured, deberta, bf16, grid, fusions, collapse)}
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:

@@ -402,16 +402,22 @@ def test_macs_of_a_small_bert_are_those_on_paper(tiny_classifier_dir):
     assert runner.macs(3, 17) == 3 * (17 * token + 17 * 17 * pair + row)
 
 
-def test_macs_are_those_of_a_whole_pass(family, tiny_classifier_dir):
+def test_macs_are_what_rows_add_to_a_pass(family, tiny_classifier_dir):
     runner = open_runner(tiny_classifier_dir(family))
-    with plain_attention(runner.model), FlopCounterMode(display=False) as counter:
-        runner.run(runner.prepare({"input_ids": np.full((3, 17), 7)}))
-    assert runner.macs(3, 17) == counter.get_total_flops() // 2
+    runner.model.requires_grad_(False)
+    counted = {}
+    for rows in (2, 5):
+        with plain_attention(runner.model), FlopCounterMode(display=False) as counter:
+            runner.run(runner.prepare({"input_ids": np.full((rows, 17), 7)}))
+        counted[rows] = counter.get_total_flops() // 2
+    assert runner.macs(3, 17) == counted[5] - counted[2]
+    once = counted[2] - runner.macs(2, 17)  # whatever the rows: DeBERTa's queries and keys of 2 x 8 positions
+    assert once == (tiny.LAYERS * 2 * 16 * tiny.HIDDEN**2 if family == "deberta-v2" else 0)
 
 
 def test_macs_of_another_form_are_not_known(tiny_classifier_dir, monkeypatch):
     runner = open_runner(tiny_classifier_dir("bert"))
-    monkeypatch.setattr(TorchRunner, "_counted", lambda _self, length: length**3)
+    monkeypatch.setattr(TorchRunner, "_counted", lambda _self, rows, length: rows * length**3)
     assert runner.macs(1, 8) is None
 
 

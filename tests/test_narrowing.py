@@ -25,6 +25,8 @@ from gatepress.training import train
 
 ModelDir = Callable[[str], Path]
 CLOSED = 0.6
+EXACT = 1e-12
+ROUNDED = {"deberta-v2": 1e-6}  # transformers scales its scores in float32
 
 
 def logits_and_gradients(model: torch.nn.Module, family: str) -> tuple[Tensor, dict[str, Tensor]]:
@@ -62,18 +64,24 @@ def test_a_step_sees_the_same_model(family: str, granularity: Granularity, contr
         assert list(model.state_dict()) == names
         for alone in (False, True):
             with first_token_alone(wanted=alone):
-                same(logits_and_gradients(model, family), (wanted, gradients))
+                same(logits_and_gradients(model, family), (wanted, gradients), ROUNDED.get(family, EXACT))
             assert (lengths[-1] == 1) == alone
     assert any(linear.narrow_weight.shape != linear.base.weight.shape for linear in linears(model))
 
 
-def same(given: tuple[Tensor, dict[str, Tensor]], wanted: tuple[Tensor, dict[str, Tensor]]) -> None:
-    torch.testing.assert_close(given[0], wanted[0], atol=1e-12, rtol=1e-12)
+def same(
+    given: tuple[Tensor, dict[str, Tensor]], wanted: tuple[Tensor, dict[str, Tensor]], within: float = EXACT
+) -> None:
+    torch.testing.assert_close(given[0], wanted[0], atol=within, rtol=within)
     assert given[1].keys() == wanted[1].keys()
     largest = max(float(value.abs().max()) for value in wanted[1].values())
     for name, value in wanted[1].items():
         torch.testing.assert_close(
-            given[1][name], value, atol=1e-12 * largest, rtol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+            given[1][name],
+            value,
+            atol=within * largest,
+            rtol=1e3 * within,
+            msg=lambda text, name=name: f"{name}: {text}",
         )
 
 

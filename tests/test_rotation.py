@@ -68,11 +68,13 @@ def test_half_of_the_dimensions_hold_as_much_as_half_can(family: str) -> None:
 
 def inputs_of(model: Any, layer: Layer, inputs: list[dict[str, Tensor]]) -> Tensor:
     """Return what the layer's queries see, [tokens, D]."""
-    seen: list[Tensor] = []
-    hook = gated_linear(model, layer, "q").register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    seen: list[Tensor] = []  # with what comes first: some families give it embeddings of positions too
     for batch in inputs:
+        calls: list[Tensor] = []
+        hook = gated_linear(model, layer, "q").register_forward_pre_hook(lambda _, given, of=calls: of.append(given[0]))
         model(**batch)
-    hook.remove()
+        hook.remove()
+        seen.append(calls[0])
     return torch.cat([x[batch["attention_mask"].bool()] for x, batch in zip(seen, inputs, strict=True)])
 
 

@@ -74,6 +74,18 @@ ROWS = (
     Row("xlm-roberta", {**SIZES, "type_vocab_size": 1}, style="roberta"),
     Row("electra", {**SIZES, "embedding_size": HIDDEN // 2}, segments=True),
     Row("mpnet", style="roberta"),
+    Row(
+        "deberta-v2",
+        {
+            **SIZES,
+            "position_biased_input": False,
+            "relative_attention": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "position_buckets": 8,
+            "share_att_key": True,
+            "norm_rel_ebd": "layer_norm",
+        },
+    ),
     Row("distilbert", {"dim": HIDDEN, "n_layers": LAYERS, "n_heads": HEADS, "hidden_dim": INTERMEDIATE}),
 )
 BY_FAMILY = {row.family: row for row in ROWS}

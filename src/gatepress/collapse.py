@@ -97,8 +97,8 @@ def attention_part(layer: Layer, heads: list[int], qk_width: int, vo_width: int,
         role: layer.paths[role].removeprefix(inside) if layer.paths[role].startswith(inside) else None
         for role in ("q", "k", "v", "o")
     }
-    scale = layer.head_width**-0.5
-    return {**names, "heads": heads, "qk_width": qk_width, "vo_width": vo_width, "scale": scale, "uniform": uniform}
+    widths = {"qk_width": qk_width, "vo_width": vo_width}
+    return {**names, "heads": heads, **widths, "scale": layer.scale, "uniform": uniform}
 
 
 def _pruned_state(model: PreTrainedModel, layers: list[Layer], plan: PrunePlan, *, consume: bool) -> dict[str, Tensor]:

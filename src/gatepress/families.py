@@ -6,7 +6,7 @@ the tests' fixture; nothing else in gatepress knows families.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 ROLES = ("q", "k", "v", "o", "up", "down")
 
@@ -28,6 +28,7 @@ class FamilySpec:
     heads_attribute: str  # on the config
     intermediate_attribute: str  # on the config
     positions_behind: Literal["padding"] | int | None = None  # positions are numbered from behind this id: fewer fit
+    position_scores: str | None = None  # on the config: products with positions that scores are the sum of as well
 
     def path(self, role: str) -> str:
         """Return the path of a role's matrix below one layer."""
@@ -37,6 +38,10 @@ class FamilySpec:
         """Return where the first token stands in the position table: so many tokens fewer fit than it has rows."""
         behind = (pad_token_id or 0) if self.positions_behind == "padding" else self.positions_behind
         return 0 if behind is None else behind + 1
+
+    def scores(self, config: Any) -> int:
+        """Return how many products a score is the sum of: queries with keys, and those with positions."""
+        return 1 + len((self.position_scores and getattr(config, self.position_scores, None)) or ())
 
 
 BERT = FamilySpec(
@@ -67,6 +72,15 @@ MPNET = replace(
     v="attention.attn.v",
     o="attention.attn.o",
 )
+DEBERTA = replace(
+    BERT,
+    model_type="deberta-v2",  # DeBERTa-v3 too
+    class_prefix="DebertaV2",
+    q="attention.self.query_proj",
+    k="attention.self.key_proj",
+    v="attention.self.value_proj",
+    position_scores="pos_att_type",
+)
 DISTILBERT = FamilySpec(
     model_type="distilbert",
     class_prefix="DistilBert",
@@ -83,7 +97,7 @@ DISTILBERT = FamilySpec(
 )
 
 FAMILIES: dict[str, FamilySpec] = {
-    family.model_type: family for family in (BERT, ROBERTA, XLM_ROBERTA, ELECTRA, MPNET, DISTILBERT)
+    family.model_type: family for family in (BERT, ROBERTA, XLM_ROBERTA, ELECTRA, MPNET, DEBERTA, DISTILBERT)
 }
 
 

@@ -31,6 +31,9 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    DebertaV2Model,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     DistilBertModel,
@@ -115,6 +118,8 @@ def pick(x: Tensor, index: Tensor, zeros: int = 0) -> Tensor:
 class PrunedAttention:
     """Self-attention over the heads and widths that are left; mixed in before the family's own class."""
 
+    key_bias_counts = False  # a key's bias moves all scores of a query alike, which their softmax does not see
+
     def forward(
         self: Any,
         hidden_states: Tensor,
@@ -125,36 +130,52 @@ class PrunedAttention:
         """Map hidden states [batch, length, hidden] to the same shape, or to [..., heads * vo_width].
 
         Length is 1 in what is returned where all tokens get the same: uniform attention does not ask who looks.
+        `position_bias` is added to scores, [batch, dense heads, length, length].
+        """
+        bias = None if position_bias is None else lambda *_: position_bias
+        asked = bool(kwargs.get("output_attentions"))
+        given: tuple[Tensor, Tensor | None] = self._attend(hidden_states, attention_mask, bias, weights_asked=asked)
+        return given
+
+    def _attend(
+        self: Any,
+        hidden_states: Tensor,
+        mask: Tensor | None,
+        bias_of: Callable[[Tensor, Tensor], Tensor] | None,
+        *,
+        weights_asked: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what attention gives, and its weights if they are asked for.
+
+        `bias_of` maps queries and keys, both [batch, heads, length, qk_width], to what is added to scores.
         """
         part = self.gatepress
         heads = len(part["heads"])
         dropout = self.dropout.p if self.training else 0.0
         given, _call.keys_from = _call.keys_from, None
         everything = hidden_states if given is None else given.to(hidden_states.device)  # layers may be spread
-        once = part.get("uniform") and position_bias is None and not dropout
+        once = part.get("uniform") and bias_of is None and not dropout
         if once:
             hidden_states = hidden_states[:, :1]
         q, k, v = (
-            getattr(self, part[role])(states).unflatten(-1, (heads, part[width])).transpose(1, 2)
+            self._by_head(getattr(self, part[role])(states), part[width])
             for role, width, states in (
                 ("q", "qk_width", hidden_states),
                 ("k", "qk_width", everything),
                 ("v", "vo_width", everything),
             )
         )
-        mask = attention_mask
+        bias = None if bias_of is None else bias_of(q, k)
         if everything is not hidden_states:  # both are [batch, heads or 1, length or 1, length]
-            mask, position_bias = (
-                None if one is None else one[:, :, : hidden_states.shape[1]] for one in (mask, position_bias)
-            )
-        if position_bias is not None:  # [batch, dense heads, length, length]
-            bias = position_bias[:, part["heads"]] if position_bias.shape[1] != heads else position_bias
+            mask, bias = (None if one is None else one[:, :, : hidden_states.shape[1]] for one in (mask, bias))
+        if bias is not None:
+            bias = bias[:, part["heads"]] if bias.shape[1] != heads else bias
             if mask is not None and not mask.is_floating_point():
                 mask = torch.zeros_like(mask, dtype=bias.dtype).masked_fill(~mask, torch.finfo(bias.dtype).min)
             mask = bias if mask is None else bias + mask
         eager = getattr(getattr(self, "config", None), "_attn_implementation", "sdpa") == "eager"
         weights = None
-        if eager or kwargs.get("output_attentions"):
+        if eager or weights_asked or torch.compiler.is_exporting():
             scores = q @ k.transpose(-1, -2) * part["scale"]
             if mask is not None and not mask.is_floating_point():
                 scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
@@ -169,9 +190,84 @@ class PrunedAttention:
         context = context.transpose(1, 2).flatten(2)
         return context if part["o"] is None else getattr(self, part["o"])(context), weights
 
+    def _by_head(self: Any, values: Tensor, width: int) -> Tensor:
+        """Return [..., length, heads * width] as [..., heads, length, width]."""
+        heads: Tensor = values.unflatten(-1, (len(self.gatepress["heads"]), width)).transpose(-3, -2)
+        return heads
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Return how this is copied and pickled."""
         return _blank, (type(self).__bases__[1],), self.__dict__
+
+
+class PrunedDisentangledAttention(PrunedAttention):
+    """The same where queries and keys are also multiplied with keys and queries of relative positions (DeBERTa)."""
+
+    key_bias_counts = True  # that of queries of positions
+
+    def forward(  # type: ignore[override]
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor,
+        output_attentions: bool = False,  # noqa: FBT001, FBT002 - the family's own layer gives it by place
+        **positions: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Map hidden states as `PrunedAttention` does.
+
+        `relative_pos [1, length, length]` says which row of `rel_embeddings [positions, hidden]` lies between two
+        tokens, counted from the middle one.
+        """
+        if positions.get("query_states") is not None:
+            raise ValueError("pruned attention takes queries from the hidden states alone, got query_states")
+        relative, embeddings = positions.get("relative_pos"), positions.get("rel_embeddings")
+        bias_of = None
+        if relative is not None and self.pos_att_type and not self.gatepress.get("uniform"):
+            bias_of = functools.partial(self._position_scores, relative[0], embeddings)
+        mask = attention_mask.bool()
+        given: tuple[Tensor, Tensor | None] = self._attend(
+            hidden_states, mask, bias_of, weights_asked=output_attentions
+        )
+        return given
+
+    def _position_scores(self: Any, relative: Tensor, embeddings: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """Return scores [batch, heads, length of q, length of k] by where tokens stand.
+
+        Of all positions only the 2 length - 1 that can lie between two tokens are multiplied, in their order.
+        """
+        middle = self.pos_ebd_size
+        embeddings = self.pos_dropout(embeddings[: 2 * middle])
+        scores: list[Tensor] = []
+        for kind, role, sign, states in (("c2p", "k", 1, q), ("p2c", "q", -1, k)):
+            if kind not in self.pos_att_type:
+                continue
+            rows, columns = states.shape[-2], (k if kind == "c2p" else q).shape[-2]
+            between = torch.cat([relative[:rows, 0].flip(0), relative[0, 1:columns], relative[0, :1]])
+            index = (sign * between + middle).clamp(0, 2 * middle - 1)
+            project = functools.partial(self._scaled_by_head, role)
+            if torch.compiler.is_exporting() or len(index) > len(embeddings):
+                positions = project(embeddings).index_select(1, index)  # where weights are fixed, so are all of these
+            else:
+                positions = project(embeddings.index_select(0, index))
+            products = _skewed(states @ positions.mT, columns)
+            scores.append(products if kind == "c2p" else products.mT)
+        return functools.reduce(torch.add, scores)
+
+    def _scaled_by_head(self: Any, role: str, embeddings: Tensor) -> Tensor:
+        """Return queries or keys of positions [heads, positions, qk_width], times what scores are multiplied by."""
+        part = self.gatepress
+        scaled: Tensor = self._by_head(getattr(self, part[role])(embeddings), part["qk_width"]) * part["scale"]
+        return scaled
+
+
+def _skewed(x: Tensor, columns: int) -> Tensor:
+    """Return y [..., rows, columns] of x [..., rows, rows + columns]: y[r, c] = x[r, rows - 1 - r + c].
+
+    Views alone: where a row is one shorter, each begins one place to the left of the one before.
+    """
+    rows, width = x.shape[-2:]
+    flat = x.flatten(-2)[..., rows - 1 : rows - 1 + rows * (width - 1)]
+    shifted: Tensor = flat.unflatten(-1, (rows, width - 1))
+    return shifted[..., :columns]
 
 
 def shrink_(model: Any, gatepress: dict[str, Any]) -> None:
@@ -217,7 +313,8 @@ def narrow_attention_(attention: Any, part: dict[str, Any]) -> None:
 @functools.cache
 def _narrowed(dense: Any) -> Any:
     """Return the pruned form of a family's self-attention."""
-    return type("Pruned" + dense.__name__, (PrunedAttention, dense), {})
+    form = PrunedDisentangledAttention if hasattr(dense, "disentangled_attention_bias") else PrunedAttention
+    return type("Pruned" + dense.__name__, (form, dense), {})
 
 
 def _blank(dense: Any) -> Any:
@@ -405,6 +502,24 @@ class GatepressMPNetModel(_Headless, _Pruned, MPNetModel):
     """MPNet with pruned layers, without a head: what an embedder is made of."""
 
     config_class = GatepressMPNetConfig
+
+
+class GatepressDebertaV2Config(DebertaV2Config):
+    """DeBERTa-v2 or v3 with pruned layers."""
+
+    model_type = "gatepress_deberta_v2"
+
+
+class GatepressDebertaV2ForSequenceClassification(_Pruned, DebertaV2ForSequenceClassification):
+    """DeBERTa-v2 or v3 with pruned layers and a classification or regression head."""
+
+    config_class = GatepressDebertaV2Config
+
+
+class GatepressDebertaV2Model(_Headless, _Pruned, DebertaV2Model):
+    """DeBERTa-v2 or v3 with pruned layers, without a head: what an embedder is made of."""
+
+    config_class = GatepressDebertaV2Config
 
 
 class GatepressDistilBertConfig(DistilBertConfig):

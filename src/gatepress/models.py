@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,8 @@ from gatepress.manifests import (
 )
 from gatepress.resolve import family_named, model_class
 
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
-    *("vocab.txt", "vocab.json"),
-)
+SENTENCEPIECE_FILES = ("spm.model", "spiece.model", "sentencepiece.bpe.model")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", *SENTENCEPIECE_FILES, "vocab.txt", "vocab.json")
 PANIC = "PanicException"  # of tokenizers, written in Rust: no Exception, and no name to import
 SHOWN = 3  # of the tensors that do not fit
 
@@ -163,6 +162,12 @@ def open_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
     """
     if not has_tokenizer(directory):
         raise ModelError(f"{directory}: has no tokenizer (none of {', '.join(TOKENIZER_FILES)})")
+    pieces = next((name for name in SENTENCEPIECE_FILES if (directory / name).is_file()), None)
+    if pieces and not (directory / "tokenizer.json").is_file() and find_spec("sentencepiece") is None:
+        raise ModelError(
+            f"{directory}: its tokenizer is {pieces} without a tokenizer.json, and sentencepiece is not installed to "
+            "read it; pip install sentencepiece"
+        )
     ours = form_of(directory) is not None
     if ours:
         check_beside(directory)

@@ -1,5 +1,6 @@
 """From a family's row to the bound matrices of a real model: the only walker of module trees."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,12 @@ class Layer:
     paths: dict[str, str]
     shapes: dict[str, tuple[int, int]]  # role -> (out, in)
     heads: int
+    scores: int = 1  # products that a score is the sum of
+
+    @property
+    def scale(self) -> float:
+        """What scores are multiplied by."""
+        return 1 / math.sqrt(self.head_width * self.scores)
 
     @property
     def head_width(self) -> int:
@@ -80,6 +87,7 @@ def resolve(model: nn.Module) -> list[Layer]:
                 paths={role: f"{prefix}.{family.path(role)}" for role in ROLES},
                 shapes=shapes,
                 heads=heads,
+                scores=family.scores(model.config),
             )
         )
     return layers

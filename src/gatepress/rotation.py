@@ -117,6 +117,8 @@ def _roots(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> dict
     real = torch.empty(0)  # which tokens of the batch under way are; the hooks read it
 
     def count(index: int, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if inputs[0].shape[:-1] != real.shape:
+            return  # embeddings of positions, which DeBERTa gives the same matrix
         tokens = inputs[0][real].double()
         tokens = torch.cat([tokens, tokens.new_ones(len(tokens), 1)], dim=1)
         sums[index] = sums.get(index, 0) + tokens.T @ tokens

@@ -162,9 +162,10 @@ class TorchRunner(Runner):
     def mac_terms(self) -> dict[str, int] | None:
         """Multiply-accumulates for each `token`, `pair` of tokens in a row, and `row`, counted on short rows.
 
-        None where the count is not of that form, as with attention in windows.
+        What a call computes once for all its rows, as with positions, is left out. None where the count is not of that
+        form, as with attention in windows.
         """
-        counted = [self._counted(length) for length in range(2, 6)]
+        counted = [self._counted(2, length) - self._counted(1, length) for length in range(2, 6)]
         slopes = np.diff(counted)
         pair = int(slopes[1] - slopes[0]) // 2
         token = int(slopes[0]) - 5 * pair  # 3 x 3 - 2 x 2
@@ -175,11 +176,12 @@ class TorchRunner(Runner):
         """Return what `mac_terms` give."""
         return _macs(self.mac_terms, batch, length)
 
-    def _counted(self, length: int) -> int:
-        """Return the multiply-accumulates of one row."""
+    def _counted(self, rows: int, length: int) -> int:
+        """Return the multiply-accumulates of a call."""
+        self.model.requires_grad_(False)  # nothing is trained here; torch's counter asks parameters for their gradients
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001 - torch counts those of GPUs alone
         with FlopCounterMode(display=False, custom_mapping={fused: _attention_flops}) as counter:
-            self.run(self.prepare({"input_ids": np.full((1, length), COUNTED_TOKEN)}))
+            self.run(self.prepare({"input_ids": np.full((rows, length), COUNTED_TOKEN)}))
         return int(counter.get_total_flops()) // 2
 
     def prepare(self, batch: Batch) -> dict[str, torch.Tensor]:

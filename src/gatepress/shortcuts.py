@@ -26,17 +26,21 @@ def all_of_them(model: PreTrainedModel) -> Iterator[None]:
 def _fewer_biases(model: PreTrainedModel) -> Iterator[None]:
     """Add no biases to keys and values: where matrices are narrow, an addition is a good part of the time.
 
-    A key's bias moves all scores of a query alike, which their softmax does not see. The softmax sums to 1, so what
-    is added to all values comes out of attention as it went in, and the matrix behind adds its image instead.
+    A key's bias moves all scores of a query alike, which their softmax does not see, unless keys are multiplied with
+    more than queries. The softmax sums to 1, so what is added to all values comes out of attention as it went in, and
+    the matrix behind adds its image instead.
     """
     base: Any = model.base_model
-    parts = [[base.get_submodule(layer.paths[role]) for role in ("k", "v", "o")] for layer in _pruned_layers(model)]
+    layers = _pruned_layers(model)
+    parts = [[base.get_submodule(layer.paths[role]) for role in ("k", "v", "o")] for layer in layers]
     with _restored(part for one in parts for part in one):
-        for key, value, out in parts:
+        for layer, (key, value, out) in zip(layers, parts, strict=True):
             if value.bias is not None:
                 added = out.read(value.spread(value.bias))
                 out.bias = nn.Parameter(functional.linear(added, out.weight, out.bias).detach())
-            key.bias = value.bias = None
+            value.bias = None
+            if not base.get_submodule(layer.attention).key_bias_counts:
+                key.bias = None
         yield
 
 
