@@ -30,7 +30,7 @@ from gatepress.inject import attach_gates_, mark_trainable_, trainable
 from gatepress.losses import batch_loss
 from gatepress.machine import cpu_name
 from gatepress.modeling_gatepress import first_token_alone
-from gatepress.narrowing import narrow_, narrow_last_layer_
+from gatepress.narrowing import narrow_, quicken_
 from gatepress.precision import computing
 from gatepress.progress import NoProgress
 from gatepress.tasks import TaskSpec, task_named
@@ -58,7 +58,7 @@ def gated_step(
     model = SHAPES[SHAPE]().train()
     layers = attach_gates_(model, granularity="structured", controller="importance", lora_rank=FINETUNED.rank)
     mark_trainable_(trainable(model, biases=True, layer_norms=True))
-    narrow_last_layer_(model, layers)
+    quicken_(model, layers, first_token=True)
     teacher = Teacher(model) if taught else None
     if taught:
         learn_from_teacher_(model)

@@ -20,7 +20,7 @@ from gatepress.errors import ModelError
 from gatepress.gates import GatedLinear, gates_of
 from gatepress.inject import attach_gates_, gated_linear, mark_trainable_, trainable
 from gatepress.modeling_gatepress import first_token_alone
-from gatepress.narrowing import narrow_, narrow_last_layer_
+from gatepress.narrowing import narrow_, quicken_
 from gatepress.training import train
 
 ModelDir = Callable[[str], Path]
@@ -57,7 +57,7 @@ def test_a_step_sees_the_same_model(family: str, granularity: Granularity, contr
     model.base_model.get_submodule(layers[-1].paths["down"]).register_forward_hook(
         lambda _, __, result: lengths.append(result.shape[1])
     )
-    narrow_last_layer_(model, layers)
+    quicken_(model, layers, first_token=True)
     for narrow in (False, True):
         if narrow:
             narrow_(model, layers, gate_vectors(model, layers, granularity))
@@ -138,11 +138,11 @@ def test_steps_compute_one_token_of_the_last_layer_and_measuring_computes_all(
         kind = "measured" if torch.is_inference_mode_enabled() else "learnt" if torch.is_grad_enabled() else "taught"
         lengths[kind].add(result.shape[1])
 
-    def prepare(model: Any, layers: list[Any]) -> None:
-        narrow_last_layer_(model, layers)
+    def prepare(model: Any, layers: list[Any], *, first_token: bool) -> None:
+        quicken_(model, layers, first_token=first_token)
         model.base_model.get_submodule(layers[-1].path).output.register_forward_hook(watch)  # a teacher's, too
 
-    monkeypatch.setattr(training, "narrow_last_layer_", prepare)
+    monkeypatch.setattr(training, "quicken_", prepare)
     asked = {"sparsity": 0.5, "rotate_heads": False, **changes}  # whose moments are of all tokens
     train(settings_for(tiny_model_dir("bert"), tiny_task_files, **asked), tmp_path / "run")
     assert lengths["learnt"] == {1}

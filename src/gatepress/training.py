@@ -41,7 +41,7 @@ from gatepress.losses import batch_loss
 from gatepress.methods import Kinds, prepare_, refuse_rank, trained
 from gatepress.modeling_gatepress import first_token_alone
 from gatepress.models import model_files, open_tokenizer
-from gatepress.narrowing import narrow_, narrow_last_layer_
+from gatepress.narrowing import narrow_, quicken_
 from gatepress.ondisk import base_of, stands_on
 from gatepress.precision import computing
 from gatepress.processes import Processes, seed_of
@@ -171,8 +171,8 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
     dense_params = parameters_of(model)
     refuse_rank(model, settings)
     layers = prepare_(model, settings)
-    if settings.gated and not rows.spec.embeds:
-        narrow_last_layer_(model, layers)
+    if settings.gated:
+        quicken_(model, layers, first_token=not rows.spec.embeds)
     start = None if resumed else settings.start
     base_sha256 = model_files(base)
     before = load_start_(model, settings, rows.spec, base, base_sha256) if start else {}
