@@ -230,8 +230,9 @@ def forms_of(run: Path, target: Target, layouts: tuple[Layout, ...], tokens: int
 
 
 def _graph_of(source: Path, quantize: Literal["int8"] | None) -> Path:
-    """Return the ONNX directory of a model; layouts with the same weights have one together."""
-    graph = source.with_name(f"{quantize or 'fp32'}-{sha256_of(source / 'model.safetensors')[:16]}")
+    """Return the ONNX directory of a model; layouts with the same weights and configuration have one together."""
+    same = "-".join(sha256_of(source / name)[:16] for name in ("model.safetensors", "config.json"))
+    graph = source.with_name(f"{quantize or 'fp32'}-{same}")
     if not graph.exists():
         export(source, graph, quantize=quantize)
     return graph
