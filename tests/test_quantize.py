@@ -65,7 +65,16 @@ def manifest_of(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "gatepress_onnx.json").read_text())
 
 
-@pytest.mark.parametrize(("family", "layout"), [("roberta", "inner"), ("mpnet", "index"), ("distilbert", "inner")])
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        ("roberta", "inner"),
+        ("mpnet", "index"),
+        ("distilbert", "inner"),
+        ("deberta-v2", "index"),
+        ("deberta-v2", "inner"),
+    ],
+)
 def test_any_shape_is_near_what_torch_computes(
     family: str, layout, tiny_model_dir: Callable[[str], Path], tiny_task_files, tmp_path: Path
 ) -> None:
