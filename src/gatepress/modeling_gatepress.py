@@ -203,7 +203,7 @@ class PrunedAttention:
 class PrunedDisentangledAttention(PrunedAttention):
     """The same where queries and keys are also multiplied with keys and queries of relative positions (DeBERTa)."""
 
-    key_bias_counts = True  # that of queries of positions
+    key_bias_counts = True  # keys are multiplied with queries of positions too
 
     def forward(  # type: ignore[override]
         self: Any,

@@ -1,6 +1,5 @@
 """From a family's row to the bound matrices of a real model: the only walker of module trees."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +26,8 @@ class Layer:
     @property
     def scale(self) -> float:
         """What scores are multiplied by."""
-        return 1 / math.sqrt(self.head_width * self.scores)
+        scale: float = (self.head_width * self.scores) ** -0.5
+        return scale
 
     @property
     def head_width(self) -> int:
