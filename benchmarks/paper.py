@@ -14,6 +14,7 @@ figures are rendered from the JSON, which is in `results` below `--work` or wher
 
 import argparse
 import itertools
+import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ from cells import (
     train,
     trained_on,
 )
+from datasets import Dataset
 
 from gatepress.bench import render as timings
 from gatepress.config import DataSettings
@@ -60,35 +62,63 @@ FINETUNED = "full"  # the arm that others are measured by
 FROM_FINETUNED = "<full>"  # among the words of an arm: it starts from what that arm trained
 PRESSED = (FROM_FINETUNED, "--distill")
 AS_THEY_ARE = "--no-rotate-heads"
+OF_OTHERS = "4x, texts of other tasks"
 KEY = ("encoder", "task", "arm", "seed")
+SENTENCE = range(3, 26)  # words of one that is taken from other tasks
 
 Words = tuple[object, ...]
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Among the words of an arm: a file of so many training rows behind the first `MAX_ROWS`, without their labels."""
+    """Among the words of an arm: a file of texts without labels.
 
-    count: int
+    So many training rows behind the first `MAX_ROWS`, or what other tasks have for a task with as many texts in a row.
+    """
+
+    count: int | None  # None: of other tasks
 
     def __str__(self) -> str:
         """Return what the arm calls it."""
-        return f"{self.count}_texts"
+        return "texts_of_others" if self.count is None else f"{self.count}_texts"
 
     def file(self, task: str, options: argparse.Namespace) -> Path:
         """Return the file; written unless it is there."""
         path: Path = options.work / f"{task}-{self}.parquet"
         if not path.exists():
-            directory = None if options.data_dir is None else str(options.data_dir)
-            rows: Any = load_rows(DataSettings(task=task, data_dir=directory))
-            texts = rows.train.select(range(MAX_ROWS, MAX_ROWS + self.count)).remove_columns("label")
+            rows = _rows_of(task, options)
+            if self.count is None:
+                texts = _of_others(len(rows.spec.text_columns), min(MAX_ROWS, len(rows.train)), options)
+            else:
+                texts = rows.train.select(range(MAX_ROWS, MAX_ROWS + self.count)).remove_columns("label")
             names = zip(texts.column_names, rows.spec.text_columns, strict=True)
             texts.rename_columns(dict(names)).to_parquet(path)
         return path
 
-    def epochs(self, without: int) -> int:
+    def epochs(self, without: int, task: str, options: argparse.Namespace) -> int:
         """Return in how many epochs there are about as many steps as in so many `without` texts."""
-        return max(1, round(without * MAX_ROWS / (MAX_ROWS + self.count)))
+        rows = min(MAX_ROWS, len(_rows_of(task, options).train))
+        return max(1, round(without * rows / (rows + len(Dataset.from_parquet(str(self.file(task, options)))))))
+
+
+def _rows_of(task: str, options: argparse.Namespace) -> Any:
+    return load_rows(DataSettings(task=task, data_dir=None if options.data_dir is None else str(options.data_dir)))
+
+
+def _of_others(columns: int, count: int, options: argparse.Namespace) -> Dataset:
+    """Return `count` sentences, RTE's hypotheses and what there is room for of STS-B's; or all pairs of STS-B."""
+    pairs = _rows_of("stsb", options).train.remove_columns("label")
+    if columns > 1:
+        return pairs
+    hypotheses, sentences = (
+        [text for text in dict.fromkeys(texts) if len(text.split()) in SENTENCE]
+        for texts in (_rows_of("rte", options).train["text_pair"][:], [*pairs["text"][:], *pairs["text_pair"][:]])
+    )
+    draw = random.Random(0)  # noqa: S311 - no secret
+    draw.shuffle(sentences)
+    found = [*hypotheses, *sentences[: count - len(hypotheses)]]
+    draw.shuffle(found)
+    return Dataset.from_dict({"text": found})
 
 
 @dataclass(frozen=True)
@@ -176,6 +206,7 @@ EXPERIMENTS = {
                 )
                 for name, count in itertools.product(("4x", "8x"), (0, 10_000, 30_000))
             },
+            OF_OTHERS: (*PRESSED, "--sparsity", FACTORS["4x"], "--unlabelled-file", Texts(None)),
         },
         tasks=("sst2",),
         models={},
@@ -341,7 +372,7 @@ def trained(
         epochs = pressed_epochs(task, FACTORS[arm.partition(",")[0]])
     for texts in (word for word in words if isinstance(word, Texts)):
         words = tuple(texts.file(task, options) if word is texts else word for word in words)
-        epochs = epochs and texts.epochs(epochs)
+        epochs = epochs and texts.epochs(epochs, task, options)
     words = ("--task", task, *experiment.words, *words, "--seed", seed, *common(options, epochs))
     run = place_of(name, key, options)
     told = train(run, *start, words, options)

@@ -24,13 +24,14 @@ RESULTS = ROOT / "benchmarks/results"
 KEY = ("encoder", "seed")
 MODEL = ("--model", "tiny=DIR")
 
-# Cells of 0.6 to 0.16: heads of a layer did not always close alike, and are computed as wide as the widest of them.
-# Encoder, task, arm, seed -> what was removed of the encoder.
-OF_OLD = {
+# Where all query/key dimensions of a layer have closed, one a head is still computed, of zeros alone: 12 of the 13,824
+# inner dimensions of MiniLM for each such layer. Encoder, task, arm, seed -> what was removed of the encoder.
+UNIFORM = {
     ("minilm", "cola", "8x", 0): 0.8741,
     ("minilm", "cola", "8x", 3): 0.8741,
     ("minilm", "cola", "8x", 4): 0.8741,
     ("minilm", "stsb", "8x", 0): 0.8741,
+    ("minilm", "stsb", "8x", 2): 0.8741,
     ("minilm", "stsb", "8x", 3): 0.8733,
     ("minilm", "sst2", "4x, heads as they are", 2): 0.7483,
     ("minilm", "sst2", "4x, heads as they are", 3): 0.7483,
@@ -349,4 +350,4 @@ def test_structured_gates_keep_the_multiply_accumulates_that_were_asked():
         if structured and not near(1 - one["encoder_macs_removed"], 1 - one["asked_sparsity"]):
             assert path.stem == "paper_accuracy"
             off[one["encoder"], one["task"], one["arm"], one["seed"]] = round(one["encoder_macs_removed"], 4)
-    assert off == OF_OLD
+    assert off == UNIFORM
