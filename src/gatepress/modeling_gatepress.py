@@ -253,9 +253,12 @@ class PrunedDisentangledAttention(PrunedAttention):
         return functools.reduce(torch.add, scores)
 
     def _scaled_by_head(self: Any, role: str, embeddings: Tensor) -> Tensor:
-        """Return queries or keys of positions [heads, positions, qk_width], times what scores are multiplied by."""
+        """Return queries or keys of positions [heads, positions, qk_width], times what scores are multiplied by.
+
+        As a row of tokens they are multiplied in graphs as hidden states are, by the same weights.
+        """
         part = self.gatepress
-        scaled: Tensor = self._by_head(getattr(self, part[role])(embeddings), part["qk_width"]) * part["scale"]
+        scaled: Tensor = self._by_head(getattr(self, part[role])(embeddings[None]), part["qk_width"])[0] * part["scale"]
         return scaled
 
 
