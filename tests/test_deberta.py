@@ -12,7 +12,8 @@ from gatepress.collapse import cut, plan_model
 from gatepress.errors import ModelError
 from gatepress.gates import gates_of
 from gatepress.inject import attach_gates_
-from gatepress.modeling_gatepress import PrunedDisentangledAttention, _skewed
+from gatepress.modeling_gatepress import PrunedAttention, PrunedDisentangledAttention, _skewed
+from gatepress.narrowing import quicken_
 
 FAMILY = "deberta-v2"
 
@@ -48,6 +49,18 @@ def test_pruned_attention_is_that_of_transformers(changes: dict[str, Any], lengt
     torch.testing.assert_close(given.logits, wanted.logits, atol=1e-5, rtol=1e-5)
     for mine, theirs in zip(given.attentions, wanted.attentions, strict=True):
         torch.testing.assert_close(mine[0], theirs[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bert", FAMILY])
+def test_all_layers_attend_quickly_from_the_first_step_on(family: str) -> None:
+    model: Any = tiny.build_classifier(family)
+    layers = attach_gates_(model, granularity="structured", controller="importance")
+    batch = tiny.random_batch(family, length=9)
+    wanted = model(**batch).logits
+    quicken_(model, layers, first_token=False)
+    attentions = [model.base_model.get_submodule(layer.attention) for layer in layers]
+    assert [isinstance(one, PrunedAttention) for one in attentions] == [family == FAMILY] * tiny.LAYERS
+    torch.testing.assert_close(model(**batch).logits, wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_matrices_of_positions_alone_are_refused() -> None:
