@@ -18,7 +18,7 @@ import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from cells import (
     trained_on,
 )
 from datasets import Dataset
+from pyarrow import parquet
 
 from gatepress.bench import render as timings
 from gatepress.config import DataSettings
@@ -62,7 +63,6 @@ FINETUNED = "full"  # the arm that others are measured by
 FROM_FINETUNED = "<full>"  # among the words of an arm: it starts from what that arm trained
 PRESSED = (FROM_FINETUNED, "--distill")
 AS_THEY_ARE = "--no-rotate-heads"
-OF_OTHERS = "4x, texts of other tasks"
 KEY = ("encoder", "task", "arm", "seed")
 SENTENCE = range(3, 26)  # words of one that is taken from other tasks
 
@@ -86,9 +86,9 @@ class Texts:
         """Return the file; written unless it is there."""
         path: Path = options.work / f"{task}-{self}.parquet"
         if not path.exists():
-            rows = _rows_of(task, options)
+            rows = _rows_of(task, options.data_dir)
             if self.count is None:
-                texts = _of_others(len(rows.spec.text_columns), min(MAX_ROWS, len(rows.train)), options)
+                texts = _of_others(len(rows.spec.text_columns), min(MAX_ROWS, len(rows.train)), options.data_dir)
             else:
                 texts = rows.train.select(range(MAX_ROWS, MAX_ROWS + self.count)).remove_columns("label")
             names = zip(texts.column_names, rows.spec.text_columns, strict=True)
@@ -97,22 +97,24 @@ class Texts:
 
     def epochs(self, without: int, task: str, options: argparse.Namespace) -> int:
         """Return in how many epochs there are about as many steps as in so many `without` texts."""
-        rows = min(MAX_ROWS, len(_rows_of(task, options).train))
-        return max(1, round(without * rows / (rows + len(Dataset.from_parquet(str(self.file(task, options)))))))
+        rows = min(MAX_ROWS, len(_rows_of(task, options.data_dir).train))
+        texts: int = parquet.read_metadata(self.file(task, options)).num_rows
+        return max(1, round(without * rows / (rows + texts)))
 
 
-def _rows_of(task: str, options: argparse.Namespace) -> Any:
-    return load_rows(DataSettings(task=task, data_dir=None if options.data_dir is None else str(options.data_dir)))
+@cache
+def _rows_of(task: str, data_dir: Path | None) -> Any:
+    return load_rows(DataSettings(task=task, data_dir=None if data_dir is None else str(data_dir)))
 
 
-def _of_others(columns: int, count: int, options: argparse.Namespace) -> Dataset:
+def _of_others(columns: int, count: int, data_dir: Path | None) -> Dataset:
     """Return `count` sentences, RTE's hypotheses and what there is room for of STS-B's; or all pairs of STS-B."""
-    pairs = _rows_of("stsb", options).train.remove_columns("label")
+    pairs = _rows_of("stsb", data_dir).train.remove_columns("label")
     if columns > 1:
         return pairs
     hypotheses, sentences = (
         [text for text in dict.fromkeys(texts) if len(text.split()) in SENTENCE]
-        for texts in (_rows_of("rte", options).train["text_pair"][:], [*pairs["text"][:], *pairs["text_pair"][:]])
+        for texts in (_rows_of("rte", data_dir).train["text_pair"][:], [*pairs["text"][:], *pairs["text_pair"][:]])
     )
     draw = random.Random(0)  # noqa: S311 - no secret
     draw.shuffle(sentences)
@@ -206,7 +208,7 @@ EXPERIMENTS = {
                 )
                 for name, count in itertools.product(("4x", "8x"), (0, 10_000, 30_000))
             },
-            OF_OTHERS: (*PRESSED, "--sparsity", FACTORS["4x"], "--unlabelled-file", Texts(None)),
+            "4x, texts of other tasks": (*PRESSED, "--sparsity", FACTORS["4x"], "--unlabelled-file", Texts(None)),
         },
         tasks=("sst2",),
         models={},

@@ -237,10 +237,10 @@ class PrunedDisentangledAttention(PrunedAttention):
         middle = self.pos_ebd_size
         embeddings = self.pos_dropout(embeddings[: 2 * middle])
         scores: list[Tensor] = []
-        for kind, role, sign, states in (("c2p", "k", 1, q), ("p2c", "q", -1, k)):
+        for kind, role, sign, states, others in (("c2p", "k", 1, q, k), ("p2c", "q", -1, k, q)):
             if kind not in self.pos_att_type:
                 continue
-            rows, columns = states.shape[-2], (k if kind == "c2p" else q).shape[-2]
+            rows, columns = states.shape[-2], others.shape[-2]
             between = torch.cat([relative[:rows, 0].flip(0), relative[0, 1:columns], relative[0, :1]])
             index = (sign * between + middle).clamp(0, 2 * middle - 1)
             project = functools.partial(self._scaled_by_head, role)

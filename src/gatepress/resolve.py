@@ -21,7 +21,7 @@ class Layer:
     paths: dict[str, str]
     shapes: dict[str, tuple[int, int]]  # role -> (out, in)
     heads: int
-    scores: int = 1  # products that a score is the sum of
+    scores: int  # products that a score is the sum of
 
     @property
     def scale(self) -> float:

@@ -165,6 +165,7 @@ class TorchRunner(Runner):
         What a call computes once for all its rows, as with positions, is left out. None where the count is not of that
         form, as with attention in windows.
         """
+        self.model.requires_grad_(False)  # nothing is trained here; torch's counter asks parameters for their gradients
         counted = [self._counted(2, length) - self._counted(1, length) for length in range(2, 6)]
         slopes = np.diff(counted)
         pair = int(slopes[1] - slopes[0]) // 2
@@ -178,7 +179,6 @@ class TorchRunner(Runner):
 
     def _counted(self, rows: int, length: int) -> int:
         """Return the multiply-accumulates of a call."""
-        self.model.requires_grad_(False)  # nothing is trained here; torch's counter asks parameters for their gradients
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001 - torch counts those of GPUs alone
         with FlopCounterMode(display=False, custom_mapping={fused: _attention_flops}) as counter:
             self.run(self.prepare({"input_ids": np.full((rows, length), COUNTED_TOKEN)}))
