@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatepress.collapse import attention_part
 from gatepress.errors import UsageError
 from gatepress.modeling_gatepress import VERSION, shrink_
 from gatepress.resolve import Layer, resolve
@@ -47,10 +46,7 @@ def refuse_too_small(model: Any, fractions: Iterable[float]) -> None:
 
 def prunable(model: Any, layers: list[Layer]) -> Any:
     """Return a copy whose attention follows the heads that its matrices have, and that computes the same."""
-    attentions = {
-        one.attention: attention_part(one, list(range(one.heads)), one.head_width, one.head_width, uniform=False)
-        for one in layers
-    }
+    attentions = {one.attention: one.whole_attention for one in layers}
     smaller = copy.deepcopy(model)
     shrink_(smaller, {"version": VERSION, "linears": {}, "attentions": attentions})
     return smaller

@@ -43,6 +43,7 @@ TIMINGS = (
     "speed_structured_minilm",
     "speed_structured_roberta-base",
     "speed_deberta",
+    "speed_modernbert",
     "speed_bf16",
 )
 BATCH, LENGTH = 8, 128  # of the latencies in the README

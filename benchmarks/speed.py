@@ -6,6 +6,7 @@
     python benchmarks/speed.py trained --run DIR    # the same for a trained run
     python benchmarks/speed.py structured  # half of the multiply-accumulates gone: how much of that is time
     python benchmarks/speed.py deberta     # the same in DeBERTa-v3-base's shape, and with all gates open
+    python benchmarks/speed.py modernbert  # and in ModernBERT-base's
     python benchmarks/speed.py bf16        # the same in torch where a CPU multiplies bfloat16, against all else
     python benchmarks/speed.py grid        # is the chosen layout ever slower than a fixed one?
     python benchmarks/speed.py fusions     # what ONNX Runtime fuses in dense and in pruned graphs
@@ -41,6 +42,8 @@ from transformers import (
     BertForSequenceClassification,
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
     MPNetConfig,
     MPNetForSequenceClassification,
     PreTrainedModel,
@@ -77,6 +80,7 @@ DEBERTA: dict[str, Any] = {
     "norm_rel_ebd": "layer_norm",
     "position_biased_input": False,
 }
+IDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 2, "cls_token_id": 2, "eos_token_id": 3, "sep_token_id": 3}
 SHAPES: dict[str, Any] = {
     "minilm": lambda: BertForSequenceClassification(
         BertConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=12)
@@ -86,6 +90,7 @@ SHAPES: dict[str, Any] = {
         RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
     ),
     "deberta-v3-base": lambda: DebertaV2ForSequenceClassification(DebertaV2Config(**DEBERTA)),
+    "modernbert-base": lambda: ModernBertForSequenceClassification(ModernBertConfig(classifier_pooling="mean", **IDS)),
 }
 BATCHES, LENGTHS = (1, 8), (32, 128)
 SPARSITIES = (0.1, 0.3, 0.5, 0.7)
@@ -253,14 +258,24 @@ def structured(work: Path, results: Path) -> None:
 
 def deberta(work: Path, results: Path) -> None:
     """Time DeBERTa as transformers computes it, with all gates open, and with half of the multiply-accumulates gone."""
+    _own_attention("deberta-v3-base", work, results / "speed_deberta.json")
+
+
+def modernbert(work: Path, results: Path) -> None:
+    """Time ModernBERT alike."""
+    _own_attention("modernbert-base", work, results / "speed_modernbert.json")
+
+
+def _own_attention(shape: str, work: Path, path: Path) -> None:
+    """Time a family whose attention is computed by another class as soon as gates stand in it, open ones too."""
     targets: dict[str, Path] = {}
     for name, sparsity in (("all gates open", 0.0), ("half", 0.5)):
-        run = random_run("deberta-v3-base", work, granularity="structured", sparsity=sparsity)
+        run = random_run(shape, work, granularity="structured", sparsity=sparsity)
         for target in GRID:
             forms = forms_of(run, target, ("inner",))
             targets |= {f"dense, {target}": forms["dense"], f"{name}, {target}": forms["inner"]}
     records = endtoend.run(targets, batch_sizes=BATCHES, seq_lens=LENGTHS, repetitions=REPETITIONS)
-    render.write(records, results / "speed_deberta.json", force=True)
+    render.write(records, path, force=True)
 
 
 def bf16(work: Path, results: Path) -> None:
@@ -389,7 +404,9 @@ def _high_water(status: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-OF_ITS_OWN = {one.__name__: one for one in (table, kernels, structured, deberta, bf16, grid, fusions, collapse)}
+OF_ITS_OWN = {
+    one.__name__: one for one in (table, kernels, structured, deberta, modernbert, bf16, grid, fusions, collapse)
+}
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:

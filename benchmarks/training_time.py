@@ -2,11 +2,11 @@
 
     python benchmarks/training_time.py --data-dir GLUE --model minilm=DIRECTORY --task sst2 --precision fp32 --work DIR
 
-The first rows only, with the epochs of `paper.py accuracy`: a training takes as long as its rows are many, and few
-leave room for repetitions (`--repetitions`). Seconds are those that a run reports, measuring after every epoch
-included. Wants a quiet machine. What is measured again takes the place of what was; other encoders, tasks and
-precisions stay. The table beside the JSON, which is in `results` below `--work` or where `--results` says, is rendered
-from it. The committed one:
+The first `--rows` only, with the epochs of `paper.py accuracy`: a training takes as long as its rows are many, and few
+leave room for repetitions (`--repetitions`); what is done once weighs the more the fewer they are. Seconds are those
+that a run reports, measuring after every epoch included. Wants a quiet machine. What is measured again takes the place
+of what was; other encoders, tasks and precisions stay. The table beside the JSON, which is in `results` below `--work`
+or where `--results` says, is rendered from it. The committed one:
 
     python benchmarks/training_time.py --render
 """
@@ -42,7 +42,7 @@ from paper import FACTORS, FINETUNED
 from gatepress.versions import MADE_WITH, versions
 
 KEY = ("encoder", "task", "precision")
-ROWS, VALIDATION_ROWS = 2_000, 100
+VALIDATION_ROWS = 100
 
 
 def measure(key: tuple[Any, ...], options: argparse.Namespace) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def measure(key: tuple[Any, ...], options: argparse.Namespace) -> dict[str, Any]
     seconds: dict[str, list[float]] = {name: [] for name in (FINETUNED, *FACTORS)}
     epochs = {FINETUNED: EPOCHS[task], **{name: pressed_epochs(task, removed) for name, removed in FACTORS.items()}}
     where = [] if options.data_dir is None else ["--data-dir", options.data_dir]
-    rows = ("--task", task, *where, "--max-train-samples", ROWS, "--max-validation-samples", VALIDATION_ROWS)
+    rows = ("--task", task, *where, "--max-train-samples", options.rows, "--max-validation-samples", VALIDATION_ROWS)
     options.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.work) as staged:
         full, pressed = Path(staged) / "full", Path(staged) / "pressed"
@@ -63,7 +63,7 @@ def measure(key: tuple[Any, ...], options: argparse.Namespace) -> dict[str, Any]
                 told = gatepress("train", *words, "-o", run, "--force")
                 values.append(told["train_seconds"])
     return {
-        "rows": ROWS,
+        "rows": options.rows,
         "epochs": epochs,
         "seconds": seconds,
         **machine(told["device"]),
@@ -73,14 +73,14 @@ def measure(key: tuple[Any, ...], options: argparse.Namespace) -> dict[str, Any]
 
 def render(records: list[dict[str, Any]]) -> str:
     """Return the table in Markdown."""
-    text = "# What a whole training takes\n\n| encoder | task | precision | training | epochs | seconds, median "
-    text += "| spread | of full finetuning |\n|---|---|---|---|--:|--:|--:|--:|\n"
+    text = "# What a whole training takes\n\n| encoder | task | precision | rows | training | epochs | seconds, "
+    text += "median | spread | of full finetuning |\n|---|---|---|--:|---|--:|--:|--:|--:|\n"
     for record in records:
         full = statistics.median(record["seconds"][FINETUNED])
         for arm, values in record["seconds"].items():
             middle = statistics.median(values)
             told = (arm, record["epochs"][arm], f"{middle:.1f}", f"{min(values):.1f} to {max(values):.1f}")
-            row = (*(record[key] for key in KEY), *told, f"{middle / full:.0%}")
+            row = (*(record[key] for key in KEY), f"{record['rows']:,}", *told, f"{middle / full:.0%}")
             text += f"| {' | '.join(map(str, row))} |\n"
     times = " or ".join(map(str, sorted({len(each["seconds"][FINETUNED]) for each in records}, reverse=True)))
     by = ", and in ".join(
@@ -91,7 +91,7 @@ def render(records: list[dict[str, Any]]) -> str:
         )
     )
     return text + (
-        f"\nThe first {records[0]['rows']:,} rows, {times} trainings of each by turns, "
+        f"\nThe first rows, {times} trainings of each by turns, "
         f"{by}. *{FINETUNED}*: full finetuning; *4x*: what it gave, pressed to a quarter "
         "of the encoder's multiply-accumulates, with its teacher.\n"
     )
@@ -101,6 +101,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     made = parser(__doc__)
     add(made, *OF_TRAINING, *KEPT_IN, "--task")
+    made.add_argument("--rows", type=count, default=2_000, help="training rows; default: 2,000")
     made.add_argument("--repetitions", type=count, default=3, help="trainings of each arm, by turns; default: 3")
     options = read(made, words)
     options.models = models_of(made, options)

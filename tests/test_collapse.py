@@ -86,7 +86,8 @@ def test_collapsed_and_reloaded_equal_gated_and_hold_what_the_plan_counts(
     assert torch.equal(logits(reloaded, family), logits(pruned, family))
     assert 0 < plan.removed_fraction < 1
     base = pruned.base_model
-    held = sum(base.get_submodule(path).weight.numel() for layer in resolve(pruned) for path in layer.paths.values())
+    paths = {path for layer in resolve(pruned) for path in layer.paths.values()}
+    held = sum(base.get_submodule(path).weight.numel() for path in paths)
     assert held == plan.kept_weights
     assert plan.dense_weights == sum(layer.weights for layer in resolve(model))
     dense_parameters = parameters_of(tiny.build_classifier(family, num_labels=3))
@@ -115,9 +116,8 @@ def test_structured_sparsity_is_all_removed(family: str) -> None:
     """Half the gates of every head and of the neurons: half of the encoder's weights are gone."""
     model = gated_model(family, "structured", closed=0)
     for name, gate in gates_of(model):
-        width = tiny.HIDDEN // tiny.HEADS if gate.size == tiny.HIDDEN else gate.size
-        gate.mask.view(-1, width)[:, : width // 2] = 0
-        assert name
+        inner = gate.mask if ".down" in name else gate.mask.view(tiny.HEADS, -1)
+        inner[..., : inner.shape[-1] // 2] = 0
     _, plan = collapse(model, "inner")
     assert plan.removed_fraction == 0.5
 
@@ -142,7 +142,7 @@ def test_a_head_without_queries_attends_uniformly_and_one_without_values_goes(fa
     model = gated_model(family, "structured", closed=0)
     width = tiny.HIDDEN // tiny.HEADS
     for layer in resolve(model):
-        gated_linear(model, layer, "q").gate_out.mask[:width] = 0
+        gated_linear(model, layer, "q").gate_out.mask[: width // layer.at_once("q")] = 0
         gated_linear(model, layer, "o").gate_in.mask[-width:] = 0
     pruned, plan = collapse(model, "inner")
     assert all(layer.heads == [0, 1, 2] for layer in plan.layers)
@@ -211,7 +211,8 @@ def test_the_last_layer_computes_the_first_token_alone_unless_others_are_read(fa
     pruned.eval().config.output_hidden_states = True
     tokens, told = computed(lambda: pruned(**inputs))
     assert tokens == told.hidden_states[-1].shape[1] == length
-    torch.testing.assert_close(told.hidden_states[-1], whole.hidden_states[-1], atol=1e-5, rtol=0)
+    real = inputs["attention_mask"].bool()  # where nothing near is a token, kernels give what they like
+    torch.testing.assert_close(told.hidden_states[-1][real], whole.hidden_states[-1][real], atol=1e-5, rtol=0)
 
 
 def test_calls_that_read_different_tokens_may_run_at_once_and_after_one_that_failed() -> None:

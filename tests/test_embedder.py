@@ -200,7 +200,7 @@ def test_every_token_of_the_last_layer_is_asked_for() -> None:
     given = SimpleNamespace(logits=torch.randn(4, 8), hidden_states=states)
     inputs = {"input_ids": torch.full((4, 5), 7), "attention_mask": torch.ones(4, 5, dtype=torch.long)}
     batch = {**inputs, "labels": torch.full((4,), math.nan)}
-    lesson = Lesson(torch.tensor([7]), None, hidden_weight=2.0)  # there are no words to exchange
+    lesson = Lesson(torch.tensor([7]), None, hidden_weight=2.0, all_tokens=True)  # there are no words to exchange
 
     def loss(**changes: Any) -> float:
         wanted = SimpleNamespace(**{**vars(given), **changes})

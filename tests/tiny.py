@@ -87,6 +87,16 @@ ROWS = (
         },
     ),
     Row("distilbert", {"dim": HIDDEN, "n_layers": LAYERS, "n_heads": HEADS, "hidden_dim": INTERMEDIATE}),
+    Row(
+        "modernbert",
+        {
+            **SIZES,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "local_attention": 8,
+            **dict.fromkeys(("bos_token_id", "cls_token_id"), 2),
+            **dict.fromkeys(("eos_token_id", "sep_token_id"), 3),
+        },
+    ),
 )
 BY_FAMILY = {row.family: row for row in ROWS}
 FAMILIES = tuple(BY_FAMILY)

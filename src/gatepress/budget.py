@@ -82,7 +82,7 @@ def gate_vectors(model: nn.Module, layers: list[Layer], granularity: Granularity
                 vectors.append(
                     GateVector(
                         gate=gate,
-                        macs=float(across * (1 if alone else 2) * gate.counts),
+                        macs=float(across * (1 if alone else gate.counts * layer.unit)),
                         heads=layer.heads if (role, axis) in of_heads else 1,
                         layer=number,
                         role=role,
@@ -126,7 +126,7 @@ def open_parts(
     ]
     for mask, vector in zip(masks, vectors, strict=True):
         side = open_sides[vector.layer][vector.role][vector.axis == "in"]
-        side &= mask.cpu().bool().repeat_interleave(vector.gate.repeat)
+        side &= vector.gate.repeated(mask.cpu().bool())
     return [
         {role: Live(rows, columns, biases[role]) for role, (rows, columns) in sides.items()}
         for sides, biases in zip(open_sides, biased, strict=True)

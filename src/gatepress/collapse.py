@@ -17,7 +17,7 @@ from gatepress.embedding import embedder_class, embeds
 from gatepress.errors import ModelError
 from gatepress.families import ROLES
 from gatepress.inject import gated_linear
-from gatepress.plan import ZERO_ROW, Live, MatrixPlan, PrunePlan, make_plan
+from gatepress.plan import ZERO_ROW, LayerPlan, Live, MatrixPlan, PrunePlan, make_plan
 from gatepress.resolve import Layer, family_of, model_class, resolve
 
 
@@ -49,14 +49,17 @@ def cut(model: PreTrainedModel, plan: PrunePlan, *, consume: bool = False) -> Pr
         pruned_class = model_class(family_of(model.config), stock=plan.layout == "stock")
     with init_empty_weights(include_buffers=False):
         pruned: PreTrainedModel = pruned_class(config)
-    pruned.load_state_dict(_pruned_state(model, layers, plan, consume=consume), strict=True, assign=True)
+    state = _pruned_state(model, layers, plan, consume=consume)
+    if plan.layout == "stock":
+        _put_together_(state, model, layers)
+    pruned.load_state_dict(state, strict=True, assign=True)
     pruned.eval()
     return pruned
 
 
 def refuse_activation(model: PreTrainedModel) -> None:
     """Raise `ModelError` where a neuron that is closed would still say something."""
-    activation = getattr(model.config, "hidden_act", None) or getattr(model.config, "activation", "gelu")
+    activation = getattr(model.config, family_of(model.config).activation_attribute, "gelu")
     if float(ACT2FN[activation](torch.zeros(1))) != 0:
         raise ModelError(f"activation {activation!r} does not map 0 to 0, so closed neurons cannot be removed exactly")
 
@@ -69,7 +72,7 @@ def _pruned_config(model: PreTrainedModel, layers: list[Layer], plan: PrunePlan)
     }
     values["architectures"] = None
     if plan.layout == "stock":
-        values[family.intermediate_attribute] = len(plan.layers[0].matrices["up"].rows)
+        values[family.intermediate_attribute] = len(plan.layers[0].matrices["down"].columns)
         return type(model.config)(**values)
     return model_class(family).config_class(**values, gatepress=describe(layers, plan))
 
@@ -86,19 +89,18 @@ def describe(layers: list[Layer], plan: PrunePlan) -> dict[str, Any]:
                 "scattered": matrix.scattered,
             }
         uniform = set(part.matrices["q"].rows) == {ZERO_ROW}
-        attentions[layer.attention] = attention_part(layer, part.heads, part.qk_width, part.vo_width, uniform=uniform)
+        attentions[layer.attention] = layer.attention_part(part.heads, part.qk_width, part.vo_width, uniform=uniform)
     return {"version": modeling_gatepress.VERSION, "linears": linears, "attentions": attentions}
 
 
-def attention_part(layer: Layer, heads: list[int], qk_width: int, vo_width: int, *, uniform: bool) -> dict[str, Any]:
-    """Return what `config.gatepress` says of one self-attention: where its matrices are, what of its heads is left."""
-    inside = f"{layer.attention}."
-    names: dict[str, str | None] = {
-        role: layer.paths[role].removeprefix(inside) if layer.paths[role].startswith(inside) else None
-        for role in ("q", "k", "v", "o")
-    }
-    widths = {"qk_width": qk_width, "vo_width": vo_width}
-    return {**names, "heads": heads, **widths, "scale": layer.scale, "uniform": uniform}
+def pairs_of(layer: Layer, plan: LayerPlan) -> Tensor | None:
+    """Return which of the dense head's each pair of query/key dimensions was [heads * qk_width / 2]; None: no pairs."""
+    if layer.apart("q") is None:
+        return None
+    q = plan.matrices["q"]
+    computed = list(range(q.dense_shape[0])) if q.scattered else q.rows
+    first = _index(computed).view(len(plan.heads), 2, -1)[:, 0].flatten()
+    return first.clamp_min(0) % layer.head_width  # zeros are turned by any angle
 
 
 def _pruned_state(model: PreTrainedModel, layers: list[Layer], plan: PrunePlan, *, consume: bool) -> dict[str, Tensor]:
@@ -126,7 +128,25 @@ def _pruned_state(model: PreTrainedModel, layers: list[Layer], plan: PrunePlan, 
                 state[f"{prefix}in_index"] = _index(matrix.columns)
             if matrix.scattered:
                 state[f"{prefix}out_index"] = _spread(matrix)
+        pairs = pairs_of(layer, layer_plan)
+        if pairs is not None:
+            state[f"{base}{layer.attention}.pairs"] = pairs
     return state
+
+
+def _put_together_(state: dict[str, Tensor], model: PreTrainedModel, layers: list[Layer]) -> None:
+    """Make one matrix of queries, keys and values again where the family's own class has one, in place."""
+    family = family_of(model.config)
+    if family.qkv is None:
+        return
+    base = f"{model.base_model_prefix}."
+    for layer in layers:
+        del state[f"{base}{layer.attention}.pairs"]
+        for kind in ("weight", "bias"):
+            names = [f"{base}{layer.paths[role]}.{kind}" for role in ("q", "k", "v")]
+            parts = [state.pop(name) for name in names if name in state]
+            if parts:
+                state[f"{base}{layer.path}.{family.qkv}.{kind}"] = torch.cat(parts)
 
 
 def _index(positions: list[int]) -> Tensor:

@@ -39,24 +39,26 @@ class Lesson:
     special: Tensor  # ids of tokens that are no words
     shares: Tensor | None  # of each class among labels [classes]; None: labels are numbers, or nobody asks for them
     hidden_weight: float  # of the teacher's hidden states, where its logits and the labels have 1 each
+    all_tokens: bool = False  # of the last layer are read
     processes: Processes = ALONE  # that share the rows of a batch
 
     @classmethod
-    def of(
+    def of(  # noqa: PLR0913 - what is known of rows, of the model and of the processes
         cls,
         labels: Sequence[Any],
         spec: TaskSpec,
         tokenizer: Any,
         *,
         hidden_weight: float,
+        all_tokens: bool = False,
         processes: Processes = ALONE,
     ) -> "Lesson":
         """Return the lesson of rows that have these labels."""
         special = torch.tensor(tokenizer.all_special_ids, device=processes.device)
         if spec.label_names is None or spec.embeds:
-            return cls(special, None, hidden_weight, processes)
+            return cls(special, None, hidden_weight, all_tokens, processes)
         counted = torch.bincount(torch.tensor(labels), minlength=spec.num_labels)
-        return cls(special, (counted / len(labels)).to(processes.device), hidden_weight, processes)
+        return cls(special, (counted / len(labels)).to(processes.device), hidden_weight, all_tokens, processes)
 
 
 class Teacher:
@@ -168,7 +170,7 @@ def of_classes(logits: Tensor) -> Tensor:
 def hidden_distances(student: Any, teacher: Any, mask: Tensor, *, whole: bool = False) -> Tensor:
     """Return how far the hidden states behind each layer lie from a teacher's, on the tokens of `mask` [layers].
 
-    Of the last layer the first token alone counts, unless the `whole` of it is read: a head reads no other.
+    Of the last layer the first token alone counts, unless the `whole` of it is read: most heads read no other.
     """
     *inner, last = zip(student.hidden_states[1:], teacher.hidden_states[1:], strict=True)
     tokens = mask.flatten().nonzero()[:, 0]

@@ -29,6 +29,9 @@ class FamilySpec:
     intermediate_attribute: str  # on the config
     positions_behind: Literal["padding"] | int | None = None  # positions are numbered from behind this id: fewer fit
     position_scores: str | None = None  # on the config: products with positions that scores are the sum of as well
+    activation_attribute: str = "hidden_act"  # on the config
+    qkv: str | None = None  # one matrix that holds the rows of q, k and v; they lie beside it where it is split
+    paired: tuple[str, ...] = ()  # roles whose rows go by two: of q and k half a head apart, of up half of all rows
 
     def path(self, role: str) -> str:
         """Return the path of a role's matrix below one layer."""
@@ -94,10 +97,29 @@ DISTILBERT = FamilySpec(
     down="ffn.lin2",
     heads_attribute="n_heads",
     intermediate_attribute="hidden_dim",
+    activation_attribute="activation",
+)
+MODERNBERT = FamilySpec(
+    model_type="modernbert",
+    class_prefix="ModernBert",
+    layers="layers",
+    attention="attn",
+    q="attn.q",
+    k="attn.k",
+    v="attn.v",
+    o="attn.Wo",
+    up="mlp.Wi",
+    down="mlp.Wo",
+    heads_attribute="num_attention_heads",
+    intermediate_attribute="intermediate_size",
+    activation_attribute="hidden_activation",
+    qkv="attn.Wqkv",
+    paired=("q", "k", "up"),  # positions turn two dimensions together; one half of `up` is multiplied by the other
 )
 
 FAMILIES: dict[str, FamilySpec] = {
-    family.model_type: family for family in (BERT, ROBERTA, XLM_ROBERTA, ELECTRA, MPNET, DEBERTA, DISTILBERT)
+    family.model_type: family
+    for family in (BERT, ROBERTA, XLM_ROBERTA, ELECTRA, MPNET, DEBERTA, DISTILBERT, MODERNBERT)
 }
 
 

@@ -26,14 +26,18 @@ class Gate(nn.Module):
     """A vector of `size` gates, open at the start (value 1).
 
     `noise` is sigma of eq. (5); 0 gives the deterministic gate, whose value is not clipped. Each gate
-    stands before `repeat` neighbouring rows or columns (a head's), and in a budget for `counts` dimensions.
-    With `heads` it keeps which basis the dimensions of each head are those of (rotation.py).
+    stands before `repeat` rows or columns that lie `apart` from each other (1: neighbours, as those of a head), and in
+    a budget for `counts` dimensions. With `heads` it keeps which basis the dimensions of each head are those of
+    (rotation.py).
     """
 
-    def __init__(self, size: int, *, noise: float = 0.0, repeat: int = 1, counts: int = 1, heads: int = 0) -> None:
+    def __init__(  # noqa: PLR0913 - what it stands for
+        self, size: int, *, noise: float = 0.0, repeat: int = 1, apart: int = 1, counts: int = 1, heads: int = 0
+    ) -> None:
         super().__init__()
         self.noise = noise
         self.repeat = repeat
+        self.apart = apart
         self.counts = counts
         self.random: torch.Generator | None = None  # of the noise; None: torch's own
         self.mu = nn.Parameter(torch.full((size,), 0.5))
@@ -51,7 +55,7 @@ class Gate(nn.Module):
 
     def forward(self) -> Tensor:
         """Return z [size * repeat]."""
-        return self._repeated(self._of_each())
+        return self.repeated(self._of_each())
 
     def _of_each(self) -> Tensor:
         value = self.mu + 0.5
@@ -70,11 +74,11 @@ class Gate(nn.Module):
     def values(self) -> Tensor:
         """Return z [size * repeat] as evaluation uses it, in float32."""
         value = (self.mu + 0.5).float()
-        return self._repeated(self.mask.float() * (value.clamp(0, 1) if self.noise else value))
+        return self.repeated(self.mask.float() * (value.clamp(0, 1) if self.noise else value))
 
-    def _repeated(self, z: Tensor) -> Tensor:
-        """Return z [size * repeat], each value `repeat` times; views, which every ONNX exporter can translate."""
-        return z if self.repeat == 1 else z[:, None].expand(-1, self.repeat).reshape(-1)
+    def repeated(self, z: Tensor) -> Tensor:
+        """Return z [size * repeat] of z [size]; views, which every ONNX exporter can translate."""
+        return z if self.repeat == 1 else z.view(-1, 1, self.apart).expand(-1, self.repeat, -1).reshape(-1)
 
 
 class GatedLinear(nn.Module):

@@ -18,7 +18,8 @@ from gatepress.config import Controller, GateAxes, Granularity
 from gatepress.errors import UsageError
 from gatepress.families import ROLES
 from gatepress.gates import Gate, GatedLinear
-from gatepress.resolve import Layer, resolve
+from gatepress.modeling_gatepress import narrow_attention_, split_
+from gatepress.resolve import Layer, family_of, resolve
 
 Site = tuple[str, str]  # (role, "in" or "out")
 
@@ -28,6 +29,11 @@ SITES: dict[Granularity, tuple[Site, ...]] = {
     "heads": (("o", "in"), ("down", "in")),
 }
 WHOLE_HEADS: set[tuple[Granularity, Site]] = {("heads", ("o", "in"))}  # sites with one gate a head
+WITH: dict[Site, tuple[str, ...]] = {  # roles whose rows or columns go with one inner dimension
+    ("q", "out"): ("q", "k"),
+    ("o", "in"): ("v", "o"),
+    ("down", "in"): ("up", "down"),
+}
 # Sites whose dimensions are those of a basis that may be chosen, and whose rows share it.
 TURNED: dict[Site, str] = {("q", "out"): "k", ("o", "in"): "v"}
 
@@ -60,24 +66,16 @@ def attach_gates_(  # noqa: PLR0913 - each is a dial of the gates
     """Replace each encoder matrix of `model` by a `GatedLinear`, in place; return the layers.
 
     `matrices` names the roles that get gates and low rank, `axes` the sides of matrix gates; with `rotate_heads` gates
-    of heads keep a basis, for `rotation.turn_`. Everything is frozen afterwards; `mark_trainable_` then opens what a
-    run trains.
+    of heads keep a basis, for `rotation.turn_`. One matrix of queries, keys and values is taken apart first. Everything
+    is frozen afterwards; `mark_trainable_` then opens what a run trains.
     """
-    layers = resolve(model)
     base: Any = model.base_model
+    layers = _taken_apart(model)
     model.requires_grad_(False)
     sites = sites_of(granularity, axes, matrices)
 
     def gate(layer: Layer, site: Site) -> Gate | None:
-        if site not in sites:
-            return None
-        role, axis = site
-        size = layer.shapes[role][1 if axis == "in" else 0]
-        if (granularity, site) not in WHOLE_HEADS:
-            heads = layer.heads if rotate_heads and site in TURNED else 0
-            return Gate(size, noise=NOISE[controller], heads=heads)
-        width = layer.head_width  # query/key and value/output dimensions go together
-        return Gate(size // width, noise=NOISE[controller], repeat=width, counts=2 * width)
+        return _gate(layer, site, granularity, NOISE[controller], rotate_heads) if site in sites else None
 
     for layer in layers:
         for role in ROLES:
@@ -89,6 +87,36 @@ def attach_gates_(  # noqa: PLR0913 - each is a dial of the gates
             )
             replace_module_(base, layer.paths[role], gated.to(base.device))
     return layers
+
+
+def _taken_apart(model: nn.Module) -> list[Layer]:
+    """Return the layers, with a matrix of their own for queries, keys and values each, in place."""
+    layers = resolve(model)
+    if family_of(model.config).qkv:
+        base: Any = model.base_model
+        for layer in layers:
+            split_(base.get_submodule(layer.attention))
+        layers = resolve(model)
+        for layer in layers:
+            narrow_attention_(base.get_submodule(layer.attention), layer.whole_attention)
+    return layers
+
+
+def _gate(layer: Layer, site: Site, granularity: Granularity, noise: float, rotate_heads: bool) -> Gate:  # noqa: FBT001
+    """Return the gate vector that stands at a site of a layer."""
+    role, axis = site
+    size = layer.shapes[role][1 if axis == "in" else 0]
+    if (granularity, site) in WHOLE_HEADS:
+        width = layer.head_width  # query/key and value/output dimensions go together
+        return Gate(size // width, noise=noise, repeat=width, counts=4 * width // layer.unit)
+    apart = layer.apart(role)  # positions turn two dimensions together: neither can go alone, nor is a basis free
+    heads = layer.heads if rotate_heads and site in TURNED and not apart else 0
+    if granularity == "matrix":
+        return Gate(size, noise=noise, heads=heads)
+    counts = sum(layer.at_once(one) for one in WITH[site]) // layer.unit
+    if apart:
+        return Gate(size // 2, noise=noise, repeat=2, apart=apart, counts=counts)
+    return Gate(size, noise=noise, counts=counts, heads=heads)
 
 
 def gated_linear(model: nn.Module, layer: Layer, role: str) -> GatedLinear:

@@ -185,7 +185,7 @@ def _layer(layer: Facts, heads: int) -> Facts:
         "vo_width": layer["vo_width"],
         "dense_head_width": width,
         "neurons": layer["neurons"],
-        "dense_neurons": parts["up"]["dense"][0],
+        "dense_neurons": parts["down"]["dense"][1],
         "by_index": [role for role, part in parts.items() if part["gathered"] or part["scattered"]],
         "macs_left": layer["macs_left"],
     }

@@ -31,7 +31,7 @@ def batch_loss(model: Any, batch: dict[str, Tensor], spec: TaskSpec, teacher: Te
         return task_losses(model(**inputs).logits, labels, spec).mean()
     inputs, same = varied(inputs, lesson.special)
     outputs, answers = model(**inputs, output_hidden_states=True), teacher(inputs)
-    of_hidden = hidden_distances(outputs, answers, inputs["attention_mask"], whole=spec.embeds)
+    of_hidden = hidden_distances(outputs, answers, inputs["attention_mask"], whole=lesson.all_tokens)
     if spec.embeds:
         return relative_distance(outputs.logits, answers.logits) + lesson.hidden_weight * of_hidden.mean()
     known = labels.isfinite() if spec.label_names is None else labels != NO_CLASS

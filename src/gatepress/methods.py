@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from gatepress.config import TrainSettings
 from gatepress.errors import UsageError
+from gatepress.families import ROLES
 from gatepress.gates import GatedLinear, gates_of
 from gatepress.inject import attach_gates_, in_head, replace_module_, trainable
 from gatepress.resolve import Layer, resolve
@@ -72,7 +73,7 @@ def prepare_(model: PreTrainedModel, settings: TrainSettings) -> list[Layer]:
     layers = resolve(model)
     model.requires_grad_(False)
     base: Any = model.base_model
-    paths = [layer.paths[role] for layer in layers for role in settings.matrices]
+    paths = _paths(layers, settings)
     if settings.method == "lora-xs":
         for path in paths:
             replace_module_(base, path, LoraXsLinear(base.get_submodule(path), settings.rank))
@@ -82,6 +83,22 @@ def prepare_(model: PreTrainedModel, settings: TrainSettings) -> list[Layer]:
             if settings.method == "lora-fa" and ".lora_A." in name:
                 parameter.requires_grad_(False)
     return layers
+
+
+def _paths(layers: list[Layer], settings: TrainSettings) -> list[str]:
+    """Return where the matrices are that take part; `UsageError` where one of them holds others too."""
+    roles = {
+        layer.paths[role]: [other for other in ROLES if layer.paths[other] == layer.paths[role]]
+        for layer in layers
+        for role in settings.matrices
+    }
+    for path, held in roles.items():
+        if not set(held) <= set(settings.matrices):
+            raise UsageError(
+                f"--matrices is {','.join(settings.matrices)}, but with --method {settings.method} {path} is one "
+                f"matrix of {', '.join(held)}; name all of these or none"
+            )
+    return list(roles)
 
 
 def refuse_rank(model: PreTrainedModel, settings: TrainSettings) -> None:

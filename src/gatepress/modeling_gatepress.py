@@ -10,11 +10,12 @@ is narrower is data, in `config.gatepress`:
 
 Paths are below the base model. Every head that is left has `qk_width` query/key dimensions and
 `vo_width` value/output dimensions; `scale` is that of the dense model. Where attention is `uniform`,
-no query/key dimension is left: all scores are 0.
+no query/key dimension is left: all scores are 0. Where one matrix holds queries, keys and values (ModernBERT), it is
+taken apart, and which dimensions of queries and keys are left stands beside the weights, as `pairs`.
 
-The heads of all these classes read the first token of the last layer and no other. So outside of training
-that layer computes it alone, from the keys and values of all tokens; see `_Pruned.first_token_alone`. Classes
-without a head (`GatepressBertModel` and the like) compute all tokens.
+The heads of these classes read the first token of the last layer and no other, unless they are asked for the mean of
+all. So outside of training that layer computes it alone, from the keys and values of all tokens; see
+`_Pruned.first_token_alone`. Classes without a head (`GatepressBertModel` and the like) compute all tokens.
 """
 
 import contextlib
@@ -40,6 +41,9 @@ from transformers import (
     ElectraConfig,
     ElectraForSequenceClassification,
     ElectraModel,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
+    ModernBertModel,
     MPNetConfig,
     MPNetForSequenceClassification,
     MPNetModel,
@@ -134,27 +138,32 @@ class PrunedAttention:
         """
         bias = None if position_bias is None else lambda *_: position_bias
         asked = bool(kwargs.get("output_attentions"))
-        given: tuple[Tensor, Tensor | None] = self._attend(hidden_states, attention_mask, bias, weights_asked=asked)
-        return given
+        return self._attend(hidden_states, attention_mask, bias_of=bias, weights_asked=asked)  # type: ignore[no-any-return]
 
-    def _attend(
+    def _attend(  # noqa: PLR0913 - what families differ in
         self: Any,
         hidden_states: Tensor,
         mask: Tensor | None,
-        bias_of: Callable[[Tensor, Tensor], Tensor] | None,
         *,
+        bias_of: Callable[[Tensor, Tensor], Tensor] | None = None,
+        placed: Callable[[Tensor], Tensor] | None = None,
+        near: bool = False,
+        dropped: float | None = None,
         weights_asked: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Return what attention gives, and its weights if they are asked for.
 
-        `bias_of` maps queries and keys, both [batch, heads, length, qk_width], to what is added to scores.
+        `bias_of` maps queries and keys, both [batch, heads, length, qk_width], to what is added to scores; `placed`
+        either of them to what is multiplied, by where tokens stand. Where all look at what is `near` them, the mask is
+        not the same for all. Weights are `dropped` in training, as by `dropout` unless it is given.
         """
         part = self.gatepress
         heads = len(part["heads"])
-        dropout = self.dropout.p if self.training else 0.0
+        dropped = self.dropout.p if dropped is None else dropped
+        dropout = dropped if self.training else 0.0
         given, _call.keys_from = _call.keys_from, None
         everything = hidden_states if given is None else given.to(hidden_states.device)  # layers may be spread
-        once = part.get("uniform") and bias_of is None and not dropout
+        once = part.get("uniform") and bias_of is None and not dropout and not near
         if once:
             hidden_states = hidden_states[:, :1]
         q, k, v = (
@@ -165,6 +174,8 @@ class PrunedAttention:
                 ("v", "vo_width", everything),
             )
         )
+        if placed is not None and not part.get("uniform"):
+            q, k = placed(q), placed(k)
         bias = None if bias_of is None else bias_of(q, k)
         if everything is not hidden_states:  # both are [batch, heads or 1, length or 1, length]
             mask, bias = (None if one is None else one[:, :, : hidden_states.shape[1]] for one in (mask, bias))
@@ -224,10 +235,7 @@ class PrunedDisentangledAttention(PrunedAttention):
         if relative is not None and self.pos_att_type and not self.gatepress.get("uniform"):
             bias_of = functools.partial(self._position_scores, relative[0], embeddings)
         mask = attention_mask.bool()
-        given: tuple[Tensor, Tensor | None] = self._attend(
-            hidden_states, mask, bias_of, weights_asked=output_attentions
-        )
-        return given
+        return self._attend(hidden_states, mask, bias_of=bias_of, weights_asked=output_attentions)  # type: ignore[no-any-return]
 
     def _position_scores(self: Any, relative: Tensor, embeddings: Tensor, q: Tensor, k: Tensor) -> Tensor:
         """Return scores [batch, heads, length of q, length of k] by where tokens stand.
@@ -273,6 +281,74 @@ def _skewed(x: Tensor, columns: int) -> Tensor:
     return shifted[..., :columns]
 
 
+class PrunedRotaryAttention(PrunedAttention):
+    """The same where positions turn queries and keys, two dimensions at a time (ModernBERT).
+
+    The two are half a head apart, in what is left of a head too. `pairs [heads * qk_width / 2]` says which of the dense
+    head's each was.
+    """
+
+    key_bias_counts = True  # keys are turned behind it
+
+    def forward(  # type: ignore[override]
+        self: Any,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        sliding_window_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Map hidden states as `PrunedAttention` does.
+
+        `position_embeddings` are the cosines and sines [batch or 1, length, head width]. Some releases of transformers
+        give the mask of what is near beside that of all.
+        """
+        near = getattr(self, "sliding_window", None) is not None or getattr(self, "local_attention", (-1,))[0] >= 0
+        cos, sin = (self._of_pairs(values) for values in position_embeddings)
+        given, weights = self._attend(
+            hidden_states,
+            sliding_window_mask if near and sliding_window_mask is not None else attention_mask,
+            placed=lambda x: _turned(x, cos[..., : x.shape[-2], :], sin[..., : x.shape[-2], :]),
+            near=near,
+            dropped=self.attention_dropout,
+            weights_asked=bool(kwargs.get("output_attentions")),
+        )
+        return self.out_drop(given), weights
+
+    def _of_pairs(self: Any, values: Tensor) -> Tensor:
+        """Return [batch or 1, length, head width] as [batch or 1, heads, length, qk_width / 2]."""
+        of_each: Tensor = self._by_head(pick(values, self.pairs), self.gatepress["qk_width"] // 2)
+        return of_each
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return x [..., width] turned by angles [..., width / 2], in which its first half lies towards its second."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def split_(attention: Any) -> None:
+    """Take the one matrix of queries, keys and values apart, in place, where a self-attention has one.
+
+    They are `q`, `k` and `v` then; rows stay in their order.
+    """
+    if not hasattr(attention, "Wqkv"):
+        return
+    fused = attention.Wqkv
+    del attention.Wqkv
+    attention._is_hf_initialized = True  # noqa: SLF001 - else transformers looks for that matrix to draw its numbers
+    biases = (None,) * 3 if fused.bias is None else fused.bias.detach().chunk(3)
+    for name, weight, bias in zip("qkv", fused.weight.detach().chunk(3), biases, strict=True):
+        rows, columns = weight.shape
+        kind = {"bias": bias is not None, "device": weight.device, "dtype": weight.dtype}
+        part: Any = nn.utils.skip_init(nn.Linear, columns, rows, **kind)
+        with torch.no_grad():
+            part.weight.copy_(weight)
+            if bias is not None:
+                part.bias.copy_(bias)
+        setattr(attention, name, part)
+
+
 def shrink_(model: Any, gatepress: dict[str, Any]) -> None:
     """Swap what `gatepress` (see the module) names for its narrower form, in place; values stay unset.
 
@@ -281,6 +357,8 @@ def shrink_(model: Any, gatepress: dict[str, Any]) -> None:
     if gatepress.get("version") != VERSION:
         raise ValueError(f"config.gatepress has version {gatepress.get('version')!r}, this file reads {VERSION}")
     base = model.base_model
+    for path in gatepress["attentions"]:
+        split_(_submodule(base, path))
     for path, part in gatepress["linears"].items():
         dense = _submodule(base, path)
         rows, columns = part["rows"], part["columns"]
@@ -300,7 +378,8 @@ def shrink_(model: Any, gatepress: dict[str, Any]) -> None:
         for role in ("q", "k", "v", "o"):
             if part[role] is not None and not isinstance(_submodule(attention, part[role]), nn.Linear):
                 raise ValueError(f"config.gatepress: {part[role]} in {path} is no Linear")
-        if isinstance(attention, PrunedAttention | nn.Linear) or not hasattr(attention, "dropout"):
+        own = any(hasattr(attention, name) for name in ("dropout", "attention_dropout"))
+        if isinstance(attention, PrunedAttention | nn.Linear) or not own:
             raise ValueError(f"config.gatepress: {path} is a {type(attention).__name__}, expected a self-attention")
         narrow_attention_(attention, part)
 
@@ -311,13 +390,21 @@ def narrow_attention_(attention: Any, part: dict[str, Any]) -> None:
         dense: Any = type(attention)
         attention.__class__ = _narrowed(dense)
     attention.gatepress = dict(part)
+    of_pairs = isinstance(attention, PrunedRotaryAttention)
+    if of_pairs:  # all of a head, or placeholders of what is left
+        width = part["qk_width"] // 2
+        index = torch.arange(width, device=next(attention.parameters()).device)
+        attention.register_buffer("pairs", index.repeat(len(part["heads"])))
 
 
 @functools.cache
 def _narrowed(dense: Any) -> Any:
     """Return the pruned form of a family's self-attention."""
-    form = PrunedDisentangledAttention if hasattr(dense, "disentangled_attention_bias") else PrunedAttention
+    form = next((form for mark, form in _FORMS.items() if mark in dense.__name__), PrunedAttention)
     return type("Pruned" + dense.__name__, (form, dense), {})
+
+
+_FORMS = {"Disentangled": PrunedDisentangledAttention, "ModernBert": PrunedRotaryAttention}  # part of the name -> form
 
 
 def _blank(dense: Any) -> Any:
@@ -343,6 +430,11 @@ def first_token_alone(*, wanted: bool = True) -> Iterator[None]:
         _call.first_token_alone, _call.keys_from = before, None
 
 
+def reads_first_token(config: Any) -> bool:
+    """Say whether a head reads the first token and no other."""
+    return getattr(config, "classifier_pooling", "cls") == "cls"
+
+
 def narrow_layer_(layer: nn.Module) -> None:
     """Prepare a last layer, whose attention is a `PrunedAttention`, for `first_token_alone`, in place.
 
@@ -352,11 +444,12 @@ def narrow_layer_(layer: nn.Module) -> None:
         layer.register_forward_pre_hook(_narrow)
 
 
-def _narrow(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Give the layer the first token, and its attention the hidden states of all."""
+def _narrow(layer: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Give the layer the first token, and its attention what it would read of all."""
     if not _call.first_token_alone:
         return None
-    _call.keys_from = given[0]
+    norm = getattr(layer, "attn_norm", None)  # of layers that norm what attention reads
+    _call.keys_from = given[0] if norm is None else norm(given[0])
     return (given[0][:, :1], *given[1:])
 
 
@@ -401,6 +494,7 @@ class _Pruned(PreTrainedModel):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
+        self.first_token_alone = self.first_token_alone and reads_first_token(config)
         shrink_(self, config.gatepress)
         last = _last_layer(self.base_model, config.gatepress["attentions"])
         if last is not None:
@@ -541,3 +635,21 @@ class GatepressDistilBertModel(_Headless, _Pruned, DistilBertModel):
     """DistilBERT with pruned layers, without a head: what an embedder is made of."""
 
     config_class = GatepressDistilBertConfig
+
+
+class GatepressModernBertConfig(ModernBertConfig):
+    """ModernBERT with pruned layers."""
+
+    model_type = "gatepress_modernbert"
+
+
+class GatepressModernBertForSequenceClassification(_Pruned, ModernBertForSequenceClassification):
+    """ModernBERT with pruned layers and a classification or regression head."""
+
+    config_class = GatepressModernBertConfig
+
+
+class GatepressModernBertModel(_Headless, _Pruned, ModernBertModel):
+    """ModernBERT with pruned layers, without a head: what an embedder is made of."""
+
+    config_class = GatepressModernBertConfig

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gatepress.budget import GateVector, biases_of, open_parts
-from gatepress.collapse import attention_part, describe
+from gatepress.collapse import describe, pairs_of
 from gatepress.inject import gated_linear
 from gatepress.modeling_gatepress import narrow_attention_, narrow_layer_
 from gatepress.plan import ZERO_ROW, Axis, make_plan
@@ -33,13 +33,17 @@ def narrow_(model: nn.Module, layers: list[Layer], vectors: list[GateVector]) ->
     for layer, part in zip(layers, plan.layers, strict=True):
         for role, matrix in part.matrices.items():
             linear, shape = gated_linear(model, layer, role), layer.shapes[role]
-            blocks, width = ([0], layer.shapes["up"][0]) if role in ("up", "down") else (part.heads, layer.head_width)
+            blocks = _blocks(layer, role, part.heads)
             indices = [
-                None if axis == list(range(size)) else _index(axis, blocks, width).to(linear.base.weight.device)
+                None if axis == list(range(size)) else _index(axis, *blocks).to(linear.base.weight.device)
                 for axis, size in zip((matrix.rows, matrix.columns), shape, strict=True)  # the residual side is whole
             ]
             linear.narrow_(*indices)
-        narrow_attention_(base.get_submodule(layer.attention), attentions[layer.attention])
+        attention = base.get_submodule(layer.attention)
+        narrow_attention_(attention, attentions[layer.attention])
+        pairs = pairs_of(layer, part)
+        if pairs is not None:
+            attention.pairs.copy_(pairs)
 
 
 def quicken_(model: Any, layers: list[Layer], *, first_token: bool) -> None:
@@ -51,16 +55,26 @@ def quicken_(model: Any, layers: list[Layer], *, first_token: bool) -> None:
     base, last = model.base_model, layers[-1]
     for layer in layers:
         if layer.scores > 1 or (first_token and layer is last):
-            whole = attention_part(layer, list(range(layer.heads)), layer.head_width, layer.head_width, uniform=False)
-            narrow_attention_(base.get_submodule(layer.attention), whole)
+            narrow_attention_(base.get_submodule(layer.attention), layer.whole_attention)
     if first_token:
         narrow_layer_(base.get_submodule(last.path))
 
 
-def _index(axis: Axis, blocks: list[int], width: int) -> Tensor:
-    """Return the positions of `axis`, made of a part for each of `blocks` (heads) of so many dense dimensions.
+def _blocks(layer: Layer, role: str, heads: list[int]) -> tuple[list[int], int]:
+    """Return the blocks of dense inner dimensions that a role keeps a part of each of, and their width.
 
-    Where a plan pads a narrow head with zeros, one of the head's closed dimensions stands in: it gives zeros too.
+    They are heads, or all neurons; halves of these where rows go by two.
+    """
+    inner = {"up": layer.shapes["up"][0], "down": layer.shapes["down"][1]}
+    blocks, width = ([0], inner[role]) if role in inner else (heads, layer.head_width)
+    count = layer.at_once(role)
+    return [block * count + number for block in blocks for number in range(count)], width // count
+
+
+def _index(axis: Axis, blocks: list[int], width: int) -> Tensor:
+    """Return the positions of `axis`, made of a part for each of `blocks` of so many dense dimensions.
+
+    Where a plan pads a narrow block with zeros, one of its closed dimensions stands in: it gives zeros too.
     """
     positions = []
     share = len(axis) // len(blocks)

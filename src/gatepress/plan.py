@@ -9,6 +9,9 @@ a statement about zeros alone. With activation(0) = 0:
 - a head without value/output dimensions goes; one without query/key dimensions stays: its scores are
   all 0, which is uniform attention, not none.
 
+Where rows go by two (`Layer.apart`), two query/key dimensions that positions turn together stay or go together, and a
+neuron is needed only if neither of its rows of up is zero.
+
 Inner dimensions that go leave nothing behind. Zeros on the residual side can only be left out by an
 index operation: columns by picking inputs (gather), rows by spreading outputs (scatter). Layouts:
 
@@ -109,7 +112,7 @@ class LayerPlan:
             "heads": self.heads,
             "qk_width": self.qk_width,
             "vo_width": self.vo_width,
-            "neurons": len(self.matrices["up"].rows),
+            "neurons": len(self.matrices["down"].columns),
             "macs_left": sum(m.weights for m in self.matrices.values())
             / sum(m.dense_shape[0] * m.dense_shape[1] for m in self.matrices.values()),
             "time_left": self.time_left,
@@ -183,25 +186,27 @@ def make_plan(
     `costs` (None: the analytic ones) choose in the layout `auto` and predict in all of them.
     """
     costs = costs or analytic(DEFAULT_TARGET)
-    needed = [_indices(parts["up"].rows & parts["down"].columns) for parts in live]
+    needed = [
+        _indices(_by_two(parts["up"].rows, layer.apart("up")).all(1).flatten() & parts["down"].columns)
+        for layer, parts in zip(layers, live, strict=True)
+    ]
     widest = max(1, *map(len, needed))
     whole = layout in ("paper", "stock")  # heads stay as they are
     plans = []
     for layer, parts, neurons in zip(layers, live, needed, strict=True):
-        full = _all_dimensions(layer)
-        heads, qk, vo = (list(range(layer.heads)), full, full) if whole else _attention(layer, parts)
+        heads, qk, vo = (list(range(layer.heads)), *_all_dimensions(layer)) if whole else _attention(layer, parts)
         width = widest if layout == "stock" else max(1, len(neurons))
         if layout == "auto":
-            width = rounded(width, layer.shapes["up"][0], multiple=costs.facts.multiple)
-        inner = neurons + [ZERO_ROW] * (width - len(neurons))
+            width = rounded(width, layer.shapes["down"][1], multiple=costs.facts.multiple)
+        inner = _padded([neurons], width)
         qk_width, vo_width = _head_widths(layer, qk, vo, costs if layout == "auto" else None)
-        qk_rows, vo_rows = _padded(qk, qk_width), _padded(vo, vo_width)
+        qk_rows, vo_rows = _padded(qk, qk_width, layer.apart("q")), _padded(vo, vo_width)
         axes: dict[str, tuple[Axis | None, Axis | None]] = {
             "q": (qk_rows, None),
             "k": (qk_rows, None),
             "v": (vo_rows, None),
             "o": (None, vo_rows),
-            "up": (inner, None),
+            "up": (_padded([neurons], width * layer.at_once("up"), layer.apart("up")), None),
             "down": (None, inner),
         }
         if layout == "paper":
@@ -287,9 +292,13 @@ def _time(matrices: dict[str, MatrixPlan], costs: Costs) -> float:
 
 
 def _attention(layer: Layer, parts: dict[str, Live]) -> tuple[list[int], list[Axis], list[Axis]]:
-    """Return the heads kept, and the query/key and value/output dimensions kept in each of them."""
+    """Return the heads kept, and the query/key and value/output dimensions kept in each of them.
+
+    Of dimensions that go by two, the first one.
+    """
     width = layer.head_width
-    qk = (parts["q"].rows & parts["k"].rows).view(layer.heads, width)
+    q, k = (_by_two(parts[role].rows.view(layer.heads, width), layer.apart(role)).any(-2) for role in ("q", "k"))
+    qk = (q & k).flatten(1)
     vo = (parts["v"].rows & parts["o"].columns).view(layer.heads, width)
     heads = _indices(vo.any(1))
     if not heads:  # nothing gets out, so nothing needs to be asked: one head of zeros stands in
@@ -303,22 +312,37 @@ def _attention(layer: Layer, parts: dict[str, Live]) -> tuple[list[int], list[Ax
 
 def _head_widths(layer: Layer, qk: list[Axis], vo: list[Axis], costs: Costs | None) -> tuple[int, int]:
     """Return the width that all heads get: that of the widest, with `costs` one that the target's kernels like."""
-    widest = [max(1, *map(len, heads)) for heads in (qk, vo)]
+    at_once = layer.at_once("q")
+    widest = [at_once * max(1, *map(len, qk)), max(1, *map(len, vo))]
     if costs is not None:
         widest = [max(widest)] * 2 if costs.facts.equal_widths else widest
         multiple = costs.facts.multiple
         widest = [rounded(width, layer.head_width, multiple=multiple, copies=len(qk)) for width in widest]
-    return widest[0], widest[1]
+    return widest[0] + widest[0] % at_once, widest[1]
 
 
-def _all_dimensions(layer: Layer) -> list[Axis]:
+def _all_dimensions(layer: Layer) -> tuple[list[Axis], list[Axis]]:
+    """Return all query/key and all value/output dimensions of each head; of those that go by two, the first one."""
     width = layer.head_width
-    return [list(range(head * width, (head + 1) * width)) for head in range(layer.heads)]
+    starts = range(0, layer.heads * width, width)
+    qk, vo = ([list(range(start, start + count)) for start in starts] for count in (layer.apart("q") or width, width))
+    return qk, vo
 
 
-def _padded(dimensions: list[Axis], width: int) -> Axis:
-    """Concatenate heads, each padded with zero rows to `width`."""
-    return [row for head in dimensions for row in head + [ZERO_ROW] * (width - len(head))]
+def _padded(dimensions: list[Axis], width: int, apart: int | None = None) -> Axis:
+    """Concatenate heads, each padded with zero rows to `width`; with what lies `apart` from each row behind them."""
+    rows: Axis = []
+    for head in dimensions:
+        padded = head + [ZERO_ROW] * (width // (2 if apart else 1) - len(head))
+        rows += padded
+        if apart:
+            rows += [row if row == ZERO_ROW else row + apart for row in padded]
+    return rows
+
+
+def _by_two(rows: Tensor, apart: int | None) -> Tensor:
+    """Return rows [..., n] as [..., n / 2 apart, 2, apart]; as [..., n, 1, 1] where they do not go by two."""
+    return rows[..., None, None] if apart is None else rows.unflatten(-1, (-1, 2, apart))
 
 
 def _indices(live: Tensor) -> Axis:

@@ -22,6 +22,7 @@ class Layer:
     shapes: dict[str, tuple[int, int]]  # role -> (out, in)
     heads: int
     scores: int  # products that a score is the sum of
+    paired: tuple[str, ...]  # roles whose rows go by two
 
     @property
     def scale(self) -> float:
@@ -33,6 +34,36 @@ class Layer:
     def head_width(self) -> int:
         """Query/key and value/output dimensions per head."""
         return self.shapes["q"][0] // self.heads
+
+    def apart(self, role: str) -> int | None:
+        """How many rows lie from one to the other where those of a role go by two; None: they do not."""
+        if role not in self.paired:
+            return None
+        return (self.shapes["up"][0] if role == "up" else self.head_width) // 2
+
+    def at_once(self, role: str) -> int:
+        """How many rows of a role stay or go together."""
+        return 1 if self.apart(role) is None else 2
+
+    @property
+    def unit(self) -> int:
+        """How many rows and columns are one gate in a budget: two, which go together, or one where three may."""
+        return 1 if self.paired else 2
+
+    def attention_part(self, heads: list[int], qk_width: int, vo_width: int, *, uniform: bool) -> dict[str, Any]:
+        """Return what `config.gatepress` says of the self-attention: where its matrices are, what of heads is left."""
+        inside = f"{self.attention}."
+        names: dict[str, str | None] = {
+            role: self.paths[role].removeprefix(inside) if self.paths[role].startswith(inside) else None
+            for role in ("q", "k", "v", "o")
+        }
+        widths = {"qk_width": qk_width, "vo_width": vo_width}
+        return {**names, "heads": heads, **widths, "scale": self.scale, "uniform": uniform}
+
+    @property
+    def whole_attention(self) -> dict[str, Any]:
+        """The same where nothing is gone."""
+        return self.attention_part(list(range(self.heads)), self.head_width, self.head_width, uniform=False)
 
     @property
     def weights(self) -> int:
@@ -62,8 +93,9 @@ def model_class(family: FamilySpec, *, stock: bool = False, head: bool = True) -
 def resolve(model: nn.Module) -> list[Layer]:
     """Bind the family's row to `model` (a transformers model with its head, gated or not).
 
-    Raises `ModelError` where a named matrix is missing or a 2-D weight inside a layer has no role:
-    a matrix that nobody gates would silently stay dense.
+    Where one matrix is still those of queries, keys and values, all three are found at its path. Raises `ModelError`
+    where a named matrix is missing or a 2-D weight inside a layer has no role: a matrix that nobody gates would
+    silently stay dense.
     """
     family = family_of(model.config)
     base: Any = model.base_model
@@ -71,26 +103,36 @@ def resolve(model: nn.Module) -> list[Layer]:
     layers = []
     for index, layer in enumerate(_submodule(base, family.layers)):
         prefix = f"{family.layers}.{index}"
+        paths = {role: family.path(role) for role in ROLES}
+        if family.qkv and not has_module(layer, family.q):
+            paths |= dict.fromkeys(("q", "k", "v"), family.qkv)
         shapes = {}
-        for role in ROLES:
-            module = _submodule(layer, family.path(role))
+        for role, path in paths.items():
+            module = _submodule(layer, path)
             weight = getattr(module, "weight", None)
             if weight is None:  # gated: the matrix is one level deeper
                 weight = module.base.weight
-            shapes[role] = (int(weight.shape[0]), int(weight.shape[1]))
-        _refuse_uncovered(layer, family, prefix)
+            rows, columns = weight.shape
+            shapes[role] = (int(rows) // (3 if path == family.qkv else 1), int(columns))
+        _refuse_uncovered(layer, paths, prefix)
         layers.append(
             Layer(
                 index=index,
                 path=prefix,
                 attention=f"{prefix}.{family.attention}",
-                paths={role: f"{prefix}.{family.path(role)}" for role in ROLES},
+                paths={role: f"{prefix}.{path}" for role, path in paths.items()},
                 shapes=shapes,
                 heads=heads,
                 scores=family.scores(model.config),
+                paired=family.paired,
             )
         )
     return layers
+
+
+def has_module(root: nn.Module, path: str) -> bool:
+    """Say whether there is a module at the dotted `path`."""
+    return any(name == path for name, _ in root.named_modules())
 
 
 def _submodule(root: nn.Module, path: str) -> Any:
@@ -103,8 +145,8 @@ def _submodule(root: nn.Module, path: str) -> Any:
         ) from None
 
 
-def _refuse_uncovered(layer: nn.Module, family: FamilySpec, prefix: str) -> None:
-    covered = tuple(family.path(role) + "." for role in ROLES)
+def _refuse_uncovered(layer: nn.Module, paths: dict[str, str], prefix: str) -> None:
+    covered = tuple(f"{path}." for path in paths.values())
     left = [
         name for name, parameter in layer.named_parameters() if parameter.dim() > 1 and not name.startswith(covered)
     ]

@@ -8,7 +8,7 @@ stream on its output and value matrices alike. With any invertible T [d, d] in b
 so the dimensions that gates stand on are a choice. Here it is the singular basis of the product, inputs counted by
 their second moments over training rows: dimensions come in the order of what they are worth, and dimension r of both
 matrices has the length sqrt(s_r), so that none is large on one side only. Biases take part: `[W | b]` acts on `[x, 1]`.
-Families that rotate queries by position have no such freedom between query and key; none of gatepress's does.
+Where positions turn queries and keys (ModernBERT) there is no such freedom between these two: they stay as they are.
 
 A run keeps T beside the gates of a head (`Gate.basis`), and the base model is turned whenever it is opened for the run.
 """

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from gatepress.modeling_gatepress import PrunedAttention, PrunedLinear
+from gatepress.modeling_gatepress import PrunedLinear
 from gatepress.resolve import Layer, resolve
 
 
@@ -56,8 +56,8 @@ def _rows_of_zeros(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _pruned_layers(model: PreTrainedModel) -> list[Layer]:
-    """Return the layers of a model whose attention is narrower than its family's; none of any other model."""
-    return resolve(model) if any(isinstance(part, PrunedAttention) for part in model.modules()) else []
+    """Return the layers of a pruned model; none of any other."""
+    return resolve(model) if any(isinstance(part, PrunedLinear) for part in model.modules()) else []
 
 
 @contextlib.contextmanager

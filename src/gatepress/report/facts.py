@@ -316,7 +316,7 @@ def _kept(plan: dict[str, Any], path: Path) -> tuple[Kept, ...]:
             heads=(len(layer["heads"]), heads),
             qk_width=(int(layer["qk_width"]), layer["matrices"]["q"]["dense"][0] // heads),
             vo_width=(int(layer["vo_width"]), layer["matrices"]["v"]["dense"][0] // heads),
-            neurons=(int(layer["neurons"]), int(layer["matrices"]["up"]["dense"][0])),
+            neurons=(int(layer["neurons"]), int(layer["matrices"]["down"]["dense"][1])),
             macs_left=float(layer["macs_left"]),
         )
         for layer in plan.get("layers") or ()
