@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gatepress.errors import UsageError
-from gatepress.modeling_gatepress import VERSION, shrink_
+from gatepress.modeling_gatepress import shrink_
 from gatepress.resolve import Layer, resolve
 
 
@@ -48,7 +48,7 @@ def prunable(model: Any, layers: list[Layer]) -> Any:
     """Return a copy whose attention follows the heads that its matrices have, and that computes the same."""
     attentions = {one.attention: one.whole_attention for one in layers}
     smaller = copy.deepcopy(model)
-    shrink_(smaller, {"version": VERSION, "linears": {}, "attentions": attentions})
+    shrink_(smaller, {"version": 1, "linears": {}, "attentions": attentions})
     return smaller
 
 

@@ -1,5 +1,6 @@
 """Masked = collapsed = reloaded, for every family, granularity and layout."""
 
+import copy
 import itertools
 import subprocess
 import sys
@@ -87,7 +88,7 @@ def test_collapsed_and_reloaded_equal_gated_and_hold_what_the_plan_counts(
     assert 0 < plan.removed_fraction < 1
     base = pruned.base_model
     paths = {path for layer in resolve(pruned) for path in layer.paths.values()}
-    held = sum(base.get_submodule(path).weight.numel() for path in paths)
+    held = sum(value.numel() for name, value in base.named_parameters() if name.removesuffix(".weight") in paths)
     assert held == plan.kept_weights
     assert plan.dense_weights == sum(layer.weights for layer in resolve(model))
     dense_parameters = parameters_of(tiny.build_classifier(family, num_labels=3))
@@ -155,11 +156,13 @@ def test_uniform_attention_is_computed_once_for_all_tokens(family: str) -> None:
     first, second = resolve(model)
     gated_linear(model, first, "q").gate_out.mask.zero_()
     wanted = logits(model, family)
-    pruned, _ = collapse(model, "inner")
+    pruned, plan = collapse(model, "inner")
     torch.testing.assert_close(logits(pruned, family), wanted, atol=1e-5, rtol=0)
 
+    assert [plan.layers[0].matrices[role].weights for role in ("q", "k")] == [0, 0]
     attentions = [pruned.base_model.get_submodule(layer.attention) for layer in (first, second)]
     assert [one.gatepress["uniform"] for one in attentions] == [True, False]
+    assert [getattr(one, one.gatepress["q"]) is None for one in attentions] == [True, False]
     lengths = []
     for one in attentions:
         one.register_forward_hook(lambda _, __, given: lengths.append(given[0].shape[1]))
@@ -175,6 +178,37 @@ def test_uniform_attention_is_computed_once_for_all_tokens(family: str) -> None:
         assert {one.shape[-2:] for one in whole.attentions} == {(length, length)}
         torch.testing.assert_close(whole.logits, wanted, atol=1e-5, rtol=0)
         pruned.config.output_attentions = True
+
+
+def test_uniform_attention_of_version_1_is_read(family: str) -> None:
+    """Its heads had one query/key dimension each, of zeros alone."""
+    model = gated_model(family, "structured")
+    first = resolve(model)[0]
+    gated_linear(model, first, "q").gate_out.mask.zero_()
+    pruned, _ = collapse(model, "inner")
+    config = copy.deepcopy(pruned.config)
+    assert config.gatepress["version"] == 2
+    part = config.gatepress["attentions"][first.attention]
+    width = first.at_once("q")
+    rows = {"rows": width * len(part["heads"]), "columns": tiny.HIDDEN, "gathered": False, "scattered": False}
+    config.gatepress["version"], part["qk_width"] = 1, width
+    config.gatepress["linears"] |= {first.paths[role]: rows for role in ("q", "k")}
+    before = type(pruned)(config)
+    odd = before.load_state_dict(pruned.state_dict(), strict=False)
+    assert not odd.unexpected_keys
+    for name in odd.missing_keys:
+        before.state_dict()[name].zero_()
+    assert {name.split(".")[-1] for name in odd.missing_keys} <= {"weight", "bias", "pairs"}
+    torch.testing.assert_close(logits(before.eval(), family), logits(pruned, family), atol=1e-6, rtol=0)
+
+
+def test_versions_say_what_is_needed_to_read_them() -> None:
+    """What older releases can read keeps their version."""
+    pruned, _ = collapse(gated_model("bert", "structured"), "inner")
+    assert pruned.config.gatepress["version"] == 1
+    pruned.config.gatepress["version"] = 3
+    with pytest.raises(ValueError, match=r"config\.gatepress has version 3, this file reads 1 and 2"):
+        type(pruned)(pruned.config)
 
 
 def test_the_last_layer_computes_the_first_token_alone_unless_others_are_read(family: str) -> None:

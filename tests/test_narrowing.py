@@ -34,7 +34,11 @@ def logits_and_gradients(model: torch.nn.Module, family: str) -> tuple[Tensor, d
     model.zero_grad()
     logits = model(**tiny.random_batch(family)).logits
     logits.square().sum().backward()
-    gradients = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+    gradients = {
+        name: torch.zeros_like(value) if value.grad is None else value.grad.clone()  # None: nothing of it is computed
+        for name, value in model.named_parameters()
+        if value.requires_grad
+    }
     for name, gate in gates_of(model):
         gradients[f"{name}.mu"] *= gate.mask
     return logits.detach(), gradients
@@ -118,7 +122,11 @@ def test_training_ends_in_the_same_numbers(
     )
     assert narrow.keys() == wide.keys()
     # The bias of a key adds the same to all scores of a query: its gradient is rounding, of which Adam makes steps.
-    for name in (name for name in wide if not name.endswith((".mask", ".key.base.bias"))):
+    # Where no query/key dimension is left, neither is computed, and Adam no longer moves what is trained of them.
+    pairs = [(name, name.replace("query", "key")) for name in wide if name.endswith("query.gate_out.mask")]
+    closed = [pair for pair in pairs if not (wide[pair[0]] * wide.get(pair[1], 1)).any()]
+    uniform = tuple(name.removesuffix("gate_out.mask") for pair in closed for name in pair)
+    for name in (name for name in wide if not (name.endswith((".mask", ".key.base.bias")) or name.startswith(uniform))):
         torch.testing.assert_close(narrow[name], wide[name], atol=1e-3, rtol=1e-2, msg=name)
     narrow, wide = masks_of(narrow), masks_of(wide)
     assert all(torch.equal(narrow[name], mask) for name, mask in wide.items())

@@ -82,20 +82,23 @@ def describe(layers: list[Layer], plan: PrunePlan) -> dict[str, Any]:
     linears, attentions = {}, {}
     for layer, part in zip(layers, plan.layers, strict=True):
         for role, matrix in part.matrices.items():
-            linears[layer.paths[role]] = {
-                "rows": len(matrix.rows),
-                "columns": len(matrix.columns),
-                "gathered": matrix.gathered,
-                "scattered": matrix.scattered,
-            }
-        uniform = set(part.matrices["q"].rows) == {ZERO_ROW}
-        attentions[layer.attention] = layer.attention_part(part.heads, part.qk_width, part.vo_width, uniform=uniform)
-    return {"version": modeling_gatepress.VERSION, "linears": linears, "attentions": attentions}
+            if matrix.rows:
+                linears[layer.paths[role]] = {
+                    "rows": len(matrix.rows),
+                    "columns": len(matrix.columns),
+                    "gathered": matrix.gathered,
+                    "scattered": matrix.scattered,
+                }
+        attentions[layer.attention] = layer.attention_part(part.heads, part.qk_width, part.vo_width)
+    version = (
+        1 if all(part["qk_width"] for part in attentions.values()) else 2
+    )  # what has no need of 2, older files read
+    return {"version": version, "linears": linears, "attentions": attentions}
 
 
 def pairs_of(layer: Layer, plan: LayerPlan) -> Tensor | None:
     """Return which of the dense head's each pair of query/key dimensions was [heads * qk_width / 2]; None: no pairs."""
-    if layer.apart("q") is None:
+    if layer.apart("q") is None or not plan.qk_width:
         return None
     q = plan.matrices["q"]
     computed = list(range(q.dense_shape[0])) if q.scattered else q.rows
@@ -119,6 +122,8 @@ def _pruned_state(model: PreTrainedModel, layers: list[Layer], plan: PrunePlan, 
             weight, bias = linear.folded()
             if consume:
                 linear.base.weight = torch.nn.Parameter(weight.new_empty(0), requires_grad=False)
+            if not matrix.rows:
+                continue
             prefix = f"{base}{layer.paths[role]}."
             rows = _index(matrix.rows)
             state[f"{prefix}weight"] = _take(_take(weight.cpu(), rows, 0), _index(matrix.columns), 1)
@@ -141,7 +146,7 @@ def _put_together_(state: dict[str, Tensor], model: PreTrainedModel, layers: lis
         return
     base = f"{model.base_model_prefix}."
     for layer in layers:
-        del state[f"{base}{layer.attention}.pairs"]
+        state.pop(f"{base}{layer.attention}.pairs", None)
         for kind in ("weight", "bias"):
             names = [f"{base}{layer.paths[role]}.{kind}" for role in ("q", "k", "v")]
             parts = [state.pop(name) for name in names if name in state]

@@ -108,7 +108,8 @@ _CONFIG: dict[str, Schema] = {
                 **every("q k v", "text"),
                 "o": ("text",),
                 "heads": ["int"],
-                **every("qk_width vo_width", "size"),
+                "qk_width": "int",  # 0 where there are no queries
+                "vo_width": "size",
                 "scale": "number",
                 "uniform": "bool",
             }

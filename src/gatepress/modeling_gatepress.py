@@ -3,15 +3,16 @@
 This file stands beside the weights of every pruned model and needs torch and transformers only. What
 is narrower is data, in `config.gatepress`:
 
-    {"version": 1,
+    {"version": 1 or 2,
      "linears":    {path: {"rows": int, "columns": int, "gathered": bool, "scattered": bool}},
      "attentions": {path: {"q": name, "k": name, "v": name, "o": name or null, "heads": [int],
                            "qk_width": int, "vo_width": int, "scale": float, "uniform": bool}}}
 
 Paths are below the base model. Every head that is left has `qk_width` query/key dimensions and
 `vo_width` value/output dimensions; `scale` is that of the dense model. Where attention is `uniform`,
-no query/key dimension is left: all scores are 0. Where one matrix holds queries, keys and values (ModernBERT), it is
-taken apart, and which dimensions of queries and keys are left stands beside the weights, as `pairs`.
+no query/key dimension is left: all scores are 0. Since version 2 `qk_width` is 0 there, and q and k are left out. Where
+one matrix holds queries, keys and values (ModernBERT), it is taken apart, and which dimensions of queries and keys are
+left stands beside the weights, as `pairs`.
 
 The heads of these classes read the first token of the last layer and no other, unless they are asked for the mean of
 all. So outside of training that layer computes it alone, from the keys and values of all tokens; see
@@ -56,7 +57,7 @@ from transformers import (
     XLMRobertaModel,
 )
 
-VERSION = 1
+VERSIONS = (1, 2)
 GATHER_FROM = 3  # threads: index_select keeps to one, where it takes less than half of the time of gather
 
 
@@ -153,9 +154,9 @@ class PrunedAttention:
     ) -> tuple[Tensor, Tensor | None]:
         """Return what attention gives, and its weights if they are asked for.
 
-        `bias_of` maps queries and keys, both [batch, heads, length, qk_width], to what is added to scores; `placed`
-        either of them to what is multiplied, by where tokens stand. Where all look at what is `near` them, the mask is
-        not the same for all. Weights are `dropped` in training, as by `dropout` unless it is given.
+        `bias_of` maps queries and keys, both [batch, heads, length, qk_width] or None where none are left, to what is
+        added to scores; `placed` either of them to what is multiplied, by where tokens stand. Where all look at what is
+        `near` them, the mask is not the same for all. Weights are `dropped` in training, as by `dropout` unless given.
         """
         part = self.gatepress
         heads = len(part["heads"])
@@ -166,16 +167,10 @@ class PrunedAttention:
         once = part.get("uniform") and bias_of is None and not dropout and not near
         if once:
             hidden_states = hidden_states[:, :1]
-        q, k, v = (
-            self._by_head(getattr(self, part[role])(states), part[width])
-            for role, width, states in (
-                ("q", "qk_width", hidden_states),
-                ("k", "qk_width", everything),
-                ("v", "vo_width", everything),
-            )
-        )
-        if placed is not None and not part.get("uniform"):
-            q, k = placed(q), placed(k)
+        v = self._by_head(getattr(self, part["v"])(everything), part["vo_width"])
+        q: Any  # [batch, heads, length, qk_width], as k
+        k: Any
+        q, k = self._asked(hidden_states, everything, placed or (lambda x: x)) if part["qk_width"] else (None, None)
         bias = None if bias_of is None else bias_of(q, k)
         if everything is not hidden_states:  # both are [batch, heads or 1, length or 1, length]
             mask, bias = (None if one is None else one[:, :, : hidden_states.shape[1]] for one in (mask, bias))
@@ -186,20 +181,31 @@ class PrunedAttention:
             mask = bias if mask is None else bias + mask
         eager = getattr(getattr(self, "config", None), "_attn_implementation", "sdpa") == "eager"
         weights = None
-        if eager or weights_asked or torch.compiler.is_exporting():
-            scores = q @ k.transpose(-1, -2) * part["scale"]
+        if q is None or eager or weights_asked or torch.compiler.is_exporting():
+            alike = (v.shape[0], heads if dropout else 1, hidden_states.shape[1], everything.shape[1])
+            scores = v.new_zeros(alike) if q is None else q @ k.transpose(-1, -2) * part["scale"]
             if mask is not None and not mask.is_floating_point():
                 scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
             elif mask is not None:
                 scores = scores + mask
             weights = functional.dropout(scores.softmax(-1), dropout)
             context = weights @ v
-            if once:
-                weights = weights.expand(-1, -1, everything.shape[1], -1)
+            if q is None or once:
+                weights = weights.expand(-1, heads, everything.shape[1] if once else -1, -1)
         else:
             context = functional.scaled_dot_product_attention(q, k, v, mask, dropout, scale=part["scale"])
         context = context.transpose(1, 2).flatten(2)
         return context if part["o"] is None else getattr(self, part["o"])(context), weights
+
+    def _asked(
+        self: Any, hidden_states: Tensor, everything: Tensor, placed: Callable[[Tensor], Tensor]
+    ) -> list[Tensor]:
+        """Return queries and keys [batch, heads, length, qk_width]."""
+        part = self.gatepress
+        return [
+            placed(self._by_head(getattr(self, part[role])(states), part["qk_width"]))
+            for role, states in (("q", hidden_states), ("k", everything))
+        ]
 
     def _by_head(self: Any, values: Tensor, width: int) -> Tensor:
         """Return [..., length, heads * width] as [..., heads, length, width]."""
@@ -304,11 +310,17 @@ class PrunedRotaryAttention(PrunedAttention):
         give the mask of what is near beside that of all.
         """
         near = getattr(self, "sliding_window", None) is not None or getattr(self, "local_attention", (-1,))[0] >= 0
-        cos, sin = (self._of_pairs(values) for values in position_embeddings)
+        placed = None
+        if self.pairs is not None:
+            cos, sin = (self._of_pairs(values) for values in position_embeddings)
+
+            def placed(x: Tensor) -> Tensor:
+                return _turned(x, cos[..., : x.shape[-2], :], sin[..., : x.shape[-2], :])
+
         given, weights = self._attend(
             hidden_states,
             sliding_window_mask if near and sliding_window_mask is not None else attention_mask,
-            placed=lambda x: _turned(x, cos[..., : x.shape[-2], :], sin[..., : x.shape[-2], :]),
+            placed=placed,
             near=near,
             dropped=self.attention_dropout,
             weights_asked=bool(kwargs.get("output_attentions")),
@@ -354,8 +366,9 @@ def shrink_(model: Any, gatepress: dict[str, Any]) -> None:
 
     Raises `ValueError` where the description does not fit the model.
     """
-    if gatepress.get("version") != VERSION:
-        raise ValueError(f"config.gatepress has version {gatepress.get('version')!r}, this file reads {VERSION}")
+    if gatepress.get("version") not in VERSIONS:
+        known = " and ".join(map(str, VERSIONS))
+        raise ValueError(f"config.gatepress has version {gatepress.get('version')!r}, this file reads {known}")
     base = model.base_model
     for path in gatepress["attentions"]:
         split_(_submodule(base, path))
@@ -374,18 +387,26 @@ def shrink_(model: Any, gatepress: dict[str, Any]) -> None:
             PrunedLinear(dense, rows, columns, gathered=part["gathered"], scattered=part["scattered"]),
         )
     for path, part in gatepress["attentions"].items():
-        attention: Any = _submodule(base, path)
-        for role in ("q", "k", "v", "o"):
-            if part[role] is not None and not isinstance(_submodule(attention, part[role]), nn.Linear):
-                raise ValueError(f"config.gatepress: {part[role]} in {path} is no Linear")
-        own = any(hasattr(attention, name) for name in ("dropout", "attention_dropout"))
-        if isinstance(attention, PrunedAttention | nn.Linear) or not own:
-            raise ValueError(f"config.gatepress: {path} is a {type(attention).__name__}, expected a self-attention")
-        narrow_attention_(attention, part)
+        _shrink_attention_(_submodule(base, path), path, part)
 
 
-def narrow_attention_(attention: Any, part: dict[str, Any]) -> None:
-    """Let a self-attention expect the heads and widths that `part` (of `attentions`) names, in place."""
+def _shrink_attention_(attention: Any, path: str, part: dict[str, Any]) -> None:
+    for role in ("q", "k", "v", "o"):
+        if part[role] is not None and not isinstance(_submodule(attention, part[role]), nn.Linear):
+            raise ValueError(f"config.gatepress: {part[role]} in {path} is no Linear")
+    own = any(hasattr(attention, name) for name in ("dropout", "attention_dropout"))
+    if isinstance(attention, PrunedAttention | nn.Linear) or not own:
+        raise ValueError(f"config.gatepress: {path} is a {type(attention).__name__}, expected a self-attention")
+    for role in ("q", "k") if part["qk_width"] < 1 else ():
+        setattr(attention, part[role], None)
+    narrow_attention_(attention, part, stored=True)
+
+
+def narrow_attention_(attention: Any, part: dict[str, Any], *, stored: bool = False) -> None:
+    """Let a self-attention expect the heads and widths that `part` (of `attentions`) names, in place.
+
+    What it knows besides is of its state if it is `stored`.
+    """
     if not isinstance(attention, PrunedAttention):
         dense: Any = type(attention)
         attention.__class__ = _narrowed(dense)
@@ -394,7 +415,7 @@ def narrow_attention_(attention: Any, part: dict[str, Any]) -> None:
     if of_pairs:  # all of a head, or placeholders of what is left
         width = part["qk_width"] // 2
         index = torch.arange(width, device=next(attention.parameters()).device)
-        attention.register_buffer("pairs", index.repeat(len(part["heads"])))
+        attention.register_buffer("pairs", index.repeat(len(part["heads"])) if width else None, persistent=stored)
 
 
 @functools.cache

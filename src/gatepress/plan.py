@@ -7,7 +7,7 @@ a statement about zeros alone. With activation(0) = 0:
 - value/output dimension j only if row j of v and column j of o are not zero;
 - query/key dimension j only if row j of q and row j of k are not zero;
 - a head without value/output dimensions goes; one without query/key dimensions stays: its scores are
-  all 0, which is uniform attention, not none.
+  all 0, which is uniform attention, not none. Where no head of a layer has any, q and k go.
 
 Where rows go by two (`Layer.apart`), two query/key dimensions that positions turn together stay or go together, and a
 neuron is needed only if neither of its rows of up is zero.
@@ -249,7 +249,7 @@ def _options(
     every = [list(range(size)) for size in shape]
     options = [[(every[side] if axis is None else axis, False)] for side, axis in enumerate(axes)]
     for side, (axis, alive) in enumerate(zip(axes, (live.rows, live.columns), strict=True)):
-        if axis is None and layout not in ("inner", "stock") and not alive.all():
+        if [] not in axes and axis is None and layout not in ("inner", "stock") and not alive.all():
             multiple = costs.facts.multiple if layout == "auto" else 1
             options[side].append((_some(alive, multiple), True))
     counted = (int(live.rows.sum()), int(live.columns.sum()))
@@ -267,6 +267,9 @@ def _prices(plans: Iterable[MatrixPlan], costs: Costs) -> list[float]:
     prices: list[float] = []
     gather: Literal["gather", "again"] = "gather"
     for plan in plans:
+        if not plan.weights:
+            prices.append(0.0)
+            continue
         picks = gather if plan.gathered else None
         gather = "again" if plan.gathered and costs.facts.picks_share else gather
         prices.append(costs.matrix(plan.dense_shape, plan.shape, gathered=picks, scattered=plan.scattered))
@@ -313,9 +316,9 @@ def _attention(layer: Layer, parts: dict[str, Live]) -> tuple[list[int], list[Ax
 def _head_widths(layer: Layer, qk: list[Axis], vo: list[Axis], costs: Costs | None) -> tuple[int, int]:
     """Return the width that all heads get: that of the widest, with `costs` one that the target's kernels like."""
     at_once = layer.at_once("q")
-    widest = [at_once * max(1, *map(len, qk)), max(1, *map(len, vo))]
+    widest = [at_once * max(map(len, qk)), max(1, *map(len, vo))]
     if costs is not None:
-        widest = [max(widest)] * 2 if costs.facts.equal_widths else widest
+        widest = [max(widest)] * 2 if costs.facts.equal_widths and widest[0] else widest
         multiple = costs.facts.multiple
         widest = [rounded(width, layer.head_width, multiple=multiple, copies=len(qk)) for width in widest]
     return widest[0] + widest[0] % at_once, widest[1]

@@ -50,7 +50,7 @@ class Layer:
         """How many rows and columns are one gate in a budget: two, which go together, or one where three may."""
         return 1 if self.paired else 2
 
-    def attention_part(self, heads: list[int], qk_width: int, vo_width: int, *, uniform: bool) -> dict[str, Any]:
+    def attention_part(self, heads: list[int], qk_width: int, vo_width: int) -> dict[str, Any]:
         """Return what `config.gatepress` says of the self-attention: where its matrices are, what of heads is left."""
         inside = f"{self.attention}."
         names: dict[str, str | None] = {
@@ -58,12 +58,12 @@ class Layer:
             for role in ("q", "k", "v", "o")
         }
         widths = {"qk_width": qk_width, "vo_width": vo_width}
-        return {**names, "heads": heads, **widths, "scale": self.scale, "uniform": uniform}
+        return {**names, "heads": heads, **widths, "scale": self.scale, "uniform": not qk_width}
 
     @property
     def whole_attention(self) -> dict[str, Any]:
         """The same where nothing is gone."""
-        return self.attention_part(list(range(self.heads)), self.head_width, self.head_width, uniform=False)
+        return self.attention_part(list(range(self.heads)), self.head_width, self.head_width)
 
     @property
     def weights(self) -> int:
@@ -108,6 +108,9 @@ def resolve(model: nn.Module) -> list[Layer]:
             paths |= dict.fromkeys(("q", "k", "v"), family.qkv)
         shapes = {}
         for role, path in paths.items():
+            if _left_out(layer, path):
+                shapes[role] = (0, 0)
+                continue
             module = _submodule(layer, path)
             weight = getattr(module, "weight", None)
             if weight is None:  # gated: the matrix is one level deeper
@@ -133,6 +136,12 @@ def resolve(model: nn.Module) -> list[Layer]:
 def has_module(root: nn.Module, path: str) -> bool:
     """Say whether there is a module at the dotted `path`."""
     return any(name == path for name, _ in root.named_modules())
+
+
+def _left_out(layer: nn.Module, path: str) -> bool:
+    """Say whether a pruned layer does without a matrix: None stands at its path."""
+    parent, _, name = path.rpartition(".")
+    return has_module(layer, parent) and layer.get_submodule(parent)._modules.get(name, layer) is None  # noqa: SLF001
 
 
 def _submodule(root: nn.Module, path: str) -> Any:

@@ -32,14 +32,17 @@ def _fewer_biases(model: PreTrainedModel) -> Iterator[None]:
     """
     base: Any = model.base_model
     layers = _pruned_layers(model)
-    parts = [[base.get_submodule(layer.paths[role]) for role in ("k", "v", "o")] for layer in layers]
-    with _restored(part for one in parts for part in one):
+    parts: list[list[Any]] = [
+        [base.get_submodule(layer.paths[role]) if layer.shapes[role][0] else None for role in ("k", "v", "o")]
+        for layer in layers
+    ]
+    with _restored(part for one in parts for part in one if part is not None):
         for layer, (key, value, out) in zip(layers, parts, strict=True):
             if value.bias is not None:
                 added = out.read(value.spread(value.bias))
                 out.bias = nn.Parameter(functional.linear(added, out.weight, out.bias).detach())
             value.bias = None
-            if not base.get_submodule(layer.attention).key_bias_counts:
+            if key is not None and not base.get_submodule(layer.attention).key_bias_counts:
                 key.bias = None
         yield
 
