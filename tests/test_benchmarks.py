@@ -24,8 +24,8 @@ RESULTS = ROOT / "benchmarks/results"
 KEY = ("encoder", "seed")
 MODEL = ("--model", "tiny=DIR")
 
-# Where all query/key dimensions of a layer had closed, one a head was still computed until 0.29, of zeros alone: 12 of
-# the 13,824 inner dimensions of MiniLM for each such layer. Encoder, task, arm, seed -> what was removed of the encoder.
+# Until 0.29 one query/key dimension a head was computed, of zeros alone, where all of a layer had closed: 12 of the
+# 13,824 inner dimensions of MiniLM for each such layer. Encoder, task, arm, seed -> what was removed of the encoder.
 UNIFORM = {
     ("minilm", "cola", "8x", 0): 0.8741,
     ("minilm", "cola", "8x", 3): 0.8741,

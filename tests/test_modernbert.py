@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,7 +14,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, ModernBe
 
 import tiny
 from conftest import TaskFiles
-from forms import collapse, settings_for
+from forms import collapse, save_run, settings_for
 from gatepress.budget import budget_of
 from gatepress.checkpoint import load_run
 from gatepress.config import DataSettings, TrainSettings
@@ -271,6 +272,33 @@ def test_from_a_first_checkpoint_to_onnx(
     assert headless(**batch).last_hidden_state.shape == (*batch["input_ids"].shape, tiny.HIDDEN)
     values = [evaluate(tmp_path / name)["metric_value"] for name in ("run", "pruned", "onnx")]
     assert values[0] == values[1] == values[2]
+
+
+def test_biases_of_keys_stay_in_graphs(tmp_path: Path, tiny_task_files: TaskFiles) -> None:
+    """They are turned by positions, so scores hang on them."""
+    base = tiny.save_model(tiny.build_classifier(FAMILY, attention_bias=True, mlp_bias=True), FAMILY, tmp_path / "base")
+    prune(save_run(tmp_path / "run", base, tiny_task_files), tmp_path / "pruned")
+    assert export(tmp_path / "pruned", tmp_path / "onnx")["max_abs_logit_diff"] <= 1e-4
+    names = {one.name for one in onnx.load(tmp_path / "onnx" / "model.onnx").graph.initializer}
+    assert any(name.endswith("attn.k.bias") for name in names)
+    assert not any(name.endswith("attn.v.bias") for name in names)
+
+
+def test_dropout_stays_where_it_was() -> None:
+    model = gated_model(0, attention_dropout=0.9).train()
+    outputs: list[torch.Tensor] = []
+    model.model.layers[0].attn.register_forward_hook(lambda _, __, given: outputs.append(given[0]))
+    model(**tiny.random_batch(FAMILY))
+    assert 0.8 < (outputs[0] == 0).float().mean() < 0.97
+
+
+def test_what_is_turned_keeps_its_precision() -> None:
+    model = gated_model().to(torch.bfloat16)
+    pruned, _ = collapse(model.float(), "inner")
+    pruned.to(torch.bfloat16)
+    assert pruned(**tiny.random_batch(FAMILY)).logits.dtype == torch.bfloat16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert pruned.float()(**tiny.random_batch(FAMILY)).logits.isfinite().all()
 
 
 def test_gates_stand_before_rows_that_are_neighbours_or_apart() -> None:

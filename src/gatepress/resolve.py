@@ -104,7 +104,7 @@ def resolve(model: nn.Module) -> list[Layer]:
     for index, layer in enumerate(_submodule(base, family.layers)):
         prefix = f"{family.layers}.{index}"
         paths = {role: family.path(role) for role in ROLES}
-        if family.qkv and not has_module(layer, family.q):
+        if family.qkv and has_module(layer, family.qkv):
             paths |= dict.fromkeys(("q", "k", "v"), family.qkv)
         shapes = {}
         for role, path in paths.items():
