@@ -15,9 +15,11 @@ from transformers import AutoModel, AutoModelForSequenceClassification, ModernBe
 import tiny
 from conftest import TaskFiles
 from forms import collapse, save_run, settings_for
+from gatepress import losses
 from gatepress.budget import budget_of
 from gatepress.checkpoint import load_run
 from gatepress.config import DataSettings, TrainSettings
+from gatepress.distill import hidden_distances
 from gatepress.errors import UsageError
 from gatepress.evaluation import evaluate
 from gatepress.export import export
@@ -299,6 +301,22 @@ def test_what_is_turned_keeps_its_precision() -> None:
     assert pruned(**tiny.random_batch(FAMILY)).logits.dtype == torch.bfloat16
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert pruned.float()(**tiny.random_batch(FAMILY)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_of_the_last_layer_is_learnt_what_is_read(
+    pooling: str, tmp_path: Path, tiny_task_files: TaskFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def distances(*states: Any, whole: bool) -> torch.Tensor:
+        asked.append(whole)
+        return hidden_distances(*states, whole=whole)
+
+    monkeypatch.setattr(losses, "hidden_distances", distances)
+    base = tiny.save_model(tiny.build_classifier(FAMILY, classifier_pooling=pooling), FAMILY, tmp_path / "base")
+    train(settings_for(base, tiny_task_files, epochs=2, sparsity=0.5, distill=True), tmp_path / "run")
+    assert set(asked) == {pooling == "mean"}
 
 
 def test_gates_stand_before_rows_that_are_neighbours_or_apart() -> None:

@@ -107,6 +107,15 @@ def test_without_any_value_dimension_one_head_of_zeros_stands_in(family: str) ->
     torch.testing.assert_close(logits(pruned, family), expected, atol=1e-5, rtol=0)
 
 
+def test_what_is_gone_takes_no_time() -> None:
+    """Where a call costs more than what it multiplies, queries and keys that are gone are a third of all calls."""
+    entries = [replace(entry, ms=1000 + entry.ms / 1e6) for entry in analytic("ort-cpu").entries]
+    model = gated_model("bert", "structured", closed=0)
+    gated_linear(model, resolve(model)[0], "q").gate_out.mask.zero_()
+    _, plan = collapse(model, "inner", Costs("ort-cpu", "made up", tuple(entries)))
+    assert [layer.time_left for layer in plan.layers] == pytest.approx([4 / 6, 1], rel=1e-3)
+
+
 def test_a_consumed_model_gives_its_matrices_back(family: str) -> None:
     model = gated_model(family, "matrix")
     wanted = logits(model, family)

@@ -336,7 +336,7 @@ class PrunedRotaryAttention(PrunedAttention):
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Return x [..., width] turned by angles [..., width / 2], in which its first half lies towards its second."""
     first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def split_(attention: Any) -> None:
