@@ -90,10 +90,8 @@ def describe(layers: list[Layer], plan: PrunePlan) -> dict[str, Any]:
                     "scattered": matrix.scattered,
                 }
         attentions[layer.attention] = layer.attention_part(part.heads, part.qk_width, part.vo_width)
-    version = (
-        1 if all(part["qk_width"] for part in attentions.values()) else 2
-    )  # what has no need of 2, older files read
-    return {"version": version, "linears": linears, "attentions": attentions}
+    asked = all(part["qk_width"] for part in attentions.values())  # what has no need of version 2, older files read
+    return {"version": 1 if asked else 2, "linears": linears, "attentions": attentions}
 
 
 def pairs_of(layer: Layer, plan: LayerPlan) -> Tensor | None:

@@ -29,7 +29,7 @@ SITES: dict[Granularity, tuple[Site, ...]] = {
     "heads": (("o", "in"), ("down", "in")),
 }
 WHOLE_HEADS: set[tuple[Granularity, Site]] = {("heads", ("o", "in"))}  # sites with one gate a head
-WITH: dict[Site, tuple[str, ...]] = {  # roles whose rows or columns go with one inner dimension
+GO_TOGETHER: dict[Site, tuple[str, ...]] = {  # roles whose rows or columns one inner dimension is
     ("q", "out"): ("q", "k"),
     ("o", "in"): ("v", "o"),
     ("down", "in"): ("up", "down"),
@@ -113,7 +113,7 @@ def _gate(layer: Layer, site: Site, granularity: Granularity, noise: float, rota
     heads = layer.heads if rotate_heads and site in TURNED and not apart else 0
     if granularity == "matrix":
         return Gate(size, noise=noise, heads=heads)
-    counts = sum(layer.at_once(one) for one in WITH[site]) // layer.unit
+    counts = sum(layer.at_once(one) for one in GO_TOGETHER[site]) // layer.unit
     if apart:
         return Gate(size // 2, noise=noise, repeat=2, apart=apart, counts=counts)
     return Gate(size, noise=noise, counts=counts, heads=heads)

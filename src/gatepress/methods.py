@@ -73,7 +73,7 @@ def prepare_(model: PreTrainedModel, settings: TrainSettings) -> list[Layer]:
     layers = resolve(model)
     model.requires_grad_(False)
     base: Any = model.base_model
-    paths = _paths(layers, settings)
+    paths = [] if settings.method == "full" else _paths(layers, settings)
     if settings.method == "lora-xs":
         for path in paths:
             replace_module_(base, path, LoraXsLinear(base.get_submodule(path), settings.rank))
