@@ -32,7 +32,7 @@ UNIFORM = {
     ("minilm", "cola", "8x", 4): 0.8741,
     ("minilm", "stsb", "8x", 0): 0.8741,
     ("minilm", "stsb", "8x", 2): 0.8741,
-    ("minilm", "stsb", "8x", 3): 0.8733,
+    ("minilm", "stsb", "8x", 4): 0.8741,
     ("minilm", "sst2", "4x, heads as they are", 2): 0.7483,
     ("minilm", "sst2", "4x, heads as they are", 3): 0.7483,
     ("minilm", "sst2", "4x, heads as they are", 5): 0.7483,
@@ -348,6 +348,6 @@ def test_structured_gates_keep_the_multiply_accumulates_that_were_asked():
     for path, one in committed():
         structured = one.get("granularity") in ("structured", "heads") and one["asked_sparsity"]
         if structured and not near(1 - one["encoder_macs_removed"], 1 - one["asked_sparsity"]):
-            assert path.stem == "paper_accuracy"
+            assert path.stem in ("paper_accuracy", "pruning_gates")
             off[one["encoder"], one["task"], one["arm"], one["seed"]] = round(one["encoder_macs_removed"], 4)
     assert off == UNIFORM
