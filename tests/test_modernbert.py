@@ -192,6 +192,15 @@ def test_one_matrix_is_taken_apart_once() -> None:
     assert torch.equal(torch.cat([getattr(attention, name).bias for name in "qkv"]), fused.bias)
 
 
+def test_rows_are_not_packed() -> None:
+    """Releases of transformers that find flash attention take it unasked, and hand layers all rows as one."""
+    model: Any = tiny.build_classifier(FAMILY)
+    model.config._attn_implementation_internal = "flash_attention_2"
+    attach_gates_(model, granularity="structured", controller="importance")
+    assert model.config._attn_implementation == "sdpa"
+    assert model(**tiny.random_batch(FAMILY)).logits.isfinite().all()
+
+
 def test_the_stock_layout_has_one_matrix_again() -> None:
     model = gated_model(0, attention_bias=True)
     for layer in resolve(model):

@@ -89,11 +89,13 @@ def attach_gates_(  # noqa: PLR0913 - each is a dial of the gates
     return layers
 
 
-def _taken_apart(model: nn.Module) -> list[Layer]:
+def _taken_apart(model: Any) -> list[Layer]:
     """Return the layers, with a matrix of their own for queries, keys and values each, in place."""
     layers = resolve(model)
     if family_of(model.config).qkv:
-        base: Any = model.base_model
+        base = model.base_model
+        if "flash" in model.config._attn_implementation:  # noqa: SLF001 - transformers has no public reader
+            model.set_attn_implementation("sdpa")  # the other hands layers all rows as one
         for layer in layers:
             split_(base.get_submodule(layer.attention))
         layers = resolve(model)
