@@ -279,7 +279,7 @@ def test_from_a_first_checkpoint_to_onnx(
         torch.testing.assert_close(pruned(**batch).logits, gated(**batch).logits, atol=1e-5, rtol=1e-5)
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "pruned", trust_remote_code=True)
     assert torch.equal(plain(**batch).logits, pruned(**batch).logits)
-    headless: Any = AutoModel.from_pretrained(tmp_path / "pruned", trust_remote_code=True)
+    headless: Any = AutoModel.from_pretrained(tmp_path / "pruned")
     assert headless(**batch).last_hidden_state.shape == (*batch["input_ids"].shape, tiny.HIDDEN)
     values = [evaluate(tmp_path / name)["metric_value"] for name in ("run", "pruned", "onnx")]
     assert values[0] == values[1] == values[2]

@@ -95,7 +95,7 @@ def _taken_apart(model: Any) -> list[Layer]:
     if family_of(model.config).qkv:
         base = model.base_model
         if "flash" in model.config._attn_implementation:  # noqa: SLF001 - transformers has no public reader
-            model.set_attn_implementation("sdpa")  # the other hands layers all rows as one
+            model.config._attn_implementation = "sdpa"  # noqa: SLF001 - the other hands layers all rows as one
         for layer in layers:
             split_(base.get_submodule(layer.attention))
         layers = resolve(model)
