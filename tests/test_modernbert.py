@@ -268,7 +268,7 @@ def test_from_a_first_checkpoint_to_onnx(
     train(settings, tmp_path / "run")
     report = prune(tmp_path / "run", tmp_path / "pruned")
     assert report["closed_fraction"] == pytest.approx(0.5, abs=0.005)
-    assert 0.47 < report["encoder_macs_removed"] < 0.51  # a pair of each head stays where all of a layer close
+    assert 0.47 < report["encoder_macs_removed"] < 0.51  # of a few heads a pair may close alone, and stays as zeros
     assert load_file(tmp_path / "pruned" / "model.safetensors")["model.layers.1.attn.pairs"].dtype == torch.int64
     export(tmp_path / "pruned", tmp_path / "onnx")
     gated, _ = load_run(tmp_path / "run")

@@ -104,14 +104,14 @@ def resolve(model: nn.Module) -> list[Layer]:
     for index, layer in enumerate(_submodule(base, family.layers)):
         prefix = f"{family.layers}.{index}"
         paths = {role: family.path(role) for role in ROLES}
-        if family.qkv and has_module(layer, family.qkv):
+        if family.qkv and hasattr(_submodule(layer, family.attention), family.qkv.rpartition(".")[2]):
             paths |= dict.fromkeys(("q", "k", "v"), family.qkv)
         shapes = {}
         for role, path in paths.items():
-            if _left_out(layer, path):
+            module = _submodule(layer, path)
+            if module is None:
                 shapes[role] = (0, 0)
                 continue
-            module = _submodule(layer, path)
             weight = getattr(module, "weight", None)
             if weight is None:  # gated: the matrix is one level deeper
                 weight = module.base.weight
@@ -133,20 +133,11 @@ def resolve(model: nn.Module) -> list[Layer]:
     return layers
 
 
-def has_module(root: nn.Module, path: str) -> bool:
-    """Say whether there is a module at the dotted `path`."""
-    return any(name == path for name, _ in root.named_modules())
-
-
-def _left_out(layer: nn.Module, path: str) -> bool:
-    """Say whether a pruned layer does without a matrix: None stands at its path."""
-    parent, _, name = path.rpartition(".")
-    return has_module(layer, parent) and layer.get_submodule(parent)._modules.get(name, layer) is None  # noqa: SLF001
-
-
 def _submodule(root: nn.Module, path: str) -> Any:
+    """Return the module at the dotted `path`, None where a pruned model does without; `ModelError` without any."""
+    parent, _, name = path.rpartition(".")
     try:
-        return root.get_submodule(path)
+        return None if getattr(root.get_submodule(parent), name, root) is None else root.get_submodule(path)
     except AttributeError as error:
         raise ModelError(
             f"{type(root).__name__} has no {path!r} ({error}); "
