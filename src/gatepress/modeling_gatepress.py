@@ -125,6 +125,16 @@ class PrunedAttention:
 
     key_bias_counts = False  # a key's bias moves all scores of a query alike, which their softmax does not see
 
+    @property
+    def near(self) -> bool:
+        """Whether all look at what is near them alone, so that the mask is not the same for all."""
+        return False
+
+    @property
+    def dropped(self: Any) -> float:
+        """The part of the weights that is dropped in training."""
+        return self.dropout.p  # type: ignore[no-any-return]
+
     def forward(
         self: Any,
         hidden_states: Tensor,
@@ -141,30 +151,26 @@ class PrunedAttention:
         asked = bool(kwargs.get("output_attentions"))
         return self._attend(hidden_states, attention_mask, bias_of=bias, weights_asked=asked)  # type: ignore[no-any-return]
 
-    def _attend(  # noqa: PLR0913 - what families differ in
+    def _attend(
         self: Any,
         hidden_states: Tensor,
         mask: Tensor | None,
         *,
         bias_of: Callable[[Tensor, Tensor], Tensor] | None = None,
         placed: Callable[[Tensor], Tensor] | None = None,
-        near: bool = False,
-        dropped: float | None = None,
         weights_asked: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Return what attention gives, and its weights if they are asked for.
 
         `bias_of` maps queries and keys, both [batch, heads, length, qk_width] or None where none are left, to what is
-        added to scores; `placed` either of them to what is multiplied, by where tokens stand. Where all look at what is
-        `near` them, the mask is not the same for all. Weights are `dropped` in training, as by `dropout` unless given.
+        added to scores; `placed` either of them to what is multiplied, by where tokens stand.
         """
         part = self.gatepress
         heads = len(part["heads"])
-        dropped = self.dropout.p if dropped is None else dropped
-        dropout = dropped if self.training else 0.0
+        dropout = self.dropped if self.training else 0.0
         given, _call.keys_from = _call.keys_from, None
         everything = hidden_states if given is None else given.to(hidden_states.device)  # layers may be spread
-        once = part.get("uniform") and bias_of is None and not dropout and not near
+        once = part.get("uniform") and bias_of is None and not dropout and not self.near
         if once:
             hidden_states = hidden_states[:, :1]
         v = self._by_head(getattr(self, part["v"])(everything), part["vo_width"])
@@ -296,6 +302,16 @@ class PrunedRotaryAttention(PrunedAttention):
 
     key_bias_counts = True  # keys are turned behind it
 
+    @property
+    def near(self: Any) -> bool:
+        """Whether a token looks at so many on both sides of it alone; releases of transformers differ in where."""
+        return getattr(self, "sliding_window", None) is not None or getattr(self, "local_attention", (-1,))[0] >= 0
+
+    @property
+    def dropped(self: Any) -> float:
+        """The part of the weights that is dropped in training."""
+        return self.attention_dropout  # type: ignore[no-any-return]
+
     def forward(  # type: ignore[override]
         self: Any,
         hidden_states: Tensor,
@@ -309,7 +325,6 @@ class PrunedRotaryAttention(PrunedAttention):
         `position_embeddings` are the cosines and sines [batch or 1, length, head width]. Some releases of transformers
         give the mask of what is near beside that of all.
         """
-        near = getattr(self, "sliding_window", None) is not None or getattr(self, "local_attention", (-1,))[0] >= 0
         placed = None
         if self.pairs is not None:
             cos, sin = (self._of_pairs(values) for values in position_embeddings)
@@ -319,10 +334,8 @@ class PrunedRotaryAttention(PrunedAttention):
 
         given, weights = self._attend(
             hidden_states,
-            sliding_window_mask if near and sliding_window_mask is not None else attention_mask,
+            sliding_window_mask if self.near and sliding_window_mask is not None else attention_mask,
             placed=placed,
-            near=near,
-            dropped=self.attention_dropout,
             weights_asked=bool(kwargs.get("output_attentions")),
         )
         return self.out_drop(given), weights
