@@ -108,13 +108,13 @@ def test_every_script_prints_a_command_and_is_in_the_readme():
         ("paper", ["accuracy", "--work", "W"], "--model is required"),
         ("paper", ["figure3b", "--work", "W"], "--model is required"),
         ("paper", ["figure3b", "--work", "W", *MODEL, "--model", "other=DIR"], "figure3b takes one"),
-        ("paper", ["accuracy", "--work", "W", *MODEL, "--arm", "3x"], "'4x, heads as they are'"),
-        ("paper", ["accuracy", "--work", "W", *MODEL, "--task", "sst3"], "'sst2'"),
-        ("paper", ["accuracy", "--work", "W", *MODEL, "--device", "gpu"], "'cuda'"),
+        ("paper", ["accuracy", "--work", "W", *MODEL, "--arm", "3x"], "4x, heads as they are"),
+        ("paper", ["accuracy", "--work", "W", *MODEL, "--task", "sst3"], "(choose from cola, "),
+        ("paper", ["accuracy", "--work", "W", *MODEL, "--device", "gpu"], "(choose from auto, cpu, cuda"),
         ("paper", ["figure3a", "--work", "W", "--task", "cola"], "unrecognized arguments: --task"),
         ("main_job", MODEL, "--work is required"),
         ("main_job", ["--work", "W"], "--model is required"),
-        ("main_job", ["--work", "W", *MODEL, "--task", "mnli"], "'sst2'"),
+        ("main_job", ["--work", "W", *MODEL, "--task", "mnli"], "(choose from sst2, "),
         ("deployed", ["--work", "W", *MODEL, "--task", "cola", "--task", "rte"], "--task is given twice"),
         ("deployed", ["--work", "W", *MODEL, "--seed", "1", "--seed", "0"], "--seed is given twice"),
         ("training_time", ["--work", "W", *MODEL, "--seed", "1"], "unrecognized arguments: --seed"),
@@ -130,7 +130,7 @@ def test_what_is_missing_unknown_or_without_use_is_refused(name, words, told, sc
     with pytest.raises(SystemExit) as end:
         script(name).parse(words)
     assert end.value.code == 2
-    assert told in capsys.readouterr().err
+    assert told in capsys.readouterr().err.replace("'", "")  # Python 3.13 quotes no choices
 
 
 def test_results_are_the_reproducers_own_unless_they_say_where(script):
