@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import threading
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -233,6 +234,28 @@ def test_a_command_that_ends_without_a_result_says_how(lines, told, cells, tmp_p
     monkeypatch.setattr(cells.sys, "executable", str(program))
     with pytest.raises(SystemExit, match=rf"gatepress train --seed 0 --json: .*{told}"):
         cells.gatepress("train", "--seed", 0)
+
+
+def test_what_is_timed_is_trained_as_the_accuracy_table_trains_it(script, tmp_path, monkeypatch):
+    paper, timed = script("paper"), script("training_time")
+
+    def recipe(words):
+        asked = dict(pairwise(words))
+        return [asked.get(option) for option in ("--method", "--sparsity", "--epochs", "--precision")]
+
+    monkeypatch.setattr(paper, "train", lambda *call: {"command": "", "recipe": recipe(call[3])})
+    options = paper.parse(["accuracy", *MODEL, "--work", str(tmp_path)])
+    arms = ("full", "2x", "4x", "8x")
+    keys = [("tiny", task, arm, 0) for task in timed.TASKS for arm in arms]
+    trained = [paper.trained("accuracy", key, options.models, options)[1]["recipe"] for key in keys]
+
+    ran = []
+    told = {"train_seconds": 1.0, "device": "cpu"}
+    monkeypatch.setattr(timed, "gatepress", lambda *words: ran.append(recipe(words)) or told)
+    asked = timed.parse([*MODEL, "--work", str(tmp_path), "--repetitions", "1"])
+    for task in timed.TASKS:
+        assert list(timed.measure(("tiny", task, "bf16"), asked)["seconds"]) == list(arms)
+    assert ran == trained
 
 
 # --- what a cell says -------------------------------------------------------------------------------
