@@ -241,7 +241,8 @@ def test_what_is_timed_is_trained_as_the_accuracy_table_trains_it(script, tmp_pa
 
     def recipe(words):
         asked = dict(pairwise(words))
-        return [asked.get(option) for option in ("--method", "--sparsity", "--epochs", "--precision")]
+        told = [asked.get(option) for option in ("--method", "--sparsity", "--epochs", "--precision")]
+        return [*told, "--distill" in words]
 
     monkeypatch.setattr(paper, "train", lambda *call: {"command": "", "recipe": recipe(call[3])})
     options = paper.parse(["accuracy", *MODEL, "--work", str(tmp_path)])
