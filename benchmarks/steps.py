@@ -15,6 +15,7 @@ import argparse
 import os
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from gatepress.bench.timing import Call, interleave, wall_clock
 from gatepress.budget import gate_vectors
 from gatepress.config import FINETUNED, HIDDEN_WEIGHT, Precision
 from gatepress.distill import Lesson, Teacher, learn_from_teacher_
+from gatepress.families import ROLES
 from gatepress.inject import attach_gates_, mark_trainable_, trainable
 from gatepress.losses import batch_loss
 from gatepress.machine import cpu_name
@@ -42,6 +44,7 @@ REPETITIONS, BLOCK, WARMUP = 20, 4, 1
 LESSON = Lesson(torch.tensor([0, 101, 102]), torch.tensor([0.5, 0.5]), HIDDEN_WEIGHT)
 LEFT = {"2x": 0.5, "4x": 0.25, "8x": 0.125}
 FULL_NAME = "full finetuning"
+FEWER = (("v", "o", "up", "down"), ("o", "down"))  # matrices with low rank, in place of all
 
 
 def full_step(batch: dict[str, torch.Tensor], precision: Precision) -> Call:
@@ -50,13 +53,25 @@ def full_step(batch: dict[str, torch.Tensor], precision: Precision) -> Call:
     return stepping(SHAPES[SHAPE]().train(), batch, None, precision)
 
 
-def gated_step(
-    batch: dict[str, torch.Tensor], precision: Precision, left: float, *, taught: bool, narrow: bool
+def gated_step(  # noqa: PLR0913 - each is what a step may differ in
+    batch: dict[str, torch.Tensor],
+    precision: Precision,
+    left: float,
+    *,
+    taught: bool,
+    narrow: bool,
+    lora_matrices: Sequence[str] = ROLES,
 ) -> Call:
     """Return a step with gates and the low rank of a finetuned start, `left` of every vector open."""
     torch.manual_seed(0)
     model = SHAPES[SHAPE]().train()
-    layers = attach_gates_(model, granularity="structured", controller="importance", lora_rank=FINETUNED.rank)
+    layers = attach_gates_(
+        model,
+        granularity="structured",
+        controller="importance",
+        lora_rank=FINETUNED.rank,
+        lora_matrices=lora_matrices,
+    )
     mark_trainable_(trainable(model, biases=True, layer_norms=True))
     quicken_(model, layers, first_token=True)
     teacher = Teacher(model) if taught else None
@@ -97,13 +112,12 @@ def measure(precision: Precision, threads: int) -> dict[str, Any]:
         "labels": torch.randint(2, (BATCH,), generator=generator),
     }
     calls = {FULL_NAME: full_step(batch, precision)}
-    for taught in (False, True):
-        end = ", teacher" if taught else ""
-        calls[f"closing{end}"] = gated_step(batch, precision, LEFT["2x"], taught=taught, narrow=False)
-        calls |= {
-            f"fixed at {name}{end}": gated_step(batch, precision, left, taught=taught, narrow=True)
-            for name, left in LEFT.items()
-        }
+    kinds: list[tuple[str, bool, Sequence[str]]] = [("", False, ROLES), (", teacher", True, ROLES)]
+    kinds += [(f", teacher, low rank in {', '.join(roles)} alone", True, roles) for roles in FEWER]
+    for end, taught, roles in kinds:
+        step = partial(gated_step, batch, precision, taught=taught, lora_matrices=roles)
+        calls[f"closing{end}"] = step(LEFT["2x"], narrow=False)
+        calls |= {f"fixed at {name}{end}": step(left, narrow=True) for name, left in LEFT.items()}
     samples = interleave(
         calls,
         wall_clock,

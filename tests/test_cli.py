@@ -230,6 +230,7 @@ def test_train_options_become_settings(library, schedule):
         "gate_axes": "in",
         "matrices": ("q", "down"),
         "lora_rank": 4,
+        "lora_matrices": ("q", "down"),
         "penalty_weight": 7.0,
         "epochs": 2,
         "batch_size": 5,
@@ -253,7 +254,8 @@ def test_train_options_become_settings(library, schedule):
         "max_train_samples": 9,
         "max_validation_samples": 8,
     }
-    texts = {**given, **data, "matrices": "down,q,down"}  # their order and number say nothing
+    lists = dict.fromkeys(("matrices", "lora_matrices"), "down,q,down")  # their order and number say nothing
+    texts = {**given, **data, **lists}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in texts.items()]
     switches = ["--no-train-biases", "--no-train-layer-norms", "--distill"]
     result = run("train", *options, *switches, "-o", "out", "--force")

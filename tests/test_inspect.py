@@ -107,7 +107,7 @@ def test_a_run_without_its_base_is_still_described(tiny_model_dir: Any, tiny_tas
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"sparsity": 0.55, "granularity": "matrix", "gate_axes": "in", "matrices": ("q", "down"), "train_biases": False},
-    {"sparsity": 0.2, "train_layer_norms": False},
+    {"sparsity": 0.2, "train_layer_norms": False, "lora_matrices": ("o", "down")},
     {"method": "vera", "lora_rank": 4, "model": "/models/it's mine", "revision": None},
     {"distill": True, "open_epochs": 1, "epochs": 3, "budget": "macs", "precision": "bf16", "seed": 7, "device": "cpu"},
     {"controller": "penalty", "penalty_weight": 12.5, "learning_rate": 2e-4, "start": "/runs/first"},

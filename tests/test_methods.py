@@ -19,6 +19,7 @@ from gatepress.config import HIDDEN_WEIGHT, METHODS, DataSettings, GateAxes, Met
 from gatepress.errors import ModelError, UsageError
 from gatepress.evaluation import evaluate
 from gatepress.export import export
+from gatepress.gates import GatedLinear
 from gatepress.inject import attach_gates_
 from gatepress.methods import kept, merge_, prepare_, trained
 from gatepress.pruning import prune
@@ -146,6 +147,7 @@ def test_a_full_run_exports(tiny_model_dir: Any, tiny_task_files: Any, tmp_path:
         ({}, {"method": "gates", "train_biases": True}, {"gates": 165_888, "biases": 82_944}),
         ({}, {"method": "gates", "train_biases": True, "matrices": ATTENTION}, {"gates": 73_728, "biases": 36_864}),
         ({}, {"lora_rank": 64}, {"gates": 165_888, "low_rank": 10_616_832}),
+        ({}, {"lora_rank": 8, "lora_matrices": ("o", "down")}, {"gates": 165_888, "low_rank": 516_096}),
         ({}, {"method": "lora"}, {"low_rank": 1_327_104}),
         (ROBERTA_LARGE, {"method": "lora"}, {"low_rank": 3_538_944}),
         ({}, {"method": "lora-fa"}, {"low_rank": 663_552}),
@@ -172,6 +174,30 @@ def _shapes_of_svd(matrix: torch.Tensor, **_: Any) -> tuple[torch.Tensor, torch.
     return tuple(
         torch.empty(*shape, device="meta") for shape in ((len(matrix), rank), (rank,), (rank, matrix.shape[1]))
     )
+
+
+def test_low_rank_stands_where_it_is_asked_for_and_what_it_left_out_keeps_its_gates() -> None:
+    model = tiny.build_classifier("bert")
+    prepare_(model, replace(SETTINGS, lora_rank=2, lora_matrices=("o", "down")))
+    gated = {name: module for name, module in model.named_modules() if isinstance(module, GatedLinear)}
+    assert len(gated) == 6 * tiny.LAYERS
+    updated = [name for name, module in gated.items() if module.lora_a is not None]
+    assert len(updated) == 2 * tiny.LAYERS
+    assert all(name.endswith("output.dense") for name in updated)
+
+
+def test_a_run_goes_on_with_the_low_rank_that_it_was_begun_with(
+    tiny_model_dir: Any, tiny_task_files: Any, tmp_path: Any
+) -> None:
+    few = settings_for(tiny_model_dir("bert"), tiny_task_files, epochs=1, sparsity=0.25, lora_matrices=("o", "up"))
+    report = train(few, tmp_path / "run")
+    assert read_run(tmp_path / "run").settings.lora_matrices == ("o", "up")
+    assert evaluate(tmp_path / "run")["metric_value"] == report["metric_value"]
+    again = replace(few, start=str(tmp_path / "run"), sparsity=0.5, lora_matrices=None)
+    train(again, tmp_path / "again")
+    assert read_run(tmp_path / "again").settings.lora_matrices == ("o", "up")
+    with pytest.raises(UsageError, match="was trained with lora_matrices"):
+        train(replace(again, lora_matrices=("o",)), tmp_path / "other")
 
 
 @pytest.mark.parametrize("axes", ["in", "out"])
@@ -213,7 +239,13 @@ def test_lora_xs_of_more_than_a_matrix_holds_is_refused(
         ({"distill": False, "hidden_weight": 1.0}, "--hidden-weight weighs what a teacher computes, --no-distill"),
         ({"hidden_weight": -1.0}, "--hidden-weight is -1.0, expected a number from 0 on"),
         ({"method": "gates", "lora_rank": 8}, "--lora-rank means nothing to --method gates"),
-        ({"method": "prune"}, "--method is 'prune', expected one of gates"),
+        ({"lora_matrices": ("o", "x")}, "--lora-matrices is 'o,x', expected some of q,k,v,o,up,down"),
+        ({"lora_matrices": ("o", "q"), "matrices": ("o", "up")}, "--lora-matrices is 'o,q', expected some of o,up"),
+        ({"lora_matrices": ()}, "--lora-matrices is ''"),
+        ({"method": "gates", "lora_matrices": ("o",)}, "--lora-matrices means nothing to --method gates, which has"),
+        ({"method": "full", "lora_matrices": ("o",)}, "--lora-matrices means nothing to --method full, which has no"),
+        ({"method": "lora", "lora_matrices": ("o",)}, "--lora-matrices means nothing to --method lora, --matrices"),
+        ({"method": "prune", "lora_matrices": ("o",)}, "--method is 'prune', expected one of gates"),
         ({"budget": "flops"}, "--budget is 'flops', expected one of gates"),
         ({"open_epochs": -1}, "--open-epochs is -1"),
         ({"open_epochs": 1, "start": "runs/before"}, "--open-epochs says nothing to --start"),
@@ -263,6 +295,13 @@ def test_what_an_older_release_began_goes_on_with_its_weight_of_hidden_states(*,
     old = replace(SETTINGS, method="gates+lora", distill=distill).resolved(finetuned=True).to_json()
     del old["hidden_weight"]
     assert TrainSettings.from_json(old).hidden_weight == (1.0 if distill else None)
+
+
+@pytest.mark.parametrize("method", ["gates+lora", "gates", "lora"])
+def test_what_an_older_release_began_has_low_rank_wherever_it_has_gates(method: Method) -> None:
+    old = replace(SETTINGS, method=method, matrices=("o", "up")).resolved(finetuned=True).to_json()
+    del old["lora_matrices"]
+    assert TrainSettings.from_json(old).lora_matrices == (("o", "up") if method == "gates+lora" else None)
 
 
 def test_manifests_from_before_there_were_methods_are_read() -> None:

@@ -353,13 +353,13 @@ def test_a_figure_that_is_asked_for_needs_matplotlib(settings, tmp_path, monkeyp
 
 
 def test_options_reach_the_methods_that_have_a_use_for_them(settings):
-    settings = replace(settings, distill=True, open_epochs=1)
+    settings = replace(settings, distill=True, open_epochs=1, lora_matrices=("o",))
     wanted = sweep._cells(settings, ["gates+lora", "lora", "full", "gates"], [0.5], 1)
-    assert [(one.distill, one.open_epochs, one.lora_rank) for one in wanted.values()] == [
-        (True, 1, 2),
-        (False, None, 2),
-        (False, None, None),
-        (True, 1, None),
+    assert [(one.distill, one.open_epochs, one.lora_rank, one.lora_matrices) for one in wanted.values()] == [
+        (True, 1, 2, ("o",)),
+        (False, None, 2, None),
+        (False, None, None, None),
+        (True, 1, None, None),
     ]
 
 

@@ -352,7 +352,7 @@ def load_start_(
     directory = Path(str(settings.start))
     manifest = read_run(directory)
     _tell_unfinished(directory, manifest)
-    refuse_unlike(directory, manifest.settings, settings, "rank", "rotate_heads")
+    refuse_unlike(directory, manifest.settings, settings, "rank", "lora_matrices", "rotate_heads")
     _refuse_other_weights(directory, manifest, base, base_sha256)
     if manifest.task.label_names != spec.label_names:
         raise UsageError(

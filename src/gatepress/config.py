@@ -141,6 +141,7 @@ class TrainSettings:
     controller: Controller = "importance"
     rotate_heads: bool | None = None  # gates stand on the singular basis of each head; None: structured gates do
     lora_rank: int | None = None  # None: the method's own, more in a finetuned model
+    lora_matrices: tuple[str, ...] | None = None  # which of `matrices` have low rank beside gates; None: all
     train_biases: bool = True
     train_layer_norms: bool = True
     closing: float | None = None  # part of the steps by which gates have closed; None: as for the rank
@@ -179,8 +180,15 @@ class TrainSettings:
             for name, kind in kinds
             if getattr(self, name) not in (*get_args(kind), *([None] if name == "budget" else []))
         ]
-        if not self.matrices or any(role not in ROLES for role in self.matrices):
-            problems.append(f"--matrices is {','.join(self.matrices)!r}, expected some of {','.join(ROLES)}")
+        matrices: dict[str, tuple[Sequence[str] | None, Sequence[str]]] = {
+            "matrices": (self.matrices, ROLES),
+            "lora_matrices": (self.lora_matrices, self.matrices),
+        }
+        problems += [
+            f"{spelled(name)} is {','.join(asked)!r}, expected some of {','.join(possible)}"
+            for name, (asked, possible) in matrices.items()
+            if asked is not None and not (asked and set(asked) <= set(possible))
+        ]
         return problems
 
     def _wrong_numbers(self) -> list[str]:
@@ -214,6 +222,9 @@ class TrainSettings:
             problems.append("--open-epochs says nothing to --start, whose gates are closed at once")
         if self.lora_rank is not None and self.method in METHODS and not METHODS[self.method].rank:
             problems.append(f"--lora-rank means nothing to --method {self.method}, which has no low-rank update")
+        if self.lora_matrices is not None and self.method in METHODS and not self.low_rank_in:
+            why = "--matrices says where that trains" if self.rank else "which has no low-rank update"
+            problems.append(f"--lora-matrices means nothing to --method {self.method}, {why}")
         return problems
 
     @property
@@ -232,6 +243,11 @@ class TrainSettings:
         """Rank of the low-rank update; 0: the method has none."""
         own = METHODS[self.method].rank
         return (self.lora_rank or own) if own else 0
+
+    @property
+    def low_rank_in(self) -> tuple[str, ...]:
+        """Which of a layer's matrices have a low-rank update beside their gates."""
+        return (self.lora_matrices or self.matrices) if self.gated and self.rank else ()
 
     @property
     def rate(self) -> float:
@@ -272,6 +288,7 @@ class TrainSettings:
         return replace(
             self,
             lora_rank=(self.lora_rank or own.rank) if own.rank else None,
+            lora_matrices=self.low_rank_in or None,
             learning_rate=self.learning_rate or own.learning_rate,
             closing=(self.closing or own.closing) if own.gated else None,
             distill=distill,
@@ -295,6 +312,7 @@ class TrainSettings:
         method = {} if "method" in value else _method_of_old(value)
         try:
             matrices = tuple(value.get("matrices", ROLES))
+            updated = value.get("lora_matrices")
             settings = cls(
                 **{
                     "distill": False,
@@ -303,13 +321,17 @@ class TrainSettings:
                     **value,
                     **method,
                     "matrices": matrices,
+                    "lora_matrices": updated and tuple(updated),
                     "data": DataSettings(**value["data"]),
                 }
             )
         except (TypeError, KeyError, UsageError) as error:
             raise ArtifactError(f"settings in the manifest are not understood ({error})") from None
-        before = "closing" not in value and settings.gated  # it could be chosen; then it was that of a pretrained model
-        return replace(settings, closing=MethodSpec.closing) if before else settings
+        if "closing" not in value and settings.gated:  # before it could be chosen it was that of a pretrained model
+            settings = replace(settings, closing=MethodSpec.closing)
+        if "lora_matrices" not in value and settings.gated and settings.rank:  # all of them had it
+            settings = replace(settings, lora_matrices=matrices)
+        return settings
 
 
 def unused_by(settings: TrainSettings) -> dict[str, str]:

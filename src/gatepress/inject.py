@@ -59,15 +59,16 @@ def attach_gates_(  # noqa: PLR0913 - each is a dial of the gates
     granularity: Granularity,
     controller: Controller,
     lora_rank: int = 0,
+    lora_matrices: Sequence[str] = ROLES,
     axes: GateAxes = "both",
     matrices: Sequence[str] = ROLES,
     rotate_heads: bool = False,
 ) -> list[Layer]:
     """Replace each encoder matrix of `model` by a `GatedLinear`, in place; return the layers.
 
-    `matrices` names the roles that get gates and low rank, `axes` the sides of matrix gates; with `rotate_heads` gates
-    of heads keep a basis, for `rotation.turn_`. One matrix of queries, keys and values is taken apart first. Everything
-    is frozen afterwards; `mark_trainable_` then opens what a run trains.
+    `matrices` names the roles that get gates, and those of them in `lora_matrices` low rank; `axes` are the sides of
+    matrix gates; with `rotate_heads` gates of heads keep a basis, for `rotation.turn_`. One matrix of queries, keys and
+    values is taken apart first. Everything is frozen afterwards; `mark_trainable_` then opens what a run trains.
     """
     base: Any = model.base_model
     layers = _taken_apart(model)
@@ -83,7 +84,7 @@ def attach_gates_(  # noqa: PLR0913 - each is a dial of the gates
                 base.get_submodule(layer.paths[role]),
                 gate_in=gate(layer, (role, "in")),
                 gate_out=gate(layer, (role, "out")),
-                lora_rank=lora_rank if role in matrices else 0,
+                lora_rank=lora_rank if role in matrices and role in lora_matrices else 0,
             )
             replace_module_(base, layer.paths[role], gated.to(base.device))
     return layers

@@ -66,6 +66,7 @@ def prepare_(model: PreTrainedModel, settings: TrainSettings) -> list[Layer]:
             granularity=settings.granularity,
             controller=settings.controller,
             lora_rank=settings.rank,
+            lora_matrices=settings.low_rank_in,
             axes=settings.gate_axes,
             matrices=settings.matrices,
             rotate_heads=bool(settings.rotate_heads),

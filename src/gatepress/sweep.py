@@ -53,7 +53,9 @@ logger = logging.getLogger(__name__)
 
 PATIENCE_S = 30.0  # for a training that is told to end: it writes a checkpoint
 # Decided by a training, unless given.
-LEFT_OPEN = ("lora_rank", "closing", "epochs", "learning_rate", "distill", "hidden_weight", "rotate_heads")
+LEFT_OPEN = (
+    *("lora_rank", "lora_matrices", "closing", "epochs", "learning_rate", "distill", "hidden_weight", "rotate_heads"),
+)
 GRID = ("methods", "sparsities", "seeds")  # may grow; the rest of a training must stay for figures to be comparable
 TIMING = ("target", "batch_sizes", "seq_lens", "repetitions", "threads")  # may change: all is timed anew
 KEPT = (
@@ -339,6 +341,8 @@ def _meaningless(method: Method, settings: TrainSettings) -> dict[str, Any]:
         }
     if spec and not spec.rank:
         unset |= {"lora_rank": None}
+    if spec and not (spec.gated and spec.rank):
+        unset |= {"lora_matrices": None}
     return unset
 
 

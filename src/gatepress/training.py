@@ -284,14 +284,15 @@ def _reads_all(model: Any, spec: TaskSpec) -> bool:
 
 
 def _as_start(settings: TrainSettings, start: Path) -> TrainSettings:
-    """Return settings with the heads of the run that they start from: whose gates these are, its heads these are.
+    """Return settings with the heads and the low rank of the run that they start from, unless others are asked for.
 
     `UsageError` where that run was trained otherwise, or on a model that another name would have to be fetched for.
     """
     run = read_run(start).settings
     elsewhere = ("model",) if run.model != settings.model and base_of(settings) is None else ()
     refuse_unlike(start, run, settings, *elsewhere, "method", "granularity", "controller", "gate_axes", "matrices")
-    return settings if settings.rotate_heads is not None else replace(settings, rotate_heads=run.rotate_heads)
+    left_open = [name for name in ("rotate_heads", "lora_matrices") if getattr(settings, name) is None]
+    return replace(settings, **{name: getattr(run, name) for name in left_open})
 
 
 def _processes(settings: TrainSettings) -> Processes:

@@ -18,14 +18,17 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 ASKS_NOTHING = {"sparsity": 0, "open_epochs": 0}  # of a method without gates
+MATRICES = ("matrices", "lora_matrices")  # lists of them
 ROWS = {"task", "validation_file"}  # options that say which rows; the others say how
 
 
 def train_settings(rows: "TrainingRows", *groups: "Base | Gating | Schedule | Machine", **others: Any) -> TrainSettings:
     """Return what groups of options ask of a training, with `others` of its settings."""
     given = {name: value for group in groups for name, value in vars(group).items()} | others
-    asked = words(given["matrices"])
-    given["matrices"] = tuple(sorted(set(asked), key=[*ROLES, *asked].index))
+    for name in MATRICES:
+        if given[name] is not None:
+            asked = words(given[name])
+            given[name] = tuple(sorted(set(asked), key=[*ROLES, *asked].index))
     return TrainSettings(data=data_settings(rows), **given)
 
 

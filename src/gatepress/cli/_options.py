@@ -179,6 +179,14 @@ LoraRank = Annotated[
         "lora-xs 25.",
     ),
 ]
+LoraMatrices = Annotated[
+    str | None,
+    GATES(
+        metavar="ROLE,...",
+        help="Which of --matrices have a low-rank update beside their gates; fewer make steps quicker. Unless given: "
+        "all.",
+    ),
+]
 MethodOption = Annotated[
     Method,
     GATES(
@@ -456,6 +464,7 @@ class Gating:
     controller: ControllerOption = TrainSettings.controller
     rotate_heads: RotateHeads = TrainSettings.rotate_heads
     lora_rank: LoraRank = TrainSettings.lora_rank
+    lora_matrices: LoraMatrices = None
 
 
 @dataclass(frozen=True)
