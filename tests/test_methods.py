@@ -196,6 +196,7 @@ def test_a_run_goes_on_with_the_low_rank_that_it_was_begun_with(
     again = replace(few, start=str(tmp_path / "run"), sparsity=0.5, lora_matrices=None)
     train(again, tmp_path / "again")
     assert read_run(tmp_path / "again").settings.lora_matrices == ("o", "up")
+    assert prune(tmp_path / "again", tmp_path / "pruned")["max_abs_logit_diff"] <= 1e-4
     with pytest.raises(UsageError, match="was trained with lora_matrices"):
         train(replace(again, lora_matrices=("o",)), tmp_path / "other")
 
