@@ -246,6 +246,7 @@ def test_lora_xs_of_more_than_a_matrix_holds_is_refused(
         ({"method": "gates", "lora_matrices": ("o",)}, "--lora-matrices means nothing to --method gates, which has"),
         ({"method": "full", "lora_matrices": ("o",)}, "--lora-matrices means nothing to --method full, which has no"),
         ({"method": "lora", "lora_matrices": ("o",)}, "--lora-matrices means nothing to --method lora, --matrices"),
+        ({"method": "prune"}, "--method is 'prune', expected one of gates"),
         ({"method": "prune", "lora_matrices": ("o",)}, "--method is 'prune', expected one of gates"),
         ({"budget": "flops"}, "--budget is 'flops', expected one of gates"),
         ({"open_epochs": -1}, "--open-epochs is -1"),

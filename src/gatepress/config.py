@@ -329,8 +329,8 @@ class TrainSettings:
             raise ArtifactError(f"settings in the manifest are not understood ({error})") from None
         if "closing" not in value and settings.gated:  # before it could be chosen it was that of a pretrained model
             settings = replace(settings, closing=MethodSpec.closing)
-        if "lora_matrices" not in value and settings.gated and settings.rank:  # all of them had it
-            settings = replace(settings, lora_matrices=matrices)
+        if "lora_matrices" not in value:  # whatever had gates had it
+            settings = replace(settings, lora_matrices=settings.low_rank_in or None)
         return settings
 
 
