@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,17 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
 import tiny
-from gatepress.budget import INSIDE_HEADS, Budget, GateVector, Masks, Ranking, budget_of, gate_vectors, gates_to_close
+from gatepress.budget import (
+    INSIDE_HEADS,
+    TOLERANCE,
+    Budget,
+    GateVector,
+    Masks,
+    Ranking,
+    budget_of,
+    gate_vectors,
+    gates_to_close,
+)
 from gatepress.collapse import plan_model
 from gatepress.config import BudgetUnit, Controller, DataSettings, Granularity, Layout, TrainSettings
 from gatepress.gates import Gate
@@ -179,6 +190,36 @@ def test_ranking_often_closes_no_more_than_asked(unit: BudgetUnit) -> None:
             vector.gate.mu.grad = torch.rand(vector.gate.size, generator=draw)
         budget.after_backward(step)
     assert 0.3 <= budget.removed < 0.31  # a gate is less than half a percent here
+
+
+@pytest.mark.parametrize(
+    ("gone", "tries"),
+    [
+        (lambda closed: closed, 3),  # of the gates that close, in a budget's unit
+        (lambda closed: 0.9 * closed, 3),
+        (lambda closed: closed**4, 12),
+        (lambda closed: closed**0.25, 12),
+        (lambda closed: round(5 * closed) / 5, 26),  # whole heads, say
+        (lambda closed: float(closed > 0.999), 26),
+    ],
+)
+def test_what_is_asked_is_found_in_few_tries(gone: Callable[[float], float], tries: int) -> None:
+    tried = []
+
+    def removed(masks: Masks) -> float:
+        tried.append(float((masks[0] == 0).float().mean()))
+        return gone(tried[-1])
+
+    gate = Gate(4_096)
+    gate.score.copy_(torch.rand(gate.size, generator=torch.Generator().manual_seed(0)))
+    vectors = [GateVector(gate, macs=1.0, heads=1)]
+    budget = Budget(vectors, sparsity=0.5, controller="importance", steps=10, unit="macs", removed=removed)
+    tried.clear()
+    budget.close(0.5)
+    assert len(tried) <= tries
+    fewest = next(count for count in range(gate.size + 1) if gone(count / gate.size) >= 0.5)
+    assert budget.closed_gates >= fewest
+    assert budget.closed_gates == fewest or budget.removed < 0.5 + TOLERANCE
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

@@ -239,11 +239,12 @@ class Budget:
         self.fixed = sparsity == 0
         self.moved = True  # whether masks may be others than when they were last looked at (training.py)
         self._removed = removed
+        self._most = 1.0  # of the unit that all gates together reach
         if removed is not None:
-            most = removed([torch.zeros_like(vector.gate.mask) for vector in vectors])
-            if most < sparsity:
+            self._most = removed([torch.zeros_like(vector.gate.mask) for vector in vectors])
+            if self._most < sparsity:
                 raise UsageError(
-                    f"--sparsity is {sparsity:g} of the {unit}, but all gates together reach only {most:.3f}; "
+                    f"--sparsity is {sparsity:g} of the {unit}, but all gates together reach only {self._most:.3f}; "
                     "ask for less, or let more matrices take part"
                 )
 
@@ -341,19 +342,23 @@ class Budget:
         """Return masks that remove `fraction`, never less and as little more as whole gates allow."""
         if self._removed is None:
             return ranking.closing(gates_to_close(self.total_gates, fraction))
-        if self._removed(ranking.masks) >= fraction:  # what is closed stays so, and is enough
+        few, gone_of_few = ranking.closed, self._removed(ranking.masks)
+        if gone_of_few >= fraction:  # what is closed stays so, and is enough
             return ranking.masks
-        few, many = ranking.closed, self.total_gates
-        best = ranking.closing(many)
+        many, best = self.total_gates, ranking.closing(self.total_gates)
+        gone_of_many, halve = self._most, False
         while many - few > 1:
-            count = (few + many) // 2
+            # What goes grows nearly evenly with the gates that close; every second try is one that surely halves.
+            part = 0.5 if halve else (fraction + TOLERANCE / 2 - gone_of_few) / (gone_of_many - gone_of_few)
+            count = min(max(few + round((many - few) * part), few + 1), many - 1)
+            halve = not halve
             masks = ranking.closing(count)
-            excess = self._removed(masks) - fraction
-            if excess < 0:
-                few = count
+            gone = self._removed(masks)
+            if gone < fraction:
+                few, gone_of_few = count, gone
                 continue
-            many, best = count, masks
-            if excess < TOLERANCE:
+            many, gone_of_many, best = count, gone, masks
+            if gone - fraction < TOLERANCE:
                 break
         return best
 
