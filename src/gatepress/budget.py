@@ -345,8 +345,8 @@ class Budget:
         few, gone_of_few = ranking.closed, self._removed(ranking.masks)
         if gone_of_few >= fraction:  # what is closed stays so, and is enough
             return ranking.masks
-        many, best = self.total_gates, ranking.closing(self.total_gates)
-        gone_of_many, halve = self._most, False
+        many, gone_of_many = self.total_gates, self._most
+        best, halve = None, False
         while many - few > 1:
             # What goes grows nearly evenly with the gates that close; every second try is one that surely halves.
             part = 0.5 if halve else (fraction + TOLERANCE / 2 - gone_of_few) / (gone_of_many - gone_of_few)
@@ -360,7 +360,7 @@ class Budget:
             many, gone_of_many, best = count, gone, masks
             if gone - fraction < TOLERANCE:
                 break
-        return best
+        return ranking.closing(many) if best is None else best
 
     def _close_in_each_vector(self, fraction: float, among: list[Tensor]) -> None:
         pairs = list(zip(self.vectors, among, strict=True))
