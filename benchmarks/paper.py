@@ -63,6 +63,7 @@ FINETUNED = "full"  # the arm that others are measured by
 FROM_FINETUNED = "<full>"  # among the words of an arm: it starts from what that arm trained
 PRESSED = (FROM_FINETUNED, "--distill")
 AS_THEY_ARE = "--no-rotate-heads"
+WHOLE = ("--granularity", "heads")
 KEY = ("encoder", "task", "arm", "seed")
 SENTENCE = range(3, 26)  # words of one that is taken from other tasks
 
@@ -189,6 +190,7 @@ EXPERIMENTS = {
             FINETUNED: FULL,
             **_at(FACTORS, *PRESSED),
             **{f"{name}, heads as they are": words for name, words in _at(FACTORS, *PRESSED, AS_THEY_ARE).items()},
+            **{f"{name}, whole heads": words for name, words in _at(FACTORS, *PRESSED, *WHOLE).items()},
             **{f"{name}, from the pretrained model": words for name, words in _at(FACTORS).items()},
             **{f"{name}, gates alone": (*words, "--method", "gates") for name, words in _at(FACTORS).items()},
             **{f"{name}, penalty": (*words, "--controller", "penalty") for name, words in _at(FACTORS).items()},
@@ -218,12 +220,6 @@ EXPERIMENTS = {
         _at(FACTORS, "--embed"),
         tasks=("stsb",),
         words=(),
-        models={},
-    ),
-    "heads": Experiment(
-        "Whole heads against single dimensions",
-        {kind: ("--granularity", kind, "--sparsity", 0.5) for kind in ("structured", "heads")},
-        tasks=TASKS,
         models={},
     ),
 }

@@ -14,6 +14,8 @@ from gatepress.gates import gates_of
 from gatepress.inject import attach_gates_
 from gatepress.modeling_gatepress import PrunedAttention, PrunedDisentangledAttention, _skewed
 from gatepress.narrowing import quicken_
+from gatepress.plan import PrunePlan
+from gatepress.runners import TorchRunner
 
 FAMILY = "deberta-v2"
 
@@ -61,6 +63,28 @@ def test_all_layers_attend_quickly_from_the_first_step_on(family: str) -> None:
     attentions = [model.base_model.get_submodule(layer.attention) for layer in layers]
     assert [isinstance(one, PrunedAttention) for one in attentions] == [family == FAMILY] * tiny.LAYERS
     torch.testing.assert_close(model(**batch).logits, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kinds", [["c2p", "p2c"], ["c2p"], []])
+def test_a_budget_of_multiply_accumulates_counts_products_with_positions(kinds: list[str]) -> None:
+    """As torch's counter does: what each pair of a row's tokens takes, and each token."""
+    model = tiny.build_classifier(FAMILY, pos_att_type=kinds)
+    attach_gates_(model, granularity="structured", controller="importance")
+    torch.manual_seed(0)
+
+    def counted() -> tuple[PrunePlan, dict[str, int]]:
+        plan = plan_model(model, "inner")
+        pruned: Any = cut(model, plan)
+        pruned.first_token_alone = False
+        return plan, TorchRunner("pruned", "pruned", "cpu", None, 0, model=pruned).mac_terms
+
+    _, whole = counted()
+    for name, gate in gates_of(model):
+        gate.mask.copy_((torch.rand(gate.size) < (0.3 if "query" in name else 0.8)).float())
+    plan, left = counted()
+    for tokens in (1, 8, 512):
+        ratio = (left["token"] + tokens * left["pair"]) / (whole["token"] + tokens * whole["pair"])
+        assert plan.removed("macs", tokens) == pytest.approx(1 - ratio)
 
 
 def test_matrices_of_positions_alone_are_refused() -> None:

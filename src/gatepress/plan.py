@@ -24,6 +24,7 @@ index operation: columns by picking inputs (gather), rows by spreading outputs (
 
 import functools
 import itertools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -100,6 +101,17 @@ class LayerPlan:
     vo_width: int
     matrices: dict[str, MatrixPlan]
     costs: Costs
+    scores: int  # products that a score is the sum of
+
+    def macs(self, tokens: int, *, dense: bool = False) -> int:
+        """Return the multiply-accumulates for each of a row's `tokens`; `dense`: of the layer as it was.
+
+        Those of the matrices, of scores, and of what scores weigh. Products with positions are made for the two
+        `tokens` that can lie to either side of one.
+        """
+        shapes = {role: matrix.dense_shape if dense else matrix.shape for role, matrix in self.matrices.items()}
+        keys = tokens + 2 * tokens * (self.scores - 1)
+        return sum(map(math.prod, shapes.values())) + keys * shapes["q"][0] + tokens * shapes["v"][0]
 
     @functools.cached_property
     def time_left(self) -> float:
@@ -152,13 +164,12 @@ class PrunePlan:
         """
         if unit == "latency":
             return 1 - self.time_left
-        matrices = [matrix for layer in self.layers for matrix in layer.matrices.values()]
         if unit == "weights":
+            matrices = [matrix for layer in self.layers for matrix in layer.matrices.values()]
             dense = self.dense_weights + sum(matrix.dense_shape[0] for matrix in matrices if matrix.biased)
             return self.removed_parameters / dense
-        inside = [layer.matrices[role] for layer in self.layers for role in ("q", "v")]
-        kept = self.kept_weights + tokens * sum(len(matrix.rows) for matrix in inside)
-        return 1 - kept / (self.dense_weights + tokens * sum(matrix.dense_shape[0] for matrix in inside))
+        dense = sum(layer.macs(tokens, dense=True) for layer in self.layers)
+        return 1 - sum(layer.macs(tokens) for layer in self.layers) / dense
 
     @property
     def time_left(self) -> float:
@@ -214,7 +225,7 @@ def make_plan(
         matrices: dict[str, MatrixPlan] = {}
         for roles in READERS:
             matrices |= _matrices(layer, parts, {role: axes[role] for role in roles}, layout, costs)
-        plans.append(LayerPlan(heads, qk_width, vo_width, matrices, costs))
+        plans.append(LayerPlan(heads, qk_width, vo_width, matrices, costs, layer.scores))
     return PrunePlan(layout, plans, sum(layer.weights for layer in layers), costs)
 
 
