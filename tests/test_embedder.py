@@ -274,6 +274,15 @@ def test_other_sparsities_recover_behind_the_same_teacher(trained: Path, tmp_pat
     assert apart[0] < apart[1]
 
 
+def test_what_is_cut_elsewhere_is_fitted_to_the_whole_embedder(trained: Path, tmp_path: Path) -> None:
+    """Of all tokens of the last layer, which its vectors are the mean of."""
+    for name, refit in (("fitted", True), ("plain", False)):
+        prune_each(trained, {0.75: tmp_path / name}, refit=refit)
+    whole = vectors_of(Path(json.loads((trained / "gatepress_run.json").read_text())["settings"]["model"]))
+    apart = [np.square(vectors_of(tmp_path / name) - whole).mean() for name in ("fitted", "plain")]
+    assert apart[0] < apart[1]
+
+
 def test_a_sweep_of_an_embedder_begins_at_the_whole_one_and_goes_on(
     embedder: Make, tiny_regression_files: TaskFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -290,6 +290,9 @@ def test_several_sparsities_on_the_command_line(run: Path, tmp_path: Path) -> No
         (["--recover-epochs", "1"], "--recover-epochs trains on at another sparsity"),
         (["-s", "0.2", "--recover-epochs", "-1"], "--recover-epochs is -1"),
         (["-s", "0.2,0.3", "--dry-run"], "--dry-run plans one size"),
+        (["-s", "0.2", "--refit", "--dry-run"], "--dry-run plans one size"),
+        (["--refit"], "--refit is for gates that are closed anew; give --sparsity"),
+        (["-s", "0.2", "--refit", "--recover-epochs", "1"], "--refit is for what is not trained on"),
         (["-s", "0.2,0.3", "-o", "."], "-o is ., expected a name to which several sizes can be added"),
     ],
 )

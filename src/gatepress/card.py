@@ -197,6 +197,8 @@ def _numbers(manifest: dict[str, Any]) -> str:
     before = "Before: the trained model, whose gates only mask."
     if manifest["asked"]["sparsity"] is not None:
         before += " Its gates were then closed anew, and the metric was not measured again: `gatepress evaluate DIR`."
+    if manifest["asked"].get("refit"):
+        before += " What was left was fitted by least squares to what it had been pressed from (`--refit`)."
     return f"## Numbers\n\n{table}\n\n{gates} {before}"
 
 

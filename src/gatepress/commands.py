@@ -21,6 +21,7 @@ PRUNE_DEFAULTS: dict[str, Any] = {
     **dict.fromkeys(("sparsity", "latency_table", "tokens")),
     "layout": DEFAULT_LAYOUT,
     "target": DEFAULT_TARGET,
+    "refit": False,
 }
 EXPORT_DEFAULTS: dict[str, Any] = {
     "opset": None,

@@ -1,6 +1,7 @@
 """From a run directory to a pruned directory, with the proof that nothing changed."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from gatepress.versions import MADE_WITH, versions
 
 logger = logging.getLogger(__name__)
 
+UNCHANGED = "nothing was written, please report it"
+
 
 def prune(  # noqa: PLR0913 - every option of the command is one
     run_dir: Path,
@@ -42,6 +45,7 @@ def prune(  # noqa: PLR0913 - every option of the command is one
     latency_table: str | Path | None = None,
     tokens: int | None = None,
     sparsity: float | None = None,
+    refit: Callable[[PreTrainedModel, dict[str, Tensor]], dict[str, Any]] | None = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -51,9 +55,11 @@ def prune(  # noqa: PLR0913 - every option of the command is one
     The layout `auto` is chosen for `target` by the times in `latency_table` (see `latency.for_target`), which
     are read or measured only where the choice hangs on them, for calls of so many `tokens` (batch size times sequence
     length; None: of all sizes that the times are of). With `sparsity` the gates are closed anew, by the
-    scores that the run keeps, to another fraction of its budget. The gated model and what is loaded back from
-    the new directory must agree on the run's probe rows within `config.MAX_LOGIT_DIFF`, else `ParityError` and
-    nothing is written. `dry_run` plans only.
+    scores that the run keeps, to another fraction of its budget. `refit` may then change the weights that are left:
+    it is given the pruned model and the run's probe rows, and what it returns is in the report. The gated model and
+    what is loaded back from the new directory must agree on the probe rows within `config.MAX_LOGIT_DIFF`, else
+    `ParityError` and nothing is written; with `refit` gated and pruned model do before it, pruned and loaded one
+    behind it. `dry_run` plans only.
     """
     refuse_below(1, tokens=tokens)
     settings = gated_settings(run_dir)
@@ -91,11 +97,16 @@ def prune(  # noqa: PLR0913 - every option of the command is one
     pruned = cut(model, plan, consume=True)
     report["total_params"] = parameters_of(pruned)
     del model
+    difference = 0.0
+    if refit:
+        difference = agree(wanted, _logits(pruned, probe), "gated and pruned logits", UNCHANGED)
+        report["refit"] = refit(pruned, probe)
+        wanted = _logits(pruned, probe)
     with new_directory(output, force=force) as staged:
         parts = _write(pruned, staged, layout)
         del pruned  # what counts is what is on disk, and that is loaded now
         reloaded = _logits(open_pruned(staged), probe)
-        difference = agree(wanted, reloaded, "gated and reloaded logits", "nothing was written, please report it")
+        difference = max(difference, agree(wanted, reloaded, "gated and reloaded logits", UNCHANGED))
         bound = save_tokenizer(open_tokenizer(run_dir), staged)
         report |= {"max_abs_logit_diff": difference, "probe_rows": len(probe["input_ids"])}
         loaded = [staged / "config.json", staged / "model.safetensors", *staged.glob("*.py"), *parts]
@@ -119,6 +130,7 @@ def prune(  # noqa: PLR0913 - every option of the command is one
                 "target": target,
                 "latency_table": None if latency_table is None else str(latency_table),
                 "tokens": tokens,
+                "refit": refit is not None,
             },
             "sha256": {file.name: sha256_of(file) for file in loaded} | bound,
             "report": report,

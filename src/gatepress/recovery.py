@@ -1,32 +1,47 @@
 """One training, several sizes: the gates of a run closed to other fractions, each with a short training behind it.
 
 A run keeps the scores of its gates, so any sparsity can be cut from it at once. What is cut far from the sparsity
-that was trained loses accuracy; a few epochs with the gates as they are bring most of it back.
+that was trained loses accuracy; a few epochs with the gates as they are bring most of it back, and a part of it least
+squares (refit.py), in less time than one of them.
 """
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gatepress.checkpoint import is_finetuned, located, read_run
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gatepress.batches import make_loader, tokenize
+from gatepress.checkpoint import RunManifest, is_finetuned, load_run, located, open_base, read_run
 from gatepress.config import DEFAULT_TARGET, refuse_below
+from gatepress.distill import varied
+from gatepress.errors import UsageError
 from gatepress.files import check_output
 from gatepress.latency import for_target
+from gatepress.modeling_gatepress import reads_first_token
+from gatepress.models import open_tokenizer
 from gatepress.ondisk import stands_on
 from gatepress.progress import Progress
 from gatepress.pruning import gated_settings, prune
+from gatepress.refit import first_tokens, refit_
 from gatepress.resume import refuse_other
 from gatepress.runtime import device_here
 from gatepress.tasks.sources import load_rows
 from gatepress.training import train
 
+REFIT_ROWS, REFIT_TOKENS, REFIT_BATCH = 4_096, 32_768, 64  # of training rows, at most, and rows at once
 
-def prune_each(
+
+def prune_each(  # noqa: PLR0913 - every option of the command is one
     run_dir: Path,
     outputs: dict[float, Path],
     *,
     recover_epochs: int = 0,
+    refit: bool = False,
     force: bool = False,
     progress: Progress | None = None,
     **pruning: Any,
@@ -35,10 +50,13 @@ def prune_each(
 
     With `recover_epochs` each is trained on for so many passes over the run's rows, gates fixed, before it is
     pruned, at the rates of the run with a schedule of its own; its report then has the `recovery` (metric, steps,
-    seconds). Where the run began with a finetuned model that taught it, that one teaches again. All else goes to
-    `pruning.prune`, whose errors are raised.
+    seconds). Where the run began with a finetuned model that taught it, that one teaches again. With `refit` nothing is
+    trained: what is left of each is fitted, on the run's rows, to the finetuned model that the run began with, or to
+    the run as it is (refit.py). All else goes to `pruning.prune`, whose errors are raised.
     """
     refuse_below(0, recover_epochs=recover_epochs)
+    if refit and recover_epochs:
+        raise UsageError("--refit is for what is not trained on; leave it out, or --recover-epochs")
     settings = gated_settings(run_dir)
     for sparsity in outputs:
         replace(settings, sparsity=sparsity)  # which refuses what is no fraction
@@ -46,13 +64,15 @@ def prune_each(
     if table := pruning.get("latency_table"):
         for_target(pruning.get("target", DEFAULT_TARGET), table)
     taught = False
-    if recover_epochs:
-        run = read_run(run_dir)
+    if recover_epochs or refit:
+        run, rows = read_run(run_dir), load_rows(settings.data, embeds=settings.embed)
+        refuse_other(run_dir, run, replace(run, data_fingerprint=rows.fingerprint))
         # A pretrained model has learned the task in this run alone, whose gates are closed: nobody is left to teach.
-        taught = bool(settings.distill) and is_finetuned(located(settings), run.task)
-        refuse_other(
-            run_dir, run, replace(run, data_fingerprint=load_rows(settings.data, embeds=settings.embed).fingerprint)
-        )
+        finetuned = is_finetuned(located(settings), run.task)
+        taught = bool(settings.distill) and finetuned
+        if refit:
+            teacher = open_base(located(settings), run.task).eval() if finetuned else load_run(run_dir)[0]
+            pruning["refit"] = _refit_to(teacher, rows, run, open_tokenizer(run_dir), progress)
     reads = (run_dir, *stands_on(settings))
     for output in outputs.values():
         check_output(output, force=force, reads=reads)
@@ -80,3 +100,19 @@ def prune_each(
         kept = ("metric_name", "metric_value", "examples", "epochs", "steps", "train_seconds")
         reports.append({**report, "recovery": {key: trained[key] for key in kept}})
     return reports
+
+
+def _refit_to(
+    teacher: PreTrainedModel, rows: Any, run: RunManifest, tokenizer: Any, progress: Progress | None
+) -> Callable[[PreTrainedModel, dict[str, Tensor]], dict[str, Any]]:
+    """Return what fits a pruned model to `teacher` on the rows of a run, words exchanged as in its training."""
+    settings, special = run.settings, torch.tensor(tokenizer.all_special_ids)
+    few = rows.train.select(range(min(REFIT_ROWS, len(rows.train))))
+    table = tokenize(few, tokenizer, int(run.report.get("tokens", settings.max_length)))
+    loader = make_loader(table, tokenizer, REFIT_BATCH, shuffle=True, seed=settings.seed)
+    inputs = ({name: value for name, value in one.items() if name != "labels"} for one in loader)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        batches = [varied(one, special)[0] for one in first_tokens(inputs, REFIT_TOKENS)]
+    whole = settings.embed or not reads_first_token(teacher.config)
+    return lambda student, probe: refit_(student, teacher, batches, probe, all_tokens=whole, progress=progress)

@@ -51,6 +51,14 @@ def prune(  # noqa: PLR0913 - every option is a parameter
             help="With --sparsity: train each on for N passes over the run's rows before it is pruned, gates fixed.",
         ),
     ] = 0,
+    refit: Annotated[
+        bool,
+        opt.GATES(
+            "--refit",
+            help="With --sparsity: fit what is left to what the run was pressed from by least squares, on its rows. No "
+            "training: it takes less time than one pass over them.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, opt.OUTPUT(help="Only tell what would go, per layer, and what it should gain; write nothing.")
     ] = False,
@@ -65,8 +73,8 @@ def prune(  # noqa: PLR0913 - every option is a parameter
 
     Nothing is approximated: a neuron, a head dimension or a head goes only where every path through it
     is shut, and the result is compared with the gated model on real validation rows before it is
-    written. It loads with gatepress.load_pruned(DIR) or with plain transformers. Next step: gatepress
-    export.
+    written (--refit then moves what is left, and tells how near it came). It loads with
+    gatepress.load_pruned(DIR) or with plain transformers. Next step: gatepress export.
     """
     with session(**vars(shown)) as screen:
         directory = output or Path("pruned") / run.resolve().name
@@ -75,22 +83,25 @@ def prune(  # noqa: PLR0913 - every option is a parameter
         if not dry_run:
             for path in outputs.values():
                 check_output(path, force=force)  # at once: what follows takes seconds to import
-        elif recover_epochs or len(outputs) > 1:
+        elif recover_epochs or refit or len(outputs) > 1:
             raise UsageError(
-                "--dry-run plans one size of what is trained; leave out --recover-epochs, give one --sparsity"
+                "--dry-run plans one size of what is trained; "
+                "leave out --recover-epochs and --refit, give one --sparsity"
             )
         if recover_epochs and asked is None:
             raise UsageError("--recover-epochs trains on at another sparsity; give --sparsity FRACTION with it")
+        if refit and asked is None:
+            raise UsageError("--refit is for gates that are closed anew; give --sparsity FRACTION with it")
         options: dict[str, Any] = {"layout": layout, "target": target, "latency_table": latency_table}
         options |= {"tokens": tokens, "force": force}
 
-        if recover_epochs or len(outputs) > 1:
+        if recover_epochs or refit or len(outputs) > 1:
             if len(outputs) > 1:
                 screen.interrupt_note = "sizes that were complete by then, if any, are written"
             from gatepress import recovery  # with all that trains: seconds that pruning alone need not wait for
 
             reports = recovery.prune_each(
-                run, outputs, recover_epochs=recover_epochs, progress=screen.progress, **options
+                run, outputs, recover_epochs=recover_epochs, refit=refit, progress=screen.progress, **options
             )
             result = reports[0] if len(reports) == 1 else {"results": reports}
             screen.result(result, lambda _: [table for report in reports for table in tables(report)])
@@ -120,6 +131,9 @@ def _outputs(directory: Path, asked: list[float] | None) -> dict[float, Path]:
 def tables(result: dict[str, Any]) -> list[Titled]:
     """Return what went and how exactly the rest agrees with the gated model."""
     rows = metric_rows(result.get("recovery", result))
+    if refit := result.get("refit"):
+        far = (f"{refit[key]:.3f}" for key in ("hidden_distance_before", "hidden_distance"))
+        rows.append(("hidden states from what was pressed", " to ".join(far)))
     rows += pick(
         result,
         [

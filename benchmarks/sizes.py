@@ -1,0 +1,106 @@
+"""Several sizes of one training: as they are cut, fitted by least squares, or trained on for an epoch.
+
+    python benchmarks/sizes.py --data-dir GLUE --model minilm=DIRECTORY --task cola --work DIR
+
+Takes the runs of `paper.py accuracy` at half (its arm `2x`) in `--work` and trains those that are missing, then lets
+`gatepress prune` close their gates anew to each of `SIZES`, plainly, with `--refit` and with `--recover-epochs 1`, and
+measures what comes out on all validation rows. A cell that stands in the results is not measured again. The table
+beside the JSON, which is in `results` below `--work` or where `--results` says, is rendered from it. The committed one:
+
+    python benchmarks/sizes.py --render
+"""
+
+import argparse
+import statistics
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cells import KEPT_IN, OF_TRAINING, TASKS, add, gatepress, machine, models_of, parser, read, sweep, trained_on
+from paper import SEEDS, trained
+
+from gatepress.versions import MADE_WITH, versions
+
+KEY = ("encoder", "task", "seed", "way", "sparsity")
+WAYS = {"as cut": (), "--refit": ("--refit",), "--recover-epochs 1": ("--recover-epochs", 1)}
+SIZES = (0.3, 0.6, 0.75)  # of the gates, where the runs were trained at half
+
+
+def measure(key: tuple[Any, ...], options: argparse.Namespace) -> dict[str, Any]:
+    """Cut one size in one way and measure it."""
+    encoder, task, seed, way, sparsity = key
+    run, report = trained("accuracy", (encoder, task, "2x", seed), options.models, options)
+    rows = ["--task", task, *([] if options.data_dir is None else ["--data-dir", options.data_dir])]
+    with tempfile.TemporaryDirectory(dir=options.work) as staged:
+        cut = gatepress("prune", run, "--sparsity", sparsity, *WAYS[way], "-o", Path(staged) / "cut")
+        told = gatepress("evaluate", Path(staged) / "cut", *rows)
+    more = cut.get("refit", {})
+    return {
+        **{name: told[name] for name in ("metric_name", "metric_value", "examples")},
+        **{name: cut[name] for name in ("closed_fraction", "encoder_macs_removed", "max_abs_logit_diff")},
+        **{name: more[name] for name in ("hidden_distance_before", "hidden_distance", "tokens") if more},
+        "seconds": more.get("seconds") or cut.get("recovery", {}).get("train_seconds"),
+        "run_metric": report["metric_value"],
+        "start_metric": report["start_metric"],
+        "start_sha256": report["start_sha256"],
+        **machine(),
+        "versions": versions(*MADE_WITH),
+    }
+
+
+def render(cells: list[dict[str, Any]]) -> str:
+    """Return the table in Markdown: a row for each way, medians over seeds by size."""
+    names = ["encoder", "task", "seeds", "finetuned", "trained at half", "then closed anew"]
+    names += [*(f"{1 - size:.0%} left" for size in SIZES), "seconds"]
+    text = f"# Several sizes of one training\n\n| {' | '.join(names)} |\n|{'---|' * 6}{'--:|' * (len(SIZES) + 1)}\n"
+    for encoder, task in dict.fromkeys((one["encoder"], one["task"]) for one in cells):
+        for way in WAYS:
+            rows = [one for one in cells if (one["encoder"], one["task"], one["way"]) == (encoder, task, way)]
+            if not rows:
+                continue
+            by_seed = {one["seed"]: one for one in rows}.values()
+            start, half = (statistics.median(one[name] for one in by_seed) for name in ("start_metric", "run_metric"))
+            times = [one["seconds"] for one in rows if one["seconds"] is not None]
+            columns = [encoder, task, str(len(by_seed)), f"{start:.4f}", f"{half:.4f}", way]
+            for size in SIZES:
+                values = [one["metric_value"] for one in rows if one["sparsity"] == size]
+                columns.append(f"{statistics.median(values):.4f}" if values else "")
+            columns.append(f"{min(times):.0f} to {max(times):.0f}" if times else "")
+            text += f"| {' | '.join(columns)} |\n"
+    machines = ", and on ".join(sorted({trained_on(one) for one in cells}))
+    releases = ", ".join(sorted({one["versions"]["gatepress"] for one in cells}))
+    return text + (
+        "\nMedians over seeds, on all validation rows. *trained at half*: a finetuned model pressed to half, with its "
+        "teacher; its gates are then opened or closed to what is named. *seconds*: of the fit, or of the epoch, with "
+        f"whatever else ran. On {machines}, gatepress {releases}.\n"
+    )
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    made = parser(__doc__)
+    add(made, *OF_TRAINING, *KEPT_IN, "--task", "--seed")
+    made.add_argument("--way", action="append", choices=tuple(WAYS), help="default: all of them")
+    options = read(made, words)
+    options.models = models_of(made, options)
+    return options
+
+
+def main() -> None:
+    """Measure, or only render."""
+    options = parse()
+    keys = [
+        (encoder, task, seed, way, size)
+        for encoder in options.models
+        for task in options.task or TASKS
+        for seed in (range(SEEDS) if options.seed is None else options.seed)
+        for way in options.way or WAYS
+        for size in SIZES
+    ]
+    sweep(options.results / "sizes.json", keys, KEY, partial(measure, options=options), render)
+
+
+if __name__ == "__main__":
+    main()
