@@ -2,7 +2,7 @@
 
 A run keeps the scores of its gates, so any sparsity can be cut from it at once. What is cut far from the sparsity
 that was trained loses accuracy; a few epochs with the gates as they are bring most of it back, and a part of it least
-squares (refit.py), in less time than one of them.
+squares (refit.py), without a training.
 """
 
 import tempfile

@@ -55,8 +55,8 @@ def prune(  # noqa: PLR0913 - every option is a parameter
         bool,
         opt.GATES(
             "--refit",
-            help="With --sparsity: fit what is left to what the run was pressed from by least squares, on its rows. No "
-            "training: it takes less time than one pass over them.",
+            help="With --sparsity: fit what is left to what the run was pressed from by least squares, on a "
+            "few thousand of its rows. Nothing is trained and no label is read.",
         ),
     ] = False,
     dry_run: Annotated[
