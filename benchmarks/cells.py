@@ -151,6 +151,11 @@ OF_TRAINING = ("--data-dir", "--model", "--epochs", "--precision", "--device")
 KEPT_IN = ("--work", "--results", "--render")
 
 
+def data_of(options: argparse.Namespace) -> list[object]:
+    """Return the words that say where rows are read from; none: the hub."""
+    return [] if options.data_dir is None else ["--data-dir", options.data_dir]
+
+
 def train(run: Path, name: str, model: str, words: Sequence[object], options: argparse.Namespace) -> dict[str, Any]:
     """Train one run unless it is there and finished, and return what it says of itself, with the command.
 
@@ -161,8 +166,7 @@ def train(run: Path, name: str, model: str, words: Sequence[object], options: ar
         gatepress("train", "--resume", run)
     elif status != "finished":
         shutil.rmtree(run, ignore_errors=True)
-        where = [] if options.data_dir is None else ["--data-dir", options.data_dir]
-        gatepress("train", "--model", model, *where, *words, "-o", run)
+        gatepress("train", "--model", model, *data_of(options), *words, "-o", run)
     manifest = _manifest(run)
     report, settings = manifest["report"], manifest["settings"]
     if status != "finished":  # now: who collects the run later may be another machine

@@ -19,7 +19,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cells import KEPT_IN, OF_TRAINING, Once, add, draw_both, gatepress, is_finished, keep, models_of, parser, read
+from cells import (
+    KEPT_IN,
+    OF_TRAINING,
+    Once,
+    add,
+    data_of,
+    draw_both,
+    gatepress,
+    is_finished,
+    keep,
+    models_of,
+    parser,
+    read,
+)
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from paper import FINETUNED, KEY, PAPER_TASKS, place_of, trained
@@ -46,8 +59,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
     forms: dict[str, Row] = {}
     places: dict[str, Path] = {}
     experiment = "embedders" if options.embed else "accuracy"
-    where = [] if options.data_dir is None else ["--data-dir", options.data_dir]
-    rows = ["--task", options.task, *where, *(("--metric", EMBEDDERS["metric"]) if options.embed else ())]
+    rows = ["--task", options.task, *data_of(options), *(("--metric", EMBEDDERS["metric"]) if options.embed else ())]
     for key in ((encoder, options.task, arm, options.seed) for encoder in options.models for arm in ARMS):
         if options.embed and key[2] == FINETUNED:
             run, report = Path(options.models[key[0]]), dict.fromkeys(TOLD)  # nobody trained it

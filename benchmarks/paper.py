@@ -33,6 +33,7 @@ from cells import (
     Once,
     add,
     common,
+    data_of,
     gatepress,
     models_of,
     on_gpu,
@@ -413,8 +414,7 @@ def _passes(options: argparse.Namespace) -> list[object]:
         run, _ = trained("figure2", (encoder, "cola", arm, options.seed), options.models, options)
         pruned.append(options.work / "figure3b" / arm.strip("%"))
         gatepress("prune", run, "-o", pruned[-1], "--for", target, "--force")
-    where = [] if options.data_dir is None else ["--data-dir", options.data_dir]
-    return [*pruned, "--task", "cola", *where, "--repetitions", 10]
+    return [*pruned, "--task", "cola", *data_of(options), "--repetitions", 10]
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:

@@ -301,14 +301,14 @@ def readme_kept() -> str:
     cells = _accuracy()
     sentences, seeds = [], set()
     for encoder, title in ((ENCODER, "MiniLM"), (FIRST, FIRST)):
-        sizes = []
+        kept = []
         for arm in paper.FACTORS:
             seeds |= {len(paper._values(cells, encoder, task, arm)) for task in TASKS}
             parts = {task: paper._part(cells, encoder, task, arm) or 0.0 for task in TASKS}
             least = min(parts, key=lambda task: parts[task])
             lost = f"least of {NAMES[least]}, {parts[least]:.0%}"
-            sizes.append(f"{statistics.mean(parts.values()):.1%} at {deployed.ARMS[arm]} ({lost})")
-        sentences.append(f"{title} {', '.join(sizes)}")
+            kept.append(f"{statistics.mean(parts.values()):.1%} at {deployed.ARMS[arm]} ({lost})")
+        sentences.append(f"{title} {', '.join(kept)}")
     return (
         f"- Not all accuracy is kept: of full finetuning's metric, on average over {len(TASKS)} tasks, "
         f"{'; '.join(sentences)}. {min(seeds)} to {max(seeds)} seeds, by several releases "

@@ -18,7 +18,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cells import KEPT_IN, OF_TRAINING, TASKS, add, gatepress, machine, models_of, parser, read, sweep, trained_on
+from cells import (
+    KEPT_IN,
+    OF_TRAINING,
+    TASKS,
+    add,
+    data_of,
+    gatepress,
+    machine,
+    models_of,
+    parser,
+    read,
+    sweep,
+    trained_on,
+)
 from paper import SEEDS, trained
 
 from gatepress.versions import MADE_WITH, versions
@@ -32,7 +45,7 @@ def measure(key: tuple[Any, ...], options: argparse.Namespace) -> dict[str, Any]
     """Cut one size in one way and measure it."""
     encoder, task, seed, way, sparsity = key
     run, report = trained("accuracy", (encoder, task, "2x", seed), options.models, options)
-    rows = ["--task", task, *([] if options.data_dir is None else ["--data-dir", options.data_dir])]
+    rows = ["--task", task, *data_of(options)]
     with tempfile.TemporaryDirectory(dir=options.work) as staged:
         cut = gatepress("prune", run, "--sparsity", sparsity, *WAYS[way], "-o", Path(staged) / "cut")
         told = gatepress("evaluate", Path(staged) / "cut", *rows)

@@ -28,6 +28,7 @@ from cells import (
     add,
     common,
     count,
+    data_of,
     gatepress,
     machine,
     models_of,
@@ -50,7 +51,7 @@ def measure(key: tuple[Any, ...], options: argparse.Namespace) -> dict[str, Any]
     encoder, task, _ = key
     seconds: dict[str, list[float]] = {name: [] for name in (FINETUNED, *FACTORS)}
     epochs = {FINETUNED: EPOCHS[task], **{name: pressed_epochs(task, removed) for name, removed in FACTORS.items()}}
-    where = [] if options.data_dir is None else ["--data-dir", options.data_dir]
+    where = data_of(options)
     rows = ("--task", task, *where, "--max-train-samples", options.rows, "--max-validation-samples", VALIDATION_ROWS)
     options.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.work) as staged:

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from gatepress.errors import ModelError
 from gatepress.families import row_of
 from gatepress.files import MAX_JSON_BYTES, json_text, read_json
+from gatepress.modeling_gatepress import reads_first_token
 from gatepress.resolve import family_named, model_class
 
 logger = logging.getLogger(__name__)
@@ -85,6 +86,11 @@ def embedder_class(model_type: str) -> Any:
 def embeds(model: Any) -> bool:
     """Say whether a model gives vectors."""
     return isinstance(model, Embedder)
+
+
+def reads_all(model: Any) -> bool:
+    """Say whether all tokens of the last layer are read, not the first one alone."""
+    return embeds(model) or not reads_first_token(model.config)
 
 
 def as_saved(model: PreTrainedModel) -> PreTrainedModel:

@@ -19,10 +19,10 @@ from gatepress.batches import make_loader, tokenize
 from gatepress.checkpoint import RunManifest, is_finetuned, load_run, located, open_base, read_run
 from gatepress.config import DEFAULT_TARGET, refuse_below
 from gatepress.distill import varied
+from gatepress.embedding import reads_all
 from gatepress.errors import UsageError
 from gatepress.files import check_output
 from gatepress.latency import for_target
-from gatepress.modeling_gatepress import reads_first_token
 from gatepress.models import open_tokenizer
 from gatepress.ondisk import stands_on
 from gatepress.progress import Progress
@@ -114,5 +114,6 @@ def _refit_to(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         batches = [varied(one, special)[0] for one in first_tokens(inputs, REFIT_TOKENS)]
-    whole = settings.embed or not reads_first_token(teacher.config)
-    return lambda student, probe: refit_(student, teacher, batches, probe, all_tokens=whole, progress=progress)
+    return lambda student, probe: refit_(
+        student, teacher, batches, probe, all_tokens=reads_all(teacher), progress=progress
+    )

@@ -10,6 +10,7 @@ teacher's gives, and std(t) what it divides by. So what is lost in one layer the
 pass over a few thousand rows, no labels and no steps.
 """
 
+import copy
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -122,10 +123,12 @@ def refit_(  # noqa: PLR0913 - two models, rows to fit and to tell by
     """
     began = time.perf_counter()
     before = _distance(student, teacher, probe, all_tokens=all_tokens)
-    kept = {name: value.clone() for name, value in student.state_dict().items()}
+    layers, base = resolve(student), student.base_model
+    writers = [base.get_submodule(layer.paths[role]) for layer in layers for role in WRITERS]
+    kept = [copy.deepcopy(writer.state_dict()) for writer in writers]
     masks = [batch["attention_mask"].bool() for batch in batches]
     progress = progress or NoProgress()
-    progress.start(len(resolve(student)), "fitting layers")
+    progress.start(len(layers), "fitting layers")
     try:
         for _ in _layer_by_layer_(student, teacher, batches, masks, all_tokens=all_tokens):
             progress.advance(1)
@@ -133,7 +136,8 @@ def refit_(  # noqa: PLR0913 - two models, rows to fit and to tell by
         progress.finish()
     after = _distance(student, teacher, probe, all_tokens=all_tokens)
     if not after < before:
-        student.load_state_dict(kept)
+        for writer, state in zip(writers, kept, strict=True):
+            writer.load_state_dict(state)
     return {
         "hidden_distance_before": before,
         "hidden_distance": min(before, after),
@@ -172,6 +176,7 @@ class _Fit:
 
     def __init__(self, matrix: nn.Linear) -> None:
         self.matrix = matrix
+        self.rows = _rows(matrix)
         size = matrix.weight.shape[1] + (matrix.bias is not None)
         self.products = matrix.weight.new_zeros(size, size, dtype=torch.float64)
         self.wanted = matrix.weight.new_zeros(size, len(matrix.weight), dtype=torch.float64)
@@ -186,9 +191,9 @@ class _Fit:
         if self.matrix.bias is not None:
             inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], dim=1)
         inputs = inputs * weights
-        missing = (_to_be_read(ours, theirs) - ours.total) * weights
+        missing = (_to_be_read(ours, theirs, spread) - ours.total) * weights
         self.products += (inputs.T @ inputs).double()
-        self.wanted += (inputs.T @ missing[:, _rows(self.matrix)]).double()
+        self.wanted += (inputs.T @ missing[:, self.rows]).double()
 
     def solve_(self) -> None:
         """Move the matrix to the solution."""
@@ -201,12 +206,15 @@ class _Fit:
             self.matrix.bias.add_(step[columns])
 
 
-def _to_be_read(ours: _Seen, theirs: _Seen) -> Tensor:
-    """Return what the student's norm would have to read to give what the teacher's gives [tokens, hidden]."""
+def _to_be_read(ours: _Seen, theirs: _Seen, spread: Tensor) -> Tensor:
+    """Return what the student's norm would have to read to give what the teacher's gives [tokens, hidden].
+
+    `spread` is what the teacher's divides by [tokens, 1].
+    """
     norm = ours.norm
     if norm is None:
         return theirs.total
-    mean, spread = theirs.total.mean(-1, keepdim=True), theirs.total.std(-1, keepdim=True, unbiased=False)
+    mean = theirs.total.mean(-1, keepdim=True)
     shifted = theirs.after if norm.bias is None else theirs.after - norm.bias
     told = norm.weight.abs() > FLAT * norm.weight.abs().mean()
     return torch.where(told, shifted / norm.weight * spread + mean, theirs.total)

@@ -31,6 +31,7 @@ from gatepress.checkpoint import (
 from gatepress.collapse import parameters_of, plan_model, refuse_activation
 from gatepress.config import TrainSettings
 from gatepress.distill import Lesson, Teacher, learn_from_teacher_
+from gatepress.embedding import reads_all
 from gatepress.errors import ModelError, ProcessError, UsageError
 from gatepress.evaluation import evaluate_model
 from gatepress.files import check_output, explained, try_writing
@@ -39,7 +40,7 @@ from gatepress.hub import locate_model
 from gatepress.inject import mark_trainable_
 from gatepress.losses import batch_loss
 from gatepress.methods import Kinds, prepare_, refuse_rank, trained
-from gatepress.modeling_gatepress import first_token_alone, reads_first_token
+from gatepress.modeling_gatepress import first_token_alone
 from gatepress.models import model_files, open_tokenizer
 from gatepress.narrowing import narrow_, quicken_
 from gatepress.ondisk import base_of, stands_on
@@ -52,7 +53,6 @@ from gatepress.rotation import bases_of, turn_
 from gatepress.runners import input_names, max_tokens
 from gatepress.runtime import device_here, torch_device
 from gatepress.schema import refuse_unsound
-from gatepress.tasks import TaskSpec
 from gatepress.tasks.sources import load_rows
 from gatepress.versions import MADE_WITH, versions
 
@@ -173,7 +173,7 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
     refuse_rank(model, settings)
     layers = prepare_(model, settings)
     if settings.gated:
-        quicken_(model, layers, first_token=not _reads_all(model, rows.spec))
+        quicken_(model, layers, first_token=not reads_all(model))
     start = None if resumed else settings.start
     base_sha256 = model_files(base)
     before = load_start_(model, settings, rows.spec, base, base_sha256) if start else {}
@@ -261,7 +261,7 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
             rows.spec,
             tokenizer,
             hidden_weight=settings.hidden_weight or 0.0,  # none: nobody teaches
-            all_tokens=_reads_all(model, rows.spec),
+            all_tokens=reads_all(model),
             processes=processes,
         ),
         manifest=RunManifest(
@@ -276,11 +276,6 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
             versions=versions(*MADE_WITH),
         ),
     )
-
-
-def _reads_all(model: Any, spec: TaskSpec) -> bool:
-    """Say whether all tokens of the last layer are read, not the first one alone."""
-    return spec.embeds or not reads_first_token(model.config)
 
 
 def _as_start(settings: TrainSettings, start: Path) -> TrainSettings:
