@@ -21,6 +21,7 @@ import main_job
 import paper
 import pruning_baselines
 import resume
+import shares
 import sizes
 import steps
 import training_time
@@ -363,6 +364,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     **{f"paper_{name}": partial(paper.render, experiment) for name, experiment in paper.EXPERIMENTS.items()},
     "pruning_baselines": pruning_baselines.render,
     "resume": resume.render,
+    "shares": shares.render,
     "speed_collapse": collapse_table,
     "speed_grid": grid_table,
     "sizes": sizes.render,

@@ -150,6 +150,7 @@ class TrainSettings:
     distill: bool | None = None  # what the open model knew teaches the one that closes; None: where it was finetuned
     hidden_weight: float | None = None  # of a teacher's hidden states, where logits and labels have 1; None: chosen
     epochs: int | None = None  # None: enough for about 1,500 steps, 3 at least, 20 at most
+    match_shares: bool = False  # move the head at the end, until classes are named as often as they occur
     batch_size: int = 32
     max_length: int = 128  # tokens
     learning_rate: float | None = None  # of all that is trained but gates; None: as for the rank

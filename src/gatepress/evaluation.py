@@ -1,7 +1,8 @@
 """The metric of a task on its validation rows, the same for every form of a model."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
@@ -184,6 +185,21 @@ def evaluate_model(
     Afterwards all its parts are in the mode that the model as a whole was in: who sets some of them apart, as
     `distill.learn_from_teacher_` does with gates, does so again.
     """
+    with _predicting(model) as predict:
+        return score(predict, loaders, spec, processes=processes)
+
+
+def outputs_of(
+    model: PreTrainedModel, loader: DataLoader[Any], processes: Processes = ALONE
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[Any]]:
+    """Return logits [rows, labels] of a torch model and labels [rows], in the order of the rows; modes as above."""
+    with _predicting(model) as predict:
+        return _outputs(predict, loader, processes)
+
+
+@contextmanager
+def _predicting(model: PreTrainedModel) -> Iterator[Predict]:
+    """Give what computes the logits of a torch model on its own device, without dropout."""
 
     def predict(inputs: dict[str, torch.Tensor]) -> npt.NDArray[np.float32]:
         on_device = {name: value.to(model.device) for name, value in inputs.items()}
@@ -194,9 +210,26 @@ def evaluate_model(
     model.eval()
     try:
         with torch.inference_mode():
-            return score(predict, loaders, spec, processes=processes)
+            yield predict
     finally:
         model.train(was_training)
+
+
+def _outputs(
+    predict: Predict, loader: DataLoader[Any], processes: Processes, progress: Progress | None = None
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[Any]]:
+    """Return logits and labels of all rows in their order; several processes share the batches."""
+    progress = progress or NoProgress()
+    parts = []
+    for number, batch in enumerate(loader):
+        if number % processes.count == processes.index:
+            logits = predict({key: batch[key] for key in INPUTS if key in batch})
+            parts.append((number, logits, batch["labels"].numpy()))
+        progress.advance(1)
+    ordered = sorted(processes.gathered(parts), key=itemgetter(0))
+    order = np.argsort(rows_in_order(loader))
+    logits, labels = (np.concatenate([part[which] for part in ordered])[order] for which in (1, 2))
+    return logits, labels
 
 
 def score(
@@ -216,15 +249,7 @@ def score(
     progress.start(sum(len(loader) for loader in loaders.values()), f"evaluating {spec.name}")
     try:
         for name, loader in loaders.items():
-            parts = []
-            for number, batch in enumerate(loader):
-                if number % processes.count == processes.index:
-                    logits = predict({key: batch[key] for key in INPUTS if key in batch})
-                    parts.append((number, logits, batch["labels"].numpy()))
-                progress.advance(1)
-            ordered = sorted(processes.gathered(parts), key=itemgetter(0))
-            order = np.argsort(rows_in_order(loader))
-            logits, labels = (np.concatenate([part[which] for part in ordered])[order] for which in (1, 2))
+            logits, labels = _outputs(predict, loader, processes, progress)
             queries = queries_of(loader) + seen  # of two splits no two are the same
             seen += len(labels)
             if spec.embeds:  # rows are texts, the first ones of all pairs before the second ones

@@ -33,7 +33,7 @@ from gatepress.config import TrainSettings
 from gatepress.distill import Lesson, Teacher, learn_from_teacher_
 from gatepress.embedding import reads_all
 from gatepress.errors import ModelError, ProcessError, UsageError
-from gatepress.evaluation import evaluate_model
+from gatepress.evaluation import evaluate_model, outputs_of
 from gatepress.files import check_output, explained, try_writing
 from gatepress.gates import gates_of
 from gatepress.hub import locate_model
@@ -53,7 +53,8 @@ from gatepress.rotation import bases_of, turn_
 from gatepress.runners import input_names, max_tokens
 from gatepress.runtime import device_here, torch_device
 from gatepress.schema import refuse_unsound
-from gatepress.tasks.sources import load_rows
+from gatepress.shares import drawn, match_
+from gatepress.tasks.sources import Rows, load_rows
 from gatepress.versions import MADE_WITH, versions
 
 logger = logging.getLogger(__name__)
@@ -139,6 +140,7 @@ class _Job(Resumable):
     loader: DataLoader[Any]
     noise: torch.Generator
     validation: dict[str, DataLoader[Any]]
+    matching: DataLoader[Any] | None  # rows by which classes are named as often as they occur; None: not asked for
     probe: dict[str, Tensor]
     steps: int
     open_steps: int
@@ -157,9 +159,7 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
     set_seed(settings.seed)
     if settings.start and not resumed:
         settings = _as_start(settings, Path(settings.start))
-    # Before the model: what is wrong with rows is found without a download.
-    rows = load_rows(settings.data, embeds=settings.embed)
-    refuse_unsound({"settings": settings.to_json(), "task": rows.spec.to_json()})
+    rows = _rows(settings)  # before the model: what is wrong with them is found without a download
     base = locate_model(settings.model, settings.revision)
     finetuned = is_finetuned(base, rows.spec)
     settings = settings.resolved(finetuned=finetuned)
@@ -244,10 +244,8 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
         schedule=schedule,
         loader=loader,
         noise=noise,
-        validation={
-            name: make_loader(split, tokenizer, VALIDATION_BATCH, shuffle=False, seed=0)
-            for name, split in validation_rows.items()
-        },
+        validation={name: _in_order(split, tokenizer) for name, split in validation_rows.items()},
+        matching=_in_order(drawn(train_rows, len(labelled)), tokenizer) if settings.match_shares else None,
         probe=probe_batch(next(iter(validation_rows.values())), tokenizer),
         budget=budget,
         # Gates of a start may be closed: opened again, they make no model that ever was. The finetuned one was.
@@ -276,6 +274,15 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
             versions=versions(*MADE_WITH),
         ),
     )
+
+
+def _rows(settings: TrainSettings) -> Rows:
+    """Return the rows of a run; `UsageError` where what is asked of their classes finds none."""
+    rows = load_rows(settings.data, embeds=settings.embed)
+    if settings.match_shares and (rows.spec.embeds or rows.spec.label_names is None):
+        raise UsageError(f"--match-shares is about classes, and {rows.spec.name} has none; leave it out")
+    refuse_unsound({"settings": settings.to_json(), "task": rows.spec.to_json()})
+    return rows
 
 
 def _as_start(settings: TrainSettings, start: Path) -> TrainSettings:
@@ -308,10 +315,15 @@ def _tokenizer_of(base: Path, model: Any) -> Any:
     return tokenizer
 
 
+def _in_order(rows: Any, tokenizer: Any) -> DataLoader[Any]:
+    """Return batches of tokenized rows that are measured, not learnt from."""
+    return make_loader(rows, tokenizer, VALIDATION_BATCH, shuffle=False, seed=0)
+
+
 def _rotate_heads_(model: Any, rows: Any, tokenizer: Any, processes: Processes) -> None:
     """Turn heads into the bases that the first training rows choose, in place; `ParityError` where logits change."""
     few = rows.select(range(min(ROTATION_ROWS, len(rows))))
-    loader = make_loader(few, tokenizer, VALIDATION_BATCH, shuffle=False, seed=0)
+    loader = _in_order(few, tokenizer)
     batches = [
         {name: value.to(processes.device) for name, value in batch.items() if name != "labels"} for batch in loader
     ]
@@ -369,7 +381,10 @@ def _unmeasured(job: _Job) -> bool:
 
 def _end_epoch(job: _Job, writer: RunWriter | None) -> None:
     """Measure and count the model behind a pass over the rows, and write it."""
-    report = _measured(job)
+    matched = {}
+    if job.matching and job.step == job.steps:
+        matched = {"class_offsets": match_(job.gated, *outputs_of(job.gated, job.matching, job.processes))}
+    report = _measured(job) | matched
     _checkpoint(job, writer, "finished" if job.step == job.steps else "training", report)
     if writer:
         epoch, metric = job.step // job.steps_per_epoch, report["metric_name"]

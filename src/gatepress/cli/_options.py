@@ -295,6 +295,15 @@ LearningRate = Annotated[
         "5e-4, from a sparsity of 0.8 on 1e-3); gates, lora, lora-fa and lora-xs 1e-3; vera 4e-3; full 5e-5.",
     ),
 ]
+MatchShares = Annotated[
+    bool,
+    TRAINING(
+        "--match-shares/--no-match-shares",
+        help="At the end move the biases of the head until each class is named among training rows as often as it "
+        "occurs. For metrics that hang on where a decision lies, as Matthews correlation: what knows little names "
+        "the larger class too often. Accuracy may fall a little.",
+    ),
+]
 GateLearningRate = Annotated[
     float, TRAINING("--gate-learning-rate", "--gate-lr", metavar="RATE", help="Learning rate of the gates.")
 ]
@@ -479,6 +488,7 @@ class Schedule:
     batch_size: BatchSize = TrainSettings.batch_size
     max_length: MaxLength = TrainSettings.max_length
     learning_rate: LearningRate = TrainSettings.learning_rate
+    match_shares: MatchShares = TrainSettings.match_shares
 
 
 @dataclass(frozen=True)

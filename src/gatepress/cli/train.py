@@ -152,6 +152,8 @@ def tables(result: dict[str, Any]) -> list[Titled]:
             ("total_params", "parameters", count),
         ],
     )
+    if offsets := result.get("class_offsets"):
+        rows.append(("logits moved, by class", " ".join(f"{one:+.2f}" for one in offsets)))
     trained = result.get("trainable_params", {})
     rows += [(f"trained: {kind.replace('_', ' ')}", count(trained[kind])) for kind in KINDS if kind in trained]
     rows += pick(result, [("output_dir", "output", str)])

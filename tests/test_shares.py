@@ -1,0 +1,176 @@
+"""`--match-shares`: each class is named as often as it occurs, by the least that does it, in every form of a model."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+import tiny
+from conftest import TaskFiles
+from forms import settings_for
+from gatepress import load_pruned
+from gatepress.batches import make_loader, tokenize
+from gatepress.checkpoint import load_run, read_run
+from gatepress.config import DataSettings, TrainSettings
+from gatepress.errors import ModelError, UsageError
+from gatepress.evaluation import evaluate, outputs_of
+from gatepress.models import open_tokenizer
+from gatepress.recovery import prune_each
+from gatepress.shares import MARGIN, ROWS, drawn, match_, offsets
+from gatepress.tasks.sources import load_rows
+from gatepress.training import resume, train
+
+RARE = 5  # rows of one class, for one of the other
+
+
+def named(logits: Any, classes: int) -> list[int]:
+    return np.bincount(logits.argmax(1), minlength=classes).tolist()
+
+
+@pytest.mark.parametrize("classes", [2, 3, 6])
+@pytest.mark.parametrize("seed", range(5))
+def test_every_class_is_named_as_often_as_it_is_counted(classes: int, seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    logits = draw.normal(size=(400, classes)) * draw.uniform(0.5, 4) + draw.normal(size=classes)
+    counts = draw.multinomial(400, draw.dirichlet(np.ones(classes)))
+    found = offsets(logits, counts)
+    assert named(logits + found, classes) == counts.tolist()
+    assert found.sum() == pytest.approx(0)
+    np.testing.assert_array_equal(offsets(logits, np.array(named(logits, classes))), 0)  # nothing is moved for nothing
+
+
+def test_of_two_classes_a_decision_moves_no_farther_than_it_must() -> None:
+    logits = np.random.default_rng(0).normal(size=(100, 2)) + np.array([0, 1])
+    wanted = np.array([60, 40])
+    found = offsets(logits, wanted)
+    assert named(logits + found, 2) == wanted.tolist()
+    less = np.sign(found) * (np.abs(found) - MARGIN)
+    assert named(logits + less, 2) != wanted.tolist()
+
+
+@pytest.mark.parametrize("counts", [[4, 0], [0, 4]])
+def test_a_class_that_does_not_occur_is_not_named(counts: list[int]) -> None:
+    logits = np.array([[0.0, 1.0], [1.0, 0.0], [2.0, 0.0], [0.0, 3.0]])
+    found = offsets(logits, np.array(counts))
+    assert np.isfinite(found).all()
+    assert named(logits + found, 2) == counts
+
+
+def test_rows_that_are_alike_move_together() -> None:
+    assert named(np.ones((10, 2)) + offsets(np.ones((10, 2)), np.array([5, 5])), 2) in ([10, 0], [0, 10])
+
+
+def test_of_many_rows_some_are_counted_of_every_class() -> None:
+    alternating = Dataset.from_dict({"label": [0, 1] * ROWS})
+    for rows in (drawn(alternating), drawn(alternating, 2 * ROWS - 1)):
+        assert len(rows) == len(set(rows["label"])) * ROWS / 2
+        assert sum(rows["label"]) == pytest.approx(ROWS / 2, rel=0.1)
+    assert drawn(alternating)["label"][:] == drawn(alternating)["label"][:]
+    assert drawn(alternating, 7)["label"][:] == [0, 1, 0, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 3])
+def test_the_head_of_each_family_gives_logits_that_are_moved(family: str, outputs: int) -> None:
+    model = tiny.build_classifier(family, outputs).eval()
+    inputs = tiny.random_batch(family)
+    with torch.no_grad():
+        before = model(**inputs).logits
+    rows = before.numpy()
+    labels = np.arange(len(rows)) % max(outputs, 2)
+    moved = torch.tensor(match_(model, rows, labels), dtype=torch.float32)
+    with torch.no_grad():
+        after = model(**inputs).logits
+    torch.testing.assert_close(after, before + (moved if outputs > 1 else moved[1:] - moved[:1]))
+    assert bool((after > 0).sum() == (labels == 1).sum()) if outputs == 1 else after.argmax(1).unique().numel() > 1
+
+
+def test_a_head_without_a_bias_is_told() -> None:
+    model: Any = tiny.build_classifier("bert", 2)
+    model.classifier.bias = None
+    with pytest.raises(ModelError, match="ends without a bias to move; leave out --match-shares"):
+        match_(model, np.zeros((2, 2)), np.array([0, 1]))
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> TaskFiles:
+    """Return rows of which one class is the rarer one, in texts that hardly say which."""
+    root, header = tmp_path_factory.mktemp("uneven"), ("text", "label")
+    draw = np.random.default_rng(0)
+    rows = [(text, "no" if draw.integers(RARE + 1) == 0 else "yes") for text, _ in tiny.made_up_rows(240, seed=3)]
+    return TaskFiles(
+        tiny.write_table(root / "train.csv", header, rows), tiny.write_table(root / "validation.csv", header, rows[:60])
+    )
+
+
+def shares_of(model: Any, directory: Path, files: TaskFiles) -> tuple[list[int], list[int]]:
+    """Return how often each class is named among the training rows, and how often it occurs."""
+    tokenizer = open_tokenizer(directory)
+    rows = load_rows(DataSettings(train_file=str(files.train), validation_file=str(files.validation))).train
+    assert rows is not None
+    logits, labels = outputs_of(
+        model, make_loader(tokenize(rows, tokenizer, 128), tokenizer, 32, shuffle=False, seed=0)
+    )
+    return named(logits, 2), np.bincount(labels).tolist()
+
+
+@pytest.mark.parametrize("method", ["gates+lora", "full", "lora"])
+def test_a_run_names_classes_as_often_as_they_occur(
+    method: Any, tiny_model_dir: Callable[[str], Path], uneven: TaskFiles, tmp_path: Path
+) -> None:
+    settings = settings_for(tiny_model_dir("bert"), uneven, method=method, epochs=1)
+    plain = train(settings, tmp_path / "plain")
+    matched = train(replace(settings, match_shares=True), tmp_path / "matched")
+    assert "class_offsets" not in plain
+    assert any(matched["class_offsets"])
+    counted, occur = shares_of(load_run(tmp_path / "matched")[0], tmp_path / "matched", uneven)
+    assert counted == occur
+    assert shares_of(load_run(tmp_path / "plain")[0], tmp_path / "plain", uneven)[0] != occur
+    assert evaluate(tmp_path / "matched")["metric_value"] == matched["metric_value"]
+    assert matched["curve"][-1]["metric_value"] == matched["metric_value"]
+
+
+def test_sizes_that_recover_are_matched_anew(
+    tiny_model_dir: Callable[[str], Path], uneven: TaskFiles, tmp_path: Path
+) -> None:
+    settings = settings_for(tiny_model_dir("bert"), uneven, match_shares=True, epochs=1)
+    train(settings, tmp_path / "run")
+    prune_each(tmp_path / "run", {0.6: tmp_path / "small"}, recover_epochs=1)
+    counted, occur = shares_of(load_pruned(tmp_path / "small"), tmp_path / "small", uneven)
+    assert counted == occur
+
+
+def test_a_run_that_is_stopped_comes_to_the_same(
+    tiny_model_dir: Callable[[str], Path], uneven: TaskFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_for(tiny_model_dir("bert"), uneven, match_shares=True, epochs=2)
+    whole = train(settings, tmp_path / "whole")
+
+    def stopped(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gatepress.training.match_", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings, tmp_path / "stopped")
+    assert read_run(tmp_path / "stopped").status == "interrupted"
+    gone_on = resume(tmp_path / "stopped")
+    assert gone_on["class_offsets"] == whole["class_offsets"]
+    assert gone_on["metric_value"] == whole["metric_value"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"embed": True}])
+def test_where_there_are_no_classes_it_is_refused(
+    changes: dict[str, Any], tiny_model_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    numbers = [(text, text, 1.5 * row) for row, (text, _) in enumerate(tiny.made_up_rows(20, seed=1))]
+    file = str(tiny.write_table(tmp_path / "rows.csv", ("text", "text_pair", "label"), numbers))
+    data = DataSettings(train_file=file, validation_file=file)
+    settings = TrainSettings(data=data, model=str(tiny_model_dir("bert")), match_shares=True, **changes)
+    with pytest.raises(UsageError, match=r"--match-shares is about classes, and .* has none; leave it out"):
+        train(settings, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
