@@ -90,8 +90,16 @@ def add(made: argparse.ArgumentParser, *names: str, tasks: Iterable[str] = TASKS
         made.add_argument(name, **OPTIONS[name], **known)
 
 
-def read(made: argparse.ArgumentParser, words: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the options of a command line, with the directory of the results; exits where one is missing."""
+def read(
+    made: argparse.ArgumentParser,
+    words: Sequence[str] | None = None,
+    usual: Callable[[argparse.Namespace], dict[str, str]] = lambda _: {},
+) -> argparse.Namespace:
+    """Return the options of a command line, with the directory of the results; exits where one is missing.
+
+    Models, where a script takes them, are name -> directory or hub id: the `usual` ones unless some are given, none
+    where results are only rendered.
+    """
     options = made.parse_args(words)
     if options.render:
         options.results = options.results or RESULTS
@@ -101,17 +109,11 @@ def read(made: argparse.ArgumentParser, words: Sequence[str] | None = None) -> a
         made.error("--results is required, or --render alone")
     else:
         options.results = options.results or options.work / "results"
+    if "models" in options:
+        options.models = {} if options.render else dict(options.models) or usual(options)
+        if not (options.models or options.render):
+            made.error("--model is required, as NAME=DIRECTORY or NAME=HUB-ID, or --render alone")
     return options
-
-
-def models_of(
-    made: argparse.ArgumentParser, options: argparse.Namespace, others: dict[str, str] | None = None
-) -> dict[str, str]:
-    """Return name -> directory or hub id, `others` unless some are given; none where results are only rendered."""
-    models = {} if options.render else dict(options.model) or others or {}
-    if not (models or options.render):
-        made.error("--model is required, as NAME=DIRECTORY or NAME=HUB-ID, or --render alone")
-    return models
 
 
 def named(text: str) -> tuple[str, str]:
@@ -132,7 +134,7 @@ def count(text: str) -> int:
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "--data-dir": {"type": Path, "metavar": "GLUE", "help": "GLUE files; from the hub unless given"},
-    "--model": {"action": "append", "default": [], "type": named, "metavar": "NAME=DIRECTORY|HUB-ID"},
+    "--model": {"dest": "models", "action": "append", "default": [], "type": named, "metavar": "NAME=DIRECTORY|HUB-ID"},
     "--task": {"action": "append"},
     "--seed": {"action": "append", "type": int},
     "--epochs": {"type": count, "help": "default: those of the benchmark, else of gatepress train"},

@@ -29,7 +29,6 @@ from cells import (
     gatepress,
     is_finished,
     keep,
-    models_of,
     parser,
     read,
 )
@@ -180,7 +179,6 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     made.add_argument("--embed", action="store_true", help="embedders in place of classifiers")
     made.add_argument("--finished", action="store_true", help="only models whose training is in --work: train none")
     options = read(made, words)
-    options.models = models_of(made, options)
     if options.embed and options.task:
         made.error(f"--embed is measured on {EMBEDDERS['task']}; drop --task")
     options.task = options.task or (EMBEDDERS["task"] if options.embed else TASK)

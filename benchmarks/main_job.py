@@ -22,7 +22,6 @@ from cells import (
     add,
     common,
     gatepress,
-    models_of,
     parser,
     read,
     sweep,
@@ -91,9 +90,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     made = parser(__doc__)
     add(made, *OF_TRAINING, *KEPT_IN, "--task", "--seed")
     made.add_argument("--sparsity", type=float, default=0.5)
-    options = read(made, words)
-    options.models = models_of(made, options)
-    return options
+    return read(made, words)
 
 
 def main() -> None:

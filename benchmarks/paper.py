@@ -35,7 +35,6 @@ from cells import (
     common,
     data_of,
     gatepress,
-    models_of,
     on_gpu,
     parser,
     pressed_epochs,
@@ -417,6 +416,14 @@ def _passes(options: argparse.Namespace) -> list[object]:
     return [*pruned, "--task", "cola", *data_of(options), "--repetitions", 10]
 
 
+def _usual_models(options: argparse.Namespace) -> dict[str, str]:
+    """Return the models of an experiment at the paper's size, of Figure 3b the first; none at another."""
+    if options.size != "paper":
+        return {}
+    models = EXPERIMENTS.get(options.experiment, EXPERIMENTS["figure2"]).models
+    return dict(itertools.islice(models.items(), 1 if options.experiment == "figure3b" else None))
+
+
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; each experiment has the options that it makes use of."""
     made = parser(__doc__)
@@ -432,13 +439,8 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
             )
         elif name == "figure3b":
             way.add_argument("--seed", action=Once, type=int, default=0)
-    options = read(made, words)
-    if options.experiment == "figure3a":
-        return options
-    others = EXPERIMENTS.get(options.experiment, EXPERIMENTS["figure2"]).models if options.size == "paper" else {}
-    one = options.experiment == "figure3b"
-    options.models = models_of(made, options, dict(itertools.islice(others.items(), 1 if one else None)))
-    if one and len(options.models) > 1:
+    options = read(made, words, _usual_models)
+    if options.experiment == "figure3b" and len(options.models) > 1:
         made.error("--model: figure3b takes one")
     return options
 

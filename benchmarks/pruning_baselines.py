@@ -42,7 +42,6 @@ from cells import (
     TASKS,
     add,
     machine,
-    models_of,
     parser,
     pressed_epochs,
     read,
@@ -277,7 +276,6 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     made.add_argument("--kept", action="append", type=fraction, help="fraction of the encoder's linear MACs")
     made.add_argument("--method", action="append", choices=METHODS)
     options = read(made, words)
-    options.models = models_of(made, options)
     if not (options.render or options.data_dir):
         made.error("--data-dir is required, or --render alone")
     return options

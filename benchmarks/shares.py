@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from cells import KEPT_IN, OF_TRAINING, TASKS, add, machine, models_of, parser, read, sweep, trained_on
+from cells import KEPT_IN, OF_TRAINING, TASKS, add, machine, parser, read, sweep, trained_on
 from paper import FACTORS, FINETUNED, SEEDS, trained
 from torch.nn import functional
 
@@ -47,7 +47,7 @@ def measure(key: tuple[Any, ...], options: argparse.Namespace) -> dict[str, Any]
     (validation,) = rows.validation.values()
     assert rows.train is not None  # noqa: S101 - all splits are asked for
     known, unseen = (
-        make_loader(tokenize(split, tokenizer, manifest.report["tokens"]), tokenizer, BATCH, shuffle=False, seed=0)
+        make_loader(tokenize(split, tokenizer, manifest.tokens), tokenizer, BATCH, shuffle=False, seed=0)
         for split in (drawn(rows.train), validation)
     )
     before, labels = outputs_of(model, unseen)
@@ -124,9 +124,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     made = parser(__doc__)
     add(made, *OF_TRAINING, *KEPT_IN, "--task", "--seed", tasks=OF_CLASSES)
     made.add_argument("--arm", action="append", choices=ARMS, help="default: all of them")
-    options = read(made, words)
-    options.models = models_of(made, options)
-    return options
+    return read(made, words)
 
 
 def main() -> None:

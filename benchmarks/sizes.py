@@ -26,7 +26,6 @@ from cells import (
     data_of,
     gatepress,
     machine,
-    models_of,
     parser,
     read,
     sweep,
@@ -96,9 +95,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     made = parser(__doc__)
     add(made, *OF_TRAINING, *KEPT_IN, "--task", "--seed")
     made.add_argument("--way", action="append", choices=tuple(WAYS), help="default: all of them")
-    options = read(made, words)
-    options.models = models_of(made, options)
-    return options
+    return read(made, words)
 
 
 def main() -> None:

@@ -31,7 +31,6 @@ from cells import (
     data_of,
     gatepress,
     machine,
-    models_of,
     parser,
     pressed_epochs,
     read,
@@ -104,9 +103,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     add(made, *OF_TRAINING, *KEPT_IN, "--task")
     made.add_argument("--rows", type=count, default=2_000, help="training rows; default: 2,000")
     made.add_argument("--repetitions", type=count, default=3, help="trainings of each arm, by turns; default: 3")
-    options = read(made, words)
-    options.models = models_of(made, options)
-    return options
+    return read(made, words)
 
 
 def main() -> None:

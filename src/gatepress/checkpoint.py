@@ -81,6 +81,11 @@ class RunManifest:
     resume: dict[str, Any] = field(default_factory=dict)  # {"file", "sha256", ...} to go on from; {}: finished
     sha256: dict[str, str] = field(default_factory=dict)  # of probe and tokenizer; {}: an earlier release wrote it
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that a text was cut at; of early releases what was asked."""
+        return int(self.report.get("tokens", self.settings.max_length))
+
     def to_json(self) -> dict[str, Any]:
         """Return the manifest as plain JSON values."""
         return {

@@ -55,7 +55,7 @@ class Lesson:
     ) -> "Lesson":
         """Return the lesson of rows that have these labels."""
         special = torch.tensor(tokenizer.all_special_ids, device=processes.device)
-        if spec.label_names is None or spec.embeds:
+        if not spec.names_classes:
             return cls(special, None, hidden_weight, all_tokens, processes)
         counted = torch.bincount(torch.tensor(labels), minlength=spec.num_labels)
         return cls(special, (counted / len(labels)).to(processes.device), hidden_weight, all_tokens, processes)

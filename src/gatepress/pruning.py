@@ -147,8 +147,7 @@ def _close_anew_(
 ) -> RunManifest:
     """Close a run's gates to another sparsity, in place; return the manifest as if that had been asked."""
     settings = replace(manifest.settings, sparsity=sparsity)
-    tokens = int(manifest.report.get("tokens", settings.max_length))
-    budget_of(model, layers, settings, steps=1, tokens=tokens).close_anew(sparsity, run=run_dir)
+    budget_of(model, layers, settings, steps=1, tokens=manifest.tokens).close_anew(sparsity, run=run_dir)
     return replace(manifest, settings=settings)
 
 

@@ -108,7 +108,7 @@ def _refit_to(
     """Return what fits a pruned model to `teacher` on the rows of a run, words exchanged as in its training."""
     settings, special = run.settings, torch.tensor(tokenizer.all_special_ids)
     few = rows.train.select(range(min(REFIT_ROWS, len(rows.train))))
-    table = tokenize(few, tokenizer, int(run.report.get("tokens", settings.max_length)))
+    table = tokenize(few, tokenizer, run.tokens)
     loader = make_loader(table, tokenizer, REFIT_BATCH, shuffle=True, seed=settings.seed)
     inputs = ({name: value for name, value in one.items() if name != "labels"} for one in loader)
     with torch.random.fork_rng(devices=[]):

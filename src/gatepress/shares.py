@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from gatepress.distill import of_classes
 from gatepress.errors import ModelError
 from gatepress.inject import in_head
 
@@ -69,7 +70,7 @@ def match_(model: PreTrainedModel, logits: npt.NDArray[Any], labels: npt.NDArray
     two classes, counted from 0. Raises `ModelError` where the head ends without a bias.
     """
     bias = _last_bias(model, logits.shape[1])
-    classes = np.concatenate([np.zeros_like(logits), logits], axis=1) if logits.shape[1] == 1 else logits
+    classes = of_classes(torch.from_numpy(logits)).numpy()
     counts = np.bincount(labels.astype(np.int64), minlength=classes.shape[1])
     moved = np.round(offsets(classes, counts), DIGITS)
     bias.add_(torch.from_numpy(moved if len(bias) > 1 else moved[1:] - moved[:1]).to(bias))

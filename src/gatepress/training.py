@@ -279,7 +279,7 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
 def _rows(settings: TrainSettings) -> Rows:
     """Return the rows of a run; `UsageError` where what is asked of their classes finds none."""
     rows = load_rows(settings.data, embeds=settings.embed)
-    if settings.match_shares and (rows.spec.embeds or rows.spec.label_names is None):
+    if settings.match_shares and not rows.spec.names_classes:
         raise UsageError(f"--match-shares is about classes, and {rows.spec.name} has none; leave it out")
     refuse_unsound({"settings": settings.to_json(), "task": rows.spec.to_json()})
     return rows
@@ -381,11 +381,11 @@ def _unmeasured(job: _Job) -> bool:
 
 def _end_epoch(job: _Job, writer: RunWriter | None) -> None:
     """Measure and count the model behind a pass over the rows, and write it."""
-    matched = {}
-    if job.matching and job.step == job.steps:
+    finished, matched = job.step == job.steps, {}
+    if finished and job.matching:
         matched = {"class_offsets": match_(job.gated, *outputs_of(job.gated, job.matching, job.processes))}
     report = _measured(job) | matched
-    _checkpoint(job, writer, "finished" if job.step == job.steps else "training", report)
+    _checkpoint(job, writer, "finished" if finished else "training", report)
     if writer:
         epoch, metric = job.step // job.steps_per_epoch, report["metric_name"]
         logger.info("epoch %d: %s %.4f", epoch, metric, report["metric_value"])

@@ -40,6 +40,11 @@ class TaskSpec:
         return 1 if self.label_names is None else len(self.label_names)
 
     @property
+    def names_classes(self) -> bool:
+        """Whether a model of this task names a class of each row, where others give a number or a vector."""
+        return not (self.embeds or self.label_names is None)
+
+    @property
     def widths(self) -> tuple[int, ...]:
         """Widths that the head of a finetuned model may have: of two classes one output may tell, as rerankers have."""
         return (self.num_labels, 1) if self.num_labels == MIN_CLASSES else (self.num_labels,)
