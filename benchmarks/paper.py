@@ -64,6 +64,7 @@ FROM_FINETUNED = "<full>"  # among the words of an arm: it starts from what that
 PRESSED = (FROM_FINETUNED, "--distill")
 AS_THEY_ARE = "--no-rotate-heads"
 WHOLE = ("--granularity", "heads")
+MATCHED, AS_TRAINED = "--match-shares", "--no-match-shares"  # pruning baselines and the paper know the second alone
 KEY = ("encoder", "task", "arm", "seed")
 SENTENCE = range(3, 26)  # words of one that is taken from other tasks
 
@@ -199,6 +200,13 @@ EXPERIMENTS = {
         models={},
         usual=(FINETUNED, *FACTORS),
     ),
+    "matched": Experiment(
+        "Classes named as often as they occur, finetuned and pressed",
+        {FINETUNED: FULL, **_at(FACTORS, *PRESSED)},
+        tasks=("cola",),
+        words=(*ROWS, MATCHED),
+        models={},
+    ),
     "texts": Experiment(
         "What texts without labels are worth, in as many steps",
         {
@@ -262,6 +270,7 @@ def render(experiment: Experiment, cells: list[dict[str, Any]]) -> str:
         f"full finetuning's metric with the same seeds, where the table has it. {AVERAGED if averages else ''}"
         f"Trained in {', and in '.join(machines)}; measured in float32 on all "
         "validation rows; seconds with measuring and whatever else ran. "
+        f"{LEFT if 'cola' in tasks and MATCHED not in experiment.words else ''}"
         "Peak memory is that of trainings whose command sets no environment. Commands, curves and versions stand in "
         f"the JSON.{_turned(cells)}\n"
     )
@@ -311,6 +320,7 @@ def _paired(cells: list[dict[str, Any]], encoder: str, task: str, arm: str) -> f
 
 
 AVERAGES = {"kept on average": _part, "seed by seed": _paired}
+LEFT = f"CoLA's decisions lie where training left them (`{AS_TRAINED}`). "
 AVERAGED = (
     "*kept on average*: the mean of these over tasks; *seed by seed*: of the mean over seeds of each seed's part of "
     "its own full finetuning. "
@@ -371,7 +381,7 @@ def trained(
     for texts in (word for word in words if isinstance(word, Texts)):
         words = tuple(texts.file(task, options) if word is texts else word for word in words)
         epochs = epochs and texts.epochs(epochs, task, options)
-    words = ("--task", task, *experiment.words, *words, "--seed", seed, *common(options, epochs))
+    words = ("--task", task, AS_TRAINED, *experiment.words, *words, "--seed", seed, *common(options, epochs))
     run = place_of(name, key, options)
     told = train(run, *start, words, options)
     return run, {**told, "command": told["command"].replace(f"{options.work}/", "")}

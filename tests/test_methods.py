@@ -282,26 +282,26 @@ def test_a_finetuned_model_teaches_unless_it_is_told_not_to(
     *, finetuned: bool, changes: dict[str, Any], taught: bool
 ) -> None:
     settings = replace(SETTINGS, method="gates+lora", lora_rank=None)
-    resolved = replace(settings, **changes).resolved(finetuned=finetuned)
+    resolved = replace(settings, **changes).resolved("accuracy", finetuned=finetuned)
     assert resolved.distill is taught
     assert resolved.hidden_weight == (HIDDEN_WEIGHT if taught else None)
     if taught:
-        assert replace(resolved, hidden_weight=0.0).resolved(finetuned=finetuned).hidden_weight == 0
+        assert replace(resolved, hidden_weight=0.0).resolved("accuracy", finetuned=finetuned).hidden_weight == 0
         return
     with pytest.raises(UsageError, match="--hidden-weight weighs what a teacher computes"):
-        replace(settings, **changes, hidden_weight=0.0).resolved(finetuned=finetuned)
+        replace(settings, **changes, hidden_weight=0.0).resolved("accuracy", finetuned=finetuned)
 
 
 @pytest.mark.parametrize("distill", [True, False])
 def test_what_an_older_release_began_goes_on_with_its_weight_of_hidden_states(*, distill: bool) -> None:
-    old = replace(SETTINGS, method="gates+lora", distill=distill).resolved(finetuned=True).to_json()
+    old = replace(SETTINGS, method="gates+lora", distill=distill).resolved("accuracy", finetuned=True).to_json()
     del old["hidden_weight"]
     assert TrainSettings.from_json(old).hidden_weight == (1.0 if distill else None)
 
 
 @pytest.mark.parametrize("method", ["gates+lora", "gates", "lora"])
 def test_what_an_older_release_began_has_low_rank_wherever_it_has_gates(method: Method) -> None:
-    old = replace(SETTINGS, method=method, matrices=("o", "up")).resolved(finetuned=True).to_json()
+    old = replace(SETTINGS, method=method, matrices=("o", "up")).resolved("accuracy", finetuned=True).to_json()
     del old["lora_matrices"]
     assert TrainSettings.from_json(old).lora_matrices == (("o", "up") if method == "gates+lora" else None)
 
@@ -319,9 +319,9 @@ def test_manifests_from_before_there_were_methods_are_read() -> None:
 @pytest.mark.parametrize(("sparsity", "rate"), [(0.5, 5e-4), (0.75, 5e-4), (0.8, 1e-3), (0.875, 1e-3)])
 def test_where_little_of_a_finetuned_model_is_left_it_learns_at_a_higher_rate(sparsity: float, rate: float) -> None:
     asked = replace(SETTINGS, method="gates+lora", sparsity=sparsity)
-    assert asked.resolved(finetuned=True).learning_rate == rate
-    assert asked.resolved(finetuned=False).learning_rate == METHODS["gates+lora"].learning_rate
-    assert replace(asked, learning_rate=2e-4).resolved(finetuned=True).learning_rate == 2e-4
+    assert asked.resolved("accuracy", finetuned=True).learning_rate == rate
+    assert asked.resolved("accuracy", finetuned=False).learning_rate == METHODS["gates+lora"].learning_rate
+    assert replace(asked, learning_rate=2e-4).resolved("accuracy", finetuned=True).learning_rate == 2e-4
 
 
 def test_gates_close_in_a_model_that_was_finetuned_and_it_teaches_itself(

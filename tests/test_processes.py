@@ -86,7 +86,7 @@ def children(process: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def longer(words) -> list[str]:
-    return [*words, "--epochs", "15", "--save-every", "2", "-o"]
+    return [*words, "--epochs", "8", "--save-every", "2", "-o"]
 
 
 @pytest.fixture(scope="module")

@@ -207,5 +207,5 @@ def test_gates_that_are_no_dimensions_of_heads_refuse_it(changes: dict[str, Any]
 )
 def test_structured_gates_have_it_unless_asked(changes: dict[str, Any], *, rotated: bool) -> None:
     settings = TrainSettings(data=DataSettings(task="demo"), **changes)
-    assert settings.resolved(finetuned=False).rotate_heads is rotated
-    assert replace(settings, rotate_heads=False).resolved(finetuned=False).rotate_heads is False
+    assert settings.resolved("accuracy", finetuned=False).rotate_heads is rotated
+    assert replace(settings, rotate_heads=False).resolved("accuracy", finetuned=False).rotate_heads is False

@@ -1,9 +1,10 @@
 """`--match-shares`: each class is named as often as it occurs, by the least that does it, in every form of a model."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from forms import settings_for
 from gatepress import load_pruned
 from gatepress.batches import make_loader, tokenize
 from gatepress.checkpoint import load_run, read_run
-from gatepress.config import DataSettings, TrainSettings
+from gatepress.config import DataSettings, Metric, TrainSettings
 from gatepress.errors import ModelError, UsageError
 from gatepress.evaluation import evaluate, outputs_of
 from gatepress.models import open_tokenizer
@@ -92,7 +93,7 @@ def test_the_head_of_each_family_gives_logits_that_are_moved(family: str, output
 def test_a_head_without_a_bias_is_told() -> None:
     model: Any = tiny.build_classifier("bert", 2)
     model.classifier.bias = None
-    with pytest.raises(ModelError, match="ends without a bias to move; leave out --match-shares"):
+    with pytest.raises(ModelError, match="ends without a bias to move; train with --no-match-shares"):
         match_(model, np.zeros((2, 2)), np.array([0, 1]))
 
 
@@ -132,6 +133,43 @@ def test_a_run_names_classes_as_often_as_they_occur(
     assert shares_of(load_run(tmp_path / "plain")[0], tmp_path / "plain", uneven)[0] != occur
     assert evaluate(tmp_path / "matched")["metric_value"] == matched["metric_value"]
     assert matched["curve"][-1]["metric_value"] == matched["metric_value"]
+
+
+def test_it_is_the_default_of_matthews_correlation_alone() -> None:
+    settings = TrainSettings(data=DataSettings(task="demo"))
+    metrics = get_args(Metric)
+    assert [metric for metric in metrics if settings.matches(metric)] == ["matthews"]
+    for metric, asked in itertools.product(metrics, (True, False)):
+        given = replace(settings, match_shares=asked)
+        assert given.matches(metric) is given.resolved(metric, finetuned=False).match_shares is asked
+    old = settings.resolved("matthews", finetuned=False).to_json()
+    assert TrainSettings.from_json(old).match_shares is True
+    del old["match_shares"]  # what a release of before began goes on without
+    assert TrainSettings.from_json(old).match_shares is False
+
+
+@pytest.mark.parametrize(("asked", "moved"), [(None, True), (False, False)])
+def test_a_run_says_whether_its_head_was_moved(
+    *, asked: bool | None, moved: bool, tiny_model_dir: Callable[[str], Path], uneven: TaskFiles, tmp_path: Path
+) -> None:
+    settings = settings_for(tiny_model_dir("bert"), uneven, method="full", epochs=1, match_shares=asked)
+    settings = replace(settings, data=replace(settings.data, metric="matthews"))
+    report = train(settings, tmp_path / "run")
+    assert ("class_offsets" in report) is moved
+    assert read_run(tmp_path / "run").settings.match_shares is moved
+
+
+def test_what_cannot_be_moved_is_told_before_the_first_step(
+    tiny_model_dir: Callable[[str], Path], uneven: TaskFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without(_: Any) -> Any:
+        raise ModelError("the head ends without a bias")
+
+    monkeypatch.setattr("gatepress.training.last_bias", without)
+    monkeypatch.setattr("gatepress.training._step", lambda *_: pytest.fail("it trained"))
+    with pytest.raises(ModelError, match="ends without a bias"):
+        train(settings_for(tiny_model_dir("bert"), uneven, match_shares=True), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_sizes_that_recover_are_matched_anew(

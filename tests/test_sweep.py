@@ -288,6 +288,21 @@ def test_other_settings_are_refused(settings, trained, tmp_path, changes, messag
     assert (tmp_path / "sweep/sweep.json").read_bytes() == before
 
 
+def test_runs_that_were_not_matched_are_not_added_to_where_matching_is_the_default(settings, trained, tmp_path):
+    own = replace(settings, data=replace(settings.data, metric="matthews"))
+    grid = {"methods": ["lora"], "plot": False}
+    run(own, tmp_path / "sweep", **grid)
+    assert run(own, tmp_path / "sweep", **grid)["cells"][0]["status"] == "finished"
+    for path in (tmp_path / "sweep" / "runs" / trained[0] / "gatepress_run.json", tmp_path / "sweep/sweep.json"):
+        written = json.loads(path.read_text())
+        of_training = written["settings"].get("train", written["settings"])
+        del of_training["match_shares"]  # a release of before could not
+        path.write_text(json.dumps(written))
+    with pytest.raises(UsageError, match=r"--match-shares False, asked is True"):
+        run(own, tmp_path / "sweep", **grid, seeds=2)
+    assert trained == ["lora-s0-seed0"]
+
+
 @pytest.mark.parametrize("what", ["rows", "weights"])
 def test_figures_of_other_rows_or_weights_are_not_added(settings, trained, tmp_path, what):
     data, model = settings.data, shutil.copytree(settings.model, tmp_path / "model")

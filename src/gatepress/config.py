@@ -150,7 +150,7 @@ class TrainSettings:
     distill: bool | None = None  # what the open model knew teaches the one that closes; None: where it was finetuned
     hidden_weight: float | None = None  # of a teacher's hidden states, where logits and labels have 1; None: chosen
     epochs: int | None = None  # None: enough for about 1,500 steps, 3 at least, 20 at most
-    match_shares: bool = False  # move the head at the end, until classes are named as often as they occur
+    match_shares: bool | None = None  # by the biases of the head, at the end; None: with Matthews correlation
     batch_size: int = 32
     max_length: int = 128  # tokens
     learning_rate: float | None = None  # of all that is trained but gates; None: as for the rank
@@ -260,8 +260,12 @@ class TrainSettings:
         """What `sparsity` is a fraction of."""
         return self.budget or ("vectors" if self.controller == "penalty" else "gates")
 
-    def resolved(self, *, finetuned: bool) -> "TrainSettings":
-        """Return the settings with what a method chooses: a manifest must not hang on later defaults.
+    def matches(self, metric: Metric) -> bool:
+        """Whether the head is moved at the end, for a task of this metric: Matthews correlation hangs on shares."""
+        return _unless_asked(self.match_shares, metric == "matthews")
+
+    def resolved(self, metric: Metric, *, finetuned: bool) -> "TrainSettings":
+        """Return the settings with what a method and a metric choose: a manifest must not hang on later defaults.
 
         `UsageError` where what is asked of a teacher finds none: answers for texts without labels, from the first step
         on, or a weight.
@@ -295,6 +299,7 @@ class TrainSettings:
             distill=distill,
             hidden_weight=_unless_asked(self.hidden_weight, HIDDEN_WEIGHT) if distill else None,
             rotate_heads=_unless_asked(self.rotate_heads, own.gated and self.granularity == "structured"),
+            match_shares=self.matches(metric),
         )
 
     def absolute(self) -> "TrainSettings":
@@ -318,6 +323,7 @@ class TrainSettings:
                 **{
                     "distill": False,
                     "rotate_heads": False,
+                    "match_shares": False,
                     "hidden_weight": HIDDEN_WEIGHT_OF_OLD if value.get("distill") else None,
                     **value,
                     **method,

@@ -69,7 +69,7 @@ def match_(model: PreTrainedModel, logits: npt.NDArray[Any], labels: npt.NDArray
     `logits` [rows, outputs] are what it gives on rows with these `labels` [rows]; one output is that of the second of
     two classes, counted from 0. Raises `ModelError` where the head ends without a bias.
     """
-    bias = _last_bias(model, logits.shape[1])
+    bias = last_bias(model)
     classes = of_classes(torch.from_numpy(logits)).numpy()
     counts = np.bincount(labels.astype(np.int64), minlength=classes.shape[1])
     moved = np.round(offsets(classes, counts), DIGITS)
@@ -77,12 +77,14 @@ def match_(model: PreTrainedModel, logits: npt.NDArray[Any], labels: npt.NDArray
     return [float(one) for one in moved]
 
 
-def _last_bias(model: PreTrainedModel, outputs: int) -> nn.Parameter:
+def last_bias(model: PreTrainedModel) -> nn.Parameter:
+    """Return what is added to the logits [outputs]; `ModelError` where the head ends without it."""
+    outputs = model.config.num_labels
     last = [
         module
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear) and module.out_features == outputs and in_head(model, f"{path}.weight")
     ]
     if not (last and isinstance(last[-1].bias, nn.Parameter)):
-        raise ModelError("the head of this model ends without a bias to move; leave out --match-shares")
+        raise ModelError("the head of this model ends without a bias to move; train with --no-match-shares")
     return last[-1].bias

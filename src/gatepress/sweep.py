@@ -354,6 +354,7 @@ def _finished(directory: Path, wanted: TrainSettings) -> RunManifest | None:
         return None  # not there, or broken: it is trained again
     there = _as_json(manifest.settings.to_json())
     unasked = {name: there[name] for name in LEFT_OPEN if getattr(wanted, name) is None}  # a run says what it took
+    unasked["match_shares"] = wanted.matches(manifest.task.metric)  # figures would not compare
     _refuse_other(directory, there, {**_as_json(wanted.to_json()), **unasked})
     return manifest if manifest.status == "finished" else None
 

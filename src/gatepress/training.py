@@ -53,7 +53,7 @@ from gatepress.rotation import bases_of, turn_
 from gatepress.runners import input_names, max_tokens
 from gatepress.runtime import device_here, torch_device
 from gatepress.schema import refuse_unsound
-from gatepress.shares import drawn, match_
+from gatepress.shares import drawn, last_bias, match_
 from gatepress.tasks.sources import Rows, load_rows
 from gatepress.versions import MADE_WITH, versions
 
@@ -162,7 +162,7 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
     rows = _rows(settings)  # before the model: what is wrong with them is found without a download
     base = locate_model(settings.model, settings.revision)
     finetuned = is_finetuned(base, rows.spec)
-    settings = settings.resolved(finetuned=finetuned)
+    settings = settings.resolved(rows.spec.metric, finetuned=finetuned)
     model: Any = open_base(base, rows.spec)
     if processes.main and not resumed:
         tell_of_head(base, rows.spec)
@@ -245,7 +245,7 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
         loader=loader,
         noise=noise,
         validation={name: _in_order(split, tokenizer) for name, split in validation_rows.items()},
-        matching=_in_order(drawn(train_rows, len(labelled)), tokenizer) if settings.match_shares else None,
+        matching=_to_match(model, train_rows, len(labelled), tokenizer) if settings.match_shares else None,
         probe=probe_batch(next(iter(validation_rows.values())), tokenizer),
         budget=budget,
         # Gates of a start may be closed: opened again, they make no model that ever was. The finetuned one was.
@@ -318,6 +318,12 @@ def _tokenizer_of(base: Path, model: Any) -> Any:
 def _in_order(rows: Any, tokenizer: Any) -> DataLoader[Any]:
     """Return batches of tokenized rows that are measured, not learnt from."""
     return make_loader(rows, tokenizer, VALIDATION_BATCH, shuffle=False, seed=0)
+
+
+def _to_match(model: Any, rows: Any, labelled: int, tokenizer: Any) -> DataLoader[Any]:
+    """Return labelled rows whose classes are counted at the end; `ModelError` where no bias could be moved then."""
+    last_bias(model)
+    return _in_order(drawn(rows, labelled), tokenizer)
 
 
 def _rotate_heads_(model: Any, rows: Any, tokenizer: Any, processes: Processes) -> None:

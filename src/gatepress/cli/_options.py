@@ -296,12 +296,12 @@ LearningRate = Annotated[
     ),
 ]
 MatchShares = Annotated[
-    bool,
+    bool | None,
     TRAINING(
         "--match-shares/--no-match-shares",
         help="At the end move the biases of the head until each class is named among training rows as often as it "
-        "occurs. For metrics that hang on where a decision lies, as Matthews correlation: what knows little names "
-        "the larger class too often. Accuracy may fall a little.",
+        "occurs: what knows little of a task names the larger class too often. Unless given: where the metric is "
+        "Matthews correlation, which hangs on that. Accuracy may fall a little.",
     ),
 ]
 GateLearningRate = Annotated[
