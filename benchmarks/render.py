@@ -312,14 +312,15 @@ def readme_kept() -> str:
         sentences.append(f"{title} {', '.join(kept)}")
     matched = _cells("matched")
     default = [*matched, *(one for one in cells if one["task"] not in {cell["task"] for cell in matched})]
-    moved = [f"{statistics.mean(_parts(default, ENCODER, arm).values()):.1%}" for arm in paper.FACTORS]
+    averages = {arm: statistics.mean(_parts(default, ENCODER, arm).values()) for arm in paper.FACTORS}
+    moved = [f"{average:.1%} at {deployed.ARMS[arm]}" for arm, average in averages.items()]
     counted = len({one["seed"] for one in matched})
     return (
         f"- Not all accuracy is kept: of full finetuning's metric, on average over {len(TASKS)} tasks, "
         f"{'; '.join(sentences)}. {min(seeds)} to {max(seeds)} seeds, by several releases, with `{paper.AS_TRAINED}` "
         "([table](benchmarks/results/paper_accuracy.md)). With what is the default of CoLA's metric since 0.33, "
-        f"finetuned and pressed ([table](benchmarks/results/paper_matched.md), {counted} seeds), MiniLM keeps "
-        f"{', '.join(moved)}.\n"
+        f"finetuned and pressed ([table](benchmarks/results/paper_matched.md), {counted} seeds of it), MiniLM "
+        f"keeps {', '.join(moved)}.\n"
     )
 
 
