@@ -153,7 +153,7 @@ def test_what_is_asked_is_removed(granularity: Any, unit: Any, sparsity: float) 
     model = gated_model(0, granularity, hidden_size=64, intermediate_size=256)
     settings = TrainSettings(
         DataSettings("sst2"), "model", sparsity=sparsity, granularity=granularity, budget=unit
-    ).resolved(finetuned=True)
+    ).resolved("accuracy", finetuned=True)
     layers = resolve(model)
     budget = budget_of(model, layers, settings, steps=1, tokens=32)
     for vector in budget.vectors:
@@ -172,7 +172,9 @@ def test_training_goes_on_at_the_size_that_is_left(granularity: Any, pooling: st
     batch = tiny.random_batch(FAMILY, length=20)
     wanted = model(**batch).logits
     quicken_(model, layers, first_token=pooling == "cls")
-    settings = TrainSettings(DataSettings("sst2"), "model", granularity=granularity).resolved(finetuned=True)
+    settings = TrainSettings(DataSettings("sst2"), "model", granularity=granularity).resolved(
+        "accuracy", finetuned=True
+    )
     narrow_(model, layers, budget_of(model, layers, settings, steps=1, tokens=32).vectors)
     narrow = gated_linear(model, layers[0], "up").narrow_weight
     assert narrow is not None
@@ -218,7 +220,9 @@ def test_adapters_stand_on_the_one_matrix(method: Any) -> None:
     model: Any = tiny.build_classifier(FAMILY)
     batch = tiny.random_batch(FAMILY)
     wanted = model(**batch).logits
-    settings = TrainSettings(DataSettings("sst2"), "model", method=method, lora_rank=4).resolved(finetuned=False)
+    settings = TrainSettings(DataSettings("sst2"), "model", method=method, lora_rank=4).resolved(
+        "accuracy", finetuned=False
+    )
     layers = prepare_(model, settings)
     assert hasattr(model.model.layers[0].attn.Wqkv, "merge")
     assert layers[0].shapes["k"] == (tiny.HIDDEN, tiny.HIDDEN)
@@ -229,7 +233,7 @@ def test_adapters_stand_on_the_one_matrix(method: Any) -> None:
 
 def test_adapters_on_a_part_of_the_one_matrix_are_refused() -> None:
     settings = TrainSettings(DataSettings("sst2"), "model", method="lora", matrices=("q", "o")).resolved(
-        finetuned=False
+        "accuracy", finetuned=False
     )
     with pytest.raises(
         UsageError, match=r"--matrices is q,o, .*layers\.0\.attn\.Wqkv is one matrix of q, k, v; name all"
