@@ -150,6 +150,7 @@ BASELINES: dict[str, Words] = {
     "LoRA-XS": ("--method", "lora-xs"),
     "FineGates": ("--method", "gates", *PAPER_GATES, "--sparsity", 0),
 }
+SIZES: dict[str, Words] = {FINETUNED: FULL, **_at(FACTORS, *PRESSED)}
 EXPERIMENTS = {
     "table2": Experiment(
         "Table 2: accuracy and trained numbers",
@@ -188,8 +189,7 @@ EXPERIMENTS = {
     "accuracy": Experiment(
         "What is kept of full finetuning at fewer multiply-accumulates",
         {
-            FINETUNED: FULL,
-            **_at(FACTORS, *PRESSED),
+            **SIZES,
             **{f"{name}, heads as they are": words for name, words in _at(FACTORS, *PRESSED, AS_THEY_ARE).items()},
             **{f"{name}, whole heads": words for name, words in _at(FACTORS, *PRESSED, *WHOLE).items()},
             **{f"{name}, from the pretrained model": words for name, words in _at(FACTORS).items()},
@@ -198,11 +198,11 @@ EXPERIMENTS = {
         },
         tasks=TASKS,
         models={},
-        usual=(FINETUNED, *FACTORS),
+        usual=tuple(SIZES),
     ),
     "matched": Experiment(
         "Classes named as often as they occur, finetuned and pressed",
-        {FINETUNED: FULL, **_at(FACTORS, *PRESSED)},
+        SIZES,
         tasks=("cola",),
         words=(*ROWS, MATCHED),
         models={},
