@@ -301,6 +301,9 @@ def test_runs_that_were_not_matched_are_not_added_to_where_matching_is_the_defau
     with pytest.raises(UsageError, match=r"--match-shares False, asked is True"):
         run(own, tmp_path / "sweep", **grid, seeds=2)
     assert trained == ["lora-s0-seed0"]
+    cells = run(replace(own, match_shares=False), tmp_path / "sweep", **grid, seeds=2)["cells"]  # as the message says
+    assert [cell["status"] for cell in cells] == ["finished", "finished"]
+    assert trained == ["lora-s0-seed0", "lora-s0-seed1"]
 
 
 @pytest.mark.parametrize("what", ["rows", "weights"])

@@ -411,11 +411,16 @@ def _timed(before: dict[str, Any], settings: dict[str, Any]) -> list[Record]:
 
 
 def _refuse_other(where: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    """Raise `UsageError` naming the first setting that differs; one that a release did not have yet is its default."""
+    """Raise `UsageError` naming the first setting that differs.
+
+    One that a release did not have yet is its default; where that leaves the choice to each run, the runs say.
+    """
     found, asked = dict(_flat(there)), dict(_flat(here))
     for key in [*asked, *found]:
         was = found.get(key, getattr(TrainSettings, key, None))
-        if key not in (*GRID, *TIMING) and was != asked.get(key):
+        if key in (*GRID, *TIMING) or (key not in found and was is None):
+            continue
+        if was != asked.get(key):
             raise UsageError(
                 f"{where}: was made with {spelled(key)} {was}, asked is {asked.get(key)}; "
                 "ask for the same, choose another -o, or start over with --force"

@@ -166,11 +166,9 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
     model: Any = open_base(base, rows.spec)
     if processes.main and not resumed:
         tell_of_head(base, rows.spec)
-    if settings.gated:
-        refuse_activation(model)  # now, not when it comes to pruning
+    _refuse_unfit(model, settings)
     tokenizer = _tokenizer_of(base, model)
     dense_params = parameters_of(model)
-    refuse_rank(model, settings)
     layers = prepare_(model, settings)
     if settings.gated:
         quicken_(model, layers, first_token=not reads_all(model))
@@ -245,7 +243,7 @@ def _prepare(settings: TrainSettings, *, resumed: bool = False) -> _Job:
         loader=loader,
         noise=noise,
         validation={name: _in_order(split, tokenizer) for name, split in validation_rows.items()},
-        matching=_to_match(model, train_rows, len(labelled), tokenizer) if settings.match_shares else None,
+        matching=_in_order(drawn(train_rows, len(labelled)), tokenizer) if settings.match_shares else None,
         probe=probe_batch(next(iter(validation_rows.values())), tokenizer),
         budget=budget,
         # Gates of a start may be closed: opened again, they make no model that ever was. The finetuned one was.
@@ -320,10 +318,13 @@ def _in_order(rows: Any, tokenizer: Any) -> DataLoader[Any]:
     return make_loader(rows, tokenizer, VALIDATION_BATCH, shuffle=False, seed=0)
 
 
-def _to_match(model: Any, rows: Any, labelled: int, tokenizer: Any) -> DataLoader[Any]:
-    """Return labelled rows whose classes are counted at the end; `ModelError` where no bias could be moved then."""
-    last_bias(model)
-    return _in_order(drawn(rows, labelled), tokenizer)
+def _refuse_unfit(model: Any, settings: TrainSettings) -> None:
+    """Raise, before rows are tokenized, what a model would be refused for when it is pruned, wrapped or matched."""
+    if settings.gated:
+        refuse_activation(model)
+    refuse_rank(model, settings)
+    if settings.match_shares:
+        last_bias(model)
 
 
 def _rotate_heads_(model: Any, rows: Any, tokenizer: Any, processes: Processes) -> None:
