@@ -323,7 +323,7 @@ AVERAGES = {"kept on average": _part, "seed by seed": _paired}
 LEFT = f"CoLA's decisions lie where training left them (`{AS_TRAINED}`). "
 AVERAGED = (
     "*kept on average*: the mean of these over tasks; *seed by seed*: of the mean over seeds of each seed's part of "
-    "its own full finetuning. "
+    "full finetuning with it, which some cells of older releases began with another training of. "
 )
 
 

@@ -24,6 +24,7 @@ table beside the JSON, which is in `results` below `--work` or where `--results`
 import argparse
 import json
 import logging
+import math
 import operator
 import statistics
 import sys
@@ -217,10 +218,14 @@ def of_gates(records: list[dict[str, Any]], results: Path = RESULTS) -> list[dic
     cells = {}
     for path in (results / "paper_accuracy.json", results / "pruning_gates.json"):
         for one in json.loads(path.read_text()) if path.exists() else []:
-            if one["arm"] in arms:
-                cell = {**one, "method": GATES, "asked_kept": arms[one["arm"]]}
-                cells[same(cell)] = cell
-    return [{**cell, "full_metric_value": full[key]} for key, cell in cells.items() if key in full]
+            if one["arm"] not in arms:
+                continue
+            cell = {**one, "method": GATES, "asked_kept": arms[one["arm"]]}
+            start = full.get(same(cell))
+            # Early releases do not say what they began with.
+            if start is not None and math.isclose(cell.get("start_metric", start), start, abs_tol=1e-6):
+                cells[same(cell)] = {**cell, "full_metric_value": start}
+    return [*cells.values()]
 
 
 def same(record: dict[str, Any]) -> tuple[Any, ...]:

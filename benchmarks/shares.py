@@ -91,10 +91,11 @@ def render(cells: list[dict[str, Any]]) -> str:
                 continue
             seeds = {one["seed"] for one in own}
             full = [one for one in by_arm[FINETUNED] if one["seed"] in seeds]
+            comparable = arm != FINETUNED and {one["seed"] for one in full} == seeds
             columns = [encoder, task, own[0]["metric_name"], arm, str(len(own))]
             for way in ("as_trained", "matched"):
                 value = _median(own, way, "metric_value")
-                kept = f"{value / _median(full, way, 'metric_value'):.1%}" if full and arm != FINETUNED else ""
+                kept = f"{value / _median(full, way, 'metric_value'):.1%}" if comparable else ""
                 columns += [f"{value:.4f}", kept]
             higher = sum(one["matched"]["metric_value"] > one["as_trained"]["metric_value"] for one in own)
             columns.append(f"{higher} of {len(own)}")

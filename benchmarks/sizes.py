@@ -78,13 +78,15 @@ def render(cells: list[dict[str, Any]]) -> str:
             columns = [encoder, task, str(len(by_seed)), f"{start:.4f}", f"{half:.4f}", way]
             for size in SIZES:
                 values = [one["metric_value"] for one in rows if one["sparsity"] == size]
-                columns.append(f"{statistics.median(values):.4f}" if values else "")
+                number = f" [{len(values)}]" if len(values) != len(by_seed) else ""
+                columns.append(f"{statistics.median(values):.4f}{number}" if values else "")
             columns.append(f"{min(times):.0f} to {max(times):.0f}" if times else "")
             text += f"| {' | '.join(columns)} |\n"
     machines = ", and on ".join(sorted({trained_on(one) for one in cells}))
     releases = ", ".join(sorted({one["versions"]["gatepress"] for one in cells}))
     return text + (
-        "\nMedians over seeds, on all validation rows. *trained at half*: a finetuned model pressed to half, with its "
+        "\nMedians over seeds (their number in square brackets where a size has fewer), on all validation rows. "
+        "*trained at half*: a finetuned model pressed to half, with its "
         "teacher; its gates are then opened or closed to what is named. *seconds*: of the fit, or of the epoch, with "
         f"whatever else ran. On {machines}, gatepress {releases}.\n"
     )

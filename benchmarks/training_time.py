@@ -49,7 +49,8 @@ def measure(key: tuple[Any, ...], options: argparse.Namespace) -> dict[str, Any]
     """Train every arm by turns; return the seconds of each."""
     encoder, task, _ = key
     seconds: dict[str, list[float]] = {name: [] for name in (FINETUNED, *FACTORS)}
-    epochs = {FINETUNED: EPOCHS[task], **{name: pressed_epochs(task, removed) for name, removed in FACTORS.items()}}
+    usual = {FINETUNED: EPOCHS[task], **{name: pressed_epochs(task, removed) for name, removed in FACTORS.items()}}
+    epochs = {arm: options.epochs or number for arm, number in usual.items()}
     where = data_of(options)
     rows = ("--task", task, *where, "--max-train-samples", options.rows, "--max-validation-samples", VALIDATION_ROWS)
     options.work.mkdir(parents=True, exist_ok=True)

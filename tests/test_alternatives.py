@@ -51,6 +51,18 @@ def test_all_forms_are_timed_in_one_run_and_go_again(run_dir, temporary, tmp_pat
     assert render.read(tmp_path / "all.jsonl") == records
 
 
+@pytest.mark.usefixtures("temporary")
+def test_layouts_are_chosen_for_the_threads_that_are_timed(run_dir, monkeypatch):
+    def built(*_):
+        assert torch.get_num_threads() == 3
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(alternatives, "_build", built)
+    with pytest.raises(KeyboardInterrupt):
+        alternatives.run(run_dir, **{**MEASURING, "threads": 3})
+    assert torch.get_num_threads() == 1
+
+
 def test_nothing_is_left_behind_after_an_interrupt(run_dir, temporary, monkeypatch):
     there = []
 

@@ -257,6 +257,55 @@ def test_what_is_timed_is_trained_as_the_accuracy_table_trains_it(script, tmp_pa
     assert ran == trained
 
 
+def test_epochs_that_are_asked_are_those_that_are_told(script, tmp_path, monkeypatch):
+    timed = script("training_time")
+    monkeypatch.setattr(timed, "gatepress", lambda *_: {"train_seconds": 1.0, "device": "cpu"})
+    asked = timed.parse([*MODEL, "--work", str(tmp_path), "--repetitions", "1", "--epochs", "2"])
+    assert set(timed.measure(("tiny", "cola", "bf16"), asked)["epochs"].values()) == {2}
+
+
+# --- tables -----------------------------------------------------------------------------------------
+
+
+def test_gates_are_compared_from_the_start_that_the_others_had(script, tmp_path):
+    baselines = script("pruning_baselines")
+    key = {"encoder": "tiny", "task": "stsb", "seed": 0}
+    of_taylor = [{**key, "method": "taylor", "asked_kept": 0.25, "full_metric_value": 0.85}]
+    cell = {**key, "arm": "4x", "metric_value": 0.8}
+
+    def compared(**files):
+        for name, one in files.items():
+            (tmp_path / f"{name}.json").write_text(json.dumps([one]))
+        return [one["metric_value"] for one in baselines.of_gates(of_taylor, tmp_path)]
+
+    assert compared(paper_accuracy={**cell, "start_metric": 0.85}) == [0.8]
+    assert compared(paper_accuracy=cell) == [0.8]  # of a release that did not say
+    assert compared(paper_accuracy={**cell, "start_metric": 0.86}) == []
+    assert compared(pruning_gates={**cell, "start_metric": 0.85, "metric_value": 0.79}) == [0.79]
+
+
+def test_medians_are_compared_over_the_same_seeds(script):
+    shares, sizes = script("shares"), script("sizes")
+    told = {"accuracy": 0.5, "loss": 0.5, "larger_share": 0.5}
+    about = {"encoder": "tiny", "task": "cola", "cpu": "a CPU", "threads": 1, "versions": {"gatepress": "0.1.0"}}
+    cells = [
+        {**about, "metric_name": "matthews", "arm": arm, "seed": seed, "larger_share": 0.5, "trained_by": "0.1.0"}
+        | {way: {**told, "metric_value": 0.3 * (1 + seed)} for way in ("as_trained", "matched")}
+        for arm, seed in (("full", 0), ("2x", 0), ("4x", 0), ("4x", 1))
+    ]
+    rows = {row.split(" | ")[3]: row for row in shares.render(cells).splitlines() if row.startswith("| tiny")}
+    assert "100.0%" in rows["2x"]
+    assert "%" not in rows["4x"].partition(" of ")[0]
+
+    (way, *_), (size, other, *_) = sizes.WAYS, sizes.SIZES
+    cells = [
+        {**about, "way": way, "seed": seed, "sparsity": sparsity, "metric_value": 0.1 * (1 + seed)}
+        | {"start_metric": 0.5, "run_metric": 0.5, "seconds": None}
+        for seed, sparsity in ((0, size), (2, size), (1, other))
+    ]
+    assert "| 0.2000 [2] | 0.2000 [1] |" in sizes.render(cells)
+
+
 # --- what a cell says -------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ import copy
 import itertools
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -178,6 +179,70 @@ def test_uniform_attention_is_computed_once_for_all_tokens(family: str) -> None:
         assert {one.shape[-2:] for one in whole.attentions} == {(length, length)}
         torch.testing.assert_close(whole.logits, wanted, atol=1e-5, rtol=0)
         pruned.config.output_attentions = True
+
+
+def embedder_without_queries(family: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Return the body of a gated model that has no queries in its first layer, and the pruned one's."""
+    model = gated_model(family, "structured")
+    gated_linear(model, resolve(model)[0], "q").gate_out.mask.zero_()
+    pruned, _ = collapse(model, "inner")
+    pruned.first_token_alone = False
+    return model.base_model, pruned.base_model
+
+
+def test_uniform_attention_reads_the_same_on_whichever_side_padding_is(family: str) -> None:
+    model, pruned = embedder_without_queries(family)
+    ids = torch.randint(5, 50, (1, 9))
+    padded = {
+        "input_ids": torch.cat([torch.ones(1, 4, dtype=ids.dtype), ids], 1),
+        "attention_mask": torch.tensor([[0] * 4 + [1] * 9]),
+    }
+    with torch.inference_mode():
+        wanted, got = (one(**padded).last_hidden_state[:, 4:] for one in (model, pruned))
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
+
+
+def test_uniform_attention_obeys_masks_that_differ_from_token_to_token(family: str) -> None:
+    """As of texts that are packed into one row."""
+    if family in ("mpnet", "deberta-v2"):
+        pytest.skip("transformers takes no such mask here")
+    model = gated_model(family, "structured")
+    gated_linear(model, resolve(model)[0], "q").gate_out.mask.zero_()
+    pruned, _ = collapse(model, "inner")
+    ids, mask = torch.randint(5, 50, (1, 12)), torch.zeros(1, 1, 12, 12, dtype=torch.bool)
+    mask[..., :6, :6] = mask[..., 6:, 6:] = True
+    with torch.inference_mode():
+        wanted, got, flat = (
+            one(input_ids=ids, attention_mask=seen, output_hidden_states=True).hidden_states[-1]
+            for one, seen in ((model, mask), (pruned, mask), (pruned, torch.ones(1, 12)))
+        )
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
+    assert (flat - got).abs().max() > 0.01
+
+
+def test_a_traced_model_takes_any_number_of_rows_and_tokens(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pruned, _ = collapse(gated_model(family, "matrix"), "index")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: GATHER_FROM)
+    names = ("input_ids", "attention_mask")
+    shapes = ((4, 12), (2, 7), (1, 20))
+    given = [(torch.randint(5, 50, shape), torch.ones(shape, dtype=torch.int64)) for shape in shapes]
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns of much
+        traced = torch.jit.trace(Logits(pruned), given[0], check_trace=False)
+        for inputs in given:
+            wanted = pruned(**dict(zip(names, inputs, strict=True))).logits
+            torch.testing.assert_close(traced(*inputs), wanted, atol=1e-5, rtol=0)
+
+
+class Logits(torch.nn.Module):
+    """A model as what traces it wants one: tensors in, a tensor out."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
 
 
 def test_uniform_attention_of_version_1_is_read(family: str) -> None:

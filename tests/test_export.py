@@ -29,6 +29,7 @@ from gatepress.models import load_pruned, save_tokenizer
 from gatepress.pruning import prune
 from gatepress.runtime import open_runner
 from gatepress.tracing import FUSED, operators, write_onnx
+from gatepress.verifying import verify
 
 # None of these is among the shapes that export itself compares.
 UNSEEN = [(1, 2), (2, 1), (3, 11), (7, 40)]
@@ -342,6 +343,34 @@ def test_code_of_a_model_runs_only_where_it_is_trusted(tiny_classifier_dir, tmp_
         logits[trusted] = open_runner(tmp_path / f"onnx-{trusted}").logits(batch)
     assert np.abs(logits[True]).max() > 1e-2
     np.testing.assert_allclose(logits[True], -logits[False], atol=1e-5)
+
+
+def test_a_tokenizer_with_code_of_its_own_stays_where_it_is(tiny_classifier_dir, tmp_path: Path, caplog) -> None:
+    """Nobody who reads what gatepress wrote is asked to run code."""
+    source = shutil.copytree(tiny_classifier_dir("bert", 3), tmp_path / "mine")
+    (source / "words.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\nclass Words(PreTrainedTokenizerFast): pass\n"
+    )
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Words", "auto_map": {"AutoTokenizer": [None, "words.Words"]}}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    export(source, tmp_path / "onnx", trust_remote_code=True)
+    assert "its tokenizer has code of its own, so none is written beside the graph" in caplog.text
+    assert not list((tmp_path / "onnx").glob("tokenizer*"))
+    assert verify(tmp_path / "onnx")["ok"]
+
+
+@pytest.mark.parametrize("labels", [{"0": 0, "1": 1, "2": 2}, {"0": "a", "1": "b", "2": 2.5}])
+def test_labels_that_are_no_texts_are_written_as_texts(labels, tiny_classifier_dir, tmp_path: Path) -> None:
+    source = shutil.copytree(tiny_classifier_dir("bert", 3), tmp_path / "numbers")
+    config = json.loads((source / "config.json").read_text())
+    config |= {"id2label": labels, "label2id": {str(name): str(key) for key, name in labels.items()}}
+    (source / "config.json").write_text(json.dumps(config))
+    export(source, tmp_path / "onnx")
+    assert open_runner(tmp_path / "onnx").label_names == tuple(map(str, labels.values()))
+    assert json.loads((tmp_path / "onnx" / "config.json").read_text())["label2id"] == {
+        str(name): number for number, name in enumerate(labels.values())
+    }
 
 
 def test_a_forward_that_names_no_inputs_is_refused(tiny_classifier_dir, tmp_path: Path) -> None:

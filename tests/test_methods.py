@@ -190,15 +190,19 @@ def test_a_run_goes_on_with_the_low_rank_that_it_was_begun_with(
     tiny_model_dir: Any, tiny_task_files: Any, tmp_path: Any
 ) -> None:
     few = settings_for(tiny_model_dir("bert"), tiny_task_files, epochs=1, sparsity=0.25, lora_matrices=("o", "up"))
+    few = replace(few, lora_rank=3)
     report = train(few, tmp_path / "run")
     assert read_run(tmp_path / "run").settings.lora_matrices == ("o", "up")
     assert evaluate(tmp_path / "run")["metric_value"] == report["metric_value"]
-    again = replace(few, start=str(tmp_path / "run"), sparsity=0.5, lora_matrices=None)
+    again = replace(few, start=str(tmp_path / "run"), sparsity=0.5, lora_matrices=None, lora_rank=None)
     train(again, tmp_path / "again")
-    assert read_run(tmp_path / "again").settings.lora_matrices == ("o", "up")
+    there = read_run(tmp_path / "again").settings
+    assert (there.lora_matrices, there.lora_rank) == (("o", "up"), 3)
     assert prune(tmp_path / "again", tmp_path / "pruned")["max_abs_logit_diff"] <= 1e-4
-    with pytest.raises(UsageError, match="was trained with lora_matrices"):
+    with pytest.raises(UsageError, match="was trained with --lora-matrices"):
         train(replace(again, lora_matrices=("o",)), tmp_path / "other")
+    with pytest.raises(UsageError, match="was trained with --lora-rank 3, this run asks for 8"):
+        train(replace(again, lora_rank=8), tmp_path / "other")
 
 
 @pytest.mark.parametrize("axes", ["in", "out"])

@@ -110,7 +110,7 @@ def test_a_start_that_was_trained_otherwise_is_refused(
     run: Path, tiny_model_dir: Any, tiny_task_files: Any, tmp_path: Path
 ) -> None:
     settings = settings_for(tiny_model_dir("bert"), tiny_task_files, start=str(run), granularity="heads")
-    with pytest.raises(UsageError, match="was trained with granularity structured, this run asks for heads"):
+    with pytest.raises(UsageError, match="was trained with --granularity structured, this run asks for heads"):
         train(settings, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -120,7 +120,7 @@ def test_a_start_on_a_model_that_is_not_here_is_told_before_anything_is_fetched(
 ) -> None:
     monkeypatch.setattr(training, "load_rows", lambda *_: pytest.fail("it went on"))
     settings = replace(settings_for(Path("any"), tiny_task_files, start=str(run)), model="somebody/encoder")
-    with pytest.raises(UsageError, match=r"was trained with model /.*, this run asks for somebody/encoder"):
+    with pytest.raises(UsageError, match=r"was trained with --model /.*, this run asks for somebody/encoder"):
         train(settings, tmp_path / "run")
 
 
@@ -142,7 +142,7 @@ def test_another_method_than_that_of_the_start_is_what_is_told(
     run: Path, tiny_model_dir: Any, tiny_task_files: Any, tmp_path: Path
 ) -> None:
     settings = settings_for(tiny_model_dir("bert"), tiny_task_files, start=str(run), method="full")
-    with pytest.raises(UsageError, match=r"was trained with method gates\+lora, this run asks for full"):
+    with pytest.raises(UsageError, match=r"was trained with --method gates\+lora, this run asks for full"):
         train(settings, tmp_path / "run")
 
 

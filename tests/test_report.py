@@ -1,5 +1,6 @@
 """The page that people look at: complete in itself, true to the manifests, safe whatever names say."""
 
+import copy
 import json
 import re
 import shutil
@@ -331,6 +332,23 @@ def test_the_numbers_are_those_of_the_manifests(made, tmp_path):
         assert f"gatepress {line}" in text
 
 
+def test_a_metric_of_training_stands_beside_what_training_closed(made, tmp_path):
+    manifest = copy.deepcopy(made.pruned_manifest)
+    manifest["report"] |= {"closed_fraction": 0.75, "metric_value": None}
+    other = write(tmp_path / "quarter", "gatepress_pruned.json", manifest)
+    write(other, "config.json", {"num_attention_heads": HEADS})
+    assert "quarter ends at accuracy 0.9243 with 50.0% of its gates closed" in page(tmp_path, other).text
+
+
+def test_times_are_told_against_what_they_were_measured_against(made, tmp_path):
+    manifest = copy.deepcopy(made.sweep_manifest)
+    for record in manifest["latency"]:
+        record["baseline"] = "gates+lora 0.3"
+    shown = page(tmp_path, write(tmp_path / "sweep", "sweep.json", manifest)).text
+    assert "as fast as full" not in shown
+    assert "At the knee, gates+lora 0.5 does 49.0% less work than full, accuracy 0.0138 lower" in shown
+
+
 def test_a_sweep_that_timed_nothing_shows_what_is_removed(tmp_path):
     directory = write(tmp_path / "sweep", "sweep.json", sweep_manifest(sweep_reports(1), timed=False))
     shown = page(tmp_path, directory)
@@ -474,6 +492,21 @@ def test_ticks_are_few_and_hold_all_values(least, most):
     assert ticks[0] <= least + 1e-9 * abs(least)
     assert most - 1e-9 * abs(most) <= ticks[-1]
     assert ticks == sorted(set(ticks))
+
+
+@pytest.mark.parametrize(
+    ("most", "percent", "shown"),
+    [
+        (0.12, True, ["0.0%", "2.5%", "5.0%", "7.5%", "10.0%", "12.5%"]),
+        (0.02, True, ["0.0%", "0.5%", "1.0%", "1.5%", "2.0%"]),
+        (1, True, ["0%", "20%", "40%", "60%", "80%", "100%"]),
+        (12, False, ["0.0", "2.5", "5.0", "7.5", "10.0", "12.5"]),
+        (7_500_000, False, ["0", "2,000,000", "4,000,000", "6,000,000", "8,000,000"]),
+    ],
+)
+def test_ticks_say_where_they_stand(most, percent, shown):
+    axis = charts.Axis("axis", percent=percent)
+    assert [text for _, text in charts._spelled(axis, charts._scale(axis, [0, most], 0, 100))] == shown
 
 
 def test_bars_begin_at_zero_and_negative_values_go_left():

@@ -209,6 +209,23 @@ def test_a_metric_of_other_labels_is_refused(task: str, metric: Metric, fit: str
         TaskSpec.from_json(row)
 
 
+@pytest.mark.parametrize("task", ["rte", "qnli"])
+@pytest.mark.parametrize(("metric", "embeds"), [("average_precision", False), ("mrr@10", False), (None, True)])
+def test_scores_are_high_for_the_second_class_and_of_entailment_the_first_fits(
+    *, task: str, metric: Metric | None, embeds: bool, tmp_path: Path
+) -> None:
+    spec = task_named(task)
+    for split in ("train", "validation"):
+        rows = [("a text", "another", number % 2) for number in range(4)]
+        tiny.write_table(tmp_path / task / f"{split}.tsv", (*spec.text_columns, "label"), rows)
+    data = DataSettings(task=task, data_dir=str(tmp_path), metric=metric)
+    named = metric or "average_precision"
+    with pytest.raises(UsageError, match=rf"^{task} would be measured by {named}, .* 'not_entailment', and the first"):
+        load_rows(data, embeds=embeds)
+    assert load_rows(replace(data, metric="f1")).spec.widths == (2,)  # one output, as rerankers have, says the second
+    assert task_named("mrpc").widths == (2, 1)
+
+
 def test_a_metric_that_nobody_knows_is_refused() -> None:
     with pytest.raises(UsageError, match="--metric is 'recall', expected one of accuracy, matthews, f1"):
         DataSettings(task="sst2", metric="recall")  # type: ignore[arg-type]

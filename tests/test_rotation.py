@@ -175,7 +175,7 @@ def test_what_goes_on_from_a_run_has_its_heads(settings: TrainSettings, tmp_path
     assert read_run(second).settings.rotate_heads is rotated
     assert bases_in(first).keys() == bases_in(second).keys()
     assert all(torch.equal(bases_in(first)[name], value) for name, value in bases_in(second).items())
-    with pytest.raises(UsageError, match="was trained with rotate_heads"):
+    with pytest.raises(UsageError, match="was trained with --rotate-heads"):
         train(replace(settings, start=str(first), sparsity=0.6, rotate_heads=not rotated), tmp_path / "third")
 
 

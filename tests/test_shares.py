@@ -1,5 +1,6 @@
 """`--match-shares`: each class is named as often as it occurs, by the least that does it, in every form of a model."""
 
+import errno
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,7 @@ from datasets import Dataset
 import tiny
 from conftest import TaskFiles
 from forms import settings_for
-from gatepress import load_pruned
+from gatepress import checkpoint, load_pruned, training
 from gatepress.batches import make_loader, tokenize
 from gatepress.checkpoint import load_run, read_run
 from gatepress.config import DataSettings, Metric, TrainSettings
@@ -182,23 +183,69 @@ def test_sizes_that_recover_are_matched_anew(
     assert counted == occur
 
 
+@pytest.fixture
+def settings(tiny_model_dir: Callable[[str], Path], uneven: TaskFiles) -> TrainSettings:
+    return settings_for(tiny_model_dir("bert"), uneven, match_shares=True, epochs=2)
+
+
+@pytest.mark.parametrize("where", ["match_", "evaluate_model"])  # before the head is moved, and behind it
 def test_a_run_that_is_stopped_comes_to_the_same(
-    tiny_model_dir: Callable[[str], Path], uneven: TaskFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    where: str, settings: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = settings_for(tiny_model_dir("bert"), uneven, match_shares=True, epochs=2)
     whole = train(settings, tmp_path / "whole")
-
-    def stopped(*_: Any) -> Any:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("gatepress.training.match_", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            train(settings, tmp_path / "stopped")
+    assert any(whole["class_offsets"])
+    stop(settings, tmp_path / "stopped", where, monkeypatch)
     assert read_run(tmp_path / "stopped").status == "interrupted"
     gone_on = resume(tmp_path / "stopped")
     assert gone_on["class_offsets"] == whole["class_offsets"]
     assert gone_on["metric_value"] == whole["metric_value"]
+
+
+def stop(settings: TrainSettings, run: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupt a training behind its last step, at its last call of what is named."""
+    told, calls = getattr(training, where), []
+
+    def stopped(*given: Any, **options: Any) -> Any:
+        calls.append(where)
+        if where == "match_" or len(calls) == settings.epochs:
+            raise KeyboardInterrupt
+        return told(*given, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, where, stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings, run)
+
+
+def test_a_checkpoint_is_whole_until_the_next_one_is(
+    settings: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are of the last step, and the later one has another head."""
+    stop(settings, tmp_path / "run", "match_", monkeypatch)
+    written = checkpoint.replace_file
+
+    def full(path: Path, content: bytes) -> None:
+        if path.name == "gatepress_run.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "replace_file", full)
+        with pytest.raises(OSError, match="No space"):
+            resume(tmp_path / "run")
+    assert resume(tmp_path / "run")["metric_value"] == train(settings, tmp_path / "whole")["metric_value"]
+    assert len(list((tmp_path / "run").glob("gates-*"))) == 1
+
+
+@pytest.mark.parametrize("classes", [20, 150])
+def test_of_many_classes_few_rows_are_missed(classes: int) -> None:
+    draw = np.random.default_rng(0)
+    labels = draw.integers(0, classes, ROWS)
+    logits = draw.normal(size=(ROWS, classes)) + draw.normal(size=classes) / 2
+    logits[np.arange(ROWS), labels] += 1.5
+    counts = np.bincount(labels, minlength=classes)
+    named = np.bincount((logits + offsets(logits, counts)).argmax(1), minlength=classes)
+    assert np.abs(named - counts).sum() <= 2
 
 
 @pytest.mark.parametrize("changes", [{}, {"embed": True}])

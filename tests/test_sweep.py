@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import forms
@@ -204,13 +205,14 @@ def test_seeds_count_up_from_the_first_and_that_is_timed(settings, trained, tmp_
     build = sweep._build
 
     def remember(run_dir, cell, *others):
-        built.append(cell.seed)
+        built.append((cell.seed, torch.get_num_threads()))  # layouts are chosen for as many as are timed
         return build(run_dir, cell, *others)
 
     monkeypatch.setattr(sweep, "_build", remember)
-    run(replace(settings, seed=5), tmp_path / "sweep", methods=["lora"], seeds=2, plot=False)
+    run(replace(settings, seed=5), tmp_path / "sweep", methods=["lora"], seeds=2, threads=2, plot=False)
     assert trained == ["lora-s0-seed5", "lora-s0-seed6"]
-    assert built == [5]
+    assert built == [(5, 2)]
+    assert torch.get_num_threads() == 1
 
 
 @pytest.mark.usefixtures("never")

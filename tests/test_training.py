@@ -288,6 +288,16 @@ def test_a_dry_run_plans_and_writes_nothing(
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_what_is_deployed_knows_how_long_texts_may_be(tiny_model_dir, tiny_task_files, tmp_path: Path) -> None:
+    """Whoever asks for more tokens than the model takes gets as many as it takes, and manifests say so."""
+    settings = settings_for(tiny_model_dir("bert"), tiny_task_files, sparsity=0.5, epochs=1, max_length=400)
+    assert train(settings, tmp_path / "run")["tokens"] == tiny.MAX_TOKENS
+    prune(tmp_path / "run", tmp_path / "pruned")
+    for file in ("run/gatepress_run.json", "pruned/gatepress_pruned.json"):
+        assert json.loads((tmp_path / file).read_text())["max_length"] == tiny.MAX_TOKENS
+    assert f"at most {tiny.MAX_TOKENS} tokens" in (tmp_path / "pruned/README.md").read_text()
+
+
 @pytest.mark.skipif("GATEPRESS_GLUE_DIR" not in os.environ, reason="GATEPRESS_GLUE_DIR is not set")
 @pytest.mark.parametrize("task", ["sst2", "cola", "stsb", "rte"])
 def test_real_tasks_give_one_metric_in_every_form(task: str, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from gatepress.bench import endtoend
 from gatepress.bench.record import Record
+from gatepress.bench.timing import computing_with
 from gatepress.checkpoint import located, open_base, read_run
 from gatepress.config import Layout, Target
 from gatepress.embedding import as_saved
@@ -64,7 +65,8 @@ def run(
     if endtoend.check(**measuring).type != "cpu":
         raise UsageError("--alternatives compares runtimes of the CPU; leave out --device, or name the models to time")
     with temporary_directory() as root:
-        _build(run_dir, Path(root), target, _longest(measuring), progress or NoProgress())
+        with computing_with(measuring.get("threads")):  # layouts are chosen for as many as are timed
+            _build(run_dir, Path(root), target, _longest(measuring), progress or NoProgress())
         names = [baseline, *(name for name in FORMS if name != baseline)]
         targets = {name: Path(root, FORMS[name]) if FORMS[name] else run_dir for name in names}
         return endtoend.run(targets, progress=progress, **measuring)

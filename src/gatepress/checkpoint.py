@@ -27,7 +27,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from gatepress.config import TrainSettings
+from gatepress.config import TrainSettings, spelled
 from gatepress.embedding import embedder_class, embedding_of, tell_of_prompt
 from gatepress.errors import ArtifactError, HubError, ModelError, UsageError
 from gatepress.files import (
@@ -54,7 +54,7 @@ from gatepress.models import model_errors, model_files, read_tensors, refuse_mis
 from gatepress.resolve import family_named, family_of
 from gatepress.rotation import turn_
 from gatepress.tasks import TaskSpec
-from gatepress.tasks.labels import are_numbered, folded, in_order, some
+from gatepress.tasks.labels import are_numbered, folded, in_order, named, some
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class RunManifest:
             "step": self.step,
             "settings": self.settings.to_json(),
             "data": self.settings.to_json()["data"],
-            "max_length": self.settings.max_length,
+            "max_length": self.tokens,
             "task": self.task.to_json(),
             "base_sha256": self.base_sha256,
             "data_fingerprint": self.data_fingerprint,
@@ -218,11 +218,12 @@ def _set_labels_(config: Any, directory: Path, spec: TaskSpec) -> None:
             "classes stand in another order cannot be trained on: order id2label and the head's rows alike"
         )
     outputs, kept_head = _head_of(directory, spec)
-    if not kept_head or outputs == spec.num_labels:  # one output for two classes keeps its own name
+    if not kept_head or outputs == spec.num_labels:
         config.num_labels = spec.num_labels
-        config.id2label = dict(enumerate(names))
-        config.label2id = {name: index for index, name in enumerate(names)}
         config.problem_type = "regression" if spec.label_names is None else "single_label_classification"
+    else:  # one output for two classes keeps its own name
+        names = in_order(config.id2label or {})
+    config.id2label, config.label2id = named(names)
 
 
 def _open_run_as_base(directory: Path, spec: TaskSpec, above: frozenset[Path]) -> PreTrainedModel:
@@ -342,7 +343,8 @@ def refuse_unlike(directory: Path, there: TrainSettings, here: TrainSettings, *n
     for name in names:
         was, asked = getattr(there, name), getattr(here, name)
         if was != asked:
-            raise UsageError(f"{directory}: was trained with {name} {was}, this run asks for {asked}; they must agree")
+            with_it = f"{spelled('lora_rank' if name == 'rank' else name)} {was}"
+            raise UsageError(f"{directory}: was trained with {with_it}, this run asks for {asked}; they must agree")
 
 
 def load_start_(
@@ -416,11 +418,16 @@ def load_run(directory: Path, above: frozenset[Path] = frozenset()) -> tuple[Pre
 
 def clear_(directory: Path, manifest: RunManifest) -> None:
     """Remove what earlier checkpoints, and writes that were killed, left in a run directory."""
-    named = (manifest.tensors["file"], manifest.resume.get("file"))
+    named = _tensors_of(manifest)
     for kind in ("gates-*.safetensors", "state-*.safetensors", ".gates-*", ".state-*", f".{RUN_FILE}.*"):
         for old in directory.glob(kind):
             if old.name not in named:
                 old.unlink(missing_ok=True)  # each of several processes may come here
+
+
+def _tensors_of(manifest: RunManifest) -> set[str]:
+    """Return the names of the files that hold a checkpoint."""
+    return {str(one["file"]) for one in (manifest.tensors, manifest.resume) if one}
 
 
 class RunWriter:
@@ -439,11 +446,13 @@ class RunWriter:
         self._force = force
         self._lock: int | None = None
         self.bound: dict[str, str] = {}
+        self._named: set[str] = set()  # tensors of the last complete checkpoint
         if target.exists():  # a directory that another process is training into is neither gone on with nor replaced
             self._lock = lock(target)
         if resumed:
             self.directory = target
-            self.bound = read_run(target).sha256
+            last = read_run(target)
+            self.bound, self._named = last.sha256, _tensors_of(last)
             return
         with explained(target):
             target.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -474,6 +483,7 @@ class RunWriter:
         if state:
             manifest = replace(manifest, resume={**self._write("state", manifest.step, state), **manifest.resume})
         replace_file(self.directory / RUN_FILE, json_text(manifest.to_json()).encode())
+        self._named = _tensors_of(manifest)
         clear_(self.directory, manifest)
         if not self.published:
             if self.target.exists():
@@ -483,9 +493,12 @@ class RunWriter:
         return manifest
 
     def _write(self, kind: str, step: int, tensors: dict[str, Tensor]) -> dict[str, str]:
-        """Write one file of tensors and return how a manifest names it."""
+        """Write one file of tensors and return how a manifest names it; what the last one names stays as it is."""
+        content = save(tensors)
         path = self.directory / f"{kind}-{step:08d}.safetensors"
-        replace_file(path, save(tensors))
+        if path.name in self._named and path.read_bytes() != content:  # a head that was moved behind the last step
+            path = path.with_stem(f"{path.stem}-again")
+        replace_file(path, content)
         return {"file": path.name, "sha256": sha256_of(path)}
 
     def __enter__(self) -> Self:

@@ -120,7 +120,10 @@ def basis_of(  # noqa: PLR0913 - what `evaluate` is asked of its rows
 def _tokenizer_of(runner: Runner, target: str | Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """Return the tokenizer of an open model; `ModelError` where that cannot be measured on texts."""
     if runner.head_is_random:
-        raise ModelError(f"{target}: has no task head of its own, so there is nothing to measure; train one first")
+        raise ModelError(
+            f"{target}: has no task head of its own, so there is nothing to measure; train one first, or, of an "
+            "embedder, keep the modules.json of sentence-transformers beside it"
+        )
     if runner.tokenizer_dir is None:
         raise ModelError(f"{target}: no tokenizer beside it; give the directory that `gatepress export` wrote")
     opened: PreTrainedTokenizerBase = open_tokenizer(runner.tokenizer_dir, trust_remote_code=trust_remote_code)

@@ -30,6 +30,7 @@ from gatepress.quantize import quantize_file_
 from gatepress.runners import Batch, Runner, TorchRunner
 from gatepress.runtime import open_runner
 from gatepress.schema import refuse_unsound
+from gatepress.tasks.labels import in_order, named
 from gatepress.tracing import FUSED, operators, slim, write_onnx
 from gatepress.versions import versions
 
@@ -87,7 +88,10 @@ def export(  # noqa: PLR0913 - every option of the command is one
         bound: dict[str, str] = {}
         if runner.tokenizer_dir is not None:
             tokenizer = open_tokenizer(runner.tokenizer_dir, trust_remote_code=trust_remote_code)
-            bound = save_tokenizer(tokenizer, staged)
+            if tokenizer.init_kwargs.get("auto_map"):  # what gatepress writes asks nobody to run code
+                logger.warning("%s: its tokenizer has code of its own, so none is written beside the graph", source)
+            else:
+                bound = save_tokenizer(tokenizer, staged)
         (staged / "config.json").write_text(json_text(_config(runner.model)), encoding="utf-8")
         exact = _opened(model_file, opset)
         checked = compare(runner, exact, [*random, *real], max_diff)
@@ -247,6 +251,8 @@ def _config(model: PreTrainedModel) -> dict[str, Any]:
         values: dict[str, Any] = model.config.to_diff_dict()
     for name in ("auto_map", "gatepress", "_name_or_path"):
         values.pop(name, None)
+    if values.get("id2label"):  # whatever they are, tools read texts and counts
+        values["id2label"], values["label2id"] = named(in_order(values["id2label"]))
     values["model_type"] = dense_type(model.config.model_type)
     values["architectures"] = [type(model).__name__.removeprefix("Gatepress")]
     return values

@@ -62,9 +62,10 @@ GATHER_FROM = 3  # threads: index_select keeps to one, where it takes less than 
 
 
 class _Call(threading.local):
-    """What the call of a model in this thread has told its last layer: threads may share a model."""
+    """What the call of a model in this thread has told its layers: threads may share a model."""
 
     first_token_alone = False
+    masks_by_token = False  # whether the caller's mask may say for each token on its own what it looks at
     keys_from: Tensor | None = None  # hidden states of all tokens, where the last layer is given the first ones
 
 
@@ -116,7 +117,8 @@ def pick(x: Tensor, index: Tensor, zeros: int = 0) -> Tensor:
     elif not torch.compiler.is_compiling() and x.device.type == "cpu" and torch.get_num_threads() < GATHER_FROM:
         picked = rows.index_select(-1, index)
     else:
-        picked = rows.gather(-1, index.expand(len(rows), -1))
+        # shape[0], not len(): a traced graph has it for any number of rows
+        picked = rows.gather(-1, index.expand(rows.shape[0], -1))
     return picked.reshape(*x.shape[:-1], -1)
 
 
@@ -170,7 +172,8 @@ class PrunedAttention:
         dropout = self.dropped if self.training else 0.0
         given, _call.keys_from = _call.keys_from, None
         everything = hidden_states if given is None else given.to(hidden_states.device)  # layers may be spread
-        once = part.get("uniform") and bias_of is None and not dropout and not self.near
+        alike = not (self.near or _call.masks_by_token)  # which tokens all of them look at
+        once = part.get("uniform") and bias_of is None and not dropout and alike
         if once:
             hidden_states = hidden_states[:, :1]
         v = self._by_head(getattr(self, part["v"])(everything), part["vo_width"])
@@ -188,8 +191,8 @@ class PrunedAttention:
         eager = getattr(getattr(self, "config", None), "_attn_implementation", "sdpa") == "eager"
         weights = None
         if q is None or eager or weights_asked or torch.compiler.is_exporting():
-            alike = (v.shape[0], heads if dropout else 1, hidden_states.shape[1], everything.shape[1])
-            scores = v.new_zeros(alike) if q is None else q @ k.transpose(-1, -2) * part["scale"]
+            level = (v.shape[0], heads if dropout else 1, hidden_states.shape[1], everything.shape[1])
+            scores = v.new_zeros(level) if q is None else q @ k.transpose(-1, -2) * part["scale"]
             if mask is not None and not mask.is_floating_point():
                 scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
             elif mask is not None:
@@ -247,6 +250,8 @@ class PrunedDisentangledAttention(PrunedAttention):
         if relative is not None and self.pos_att_type and not self.gatepress.get("uniform"):
             bias_of = functools.partial(self._position_scores, relative[0], embeddings)
         mask = attention_mask.bool()
+        if self.gatepress.get("uniform"):  # queries of padding see nothing, and the first token may be padding
+            mask = mask.any(-2, keepdim=True)
         return self._attend(hidden_states, mask, bias_of=bias_of, weights_asked=output_attentions)  # type: ignore[no-any-return]
 
     def _position_scores(self: Any, relative: Tensor, embeddings: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -497,15 +502,22 @@ def _last_layer(base: Any, attentions: dict[str, Any]) -> Any:
 
 
 def _told(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a model's forward that tells the last layer whether anybody reads more than the first token."""
+    """Return a model's forward that tells its layers how masks are given, and the last one which tokens are read."""
 
     @functools.wraps(forward)
     def told(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = {name: kwargs.get(name) for name in ("output_hidden_states", "output_attentions")}
         asked = (getattr(self.config, name, False) if value is None else value for name, value in given.items())
         inputs_only = len(args) <= 2  # noqa: PLR2004 - behind ids and mask, what a place means depends on the family
-        with first_token_alone(wanted=self.first_token_alone and not self.training and inputs_only and not any(asked)):
-            return forward(self, *args, **kwargs)
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        before, _call.masks_by_token = _call.masks_by_token, mask is not None and getattr(mask, "ndim", 3) > 2  # noqa: PLR2004 - [batch, length]
+        try:
+            with first_token_alone(
+                wanted=self.first_token_alone and not self.training and inputs_only and not any(asked)
+            ):
+                return forward(self, *args, **kwargs)
+        finally:
+            _call.masks_by_token = before
 
     return told
 

@@ -114,7 +114,7 @@ def prune(  # noqa: PLR0913 - every option of the command is one
             **PRUNED_FORMAT,
             "task": manifest.task.to_json(),
             "data": manifest.to_json()["data"],
-            "max_length": manifest.settings.max_length,
+            "max_length": manifest.tokens,
             "base": {"model": manifest.settings.model, "revision": manifest.settings.revision},
             "base_sha256": manifest.base_sha256,
             "data_fingerprint": manifest.data_fingerprint,

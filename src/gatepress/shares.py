@@ -24,6 +24,7 @@ from gatepress.inject import in_head
 ROWS = 4_096  # of training rows, at most: of as many a share is known to a hundredth
 PASSES = 100  # over the classes; of two classes the first pass is the last
 MARGIN = 1e-3  # of a logit, to the row next to where a decision lies
+SETTLED = 1e-5  # of a logit, in a pass
 DIGITS = 4  # of what is added to a bias: a run that was stopped computes logits with other last digits
 
 Floats = npt.NDArray[np.float64]
@@ -36,13 +37,23 @@ def offsets(logits: npt.NDArray[Any], counts: npt.NDArray[np.int64]) -> Floats:
     told apart: by so many it may miss. Of two classes they are the least that do it, but for `MARGIN`; of more, one
     class after the other goes no farther than it must, and where `PASSES` do not settle it some rows are missed.
     """
-    values = logits.astype(np.float64)
-    found: Floats = np.zeros(values.shape[1])
+    values = np.ascontiguousarray(logits.T, dtype=np.float64)
+    moved, found = values.copy(), np.zeros(len(values))
+    named, highest = moved.argmax(0), moved.max(0)
     for _ in range(PASSES):
         before = found.copy()
-        for k in range(len(found)):
-            found[k] = np.clip(found[k], *_between(np.delete(values + found, k, 1).max(1) - values[:, k], counts[k]))
-        if np.array_equal(found, before):
+        for k, own in enumerate(values):
+            mine = named == k
+            moved[k] = -np.inf
+            named[mine], highest[mine] = (
+                moved[:, mine].argmax(0),
+                moved[:, mine].max(0),
+            )  # among the others, as elsewhere
+            found[k] = np.clip(found[k], *_between(highest - own, counts[k]))
+            moved[k] = own + found[k]
+            ahead = moved[k] > highest
+            named[ahead], highest[ahead] = k, moved[k, ahead]
+        if np.abs(found - before).max() < SETTLED:
             break
     found -= found.mean()
     return found

@@ -30,6 +30,7 @@ from gatepress.bench import endtoend
 from gatepress.bench.record import Record
 from gatepress.bench.render import drawing, markdown
 from gatepress.bench.summary import Cell, density, summarize, table
+from gatepress.bench.timing import computing_with
 from gatepress.checkpoint import RunManifest, dense_base, located, read_run
 from gatepress.config import DEFAULT_TARGET, METHODS, Method, Target, TrainSettings, refuse, refuse_below, spelled
 from gatepress.costs import TARGETS
@@ -187,9 +188,10 @@ class _Sweep:
             progress.start(len(points), "building what is timed")
             try:
                 built = {}
-                for name, cell in points.items():
-                    built[name] = _build(self.run_dir(cell), cell, Path(root), target, progress)
-                    progress.advance(1, built=name)
+                with computing_with(measuring["threads"]):  # layouts are chosen for as many as are timed
+                    for name, cell in points.items():
+                        built[name] = _build(self.run_dir(cell), cell, Path(root), target, progress)
+                        progress.advance(1, built=name)
             finally:
                 progress.finish()
             self.records = endtoend.run(built, device=TARGETS[target].device, progress=progress, **measuring)

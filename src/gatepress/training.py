@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -291,8 +292,8 @@ def _as_start(settings: TrainSettings, start: Path) -> TrainSettings:
     run = read_run(start).settings
     elsewhere = ("model",) if run.model != settings.model and base_of(settings) is None else ()
     refuse_unlike(start, run, settings, *elsewhere, "method", "granularity", "controller", "gate_axes", "matrices")
-    left_open = [name for name in ("rotate_heads", "lora_matrices") if getattr(settings, name) is None]
-    return replace(settings, **{name: getattr(run, name) for name in left_open})
+    taken = {"lora_rank": run.rank or None, **{name: getattr(run, name) for name in ("rotate_heads", "lora_matrices")}}
+    return replace(settings, **{name: value for name, value in taken.items() if getattr(settings, name) is None})
 
 
 def _processes(settings: TrainSettings) -> Processes:
@@ -388,14 +389,35 @@ def _unmeasured(job: _Job) -> bool:
 
 def _end_epoch(job: _Job, writer: RunWriter | None) -> None:
     """Measure and count the model behind a pass over the rows, and write it."""
-    finished, matched = job.step == job.steps, {}
-    if finished and job.matching:
-        matched = {"class_offsets": match_(job.gated, *outputs_of(job.gated, job.matching, job.processes))}
-    report = _measured(job) | matched
-    _checkpoint(job, writer, "finished" if finished else "training", report)
+    if job.step == job.steps:
+        with _matched(job) as offsets:
+            report = _measured(job) | offsets
+            _checkpoint(job, writer, "finished", report)
+    else:
+        report = _measured(job)
+        _checkpoint(job, writer, "training", report)
     if writer:
         epoch, metric = job.step // job.steps_per_epoch, report["metric_name"]
         logger.info("epoch %d: %s %.4f", epoch, metric, report["metric_value"])
+
+
+@contextlib.contextmanager
+def _matched(job: _Job) -> Iterator[dict[str, Any]]:
+    """Move the head, where that was asked for, and yield by how much.
+
+    Where what follows does not come to its end it is moved back: who goes on does it anew.
+    """
+    if job.matching is None:
+        yield {}
+        return
+    bias = last_bias(job.gated)
+    before = bias.detach().clone()
+    try:
+        yield {"class_offsets": match_(job.gated, *outputs_of(job.gated, job.matching, job.processes))}
+    except BaseException:
+        with torch.no_grad():
+            bias.copy_(before)
+        raise
 
 
 @uninterrupted()

@@ -75,7 +75,7 @@ def _lines(figure: Figure, cells: list[list[Record]]) -> None:
             ("index", ORANGE, "select columns, then multiply"),
             ("closure", BLUE, "multiply only (columns are gone already)"),
         ):
-            line = [record for record in group if record.kind == kind]
+            line = sorted((one for one in group if one.kind == kind), key=lambda one: one.sparsity or 0)
             at = [100 * (record.sparsity or 0) for record in line]
             low = [record.latency_ms_p10 for record in line]
             high = [record.latency_ms_p90 for record in line]

@@ -26,18 +26,27 @@ Measure = Callable[[Call, int], list[float]]  # call, times -> milliseconds of e
 
 
 @contextlib.contextmanager
-def undisturbed(threads: int | None) -> Iterator[int]:
-    """Hold off garbage collection and autograd, and set torch's threads; yield how many there are."""
-    before, collecting = torch.get_num_threads(), gc.isenabled()
-    gc.collect()
-    gc.disable()
+def computing_with(threads: int | None) -> Iterator[int]:
+    """Set torch's threads, None: leave them; yield how many there are."""
+    before = torch.get_num_threads()
     try:
         if threads is not None:
             torch.set_num_threads(threads)
-        with torch.inference_mode():
-            yield torch.get_num_threads()
+        yield torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def undisturbed(threads: int | None) -> Iterator[int]:
+    """Hold off garbage collection and autograd, and set torch's threads; yield how many there are."""
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        with computing_with(threads) as active, torch.inference_mode():
+            yield active
+    finally:
         if collecting:
             gc.enable()
 

@@ -47,7 +47,7 @@ def export(  # noqa: PLR0913 - every option is a parameter
         Literal["int8"] | None,
         opt.OUTPUT(
             help="int8: store the encoder's matrices and the word embeddings in 8 bits and multiply in 8 bits. A "
-            "quarter of the size and, on CPUs with VNNI, 1.2 to 2.9 times as fast (measured on two encoders); the "
+            "quarter of the size and, on CPUs with VNNI, 1.1 to 3.4 times as fast (two pruned encoders); the "
             "logits move a little, so the metric is measured before and after, on the run's validation rows or those "
             "of the data options.",
             show_default=False,

@@ -73,7 +73,7 @@ class Axis:
     """What an axis shows and how its ticks are spelled; `logarithmic` only where the values span far."""
 
     name: str
-    show: Callable[[float], str] | None = None  # None: with as many decimals as the ticks need
+    percent: bool = False  # of fractions
     logarithmic: bool = False
     least: float | None = None  # the axis reaches at least from here
 
@@ -157,10 +157,12 @@ def _scale(axis: Axis, values: Sequence[float], start: float, end: float) -> _Sc
 
 
 def _spelled(axis: Axis, scale: _Scale) -> list[tuple[float, str]]:
-    """Return the ticks with their texts."""
-    decimals = max(len(f"{tick:.6g}".partition(".")[2]) for tick in scale.ticks)
-    show = axis.show or ("{:g}" if scale.logarithmic else f"{{:,.{decimals}f}}").format
-    return [(tick, show(tick)) for tick in scale.ticks]
+    """Return the ticks with their texts, with as many decimals as they need."""
+    if scale.logarithmic:
+        return [(tick, f"{tick:g}") for tick in scale.ticks]
+    times, unit = (100, "%") if axis.percent else (1, "")
+    decimals = max(len(f"{times * tick:.10g}".partition(".")[2]) for tick in scale.ticks)
+    return [(tick, f"{times * tick:,.{decimals}f}{unit}") for tick in scale.ticks]
 
 
 def _ticks(least: float, most: float) -> list[float]:

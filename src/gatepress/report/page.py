@@ -128,7 +128,7 @@ def _tradeoff(sheet: Sheet) -> Iterable[Section]:
     for number, points in enumerate(points for points in sheet.sweeps if len(points) > 1):
         one, records = points[0], [point.timed for point in points if point.timed]
         timed = len(records) == len(points)
-        x = Axis("multiply-accumulates of the encoder removed", "{:.0%}".format)
+        x = Axis("multiply-accumulates of the encoder removed", percent=True)
         if timed:
             x = Axis(f"latency, {cell(records[0])} (ms)", logarithmic=True)
         methods = dict.fromkeys(map(_method, points))
@@ -169,7 +169,7 @@ def _traded(points: Sequence[Item]) -> str:
     """Return what the knee, or else the sparsest point, gains and loses against the densest one."""
     first, best = points[0], next((point for point in points if point.knee), points[-1])
     gain = f"does {_share(best.removed or 0.0)} less work than"
-    if best.timed and best.timed.relative_time_factor:
+    if best.timed and best.timed.relative_time_factor and best.timed.baseline == first.name:
         gain = f"is {_factor(best.timed)} as fast as"
     where = "At the knee, " if best.knee else ""
     return f"{where}{best.name} {gain} {first.name}, {_change(first, best)}"
@@ -293,26 +293,31 @@ def _curves(sheet: Sheet) -> Iterable[Section]:
     items = list(reversed(trained.values()))
     if not items:
         return
-    closed = max(items, key=lambda item: item.closed or 0.0)
-    heading = f"{closed.label} ends at {_metric_name(closed)} {_metric(closed.curve[-1].metric)}"
-    if closed.closed:
-        heading += f" with {_share(closed.closed)} of its gates closed"
+    sparsest = max(items, key=_closed_in_training)
+    heading = f"{sparsest.label} ends at {_metric_name(sparsest)} {_metric(sparsest.curve[-1].metric)}"
+    if _closed_in_training(sparsest):
+        heading += f" with {_share(_closed_in_training(sparsest))} of its gates closed"
     metrics = _and(dict.fromkeys(map(_metric_name, items)))
     both = [
         ("the metric in training", [_curve(item, "metric") for item in items], Axis(metrics)),
         (
             "closed gates in training",
-            [_curve(item, "closed") for item in items if closed.closed],
-            Axis("fraction of the gates that is closed", "{:.0%}".format, least=0.0),
+            [_curve(item, "closed") for item in items if _closed_in_training(sparsest)],
+            Axis("fraction of the gates that is closed", percent=True, least=0.0),
         ),
     ]
     pictures = [
-        f"<div>{plot(name, series, Axis('step', '{:,.0f}'.format, least=0.0), y)}</div>"
+        f"<div>{plot(name, series, Axis('step', least=0.0), y)}</div>"
         for name, series, y in both
         if any(one.points for one in series)
     ]
     body = f'<div class="pair">{"".join(pictures)}</div>' if pictures else ""
     yield Section("training", heading, body)
+
+
+def _closed_in_training(item: Item) -> float:
+    """Return the fraction of gates that its training closed; what was pruned to another size has more or fewer."""
+    return item.curve[-1].closed or 0.0
 
 
 def _curve(item: Item, what: str) -> Series:

@@ -39,6 +39,11 @@ def in_order(id2label: Mapping[Any, Any]) -> tuple[str, ...]:
     return tuple(str(id2label[key]) for key in sorted(id2label, key=int))
 
 
+def named(names: Sequence[str]) -> tuple[dict[int, str], dict[str, int]]:
+    """Return what a configuration holds of the outputs of a head: id -> name, and name -> id."""
+    return dict(enumerate(names)), {name: index for index, name in enumerate(names)}
+
+
 def are_numbered(names: Sequence[str]) -> bool:
     """Say whether classes are only counted (LABEL_0, ...), as transformers calls them where nobody else named them."""
     return folded(names) == tuple(f"label_{number}" for number in range(len(names)))

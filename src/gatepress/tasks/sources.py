@@ -17,7 +17,7 @@ from gatepress.tasks.demo import demo_rows
 from gatepress.tasks.glue import glue_columns, hub_columns
 from gatepress.tasks.labels import class_ids, infer_names, scores
 from gatepress.tasks.readers import Columns, read_columns
-from gatepress.tasks.spec import MIN_CLASSES, PAIR, RANKS, TASKS, TaskSpec, task_named
+from gatepress.tasks.spec import METRICS, MIN_CLASSES, PAIR, RANKS, TASKS, TaskSpec, task_named
 
 _HALF = re.compile("[\ud800-\udfff]")
 
@@ -73,12 +73,7 @@ def load_rows(
     _refuse_unfit_columns(spec)
     if embeds:
         spec = _embedding(spec, data)
-    if spec.metric not in spec.metrics:
-        kind = "numbers" if spec.label_names is None else f"{len(spec.label_names)} classes"
-        of = "pairs of texts" if len(spec.text_columns) == PAIR else "single texts"
-        raise UsageError(
-            f"--metric is {spec.metric}, expected one of {', '.join(spec.metrics)}: labels are {kind} of {of}"
-        )
+    _refuse_unfit_metric(spec)
     used: Columns | None = None
     tables: list[Columns] = []
     if train is not None and splits == "all":
@@ -194,6 +189,21 @@ def _embedding(spec: TaskSpec, data: DataSettings) -> TaskSpec:
         )
     spec = replace(spec, embeds=True)
     return spec if data.metric or spec.metric in spec.metrics else replace(spec, metric=spec.metrics[0])
+
+
+def _refuse_unfit_metric(spec: TaskSpec) -> None:
+    if spec.metric not in spec.metrics:
+        kind = "numbers" if spec.label_names is None else f"{len(spec.label_names)} classes"
+        of = "pairs of texts" if len(spec.text_columns) == PAIR else "single texts"
+        raise UsageError(
+            f"--metric is {spec.metric}, expected one of {', '.join(spec.metrics)}: labels are {kind} of {of}"
+        )
+    if spec.label_names and not spec.second_fits and "classes" not in METRICS[spec.metric]:
+        raise UsageError(
+            f"{spec.name} would be measured by {spec.metric}, which looks for rows of the second class, "
+            f"{spec.label_names[1]!r}, and the first is the one that fits; give rows whose labels are 0 and 1, the "
+            "latter those that fit, or another --metric or --task"
+        )
 
 
 def _refuse_unfit_columns(spec: TaskSpec) -> None:

@@ -47,7 +47,12 @@ class TaskSpec:
     @property
     def widths(self) -> tuple[int, ...]:
         """Widths that the head of a finetuned model may have: of two classes one output may tell, as rerankers have."""
-        return (self.num_labels, 1) if self.num_labels == MIN_CLASSES else (self.num_labels,)
+        return (self.num_labels, 1) if self.second_fits else (self.num_labels,)
+
+    @property
+    def second_fits(self) -> bool:
+        """Whether the second of two classes is what scores and cosines are high for; of entailment it is the first."""
+        return self.num_labels == MIN_CLASSES and self.label_names != _ENTAILMENT
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
