@@ -222,7 +222,7 @@ def _set_labels_(config: Any, directory: Path, spec: TaskSpec) -> None:
         config.num_labels = spec.num_labels
         config.problem_type = "regression" if spec.label_names is None else "single_label_classification"
     else:  # one output for two classes keeps its own name
-        names = in_order(config.id2label or {})
+        names = in_order(config.id2label or {0: "LABEL_0"})
     config.id2label, config.label2id = named(names)
 
 

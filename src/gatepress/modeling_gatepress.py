@@ -462,11 +462,22 @@ def _submodule(base: nn.Module, path: str) -> nn.Module:
 @contextlib.contextmanager
 def first_token_alone(*, wanted: bool = True) -> Iterator[None]:
     """Let last layers that `narrow_layer_` prepared compute the first token alone, for as long as the block runs."""
-    before, _call.first_token_alone = _call.first_token_alone, wanted
+    with _telling(first_token_alone=wanted):
+        yield
+
+
+@contextlib.contextmanager
+def _telling(**what: bool) -> Iterator[None]:
+    """Set what the calls of this thread are told, for as long as the block runs."""
+    before = {name: getattr(_call, name) for name in what}
+    for name, value in what.items():
+        setattr(_call, name, value)
     try:
         yield
     finally:
-        _call.first_token_alone, _call.keys_from = before, None
+        for name, value in before.items():
+            setattr(_call, name, value)
+        _call.keys_from = None
 
 
 def reads_first_token(config: Any) -> bool:
@@ -509,15 +520,11 @@ def _told(forward: Callable[..., Any]) -> Callable[..., Any]:
         given = {name: kwargs.get(name) for name in ("output_hidden_states", "output_attentions")}
         asked = (getattr(self.config, name, False) if value is None else value for name, value in given.items())
         inputs_only = len(args) <= 2  # noqa: PLR2004 - behind ids and mask, what a place means depends on the family
+        alone = self.first_token_alone and not self.training and inputs_only and not any(asked)
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        before, _call.masks_by_token = _call.masks_by_token, mask is not None and getattr(mask, "ndim", 3) > 2  # noqa: PLR2004 - [batch, length]
-        try:
-            with first_token_alone(
-                wanted=self.first_token_alone and not self.training and inputs_only and not any(asked)
-            ):
-                return forward(self, *args, **kwargs)
-        finally:
-            _call.masks_by_token = before
+        by_row = mask is None or getattr(mask, "ndim", 0) == 2  # noqa: PLR2004 - [batch, length]
+        with _telling(first_token_alone=alone, masks_by_token=not by_row):
+            return forward(self, *args, **kwargs)
 
     return told
 

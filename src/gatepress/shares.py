@@ -45,10 +45,8 @@ def offsets(logits: npt.NDArray[Any], counts: npt.NDArray[np.int64]) -> Floats:
         for k, own in enumerate(values):
             mine = named == k
             moved[k] = -np.inf
-            named[mine], highest[mine] = (
-                moved[:, mine].argmax(0),
-                moved[:, mine].max(0),
-            )  # among the others, as elsewhere
+            others = moved[:, mine]
+            named[mine], highest[mine] = others.argmax(0), others.max(0)  # so of all rows, what k is not
             found[k] = np.clip(found[k], *_between(highest - own, counts[k]))
             moved[k] = own + found[k]
             ahead = moved[k] > highest
