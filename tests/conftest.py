@@ -155,12 +155,13 @@ def tiny_regression_files(tmp_path_factory: pytest.TempPathFactory) -> TaskFiles
 
 @pytest.fixture(scope="session")
 def tiny_glue_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Made-up rows in the GLUE directory layout: sst2, cola, rte, stsb and mnli."""
+    """Made-up rows in the GLUE directory layout: sst2, cola, rte, mrpc, stsb and mnli."""
     root = tmp_path_factory.mktemp("glue")
     names = {
         "sst2": ("calm", "wild"),
         "cola": ("calm", "wild"),
         "rte": ("calm", "wild"),
+        "mrpc": ("calm", "wild"),
         "mnli": tuple(tiny.MARKERS),
     }
     splits = {"train": 160, "validation": 64}

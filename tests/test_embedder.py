@@ -442,15 +442,15 @@ def test_rows_that_compare_no_two_texts_are_refused(tiny_task_files: TaskFiles, 
     glue = {"train_file": None, "validation_file": None, "text_column": None, "label_column": None}
     with pytest.raises(UsageError, match="3 classes"):
         load_rows(replace(named, **glue, task="mnli", data_dir=str(tiny_glue_dir)), embeds=True)
-    rows = load_rows(replace(named, **glue, task="rte", data_dir=str(tiny_glue_dir)), embeds=True)
+    rows = load_rows(replace(named, **glue, task="mrpc", data_dir=str(tiny_glue_dir)), embeds=True)
     assert rows.spec.metric == "average_precision"
     with pytest.raises(UsageError, match="--metric is accuracy, expected one of average_precision"):
-        load_rows(replace(named, **glue, task="rte", data_dir=str(tiny_glue_dir), metric="accuracy"), embeds=True)
+        load_rows(replace(named, **glue, task="mrpc", data_dir=str(tiny_glue_dir), metric="accuracy"), embeds=True)
 
 
 def test_any_pairs_will_do_to_measure_by(trained: Path, tiny_glue_dir: Path, tmp_path: Path) -> None:
-    named = evaluate(trained, data=DataSettings(task="rte", data_dir=str(tiny_glue_dir)))
-    assert (named["task"], named["metric_name"]) == ("rte", "average_precision")
+    named = evaluate(trained, data=DataSettings(task="mrpc", data_dir=str(tiny_glue_dir)))
+    assert (named["task"], named["metric_name"]) == ("mrpc", "average_precision")
     rows = [(text, text.split()[0], label) for text, label in tiny.made_up_rows(32)]
     file = tiny.write_table(tmp_path / "dev.csv", ("query", "passage", "relevant"), rows)
     own = evaluate(trained, data=DataSettings(validation_file=str(file)))
