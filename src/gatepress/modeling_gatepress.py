@@ -172,8 +172,7 @@ class PrunedAttention:
         dropout = self.dropped if self.training else 0.0
         given, _call.keys_from = _call.keys_from, None
         everything = hidden_states if given is None else given.to(hidden_states.device)  # layers may be spread
-        alike = not (self.near or _call.masks_by_token)  # which tokens all of them look at
-        once = part.get("uniform") and bias_of is None and not dropout and alike
+        once = part.get("uniform") and bias_of is None and not (dropout or self.near or _call.masks_by_token)
         if once:
             hidden_states = hidden_states[:, :1]
         v = self._by_head(getattr(self, part["v"])(everything), part["vo_width"])
@@ -191,8 +190,8 @@ class PrunedAttention:
         eager = getattr(getattr(self, "config", None), "_attn_implementation", "sdpa") == "eager"
         weights = None
         if q is None or eager or weights_asked or torch.compiler.is_exporting():
-            level = (v.shape[0], heads if dropout else 1, hidden_states.shape[1], everything.shape[1])
-            scores = v.new_zeros(level) if q is None else q @ k.transpose(-1, -2) * part["scale"]
+            alike = (v.shape[0], heads if dropout else 1, hidden_states.shape[1], everything.shape[1])
+            scores = v.new_zeros(alike) if q is None else q @ k.transpose(-1, -2) * part["scale"]
             if mask is not None and not mask.is_floating_point():
                 scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
             elif mask is not None:
@@ -246,12 +245,11 @@ class PrunedDisentangledAttention(PrunedAttention):
         if positions.get("query_states") is not None:
             raise ValueError("pruned attention takes queries from the hidden states alone, got query_states")
         relative, embeddings = positions.get("relative_pos"), positions.get("rel_embeddings")
-        bias_of = None
-        if relative is not None and self.pos_att_type and not self.gatepress.get("uniform"):
-            bias_of = functools.partial(self._position_scores, relative[0], embeddings)
-        mask = attention_mask.bool()
+        bias_of, mask = None, attention_mask.bool()
         if self.gatepress.get("uniform"):  # queries of padding see nothing, and the first token may be padding
             mask = mask.any(-2, keepdim=True)
+        elif relative is not None and self.pos_att_type:
+            bias_of = functools.partial(self._position_scores, relative[0], embeddings)
         return self._attend(hidden_states, mask, bias_of=bias_of, weights_asked=output_attentions)  # type: ignore[no-any-return]
 
     def _position_scores(self: Any, relative: Tensor, embeddings: Tensor, q: Tensor, k: Tensor) -> Tensor:

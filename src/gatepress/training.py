@@ -292,8 +292,9 @@ def _as_start(settings: TrainSettings, start: Path) -> TrainSettings:
     run = read_run(start).settings
     elsewhere = ("model",) if run.model != settings.model and base_of(settings) is None else ()
     refuse_unlike(start, run, settings, *elsewhere, "method", "granularity", "controller", "gate_axes", "matrices")
-    taken = {"lora_rank": run.rank or None, **{name: getattr(run, name) for name in ("rotate_heads", "lora_matrices")}}
-    return replace(settings, **{name: value for name, value in taken.items() if getattr(settings, name) is None})
+    run = replace(run, lora_rank=run.rank or None)  # of a run that named none, its method's
+    left_open = [name for name in ("rotate_heads", "lora_matrices", "lora_rank") if getattr(settings, name) is None]
+    return replace(settings, **{name: getattr(run, name) for name in left_open})
 
 
 def _processes(settings: TrainSettings) -> Processes:
@@ -389,13 +390,9 @@ def _unmeasured(job: _Job) -> bool:
 
 def _end_epoch(job: _Job, writer: RunWriter | None) -> None:
     """Measure and count the model behind a pass over the rows, and write it."""
-    if job.step == job.steps:
-        with _matched(job) as offsets:
-            report = _measured(job) | offsets
-            _checkpoint(job, writer, "finished", report)
-    else:
-        report = _measured(job)
-        _checkpoint(job, writer, "training", report)
+    with _matched(job) as offsets:
+        report = _measured(job) | offsets
+        _checkpoint(job, writer, "finished" if job.step == job.steps else "training", report)
     if writer:
         epoch, metric = job.step // job.steps_per_epoch, report["metric_name"]
         logger.info("epoch %d: %s %.4f", epoch, metric, report["metric_value"])
@@ -403,11 +400,11 @@ def _end_epoch(job: _Job, writer: RunWriter | None) -> None:
 
 @contextlib.contextmanager
 def _matched(job: _Job) -> Iterator[dict[str, Any]]:
-    """Move the head, where that was asked for, and yield by how much.
+    """Move the head behind the last step, where that was asked for, and yield by how much.
 
     Where what follows does not come to its end it is moved back: who goes on does it anew.
     """
-    if job.matching is None:
+    if job.matching is None or job.step < job.steps:
         yield {}
         return
     bias = last_bias(job.gated)

@@ -295,14 +295,15 @@ def _curves(sheet: Sheet) -> Iterable[Section]:
         return
     sparsest = max(items, key=_closed_in_training)
     heading = f"{sparsest.label} ends at {_metric_name(sparsest)} {_metric(sparsest.curve[-1].metric)}"
-    if _closed_in_training(sparsest):
-        heading += f" with {_share(_closed_in_training(sparsest))} of its gates closed"
+    closed = _closed_in_training(sparsest)
+    if closed:
+        heading += f" with {_share(closed)} of its gates closed"
     metrics = _and(dict.fromkeys(map(_metric_name, items)))
     both = [
         ("the metric in training", [_curve(item, "metric") for item in items], Axis(metrics)),
         (
             "closed gates in training",
-            [_curve(item, "closed") for item in items if _closed_in_training(sparsest)],
+            [_curve(item, "closed") for item in items if closed],
             Axis("fraction of the gates that is closed", percent=True, least=0.0),
         ),
     ]
