@@ -5,13 +5,16 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForSequenceClassification
 
 import tiny
+from gatepress import plan
 from gatepress.budget import (
     INSIDE_HEADS,
     TOLERANCE,
@@ -334,3 +337,59 @@ def test_a_budget_that_neurons_cannot_fill_takes_one_head_more_and_opens_neurons
     assert [mask.tolist() for mask in masks] == [[0, 0, 1, 1], [1, 1, 1]]  # 40: less than one head too many
     masks = choose_closed([heads, torch.arange(30.0) / 100], [20.0, 1.0], [1, 1], 65, [20, 1])
     assert [int((mask == 0).sum()) for mask in masks] == [2, 25]
+
+
+def test_a_slot_of_few_heads_is_worth_the_mean_of_them() -> None:
+    """Whose neighbours are closed already must not go first for being fewer."""
+    few, whole = Gate(4), Gate(4)
+    few.score.copy_(torch.tensor([5.0, 4.0, 5.0, 4.0]))  # two heads of two; of the second slot one is closed
+    whole.score.copy_(torch.tensor([3.5, 3.0, 3.5, 3.0]))
+    few.mask[3] = 0
+    vectors = [GateVector(gate, 1.0, heads=2) for gate in (few, whole)]
+    ranking = Ranking.of(vectors, [gate.mask.bool() for gate in (few, whole)], per_mac=True)
+    first = ranking.elements[ranking.slots.cumsum(0) - ranking.slots]  # of each slot
+    assert (first // 4).tolist() == [1, 1, 0, 0]  # of which vector
+
+
+def closed_of(scores: list[torch.Tensor], counts: list[int], count: int) -> list[list[float]]:
+    vectors = []
+    for score, each in zip(scores, counts, strict=True):
+        gate = Gate(len(score), counts=each)
+        gate.score.copy_(score)
+        vectors.append(GateVector(gate, float(each), heads=1))
+    among = [torch.ones(len(score), dtype=torch.bool) for score in scores]
+    return [mask.tolist() for mask in Ranking.of(vectors, among, per_mac=True).closing(count)]
+
+
+def test_a_head_that_just_fits_goes_before_neurons_that_matter_more() -> None:
+    heads, neurons = closed_of([torch.tensor([0.0, 900.0]), torch.arange(10.0, 40.0)], [20, 1], 20)
+    assert heads == [0, 1]
+    assert neurons == [1] * 30
+
+
+def test_of_what_closed_for_a_head_the_most_important_opens_again() -> None:
+    heads, neurons = closed_of([torch.tensor([800.0, 900.0]), torch.arange(30.0)], [20, 1], 45)
+    assert heads == [0, 1]
+    assert neurons == [0] * 25 + [1] * 5
+
+
+def test_ranking_and_planning_never_go_gate_by_gate() -> None:
+    """They are done every few steps: one operation of torch for each gate would take longer than the steps."""
+
+    class Counting(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += 1
+            return func(*args, **(kwargs or {}))
+
+    size, among = 4_096, 24
+    gates = [Gate(size) for _ in range(among)]
+    for gate in gates:
+        gate.score.copy_(torch.rand(size))
+    vectors = [GateVector(gate, 1.0, heads=1) for gate in gates]
+    with Counting() as counting:
+        masks = Ranking.of(vectors, [gate.mask.bool() for gate in gates], per_mac=True).closing(size * among // 2)
+        assert len(plan._indices(masks[0].bool())) == int(masks[0].sum())
+    assert counting.count < size * among / 100
+    assert sum(int(mask.sum()) for mask in masks) == size * among // 2

@@ -3,6 +3,7 @@
 Other tests compare forms of a model with each other, which a wrong constant on both sides would pass.
 """
 
+import itertools
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ import tiny
 from gatepress import losses
 from gatepress.agreement import agree, compare, random_rows
 from gatepress.bench import timing
-from gatepress.budget import Budget, GateVector, gate_vectors
+from gatepress.budget import CLOSING_STARTS, Budget, GateVector, gate_vectors
 from gatepress.collapse import plan_model
 from gatepress.config import MAX_LOGIT_DIFF, Controller, DataSettings, TrainSettings
 from gatepress.distill import Lesson, learn_from_teacher_, logit_distances
@@ -289,3 +290,37 @@ def test_forms_agree_within_a_ten_thousandth(largest: float, apart: float, *, ag
         else:
             with pytest.raises(ParityError, match="differ by"):
                 check()
+
+
+def budget_of_one(controller: Controller, sparsity: float = 0.5, size: int = 1_000, steps: int = 100) -> Budget:
+    gate = Gate(size, noise=0.25 if controller == "penalty" else 0.0)
+    vectors = [GateVector(gate, macs=1.0, heads=1)]
+    return Budget(vectors, sparsity=sparsity, controller=controller, steps=steps, closing=0.5, penalty_weight=1.0)
+
+
+def test_closing_begins_late_and_follows_a_cubic_schedule() -> None:
+    """Half of the way there seven eighths are to be closed; before the start none is."""
+    budget = budget_of_one("importance")
+    first, last = int(CLOSING_STARTS * 100), 50
+    assert budget.target(first) == 0 < budget.target(first + 1)
+    assert budget.target((first + last) // 2) == pytest.approx(0.5 * 7 / 8)
+    assert budget.target(last) == budget.target(99) == 0.5
+
+
+def test_gates_close_step_by_step_along_the_schedule() -> None:
+    budget, closed = budget_of_one("importance"), []
+    gate = budget.vectors[0].gate
+    for step in range(1, 61):
+        gate.mu.grad = torch.randn(gate.size, generator=torch.Generator().manual_seed(step))
+        budget.after_backward(step)
+        closed.append(budget.closed_gates)
+    assert max(b - a for a, b in itertools.pairwise(closed)) < 300  # of 500: none at one stroke
+    for step in (10, 20, 30, 40, 50):
+        assert closed[step - 1] == math.ceil(budget.target(step) * gate.size - 1e-6)
+
+
+def test_the_penalty_asks_for_all_when_half_of_the_closing_is_through() -> None:
+    """What it adds to the loss no longer changes then; before it grows with the steps."""
+    budget = budget_of_one("penalty")  # all open: the penalty is what is asked to be closed
+    asked = [budget.penalty(step).item() for step in (0, 10, 25, 40)]  # type: ignore[union-attr]
+    assert asked == pytest.approx([0, 0.2, 0.5, 0.5], abs=1e-3)

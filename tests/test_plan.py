@@ -398,3 +398,30 @@ def test_no_call_has_less_than_one_token(tmp_path: Path, tiny_model_dir, tiny_ta
     with pytest.raises(UsageError, match="--tokens is 0, expected 1 or more"):  # before anything is trained
         prune_each(run, {0.5: tmp_path / "pruned"}, recover_epochs=1, tokens=0)
     assert not (tmp_path / "pruned").exists()
+
+
+def test_a_matrix_costs_its_own_index_operations() -> None:
+    """Gathers are from the width of the dense input, scatters from what is kept to the dense output."""
+    sides = (16, 32, 64, 128)
+    entries = [Entry("product", 1, (a, b), 1.0) for a in sides for b in sides]
+    for a in sides:
+        for b in sides:
+            # [width, kept] of a gather, [kept, width] of a scatter; each hangs on another side than the other one
+            entries += [Entry("gather", 1, (a, b), float(a)), Entry("again", 1, (a, b), float(a))]
+            entries.append(Entry("scatter", 1, (a, b), float(b)))
+    costs = Costs("ort-cpu", "made up", tuple(entries))
+    dense, kept = (64, 128), (16, 32)
+    assert costs.matrix(dense, kept) == pytest.approx(1)
+    assert costs.matrix(dense, kept, gathered="gather") == pytest.approx(1 + 128)
+    assert costs.matrix(dense, kept, gathered="again") == pytest.approx(1 + 128)
+    assert costs.matrix(dense, kept, scattered=True) == pytest.approx(1 + 64)
+
+
+def test_a_fit_is_as_near_to_short_times_as_to_long_ones() -> None:
+    """Errors count by what they are a part of: a long product must not decide what a short one takes."""
+    true = {(a, b): (a * b) ** 0.8 for a in (16, 64, 256, 1024) for b in (16, 64, 256, 1024)}
+    entries = [Entry("product", 1, shape, time) for shape, time in true.items()]
+    entries += [one for one in analytic("ort-cpu").entries if one.op != "product"]
+    costs = Costs("ort-cpu", "made up", tuple(entries))
+    off = [abs(float(costs.milliseconds("product", shape)[0]) / time - 1) for shape, time in true.items()]
+    assert max(off) < 1

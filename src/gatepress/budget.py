@@ -46,7 +46,6 @@ TOLERANCE = 5e-4  # of a budget that is not counted in gates: how far the search
 
 INSIDE_HEADS = (("q", "out"), ("k", "out"), ("v", "out"), ("o", "in"))  # sites of dimensions of heads
 
-Unit = tuple[float, int, Tensor]  # importance, vector, the elements that close together
 Masks = list[Tensor]  # one a gate vector, 1 open, 0 closed
 
 
@@ -146,9 +145,11 @@ class Ranking:
     that each head of a layer keeps the same width and nothing is lost to padding.
     """
 
-    units: list[Unit]  # the least important first
+    elements: Tensor  # [n] the least important first, as places in all masks end to end
+    slots: Tensor  # [slots] how many of `elements` each slot is, which close together
+    dims: Tensor  # [slots] dimensions that each slot stands for
+    counts: Tensor  # [all] dimensions that each element of all masks stands for
     masks: Masks  # as they are: those of elements that are not ranked stay so
-    counts: list[int]  # dimensions that each element of a vector stands for
     closed: int  # dimensions that are closed already
 
     @classmethod
@@ -157,19 +158,25 @@ class Ranking:
 
         With `per_mac` it is the score for each multiply-accumulate saved.
         """
-        units: list[Unit] = []
-        for index, (vector, taking) in enumerate(zip(vectors, among, strict=True)):
+        found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        first = 0
+        for vector, taking in zip(vectors, among, strict=True):
             standing = vector.gate.score.detach().float().masked_fill(~taking, -math.inf).cpu()
             ranked, order = standing.view(vector.heads, -1).sort(dim=1, descending=True)  # what is not ranked is last
-            members = (order + torch.arange(vector.heads)[:, None] * order.shape[1]).T  # [slots, heads]
+            members = (first + order + torch.arange(vector.heads)[:, None] * order.shape[1]).T  # [slots, heads]
             there = ~ranked.T.isneginf()
-            values = ranked.T.where(there, 0).sum(1) / there.sum(1) / (vector.macs if per_mac else 1.0)
-            slots = zip(values[there.any(1)].tolist(), members, there, strict=False)
-            units += [(value, index, slot if vector.heads == 1 else slot[own]) for value, slot, own in slots]
-        units.sort(key=lambda unit: unit[0])
+            width = there.sum(1)
+            values = ranked.T.where(there, 0).sum(1) / width / (vector.macs if per_mac else 1.0)
+            some = width > 0
+            found.append((values[some], members[there], width[some], width[some] * vector.gate.counts))
+            first += vector.gate.size
+        values, elements, slots, dims = (torch.cat(parts) for parts in zip(*found, strict=True))
+        order = values.argsort(stable=True)
+        place = order.argsort().repeat_interleave(slots)  # of the slot of each element
         masks = [vector.gate.mask.detach().float().cpu() for vector in vectors]
+        counts = torch.cat([torch.full((vector.gate.size,), vector.gate.counts) for vector in vectors])
         _, closed = counted(vector.gate for vector in vectors)
-        return cls(units, masks, [vector.gate.counts for vector in vectors], closed)
+        return cls(elements[place.argsort(stable=True)], slots[order], dims[order], counts, masks, closed)
 
     def closing(self, count: int) -> Masks:
         """Return masks that close `count` dimensions in all, the least important first.
@@ -177,37 +184,36 @@ class Ranking:
         What is left too small for whole heads is taken from single dimensions; where none is open any more,
         one head more goes and single dimensions open again.
         """
-        masks = [mask.clone() for mask in self.masks]
-        left = count - self.closed
-        for _, index, slot in self.units:
-            if left <= 0:
-                break
-            if len(slot) * self.counts[index] <= left:
-                masks[index][slot] = 0
-                left -= len(slot) * self.counts[index]
+        mask, left = torch.cat(self.masks), count - self.closed
+        taken = self.dims.cumsum(0) <= left
+        left -= int(self.dims[taken].sum())
+        for slot, size in enumerate(self.dims.tolist()):  # smaller ones behind one that is too large
+            if size <= left and not taken[slot]:
+                taken[slot] = True
+                left -= size
+        mask[self.elements[taken.repeat_interleave(self.slots)]] = 0
         if left > 0:  # slots of several heads leave a remainder, and so do whole heads
-            self._close_single_(masks, left)
-        return masks
+            mask = self._close_single(mask, left)
+        return list(mask.split([len(one) for one in self.masks]))
 
-    def _close_single_(self, masks: Masks, left: int) -> None:
-        """Close elements for `left` dimensions more, in place, still the least important first.
+    def _close_single(self, mask: Tensor, left: int) -> Tensor:
+        """Close elements for `left` dimensions more, still the least important first.
 
         Where only larger elements are open, one of them goes, and smaller ones open again for the excess: the last that
         closed, and where these do not do, any.
         """
-        elements = [(index, element) for _, index, slot in self.units for element in slot.tolist()]
+        values, counts, elements = mask.tolist(), self.counts.tolist(), self.elements.tolist()
         for larger in (False, True):
-            for index, element in elements:
-                if left > 0 and masks[index][element] and (larger or self.counts[index] <= left):
-                    masks[index][element] = 0
-                    left -= self.counts[index]
-        before = [
-            (index, at) for index, mask in enumerate(self.masks) for at in (mask == 0).nonzero().flatten().tolist()
-        ]
-        for index, element in [*reversed(elements), *before]:
-            if self.counts[index] <= -left and not masks[index][element]:
-                masks[index][element] = 1
-                left += self.counts[index]
+            for element in elements:
+                if left > 0 and values[element] and (larger or counts[element] <= left):
+                    values[element] = 0.0
+                    left -= counts[element]
+        before = (torch.cat(self.masks) == 0).nonzero().flatten().tolist()
+        for element in [*reversed(elements), *before]:
+            if counts[element] <= -left and not values[element]:
+                values[element] = 1.0
+                left += counts[element]
+        return torch.tensor(values)
 
 
 class Budget:

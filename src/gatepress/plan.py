@@ -29,7 +29,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from gatepress.config import DEFAULT_TARGET, BudgetUnit, Layout
@@ -291,7 +290,7 @@ def _some(alive: Tensor, multiple: int) -> Axis:
     """Return the live positions, with as many of the others as make a width that kernels like."""
     kept = _indices(alive) or [0]
     width = rounded(len(kept), len(alive), multiple=multiple)
-    spare = [position for position in _indices(~alive) if position not in kept]
+    spare = sorted(set(range(len(alive))) - set(kept))
     return sorted(kept + spare[: width - len(kept)])
 
 
@@ -360,4 +359,5 @@ def _by_two(rows: Tensor, apart: int | None) -> Tensor:
 
 
 def _indices(live: Tensor) -> Axis:
-    return [int(index) for index in torch.nonzero(live).flatten()]
+    positions: Axis = live.nonzero().flatten().tolist()
+    return positions

@@ -36,7 +36,7 @@ class Layer:
         return self.shapes["q"][0] // self.heads
 
     def apart(self, role: str) -> int | None:
-        """How many rows lie from one to the other where those of a role go by two; None: they do not."""
+        """Distance in rows between the two of a pair, where rows of a role are paired; None: they are not."""
         if role not in self.paired:
             return None
         return (self.shapes["up"][0] if role == "up" else self.head_width) // 2
@@ -47,7 +47,7 @@ class Layer:
 
     @property
     def unit(self) -> int:
-        """How many rows and columns are one gate in a budget: two, which go together, or one where three may."""
+        """Rows and columns that count as one gate in a budget: 2, or 1 in families whose rows are paired."""
         return 1 if self.paired else 2
 
     def attention_part(self, heads: list[int], qk_width: int, vo_width: int) -> dict[str, Any]:
