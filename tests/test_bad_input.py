@@ -12,12 +12,14 @@ import re
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -27,7 +29,7 @@ from forms import settings_for
 from gatepress import latency
 from gatepress.cli.app import app
 from gatepress.errors import OutputError
-from gatepress.files import explained, new_directory, replace_file, temporary_directory
+from gatepress.files import check_output, explained, new_directory, release, replace_file, stage, temporary_directory
 from gatepress.models import model_files
 from gatepress.training import train
 
@@ -768,7 +770,7 @@ def test_any_spoilt_file_is_noticed_or_not_needed(copied, made, form, spoil):
 # --- interrupted ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("sign", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("sign", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_an_interrupted_training(here, train_on, sign, exit_code):
     arguments = train_on("good.csv", "-o", "run", "--json")
     arguments[arguments.index("--epochs") + 1] = "400"
@@ -812,3 +814,141 @@ def test_interrupted_before_the_first_checkpoint(here, train_on, earlier, note, 
         (here / "run").mkdir()
         (here / "run/gatepress_run.json").write_text(earlier)
     refused(here, train_on("good.csv", "-o", "run", *(["--force"] if earlier else [])), 130, f"interrupted; {note}$")
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
+    """Return what is flushed and renamed from now on, in order: what, name, bytes."""
+    done: list[tuple[str, str, int]] = []
+    sync = os.fsync
+
+    def flushed(handle: int) -> None:
+        sync(handle)
+        done.append(("flushed", Path(f"/proc/self/fd/{handle}").readlink().name, os.fstat(handle).st_size))
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    for name in ("replace", "rename"):
+        real = getattr(os, name)
+
+        def named(old: Any, new: Any, *, real: Any = real) -> None:
+            real(old, new)
+            done.append(("named", Path(new).name, 0))
+
+        monkeypatch.setattr(os, name, named)
+    return done
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(synced: list[Any], tmp_path: Path) -> None:
+    replace_file(tmp_path / "sweep.json", b"whole")
+    assert [what for what, *_ in synced] == ["flushed", "named"]
+    assert synced[0][2] == len(b"whole")
+
+
+def test_a_directory_is_on_the_disk_before_it_has_its_name(synced: list[Any], tmp_path: Path) -> None:
+    with new_directory(tmp_path / "out") as staged:
+        (staged / "inner").mkdir()
+        (staged / "config.json").write_text("{}")
+        (staged / "inner" / "weights").write_bytes(b"12345")
+    names = [name for what, name, _ in synced if what == "flushed"]
+    assert {"config.json", "weights", "inner"} <= set(names)
+    assert len(names) == 4  # the directory itself too
+    assert synced[-1][:2] == ("named", "out")
+
+
+def test_what_is_written_has_the_mode_that_the_umask_asks_for(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        replace_file(tmp_path / "one.json", b"{}")
+        with new_directory(tmp_path / "out") as staged:
+            (staged / "two.json").write_text("{}")
+            (staged / "two.json").chmod(0o600)  # as some writers leave it
+        assert os.umask(0o027) == 0o027  # which nobody else has to notice
+    finally:
+        os.umask(before)
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("one.json", "out/two.json", "out")]
+    assert modes == [0o640, 0o640, 0o750]
+
+
+def test_what_killed_writers_left_goes_with_the_next_one(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    for kind in ("new", "old"):
+        left = tmp_path / f".out.{kind}.abc_1234"
+        left.mkdir()
+        (left / "model.safetensors").write_bytes(b"half of it")
+    (tmp_path / ".out.2.new.abc_1234").mkdir()  # of another one
+    with new_directory(target):
+        assert (tmp_path / ".out.old.abc_1234").exists()  # without a target it may be all that there is
+    with new_directory(target, force=True):
+        pass
+    assert names(tmp_path) == [".out.2.new.abc_1234", "out"]
+
+
+def test_what_another_process_is_writing_is_left_alone(tmp_path: Path) -> None:
+    theirs, claim = stage(tmp_path / "out")
+    with pytest.raises(OutputError, match="out: another gatepress is training into it"):
+        stage(tmp_path / "out", alone=True)
+    with new_directory(tmp_path / "out") as ours:
+        assert theirs.exists()
+        assert ours != theirs
+    release(claim)
+    stage(tmp_path / "out", alone=True)
+    assert not theirs.exists()
+
+
+def test_what_a_killed_writer_left_in_a_directory_does_not_keep_it_from_being_replaced(tmp_path: Path) -> None:
+    (tmp_path / "demo" / ".dense.new.abc_1234").mkdir(parents=True)
+    check_output(tmp_path / "demo", force=True)
+    (tmp_path / "demo" / "notes.txt").touch()
+    with pytest.raises(OutputError, match=r"notes\.txt, which gatepress did not write"):
+        check_output(tmp_path / "demo", force=True)
+
+
+@pytest.mark.parametrize(
+    ("option", "name"), [("-o", "times.json"), ("--plot", "times.png")], ids=lambda value: value.strip("-")
+)
+def test_where_nothing_can_be_written_nothing_is_timed(here, monkeypatch, option, name):
+    (here / "file").touch()
+    monkeypatch.setattr("gatepress.bench.matmul.run", lambda *_, **__: pytest.fail("timed"))
+    result = run("bench", option, f"file/{name}")
+    assert result.exit_code == 1
+    assert f"file/{name}: cannot write" in result.stderr
+
+
+@pytest.mark.parametrize("models", [[], ["no-such-model"]])
+@pytest.mark.parametrize("seed", ["-1", str(2**32)])
+@pytest.mark.usefixtures("here")
+def test_a_seed_that_no_generator_takes(models, seed):
+    result = run("bench", *models, "--seed", seed)
+    assert result.exit_code == 2
+    assert f"--seed is {seed}, expected 0 to 4,294,967,295" in result.stderr
+
+
+@pytest.mark.usefixtures("here")
+def test_a_batch_that_no_memory_holds():
+    result = run("bench", "no-such-model", "--batch-size", "1,10000000000000000000000")
+    assert result.exit_code == 2
+    assert "--batch-size is 10000000000000000000000, expected 1,048,576 or less" in result.stderr
+
+
+def test_an_interrupted_bench_tells_what_it_wrote(here, monkeypatch):
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gatepress.bench.render.plot", interrupted)
+    tiny = ("--shape", "8x8", "--sparsity", "0.5", "--tokens", "2", "--repetitions", "2", "--warmup", "0")
+    result = run("bench", *tiny, "-o", "times.json", "--plot", "times.png")
+    assert result.exit_code == 130
+    assert "interrupted; times.json is written" in result.stderr
+    assert names(here) == ["times.json"]
+
+
+def test_a_demo_that_is_interrupted_at_once_leaves_nothing(here, monkeypatch):
+    def interrupted(_settings: Any, output: Path, **_options: Any) -> None:
+        output.parent.mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gatepress.training.train", interrupted)
+    result = run("demo", "-o", "demo")
+    assert result.exit_code == 130
+    assert "interrupted; nothing was written" in result.stderr
+    assert names(here) == []

@@ -4,10 +4,14 @@ import csv
 import dataclasses
 import gc
 import json
+import shutil
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +20,8 @@ from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiny
+from conftest import TaskFiles
+from forms import settings_for
 from gatepress import bench, machine
 from gatepress.bench import endtoend, figures, matmul, render, tables, timing
 from gatepress.bench.record import MAX_SAMPLES, Record, latencies, relative_to
@@ -484,6 +490,8 @@ def test_records_survive_json(matmul_records):
         ({"samples_ms": [1.0, None]}, "'samples_ms'"),
         ({"versions": {"torch": 2}}, "'versions'"),
         ({"surprise": 1}, "unknown field 'surprise'"),
+        ({"baseline": "dense\x1b[31m"}, "baseline holds a control character"),
+        ({"versions": {"torch\n": "2"}}, "a key of versions holds a control character"),
     ],
 )
 def test_malformed_records_are_refused(change, message):
@@ -658,3 +666,29 @@ def test_without_matplotlib_the_message_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.delattr(bench, "figures", raising=False)
     with pytest.raises(MissingExtraError, match=r"pip install 'gatepress\[plot\]'"):
         render.check_plot(tmp_path / "a.png")
+
+
+def test_what_is_computed_is_not_known_where_a_part_of_it_is_not() -> None:
+    known: list[int | None] = [100, None]
+    batch = {"input_ids": np.ones((1, 2), dtype=np.int64)}
+    runner: Any = SimpleNamespace(
+        max_tokens=None,
+        prepare=lambda one: one,
+        run=lambda one: one,
+        synchronize=lambda: None,
+        macs=lambda *_: known.pop(),
+    )
+    cell: Any = SimpleNamespace(seq_len=None, batches=lambda _: [batch, batch])
+    assert endtoend._timed("one", runner, cell).macs is None
+
+
+def test_a_pass_cuts_texts_at_what_the_shortest_of_the_models_takes(
+    tiny_classifier_dir: Callable[[str], Path], tiny_task_files: TaskFiles, tmp_path: Path
+) -> None:
+    short = Path(shutil.copytree(tiny_classifier_dir("bert"), tmp_path / "short"))
+    file = short / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": 5}))
+    data = replace(settings_for(short, tiny_task_files).data, max_validation_samples=8)
+    for targets in ([tiny_classifier_dir("bert"), short], [short, tiny_classifier_dir("bert")]):
+        records = endtoend.run(targets, data=data, batch_sizes=[4], repetitions=1, warmup=0)
+        assert [one.max_length for one in records] == [5, 5]

@@ -26,6 +26,7 @@ from gatepress.cli import demo as demo_verb
 from gatepress.cli import train as train_verb
 from gatepress.cli._console import Terminated
 from gatepress.cli._groups import spread
+from gatepress.cli._launched import is_first
 from gatepress.cli._progress import BarProgress, LineProgress, clock_text, rate_text
 from gatepress.cli.app import app
 from gatepress.config import DataSettings, TrainSettings
@@ -986,3 +987,21 @@ def test_a_metric_that_drops_by_more_than_is_allowed_ends_with_1(library, drop, 
 def test_a_limit_of_a_drop_that_is_none_is_refused(library, options):
     assert run("evaluate", "small", "--max-metric-drop", *options).exit_code == 2
     assert library.calls == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "first"),
+    [
+        ({}, True),
+        ({"RANK": ""}, True),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, True),
+        ({"RANK": "1", "WORLD_SIZE": "1"}, True),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, False),
+    ],
+)
+def test_of_one_process_the_only_one_prints(monkeypatch, environment, first):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert is_first() is first

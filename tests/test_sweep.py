@@ -11,6 +11,8 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -22,8 +24,10 @@ from gatepress.bench import tradeoff
 from gatepress.bench.record import Record, latencies
 from gatepress.bench.summary import Cell, knee, summarize
 from gatepress.checkpoint import read_run
-from gatepress.config import TrainSettings
+from gatepress.config import Target, TrainSettings
+from gatepress.costs import TARGETS
 from gatepress.errors import ArtifactError, MissingExtraError, ModelError, OutputError, UsageError
+from gatepress.files import lock, release
 from gatepress.progress import NoProgress
 
 DOCUMENT = Path(__file__).parents[1] / "docs/json-contract.md"
@@ -568,3 +572,48 @@ def test_the_command_prints_the_documented_object(settings, trained, tmp_path, c
     assert "next: look at 'my sweep/sweep.md', then gatepress prune 'my sweep/runs'/NAME" in " ".join(err.split())
     assert "gates" in shown
     assert ("knee" in shown) == any(row["knee"] for row in result["summary"])
+
+
+def test_the_knee_is_looked_for_over_the_latency_of_the_largest_batch() -> None:
+    """Not over what is removed, which says little of time, nor over a batch that a server does not see."""
+    metrics = {0.0: 0.90, 0.5: 0.89, 0.8: 0.88, 0.9: 0.5}
+    cells = {Cell("gates", sparsity, 0): metric for sparsity, metric in metrics.items()}
+    reports = {cell: {"metric_value": metric, "encoder_macs_removed": cell.sparsity} for cell, metric in cells.items()}
+    times = {0.0: 100.0, 0.5: 20.0, 0.8: 19.0, 0.9: 10.0}
+    facts = {"relative_time_factor": 1.0, "baseline": "gates 0"}
+    records: list[Any] = [
+        SimpleNamespace(name=cell.point, batch_size=rows, seq_len=8, latency_ms_median=ms, **facts)
+        for cell in cells
+        for rows, ms in ((1, 1.0), (8, times[cell.sparsity]))
+    ]
+    rows = summarize(reports, records)
+    assert [row["latency_ms_median"] for row in rows] == list(times.values())
+    assert {row["latency_batch_size"] for row in rows} == {8}
+    place = knee([*times.values()], [*metrics.values()])
+    assert [index for index, row in enumerate(rows) if row["knee"]] == [place]
+    assert place != knee([*metrics], [*metrics.values()])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_sweep_builds_for_the_runtime_that_it_times(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(sweep, "prune", lambda *_, **options: asked.append(options.get("target")))
+    monkeypatch.setattr(sweep, "export", lambda *_, **options: asked.append(options["quantize"]))
+    sweep._build(tmp_path / "run", Cell("gates", 0.5, 0), tmp_path, target, NoProgress())
+    assert asked == [target, *{"ort-cpu": [None], "ort-int8": ["int8"]}.get(target, [])]
+
+
+@pytest.mark.parametrize("held", ["", "runs/gates+lora-s0-seed0"])
+def test_what_another_process_trains_is_not_swept_into(settings, trained, tmp_path, held):
+    run(settings, tmp_path / "sweep")
+    before = (tmp_path / "sweep" / held / "gatepress_run.json").stat() if held else None
+    claim = lock(tmp_path / "sweep" / held)
+    with pytest.raises(OutputError, match="another gatepress is training into it"):
+        run(settings, tmp_path / "sweep", force=True)
+    release(claim)
+    if held:
+        assert (tmp_path / "sweep" / held / "gatepress_run.json").stat() == before
+    run(settings, tmp_path / "sweep", force=True)
+    assert len(trained) == 2 * len(RUNS)

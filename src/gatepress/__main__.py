@@ -1,6 +1,7 @@
 """`gatepress` and `python -m gatepress`: the command line, and an end without a traceback before that is there."""
 
 import json
+import signal
 import sys
 from typing import NoReturn
 
@@ -14,10 +15,10 @@ def main() -> NoReturn:
 
         run()
     except KeyboardInterrupt as stopped:
-        exit_code, line = 143 if type(stopped).__name__ == "Terminated" else 130, "interrupted; nothing was written"
+        exit_code, line = 128 + getattr(stopped, "number", signal.SIGINT), "interrupted; nothing was written"
         print(f"error: {line}", file=sys.stderr)  # noqa: T201 - there is nothing else yet
         if wants_json(sys.argv[1:]):
-            print(json.dumps({"error": {"type": "Interrupted", "message": line}, "exit_code": exit_code}))  # noqa: T201
+            print(json.dumps({"error": {"type": "Interrupted", "message": line}, "exit_code": exit_code}))  # noqa: T201 - as above
         sys.exit(exit_code)
 
 

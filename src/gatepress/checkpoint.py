@@ -13,9 +13,7 @@ directory holds the last complete checkpoint.
 """
 
 import logging
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,12 +21,12 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from gatepress.config import TrainSettings, spelled
-from gatepress.embedding import embedder_class, embedding_of, tell_of_prompt
+from gatepress.embedding import activation_of, embedder_class, embedding_of, tell_of_prompt
 from gatepress.errors import ArtifactError, HubError, ModelError, UsageError
 from gatepress.files import (
     RUN_FILE,
@@ -36,10 +34,13 @@ from gatepress.files import (
     explained,
     json_text,
     lock,
+    new_file,
     publish,
     read_json,
+    release,
     replace_file,
     sha256_of,
+    stage,
 )
 from gatepress.hub import locate_model
 from gatepress.manifests import (
@@ -158,7 +159,7 @@ def read_probe(directory: Path, model: PreTrainedModel) -> dict[str, Tensor]:
     ends = {"input_ids": config.vocab_size, "attention_mask": 2, "token_type_ids": segments}
     first = family_of(config).first_position(config.pad_token_id)
     for name, value in probe.items():
-        fits = name in ends and value.dtype == torch.int64 and value.shape == shape and value.dim() == 2  # noqa: PLR2004
+        fits = name in ends and value.dtype == torch.int64 and value.shape == shape and value.dim() == 2  # noqa: PLR2004 - rows, tokens
         if not (fits and value.min() >= 0 and value.max() < ends[name]):
             raise ArtifactError(f"{path}: {name} is no input of this model; train again")
     if shape[1] > config.max_position_embeddings - first:
@@ -224,6 +225,8 @@ def _set_labels_(config: Any, directory: Path, spec: TaskSpec) -> None:
     else:  # one output for two classes keeps its own name
         names = in_order(config.id2label or {0: "LABEL_0"})
     config.id2label, config.label2id = named(names)
+    if kept_head and (activation := activation_of(directory)):  # where sentence-transformers looks for it as well
+        config.sentence_transformers = {"activation_fn": activation} | getattr(config, "sentence_transformers", {})
 
 
 def _open_run_as_base(directory: Path, spec: TaskSpec, above: frozenset[Path]) -> PreTrainedModel:
@@ -270,7 +273,7 @@ def dense_base(settings: TrainSettings, locate: Callable[[TrainSettings], Place]
 def is_finetuned(directory: Path, spec: TaskSpec) -> bool:
     """Say whether a model comes with a head that fits the task, so that it need not learn the task first.
 
-    An embedder needs none: what it gives is what it is to give.
+    An embedder needs none: its own vectors are the target.
     """
     return spec.embeds or (directory / RUN_FILE).is_file() or _head_of(directory, spec)[1]
 
@@ -425,9 +428,9 @@ def clear_(directory: Path, manifest: RunManifest) -> None:
                 old.unlink(missing_ok=True)  # each of several processes may come here
 
 
-def _tensors_of(manifest: RunManifest) -> set[str]:
-    """Return the names of the files that hold a checkpoint."""
-    return {str(one["file"]) for one in (manifest.tensors, manifest.resume) if one}
+def _tensors_of(manifest: RunManifest) -> dict[str, str]:
+    """Return the files that hold a checkpoint: name -> sha256."""
+    return {str(one["file"]): str(one["sha256"]) for one in (manifest.tensors, manifest.resume) if one}
 
 
 class RunWriter:
@@ -440,13 +443,19 @@ class RunWriter:
     """
 
     def __init__(
-        self, target: Path, *, tokenizer: Any, probe: dict[str, Tensor], force: bool = False, resumed: bool = False
+        self,
+        target: Path,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        probe: dict[str, Tensor],
+        force: bool = False,
+        resumed: bool = False,
     ) -> None:
         self.target = target = behind_link(target)
         self._force = force
         self._lock: int | None = None
         self.bound: dict[str, str] = {}
-        self._named: set[str] = set()  # tensors of the last complete checkpoint
+        self._named: dict[str, str] = {}  # tensors of the last complete checkpoint
         if target.exists():  # a directory that another process is training into is neither gone on with nor replaced
             self._lock = lock(target)
         if resumed:
@@ -455,17 +464,16 @@ class RunWriter:
             self.bound, self._named = last.sha256, _tensors_of(last)
             return
         with explained(target):
-            target.absolute().parent.mkdir(parents=True, exist_ok=True)
-            staged = tempfile.mkdtemp(prefix=f".{target.name}.new.", dir=target.absolute().parent)
-            self.directory = Path(staged)
-            _release(self._lock)
-            self._lock = lock(self.directory)
+            earlier = self._lock
+            self.directory, self._lock = stage(target, alone=True)
+            release(earlier)
             try:
                 self.bound = save_tokenizer(tokenizer, self.directory)
-                replace_file(self.directory / PROBE_FILE, save(probe))
+                with new_file(self.directory / PROBE_FILE) as staged_probe:
+                    save_file(probe, staged_probe)
                 self.bound[PROBE_FILE] = sha256_of(self.directory / PROBE_FILE)
             except BaseException:
-                _release(self._lock)
+                release(self._lock)
                 shutil.rmtree(self.directory, ignore_errors=True)
                 raise
 
@@ -487,19 +495,23 @@ class RunWriter:
         clear_(self.directory, manifest)
         if not self.published:
             if self.target.exists():
-                _release(lock(self.target))
+                release(lock(self.target))
             publish(self.directory, self.target, force=self._force)
             self.directory = self.target
         return manifest
 
     def _write(self, kind: str, step: int, tensors: dict[str, Tensor]) -> dict[str, str]:
         """Write one file of tensors and return how a manifest names it; what the last one names stays as it is."""
-        content = save(tensors)
         path = self.directory / f"{kind}-{step:08d}.safetensors"
-        if path.name in self._named and path.read_bytes() != content:  # a head that was moved behind the last step
-            path = path.with_stem(f"{path.stem}-again")
-        replace_file(path, content)
-        return {"file": path.name, "sha256": sha256_of(path)}
+        again = path.with_stem(f"{path.stem}-again")  # a head that was moved behind the last step
+        target = again if path.name in self._named else path
+        with new_file(target) as staged:
+            save_file(tensors, staged)
+        digest = sha256_of(target)
+        if target is again and digest == self._named[path.name]:
+            again.unlink()
+            target = path
+        return {"file": target.name, "sha256": digest}
 
     def __enter__(self) -> Self:
         """Return the writer."""
@@ -509,11 +521,6 @@ class RunWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Remove what was staged and never became a checkpoint, and give the directory free."""
-        _release(self._lock)
+        release(self._lock)
         if not self.published:
             shutil.rmtree(self.directory, ignore_errors=True)
-
-
-def _release(handle: int | None) -> None:
-    if handle is not None:
-        os.close(handle)

@@ -32,7 +32,10 @@ DEFAULT_TARGET: Target = "ort-cpu"  # the runtime that most people deploy on
 MAX_LOGIT_DIFF = 1e-4  # between float32 forms of one model, of the largest logit where that is above 1
 METRIC_ROUNDING = 1e-9  # of a difference of two metrics: 0.87 - 0.86 is more than 0.01
 MOST_SEEDS = 2**32  # NumPy's
-MOST = {"threads": 1_024}  # OpenMP ends the process where it cannot start as many as it is told to
+MOST = {
+    "seed": MOST_SEEDS - 1,
+    "threads": 1_024,  # OpenMP ends the process where it cannot start as many as it is told to
+}
 
 
 @dataclass(frozen=True)
@@ -218,7 +221,7 @@ class TrainSettings:
             problems.append(f"--hidden-weight weighs what a teacher computes, {asked} has none")
         if self.embed and not (self.gated and self.distill is not False and not self.open_epochs):
             asked = "--open-epochs" if self.open_epochs else "--no-distill" if self.gated else f"--method {self.method}"
-            problems.append(f"--embed trains by what the model as it is gives, from the first step on; drop {asked}")
+            problems.append(f"with --embed the unpruned model is the teacher, from the first step on; drop {asked}")
         if self.open_epochs and self.start:
             problems.append("--open-epochs says nothing to --start, whose gates are closed at once")
         if self.lora_rank is not None and self.method in METHODS and not METHODS[self.method].rank:

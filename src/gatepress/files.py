@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -20,6 +21,8 @@ MAX_JSON_BYTES = 64 * 1024 * 1024
 RUN_FILE, PRUNED_FILE, ONNX_FILE = "gatepress_run.json", "gatepress_pruned.json", "gatepress_onnx.json"
 _MANIFESTS = (RUN_FILE, PRUNED_FILE, ONNX_FILE)  # what makes a directory a run, a pruned model, an ONNX model of ours
 _TEMPORARY = "gatepress-tmp-"
+_RANDOM = "abcd1234"  # as long as what `tempfile` makes names unique with
+_UNFINISHED = re.compile(r"\..+\.(new|old|tmp)\.\w{8}")  # directories of writers that were killed
 _WRITTEN = (  # beside a manifest and what that names: early releases named no tokenizers
     *(*_MANIFESTS, "gates-*.safetensors", "state-*.safetensors", "probe.safetensors"),
     *("model.safetensors", "config.json", "model.onnx", "model.onnx.data"),
@@ -115,32 +118,42 @@ def _open_to_readers(path: Path) -> None:
     path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
+def _flush(path: Path) -> None:
+    """Bring a file or directory to the disk; readable as the umask says."""
+    _open_to_readers(path)
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def sync_tree(directory: Path) -> None:
     """Flush every file below `directory`, and the directories, to the disk; readable as the umask says."""
     for path in [*directory.rglob("*"), directory]:
-        _open_to_readers(path)
-        handle = os.open(path, os.O_RDONLY)
+        _flush(path)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield a name beside `path` for what replaces it, whole, when the block ends well, else vanishes."""
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
         try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+            yield Path(name)
+            _flush(Path(name))
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
 
 
 def replace_file(path: Path, data: bytes) -> None:
     """Write `path` whole or not at all, replacing what is there."""
-    with explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            _open_to_readers(Path(temporary))
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+    with new_file(path) as staged:
+        staged.write_bytes(data)
 
 
 def check_output(target: Path, *, force: bool, reads: Iterable[str | Path | None] = ()) -> None:
@@ -162,10 +175,15 @@ def check_output(target: Path, *, force: bool, reads: Iterable[str | Path | None
             f"{target}: holds {', '.join(others[:3])}, which gatepress did not write, so --force leaves it alone; "
             "choose another with -o, or remove it yourself"
         )
-    parent = target.absolute().parent
-    while not parent.exists():  # made when there is something to put there
+    refuse_unwritable(target)
+
+
+def refuse_unwritable(path: Path, *, way: str = "with -o") -> None:
+    """Raise `OutputError` where nothing can be written beside `path`, whose parents are made when it is."""
+    parent = path.absolute().parent
+    while not parent.exists():
         parent = parent.parent
-    with explained(target):
+    with explained(path, way=way):
         try_writing(parent)
 
 
@@ -191,7 +209,10 @@ def refuse_overwriting(path: Path, reads: Iterable[str | Path | None]) -> None:
 
 
 def _of_others(directory: Path) -> list[str]:
-    """Return what lies in a directory that gatepress did not write: all of it where no manifest of ours is there."""
+    """Return what lies in a directory that gatepress did not write: where no manifest of ours is there all of it.
+
+    But for what writers that were killed left in it.
+    """
     with explained(directory):
         names = sorted(path.name for path in directory.iterdir())
     manifests = [name for name in names if name in _MANIFESTS]
@@ -199,7 +220,8 @@ def _of_others(directory: Path) -> list[str]:
     for name in manifests:
         with contextlib.suppress(ArtifactError, TypeError):  # a broken one names nothing
             bound |= {**read_json(directory / name).get("sha256", {})}.keys()
-    return [name for name in names if not (manifests and _is_ours(name, bound))]
+    left = {name for name in names if _UNFINISHED.fullmatch(name) and (directory / name).is_dir()}
+    return [name for name in names if name not in left and not (manifests and _is_ours(name, bound))]
 
 
 def _is_ours(name: str, bound: set[str]) -> bool:
@@ -213,11 +235,11 @@ def _holds(directory: Path, path: Path) -> bool:
     return whole == path.resolve() or whole in path.resolve().parents
 
 
-def lock(directory: Path) -> int | None:
+def lock(directory: Path, *, target: Path | None = None) -> int | None:
     """Claim a directory for this process, until the returned handle is closed or the process ends, however it ends.
 
     The claim follows the directory when that is renamed. None: the file system knows no locks. Raises `OutputError`
-    where another process has it.
+    where another process has it, about `target` where the directory is only to become that.
     """
     handle = os.open(directory, os.O_RDONLY)
     try:
@@ -226,10 +248,50 @@ def lock(directory: Path) -> int | None:
         os.close(handle)
         if isinstance(error, BlockingIOError):
             raise OutputError(
-                f"{directory}: another gatepress is training into it; wait for its end, or choose another with -o"
+                f"{target or directory}: another gatepress is training into it; wait for its end, or choose another "
+                "with -o"
             ) from None
         return None
     return handle
+
+
+def release(handle: int | None) -> None:
+    """Give a directory free that `lock` claimed."""
+    if handle is not None:
+        os.close(handle)
+
+
+def stage(target: Path, *, alone: bool = False) -> tuple[Path, int | None]:
+    """Make and claim an empty directory beside `target`, which is to become it; return it and the claim.
+
+    What writers that were killed left there goes. With `alone` an `OutputError` is raised where another process has
+    one of its own there; without, the first to be through wins.
+    """
+    parent = target.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    pattern = f".{glob.escape(target.name)}.{{}}.{'?' * len(_RANDOM)}"
+    for left in parent.glob(pattern.format("new")):
+        _remove_unclaimed(left, target, alone=alone)
+    for left in parent.glob(pattern.format("old")) if target.exists() else ():
+        shutil.rmtree(left, ignore_errors=True)
+    made = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp.", dir=parent))
+    claim = lock(made)  # before it has the name by which others find it
+    return made.rename(made.with_name(f".{target.name}.new.{made.name[-len(_RANDOM) :]}")), claim
+
+
+def _remove_unclaimed(directory: Path, target: Path, *, alone: bool) -> None:
+    """Remove what a writer of `target` left, who is gone, where the file system can tell."""
+    try:
+        claim = lock(directory, target=target)
+    except OutputError:
+        if alone:
+            raise
+        return
+    except OSError:  # gone meanwhile, or not ours to look into
+        return
+    if claim is not None:
+        shutil.rmtree(directory, ignore_errors=True)
+        release(claim)
 
 
 def publish(staged: Path, target: Path, *, force: bool) -> None:
@@ -268,10 +330,10 @@ def new_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
     check_output(target, force=force)
     target = behind_link(target)
     with explained(target):
-        target.absolute().parent.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.new.", dir=target.absolute().parent))
+        staged, claim = stage(target)
         try:
             yield staged
             publish(staged, target, force=force)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
+            release(claim)

@@ -62,12 +62,12 @@ def refuse_other(directory: Path, there: RunManifest, here: RunManifest) -> None
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold back Ctrl-C and SIGTERM until the block is through: half a step is nothing to go on from."""
+    """Hold back Ctrl-C, SIGTERM and SIGHUP until the block is through: half a step is nothing to go on from."""
     if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
         yield
         return
     came: list[int] = []
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     own = {number: handler for number, handler in handlers.items() if callable(handler)}  # the others never raise
     try:
         for number in own:

@@ -36,7 +36,18 @@ from gatepress.config import DEFAULT_TARGET, METHODS, Method, Target, TrainSetti
 from gatepress.costs import TARGETS
 from gatepress.errors import ArtifactError, ModelError, OutputError, UsageError
 from gatepress.export import export
-from gatepress.files import RUN_FILE, check_output, json_text, read_json, refuse_held, replace_file, temporary_directory
+from gatepress.files import (
+    RUN_FILE,
+    check_output,
+    explained,
+    json_text,
+    lock,
+    read_json,
+    refuse_held,
+    release,
+    replace_file,
+    temporary_directory,
+)
 from gatepress.hub import locate_model
 from gatepress.manifests import SWEEP_FILE, SWEEP_FORMAT, read_manifest, understood
 from gatepress.models import model_files
@@ -118,17 +129,38 @@ def run(  # noqa: PLR0913 - every option of the command is one
         sweep.reports = {cell: run.report for cell, run in done.items()}
     longest = max_tokens(read_json(_located(settings) / "config.json"))
     endtoend.refuse_longer(settings.model, longest, max(seq_lens))
+    with _claimed(output, runs=force):
+        try:
+            sweep.save()
+            if force:
+                shutil.rmtree(output / "runs", ignore_errors=True)
+            sweep.train(progress)
+        except BaseException:
+            if fresh and not any(output.glob(f"runs/*/{RUN_FILE}")):  # nothing that could be gone on with
+                shutil.rmtree(output, ignore_errors=True)
+            raise
+        sweep.time(target, measuring, progress)
+        result = sweep.to_json()
+        _write_summary(output, result, plot=plot)
+    return {**result, "output_dir": str(output)}
+
+
+@contextlib.contextmanager
+def _claimed(output: Path, *, runs: bool) -> Iterator[None]:
+    """Hold the directory of a sweep; `OutputError` where another process has it, or, with `runs`, one of these."""
+    with explained(output):
+        output.mkdir(parents=True, exist_ok=True)
+    claim = lock(output)
     try:
-        sweep.save()
-        if force:
-            shutil.rmtree(output / "runs", ignore_errors=True)
-        sweep.train(progress)
-    except BaseException:
-        if fresh and not any(output.glob(f"runs/*/{RUN_FILE}")):  # nothing that could be gone on with
-            shutil.rmtree(output, ignore_errors=True)
-        raise
-    sweep.time(target, measuring, progress)
-    result = sweep.to_json()
+        for run_dir in output.glob("runs/*/") if runs else ():
+            release(lock(run_dir))
+        yield
+    finally:
+        release(claim)
+
+
+def _write_summary(output: Path, result: dict[str, Any], *, plot: bool | None) -> None:
+    """Write the table of a sweep, and its pictures where they are asked for or matplotlib is installed."""
     replace_file(output / "sweep.md", markdown(table(result)).encode())
     drawn = plot is not False and find_spec("matplotlib")
     for picture in (output / "sweep.png", output / "sweep.svg"):
@@ -138,7 +170,6 @@ def run(  # noqa: PLR0913 - every option of the command is one
             replace_file(picture, tradeoff.draw(result, picture.suffix[1:]))
         else:
             picture.unlink(missing_ok=True)  # of other points than the table has
-    return {**result, "output_dir": str(output)}
 
 
 @dataclass
@@ -287,12 +318,12 @@ def _end_with_parent() -> None:
 
 @contextlib.contextmanager
 def _deaf_to_interrupts() -> Iterator[None]:
-    """Have a process started in here not hear Ctrl-C, from its first line on: its parent ends it.
+    """Have a process started in here not hear Ctrl-C or a closed terminal, from its first line on: its parent ends it.
 
     Blocked signals are inherited; what comes meanwhile reaches this process when the block ends.
     """
     resource_tracker.ensure_running()  # else started by the first process, and it unblocks the signal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     try:
         yield
     finally:

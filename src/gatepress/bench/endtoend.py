@@ -36,6 +36,7 @@ EPOCH_REPETITIONS = 10  # of one pass over the validation rows, as in the paper
 WARMUP = 3
 EPOCH_WARMUP = 1
 SEQ_LENS = (32, 128)  # tokens
+LARGEST = 2**20  # rows of a batch, and tokens of a row: more fit into no memory
 BLOCK = 5  # batches in a row
 SETTLE_MS = 20.0  # of untimed batches before them, see timing.py
 # Any ids do: how long a model takes does not hang on them. These are in every vocabulary and none
@@ -122,6 +123,7 @@ def run(  # noqa: PLR0913 - every knob of a measurement is named
         warmup=warmup,
         threads=threads,
         max_length=max_length,
+        seed=seed,
     )
     rows = None if data is None else load_rows(data.absolute(), splits="validation")
     records: list[Record] = []
@@ -185,6 +187,7 @@ def check(  # noqa: PLR0913 - those of `run` that can be wrong by themselves
     warmup: int | None = None,
     threads: int | None = None,
     max_length: int = 1,
+    seed: int = 0,
     prefix: str = "",
     **_others: Any,
 ) -> torch.device:
@@ -197,9 +200,10 @@ def check(  # noqa: PLR0913 - those of `run` that can be wrong by themselves
         if not sizes:
             problems.append(f"{option} is empty, expected sizes like 1,8")
         problems += [f"{option} is {size}, expected 1 or more" for size in sizes if size < 1]
+        problems += [f"{option} is {size}, expected {LARGEST:,} or less" for size in sizes if size > LARGEST]
     refuse(problems)
     refuse_below(1, repetitions=repetitions, threads=threads, max_length=max_length)
-    refuse_below(0, warmup=warmup)
+    refuse_below(0, warmup=warmup, seed=seed)
     return torch.device(torch_device(device))
 
 

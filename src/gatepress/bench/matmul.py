@@ -57,7 +57,7 @@ def run(  # noqa: PLR0913 - every knob of a measurement is named
     """
     _check(shapes, sparsities)
     refuse_below(1, repetitions=repetitions, tokens=tokens, threads=threads)
-    refuse_below(0, warmup=warmup)
+    refuse_below(0, warmup=warmup, seed=seed)
     place = torch.device(torch_device(device))
     shapes = list(dict.fromkeys(shapes))  # names are made of these and must stay unique
     sparsities = list(dict.fromkeys(round(value, 4) for value in sparsities))

@@ -8,10 +8,12 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from gatepress.errors import ArtifactError
+from gatepress.schema import check_fields
 
 FORMAT_VERSION = 1
 MAX_SAMPLES = 1_000  # kept in a record; the statistics are always of all of them
@@ -75,6 +77,7 @@ class Record:
             raise ArtifactError(f"benchmark record: version {found!r}, this gatepress reads version {FORMAT_VERSION}")
         if problem := _first_problem(value):
             raise ArtifactError(f"benchmark record: {problem}")
+        check_fields(Path("benchmark record"), value, {})  # texts that a terminal can show
         shape = value.get("shape")
         tuples = {
             "shape": (shape[0], shape[1]) if shape else None,

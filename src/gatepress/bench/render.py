@@ -11,19 +11,20 @@ from typing import Any
 from gatepress.bench.record import FORMAT_VERSION, Record
 from gatepress.bench.tables import Table, tables
 from gatepress.errors import ArtifactError, MissingExtraError, OutputError, UsageError
-from gatepress.files import json_text, read_json, replace_file
+from gatepress.files import json_text, read_json, refuse_unwritable, replace_file
 
 PLOT_SUFFIXES = (".png", ".svg")
 
 
 def check_file(path: Path, suffixes: Sequence[str], option: str, *, force: bool) -> None:
-    """Refuse a name that does not end as expected, a directory, or a file that exists and not `force`."""
+    """Refuse a name that does not end as expected, a directory, a file that exists and not `force`, or cannot be."""
     if path.suffix.lower() not in suffixes:
         raise UsageError(f"{option} is {path}, expected a name that ends in {', '.join(suffixes)}")
     if path.is_dir():
         raise OutputError(f"{path}: is a directory, expected a file; choose another name with {option}")
     if path.exists() and not force:
         raise OutputError(f"{path}: exists already; choose another with {option} or replace it with --force")
+    refuse_unwritable(path, way=f"with {option}")
 
 
 def check_report(path: Path, *, force: bool = False) -> None:

@@ -1,7 +1,7 @@
 """What every command shares: where output goes, how errors end, how results are shown.
 
 stdout is data (one JSON object with --json, else a table), stderr is progress, notes and errors.
-Exit codes: 0 done, 1 could not, 2 wrong usage, 130 interrupted, 143 terminated.
+Exit codes: 0 done, 1 could not, 2 wrong usage, 129 hung up, 130 interrupted, 143 terminated.
 """
 
 import contextlib
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
 Titled = tuple[str, "Table"]  # rich is not imported before something is shown
 
-SIGNALS: list[int] = []  # that came: some libraries swallow what a handler raises while they are imported
+SIGNALS: list[int] = []  # received: some libraries swallow what a handler raises while they are imported
 DELIVERED = threading.Event()  # the one JSON object: from then on a signal has nothing to tell
-INTERRUPTED, TERMINATED = 130, 143  # 128 + the signal's number, as shells count
+OF_SIGNALS = 128  # and the signal's number make an exit code, as shells count
 NOTHING_WRITTEN = "nothing was written"
 PIPE_WIDTH = 120  # columns of a table that goes into a file or a pipe
 
@@ -55,7 +55,14 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class Terminated(KeyboardInterrupt):
-    """The system asked the process to end (SIGTERM): `timeout`, a scheduler or a container does that."""
+    """The system asked the process to end: `timeout`, a scheduler or a container (SIGTERM), a closed terminal (SIGHUP).
+
+    `number` is that of the signal.
+    """
+
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        super().__init__()
+        self.number = number
 
 
 class Screen:
@@ -208,9 +215,9 @@ def explain(error: BaseException, note: str = NOTHING_WRITTEN) -> tuple[str, str
     if isinstance(error, GatepressError):
         return kind, str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt) or SIGNALS:
-        terminated = isinstance(error, Terminated) or signal.SIGTERM in SIGNALS
-        exit_code = TERMINATED if terminated else INTERRUPTED
-        return "Interrupted", f"interrupted; {note}", exit_code
+        came = [getattr(error, "number", signal.SIGINT), *SIGNALS]
+        number = next((one for one in came if one != signal.SIGINT), signal.SIGINT)
+        return "Interrupted", f"interrupted; {note}", OF_SIGNALS + number
     if _is_out_of_memory(error):
         remedy = "lower --batch-size or --max-length, or take a smaller model"
         return "OutOfMemory", f"out of memory; {remedy}", 1

@@ -8,7 +8,7 @@ LAUNCHED = "train"  # the one verb that launchers start
 
 def is_first() -> bool:
     """Say whether this is the process that prints: launchers number the processes of one training."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("RANK", "") in ("", "0") or os.environ.get("WORLD_SIZE") == "1"
 
 
 def wants_json(arguments: Sequence[str]) -> bool:

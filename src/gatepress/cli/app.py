@@ -123,8 +123,8 @@ app = typer.Typer(
         "gatepress bench runs/sst2 pruned/sst2 onnx/sst2 --batch-size 1,8",
         "gatepress evaluate onnx/sst2",
     )
-    + "\n\nExit codes: 0 done, 1 could not or a limit was missed, 2 wrong usage, 130 interrupted, 143 terminated. "
-    "Every verb takes --json.",
+    + "\n\nExit codes: 0 done, 1 could not or a limit was missed, 2 wrong usage, 129 hung up, 130 interrupted, 143 "
+    "terminated. Every verb takes --json.",
 )
 
 
@@ -155,12 +155,14 @@ def _stop(number: int, _frame: object) -> None:
     if DELIVERED.is_set():  # the command is at its end, and a second object would spoil the first
         return
     SIGNALS.append(number)
-    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
 
 
 def main() -> NoReturn:
     """Run the command line."""
     signal.signal(signal.SIGTERM, _stop)  # what is half written goes, as with Ctrl-C
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # a terminal that was closed; nohup asks to ignore it
+        signal.signal(signal.SIGHUP, _stop)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is to be ignored, as shells ask for
         signal.signal(signal.SIGINT, _stop)
     mend_streams()

@@ -219,6 +219,7 @@ def _deliver(
         if path is not None:
             write(records, path, force=force)
             written[key] = str(path)
+            screen.interrupt_note = f"{', '.join(written.values())} is written"
     value = {**render.json_object(records, samples=False), **written}
     missed = [] if factor is None else too_slow(records, factor)
     if factor is not None:

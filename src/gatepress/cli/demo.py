@@ -1,5 +1,6 @@
 """`gatepress demo`: the whole way on a small real encoder and real texts, with no network."""
 
+import contextlib
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -60,7 +61,10 @@ def demo(  # noqa: PLR0913 - every option is a parameter
         try:
             result = run(settings, output, screen)
         except KeyboardInterrupt:
-            if output.exists():
+            if not any(output.glob(f"*/{RUN_FILE}")):
+                with contextlib.suppress(OSError):  # not there, or not empty
+                    output.rmdir()
+            else:
                 screen.interrupt_note = f"what was done until then is in {output}"
             raise
         screen.result(result, tables)
