@@ -12,12 +12,14 @@ import torch
 from pyarrow import parquet
 
 import tiny
+from gatepress import batches
 from gatepress.batches import GroupedBatches, make_loader, tokenize
 from gatepress.config import DataSettings
 from gatepress.errors import ArtifactError, DataError, HubError, ModelError, UsageError
 from gatepress.metrics import compute_metric
 from gatepress.processes import Processes
 from gatepress.tasks import TASKS, TaskSpec, task_named
+from gatepress.tasks.labels import infer_names
 from gatepress.tasks.sources import Rows, load_rows
 
 GOOD = [("anda boro cito", "calm"), ("duma efra fuli", "wild"), ("gano hilu ivo", "calm")]
@@ -277,6 +279,13 @@ BROKEN = {
         "row 1: the text holds half of a character",
     ),
     "huge.csv": (b"text,label\na,1.5\nb,1e39\n", "row 2: label '1e39' is not a finite number"),
+    "tabs.csv": (b"text\tlabel\na\tb\n", r"separated by '\\t', expected ','"),
+    "mixed.csv": (
+        b"text,label\na,1.5\nb,2.0\nc,n/a\n",
+        "row 3: label 'n/a' is not a finite .* as 1.5; drop",
+    ),
+    "comma.csv": (b'text,label\na,"3,5"\nb,"4,0"\n', "row 1: label '3,5' has a decimal comma"),
+    "constant.csv": (b"text,label\na,2.5\nb,2.5\n", "every row has the label 2.5, expected numbers that differ"),
     "inf.csv": (b"text,label\na,1.5\nb,inf\n", "row 2: label 'inf' is not a finite number"),
 }
 
@@ -539,3 +548,21 @@ def test_constant_answers_correlate_with_nothing(metric):
 def test_a_diverged_model_has_no_metric():
     with pytest.raises(ModelError, match="--learning-rate"):
         compute_metric("accuracy", np.array([[np.nan, 0.0]]), np.array([0]))
+
+
+def test_rows_that_are_measured_come_longest_first() -> None:
+    """What does not fit into memory is told by the first batch."""
+    order = batches.GroupedBatches(np.array([3, 9, 5, 9]), 2, shuffle=False, seed=0).batches(0)
+    assert [rows.tolist() for rows in order] == [[1, 3], [2, 0]]
+
+
+def test_names_of_columns_may_have_blanks_around_them(tmp_path: Path) -> None:
+    """As spreadsheets and people write a header, guessed or asked for."""
+    file = tmp_path / "blanks.csv"
+    file.write_text("text, label\na,calm\nb,wild\n")
+    for asked in (own(file, file), own(file, file, label_column="label")):
+        assert load_rows(asked).spec.label_column == "label"
+
+
+def test_versions_and_words_are_classes() -> None:
+    assert infer_names(["1.0", "2.0", "beta"], "here") == ("1.0", "2.0", "beta")

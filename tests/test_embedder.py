@@ -29,7 +29,7 @@ from gatepress.bench import endtoend
 from gatepress.checkpoint import load_run, open_base
 from gatepress.config import DataSettings, Layout, TrainSettings
 from gatepress.distill import Lesson
-from gatepress.embedding import embedding_of, is_embedder
+from gatepress.embedding import embedding_of, is_embedder, write_modules
 from gatepress.errors import ArtifactError, DataError, ModelError, UsageError
 from gatepress.evaluation import evaluate
 from gatepress.export import export
@@ -495,3 +495,13 @@ def test_a_configuration_that_was_changed_is_refused(
     file.write_text(json.dumps(config))
     with pytest.raises((ArtifactError, ModelError), match=told):
         open_pruned(tmp_path / "pruned")
+
+
+def test_how_vectors_are_compared_is_handed_on(embedder: Make, tmp_path: Path) -> None:
+    base = shutil.copytree(embedder(), tmp_path / "base")
+    (base / "config_sentence_transformers.json").write_text(json.dumps({"similarity_fn_name": "dot"}))
+    embedding = embedding_of(base)
+    assert embedding["similarity_fn_name"] == "dot"
+    (tmp_path / "out").mkdir()
+    assert "config_sentence_transformers.json" in write_modules(tmp_path / "out", embedding, 8)
+    assert json.loads((tmp_path / "out/config_sentence_transformers.json").read_text()) == {"similarity_fn_name": "dot"}

@@ -211,7 +211,7 @@ def test_labels_that_differ_in_case_alone_stay_two(tiny_model_dir, tmp_path: Pat
 def test_progress_is_reported_in_batches(forms) -> None:
     progress = Recorder()
     evaluate(forms.onnx, batch_size=32, progress=progress)
-    assert progress.calls == [(3, "evaluating train"), "finish"]
+    assert progress.calls == [(3, "evaluating validation rows of train"), "finish"]
     assert progress.done == 3
 
 
@@ -340,3 +340,18 @@ def test_sizes_below_one_are_refused(forms) -> None:
 def test_rows_of_another_task_are_refused(forms, tiny_glue_dir) -> None:
     with pytest.raises(UsageError, match="--task is"):
         evaluate(forms.onnx, data=replace(DataSettings(task="sst2"), data_dir=str(tiny_glue_dir)))
+
+
+def test_what_is_compared_with_is_measured_by_the_same_dials(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = SimpleNamespace(kind="run", runtime="torch", dtype="float32", device="cpu", parameters=1)
+    rows = SimpleNamespace(spec=SimpleNamespace(name="t"), fingerprint="f")
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(evaluation, "open_runner", lambda *_, **__: runner)
+    monkeypatch.setattr(evaluation, "_tokenizer_of", lambda *_, **__: None)
+    monkeypatch.setattr(evaluation, "basis_of", lambda *_, **__: evaluation.Basis(None, rows, None, 17))  # type: ignore[arg-type]
+    monkeypatch.setattr(
+        evaluation, "evaluate_runner", lambda *_, **options: (asked.append(options), {"metric_value": 0.5})[1]
+    )
+    evaluation.evaluate("one", against="other", batch_size=7)
+    assert asked[0] == asked[1]
+    assert (asked[0]["batch_size"], asked[0]["max_length"]) == (7, 17)

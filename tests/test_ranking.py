@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch
 import tiny
 from conftest import TaskFiles
 from forms import data_settings, settings_for
+from gatepress import batches
 from gatepress.batches import make_loader, tokenize
 from gatepress.config import DataSettings, Metric
 from gatepress.errors import DataError
@@ -162,3 +164,21 @@ def test_rows_that_cannot_be_ranked_are_refused(
 def test_every_metric_has_its_labels() -> None:
     assert set(METRICS) == set(get_args(Metric))
     assert all(task.metric in task.metrics for task in TASKS.values())
+
+
+def test_queries_are_numbered_across_the_rows_that_are_tokenized_at_a_time(
+    tiny_model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "_CHUNK_ROWS", 3)
+    texts = ["belu", "krat", "belu", "mirao", "krat", "belu", "zogg"]
+    rows = datasets.Dataset.from_dict({"text": texts, "text_pair": ["anda"] * 7, "label": [0, 1] * 3 + [0]})
+    table = batches.tokenize(rows, open_tokenizer(tiny_model_dir("bert")), 16)
+    assert table["query"][:] == [0, 1, 0, 2, 1, 0, 3]
+    assert table["label"][:] == [0, 1] * 3 + [0]
+
+
+def test_the_first_relevant_passage_of_several_is_what_is_ranked() -> None:
+    logits, labels = np.array([[3.0], [2.0], [1.0]]), np.array([1, 0, 1])
+    assert compute_metric("mrr@10", logits, labels, np.zeros(3, dtype=int)) == 1
+    assert compute_metric("mrr@10", -logits, labels, np.zeros(3, dtype=int)) == 1
+    assert compute_metric("mrr@10", logits, 1 - labels, np.zeros(3, dtype=int)) == 1 / 2

@@ -1,6 +1,7 @@
 """A head of one output for two classes, as rerankers have, is kept; `--metric` measures what it is called."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from sentence_transformers import CrossEncoder
 from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
@@ -240,3 +242,18 @@ def test_a_run_is_measured_by_the_metric_asked_and_evaluated_by_another(full: Pa
     refused = runner.invoke(app, ["evaluate", str(full), "--metric", "spearman", "--json"])
     assert refused.exit_code == 2
     assert "expected one of accuracy" in refused.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("torch.nn.modules.linear.Identity", torch.nn.Identity), ("evil.Function", torch.nn.Sigmoid)]
+)
+def test_who_serves_it_gets_the_scores_that_it_gave(
+    name: str, kind: Any, reranker: Path, tiny_task_files: TaskFiles, tmp_path: Path
+) -> None:
+    """sentence-transformers computes a sigmoid of them unless a model says otherwise."""
+    base = Path(shutil.copytree(reranker, tmp_path / "base"))
+    (base / "config_sentence_transformers.json").write_text(json.dumps({"activation_fn": name}))
+    train(settings_for(base, tiny_task_files, epochs=1, method="gates", lora_rank=None), tmp_path / "run")
+    for layout in ("inner", "stock"):
+        prune(tmp_path / "run", tmp_path / layout, layout=layout)
+        assert type(CrossEncoder(str(tmp_path / layout), trust_remote_code=True).activation_fn) is kind

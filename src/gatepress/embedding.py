@@ -7,6 +7,7 @@ the configuration. The vector is what an embedder gives as its `logits`, by whic
 import functools
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ logger = logging.getLogger(__name__)
 
 MODULES_FILE, LENGTH_FILE, POOLING_DIR = "modules.json", "sentence_bert_config.json", "1_Pooling"
 PROMPTS_FILE = "config_sentence_transformers.json"
-_HANDED_ON = {LENGTH_FILE: ("max_seq_length",), PROMPTS_FILE: ("prompts", "default_prompt_name")}  # file -> its keys
+# file -> its keys
+_HANDED_ON = {LENGTH_FILE: ("max_seq_length",), PROMPTS_FILE: ("prompts", "default_prompt_name", "similarity_fn_name")}
 POOLINGS = ("mean", "cls")
 _OLD_NAMES = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}  # before one key named the mode
 _PARTS = (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
@@ -131,6 +133,16 @@ def embedding_of(directory: Path) -> Embedding:
         said = read_json(directory / name) if (directory / name).is_file() else {}
         embedding |= {key: said[key] for key in keys if said.get(key)}
     return embedding
+
+
+def activation_of(directory: Path) -> str | None:
+    """Return what sentence-transformers computes of a reranker's number; None: its directory does not say.
+
+    Only functions of torch count: the name is one of a class to import.
+    """
+    said = read_json(directory / PROMPTS_FILE) if (directory / PROMPTS_FILE).is_file() else {}
+    name = said.get("activation_fn")
+    return name if isinstance(name, str) and re.fullmatch(r"torch\.nn(\.\w+)+", name) else None
 
 
 def tell_of_prompt(directory: Path, embedding: Embedding) -> None:

@@ -249,7 +249,7 @@ def score(
     progress = progress or NoProgress()
     outputs: dict[str, tuple[npt.NDArray[Any], ...]] = {}
     examples = seen = 0
-    progress.start(sum(len(loader) for loader in loaders.values()), f"evaluating {spec.name}")
+    progress.start(sum(len(loader) for loader in loaders.values()), f"evaluating validation rows of {spec.name}")
     try:
         for name, loader in loaders.items():
             logits, labels = _outputs(predict, loader, processes, progress)

@@ -7,7 +7,6 @@ from typing import Any
 from gatepress.card import metric_after
 from gatepress.commands import commands_of
 from gatepress.config import TrainSettings
-from gatepress.families import row_of
 from gatepress.files import PRUNED_FILE, RUN_FILE
 from gatepress.graph import describe, names_beside, read_graph
 from gatepress.manifests import (
@@ -15,6 +14,8 @@ from gatepress.manifests import (
     PRUNED_FORMAT,
     Form,
     file_in,
+    heads_of,
+    kept_of,
     onnx_parts,
     read_config,
     read_manifest,
@@ -68,13 +69,13 @@ def _layers_of_run(path: Path, manifest: Facts) -> list[Facts] | None:
     from gatepress.ondisk import plan_of_run  # noqa: PLC0415 - torch, seconds to import, for runs alone
 
     found = plan_of_run(path)
-    return found and [_layer(layer.to_json(), found[1]) for layer in found[0].layers]
+    return found and [kept_of(layer.to_json(), found[1]) for layer in found[0].layers]
 
 
 def _pruned(path: Path) -> Facts:
     manifest = read_manifest(path / PRUNED_FILE)
     report, run = manifest["report"], manifest.get("run", {}).get("report", {})
-    config = read_config(path / "config.json")
+    heads = heads_of(read_config(path / "config.json"))
     return {
         "task": manifest["task"]["name"],
         **measured(manifest),
@@ -83,7 +84,7 @@ def _pruned(path: Path) -> Facts:
         **_weights(file_in(path, "model.safetensors", "prune again")),
         "provenance": provenance(manifest),
         "commands": commands_of(manifest, path.resolve().name),
-        "layers": [_layer(layer, _heads(config)) for layer in report["plan"]["layers"]],
+        "layers": [kept_of(layer, heads) for layer in report["plan"]["layers"]],
         "curve": run.get("curve"),
     }
 
@@ -100,7 +101,7 @@ def _onnx(path: Path) -> Facts:
     manifest = read_manifest(named)
     before = manifest.get("source_manifest") or {}
     plan = before.get("report", {}).get("plan")
-    heads = _heads(read_config(directory / "config.json")) if plan else 0
+    heads = heads_of(read_config(directory / "config.json")) if plan else 0
     return {
         "task": (manifest.get("task") or {}).get("name"),
         **measured(manifest),
@@ -108,7 +109,7 @@ def _onnx(path: Path) -> Facts:
         **facts,
         "provenance": provenance(before) | {"versions": manifest["versions"]},
         "commands": commands_of(manifest, directory.resolve().name),
-        "layers": [_layer(layer, heads) for layer in plan["layers"]] if plan else None,
+        "layers": [kept_of(layer, heads) for layer in plan["layers"]] if plan else None,
     }
 
 
@@ -162,30 +163,3 @@ def _some(report: Facts, *groups: tuple[str, ...]) -> Facts:
 def _weights(file: Path) -> Facts:
     """Return what a safetensors file holds, by its header."""
     return {"size_bytes": file.stat().st_size, "tensors": len(tensor_shapes(file))}
-
-
-def _heads(config: Facts) -> int:
-    """Return the heads of a dense layer, by a config.json."""
-    family = row_of(config["model_type"])
-    if family is None:
-        raise ValueError(f"model type {config['model_type']}")
-    return int(config[family.heads_attribute])
-
-
-def _layer(layer: Facts, heads: int) -> Facts:
-    """Return what a layer of a plan keeps, beside what the dense one had."""
-    parts = layer["matrices"]
-    width = parts["q"]["dense"][0] // heads
-    if width < 1:
-        raise ValueError(f"{heads} heads")
-    return {
-        "heads": len(layer["heads"]),
-        "dense_heads": heads,
-        "qk_width": layer["qk_width"],
-        "vo_width": layer["vo_width"],
-        "dense_head_width": width,
-        "neurons": layer["neurons"],
-        "dense_neurons": parts["down"]["dense"][1],
-        "by_index": [role for role, part in parts.items() if part["gathered"] or part["scattered"]],
-        "macs_left": layer["macs_left"],
-    }

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from gatepress.config import DataSettings, TrainSettings
 from gatepress.errors import ArtifactError
+from gatepress.families import FAMILIES
 from gatepress.files import ONNX_FILE, PRUNED_FILE, RUN_FILE, read_json, sha256_of
 from gatepress.schema import Schema, check_fields, every, schema_of
 
@@ -25,6 +26,7 @@ MANIFESTS: dict[Form, str] = {"run": RUN_FILE, "pruned": PRUNED_FILE, "onnx": ON
 FORMATS = {RUN_FILE: RUN_FORMAT, PRUNED_FILE: PRUNED_FORMAT, ONNX_FILE: ONNX_FORMAT, SWEEP_FILE: SWEEP_FORMAT}
 REMEDIES: dict[Form, str] = {"run": "train again", "pruned": "prune again", "onnx": "export again"}
 WEIGHTS = (".safetensors", ".onnx", ".data")  # read by others, who compare them themselves
+HEADS = tuple(dict.fromkeys(family.heads_attribute for family in FAMILIES.values()))  # what a config.json calls them
 MAX_NAME = 255  # characters that a file system takes
 
 # In this order: an ONNX directory has a config.json, and may lie in the directory of its source.
@@ -93,13 +95,15 @@ _CONFIG: dict[str, Schema] = {
     "id2label": (_TEXTS,),
     "label2id": (_COUNTS,),
     **every("max_position_embeddings pad_token_id", ("int",)),
-    **every("num_hidden_layers n_layers num_attention_heads n_heads", "size"),
+    **every("num_hidden_layers n_layers", "size"),
+    **dict.fromkeys(HEADS, "size"),
     "embedding": {
-        **every("pooling default_prompt_name", "text"),
+        **every("pooling default_prompt_name similarity_fn_name", "text"),
         "normalize": "bool",
         "max_seq_length": "int",
         "prompts": _TEXTS,
     },
+    "sentence_transformers": {"activation_fn": "text"},
     "gatepress": {
         "version": "int",
         "linears": {"*": {**every("rows columns", "size"), **every("gathered scattered", "bool")}},
@@ -232,6 +236,33 @@ def check_beside(directory: Path, *names: str) -> None:
     named = read_manifest(manifest).get("sha256") or {}
     bound = {name: digest for name, digest in named.items() if not name.endswith(WEIGHTS) or name in names}
     check_files(directory, [(name, bound[name]) for name in names or bound if name in bound], REMEDIES[form])
+
+
+def heads_of(config: Mapping[str, Any]) -> int:
+    """Return the heads of a dense layer, by a config.json; `ValueError` where it does not say."""
+    told = [config[name] for name in HEADS if name in config]
+    if not told:
+        raise ValueError(f"none of {', '.join(HEADS)}")
+    return int(told[0])
+
+
+def kept_of(layer: Mapping[str, Any], heads: int) -> dict[str, Any]:
+    """Return what a layer of a plan in a manifest keeps, beside what the dense one had; `heads` are those of that."""
+    parts = layer["matrices"]
+    width = parts["q"]["dense"][0] // heads
+    if width < 1:
+        raise ValueError(f"{heads} heads")
+    return {
+        "heads": len(layer["heads"]),
+        "dense_heads": heads,
+        "qk_width": layer["qk_width"],
+        "vo_width": layer["vo_width"],
+        "dense_head_width": width,
+        "neurons": layer["neurons"],
+        "dense_neurons": parts["down"]["dense"][1],
+        "by_index": [role for role, part in parts.items() if part.get("gathered") or part.get("scattered")],
+        "macs_left": layer["macs_left"],
+    }
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:

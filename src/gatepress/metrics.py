@@ -35,7 +35,8 @@ def compute_metric(name: Metric, logits: Numbers, labels: Numbers, queries: Numb
         if single:
             logits = np.pad(logits, ((0, 0), (1, 0)))  # the first class's is what the second's is counted from
         return float(OF_CLASSES[name](labels, logits.argmax(axis=-1), logits.shape[1]))
-    scores = (logits[:, 0] if single else logits[:, 1] - logits[:, 0]).astype(np.float64)
+    exact = logits.astype(np.float64)  # the difference of two float32 may be beyond float32
+    scores = exact[:, 0] if single else exact[:, 1] - exact[:, 0]
     wanted = labels.astype(np.float64)
     if name in OF_SCORES:
         return float(OF_SCORES[name](wanted, scores))

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gatepress.embedding import as_saved, embedder_class, is_embedder
 from gatepress.errors import ArtifactError, GatepressError, ModelError, reason_of
@@ -155,13 +155,16 @@ def has_tokenizer(directory: Path) -> bool:
     return any((directory / name).is_file() for name in TOKENIZER_FILES)
 
 
-def open_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
+def open_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model directory; `ModelError` where it has none.
 
     Without its files transformers makes one up that knows no word.
     """
     if not has_tokenizer(directory):
-        raise ModelError(f"{directory}: has no tokenizer (none of {', '.join(TOKENIZER_FILES)})")
+        raise ModelError(
+            f"{directory}: has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); put that of its base model there: "
+            "AutoTokenizer.from_pretrained(BASE).save_pretrained(DIR)"
+        )
     pieces = next((name for name in SENTENCEPIECE_FILES if (directory / name).is_file()), None)
     if pieces and not (directory / "tokenizer.json").is_file() and find_spec("sentencepiece") is None:
         raise ModelError(
@@ -190,7 +193,7 @@ def _refuse_unwanted(directory: Path) -> None:
         raise ArtifactError(f"{settings}: has {', '.join(files)}, which gatepress never writes; remove it")
 
 
-def save_tokenizer(tokenizer: Any, directory: Path) -> dict[str, str]:
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> dict[str, str]:
     """Write a tokenizer's files into a directory and return their sha256 by name."""
     # Else these would follow from the class, and some releases pick that by the model type, which ours is unknown to.
     tokenizer.init_kwargs["model_input_names"] = list(tokenizer.model_input_names)

@@ -12,8 +12,7 @@ from gatepress.bench.summary import Cell
 from gatepress.card import metric_after
 from gatepress.commands import commands_of, shown
 from gatepress.errors import ArtifactError
-from gatepress.families import FAMILIES
-from gatepress.files import RUN_FILE, read_json
+from gatepress.files import RUN_FILE
 from gatepress.manifests import (
     MANIFESTS,
     PRUNED_FORMAT,
@@ -21,6 +20,9 @@ from gatepress.manifests import (
     SWEEP_FILE,
     Form,
     form_of,
+    heads_of,
+    kept_of,
+    read_config,
     read_manifest,
     understood,
 )
@@ -306,20 +308,20 @@ def _size(path: Path, name: Any) -> int | None:
 
 
 def _kept(plan: dict[str, Any], path: Path) -> tuple[Kept, ...]:
-    """Return what each layer keeps; empty where the configuration does not say how many heads a dense layer has."""
-    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-    heads = next((config[one.heads_attribute] for one in FAMILIES.values() if one.heads_attribute in config), None)
-    if not isinstance(heads, int) or heads < 1:
+    """Return what each layer keeps; empty where no configuration lies there."""
+    layers, config = plan.get("layers") or (), path / "config.json"
+    if not layers or not config.is_file():
         return ()
+    heads = heads_of(read_config(config))
     return tuple(
         Kept(
-            heads=(len(layer["heads"]), heads),
-            qk_width=(int(layer["qk_width"]), layer["matrices"]["q"]["dense"][0] // heads),
-            vo_width=(int(layer["vo_width"]), layer["matrices"]["v"]["dense"][0] // heads),
-            neurons=(int(layer["neurons"]), int(layer["matrices"]["down"]["dense"][1])),
-            macs_left=float(layer["macs_left"]),
+            heads=(one["heads"], one["dense_heads"]),
+            qk_width=(one["qk_width"], one["dense_head_width"]),
+            vo_width=(one["vo_width"], one["dense_head_width"]),
+            neurons=(one["neurons"], one["dense_neurons"]),
+            macs_left=float(one["macs_left"]),
         )
-        for layer in plan.get("layers") or ()
+        for one in (kept_of(layer, heads) for layer in layers)
     )
 
 

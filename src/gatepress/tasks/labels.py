@@ -1,5 +1,6 @@
 """From the values of a label column to ids or numbers, and to what kind of task they make."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from gatepress.schema import is_sound
 from gatepress.tasks.spec import MIN_CLASSES
 
 MAX_SCORE = 3.4e38  # float32 holds hardly more
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 MAX_CLASSES = 1000  # more distinct values than that are ids or texts: the wrong column
 
 
@@ -15,9 +17,11 @@ def infer_names(values: list[Any], where: str) -> tuple[str, ...] | None:
     """Return the class names that `values` hold, in id order, or None where they are scores.
 
     Numbers with a decimal point are scores, unless there are only two of them and both are whole
-    (0.0 and 1.0, as pandas writes classes). Raises `DataError` where there are too many classes.
+    (0.0 and 1.0, as pandas writes classes). Raises `DataError` where there are too many classes, or words among scores.
     """
-    spelled = {label_text(value, where, row) for row, value in enumerate(values, start=1)}
+    spelled: dict[str, int] = {}  # label -> the first row that has it
+    for row, value in enumerate(values, start=1):
+        spelled.setdefault(label_text(value, where, row), row)
     numbers = [_number(text) for text in spelled]
     if all(number is not None for number in numbers):
         whole = all(number is not None and number.is_integer() for number in numbers)
@@ -25,6 +29,7 @@ def infer_names(values: list[Any], where: str) -> tuple[str, ...] | None:
             return None
         names = sorted(spelled, key=lambda text: (float(text), text))  # 1 and 01 are two classes
     else:
+        _refuse_mixed(spelled, where)
         names = sorted(spelled)
     if len(names) > MAX_CLASSES:
         raise DataError(
@@ -32,6 +37,19 @@ def infer_names(values: list[Any], where: str) -> tuple[str, ...] | None:
             "name another column with --label-column, or write scores with a decimal point for regression"
         )
     return tuple(names)
+
+
+def _refuse_mixed(spelled: Mapping[str, int], where: str) -> None:
+    """Raise `DataError` where words stand among scores, or all scores are written with a decimal comma."""
+    words = [text for text in spelled if _number(text) is None]
+    parts = [text for text in spelled if (number := _number(text)) is not None and number % 1]
+    if all(_DECIMAL_COMMA.fullmatch(text) for text in words):
+        raise DataError(f"{where}, row {spelled[words[0]]}: label {words[0]!r} has a decimal comma; write a point")
+    if parts:
+        raise DataError(
+            f"{where}, row {spelled[words[0]]}: label {words[0]!r} is not a finite number, and others are, as "
+            f"{parts[0]}; drop the row, or write all classes as words"
+        )
 
 
 def in_order(id2label: Mapping[Any, Any]) -> tuple[str, ...]:

@@ -19,8 +19,6 @@ from gatepress.errors import DataError, reason_of
 
 Columns = Mapping[str, list[Any]]  # column name -> values, all of one length; row i of a file is at i - 1
 
-csv.field_size_limit(sys.maxsize)  # texts may be long
-
 
 def read_columns(path: Path) -> Columns:
     """Read a whole file by its suffix; `DataError` where it is missing, empty or not what it says."""
@@ -59,8 +57,9 @@ def _text(path: Path) -> str:
 
 def _table(path: Path, rows: Any, advice: str) -> Columns:
     """Turn an iterator over lists of fields, the first being the header, into columns."""
+    usual = csv.field_size_limit(sys.maxsize)  # texts may be long
     try:
-        header = next(rows)
+        header = [name.strip() for name in next(rows)]
         _refuse_twins(path, header)
         body: list[list[str]] = []
         for row in rows:
@@ -74,6 +73,8 @@ def _table(path: Path, rows: Any, advice: str) -> Columns:
             body.append(row)
     except csv.Error as error:
         raise DataError(f"{path}: line {rows.line_num} is malformed ({error}); {advice}") from None
+    finally:
+        csv.field_size_limit(usual)
     if not body:
         raise DataError(f"{path}: has a header and no rows")
     return dict(zip(header, map(list, zip(*body, strict=True)), strict=True))
@@ -88,8 +89,9 @@ def _read_csv(path: Path) -> Columns:
     text = _text(path)
     rows = csv.reader(io.StringIO(text, newline=""), strict=True)
     advice = 'put texts with commas or line breaks in "quotes"'
-    if "," not in text.partition("\n")[0] and ";" in text.partition("\n")[0]:
-        raise DataError(f"{path}: the header is separated by ';', expected ','")
+    header = text.partition("\n")[0]
+    if "," not in header and (others := [name for name in (";", "\t") if name in header]):
+        raise DataError(f"{path}: the header is separated by {others[0]!r}, expected ','")
     return _table(path, rows, advice)
 
 

@@ -146,6 +146,8 @@ def _infer_spec(data: DataSettings, split: _Split, classes: tuple[str, ...] | No
         names = classes
     if names is not None and len(names) < MIN_CLASSES:
         raise DataError(f"{split.where}: every row has the label {names[0]!r}, expected two classes or more")
+    if names is None and len(set(map(str, values))) == 1:
+        raise DataError(f"{split.where}: every row has the label {values[0]}, expected numbers that differ")
     metric: Metric = data.metric or ("pearson" if names is None else "accuracy")
     name = Path(data.train_file or data.validation_file or "own").stem
     return TaskSpec(name, texts, names, metric, label_column=label)
@@ -200,9 +202,9 @@ def _refuse_unfit_metric(spec: TaskSpec) -> None:
         )
     if spec.label_names and not spec.second_fits and "classes" not in METRICS[spec.metric]:
         raise UsageError(
-            f"{spec.name} would be measured by {spec.metric}, which looks for rows of the second class, "
-            f"{spec.label_names[1]!r}, and the first is the one that fits; give rows whose labels are 0 and 1, the "
-            "latter those that fit, or another --metric or --task"
+            f"{spec.name} would be measured by {spec.metric}, which ranks rows of the second class, "
+            f"{spec.label_names[1]!r}, first, but its first class is the positive one; give rows whose labels are 0 "
+            "and 1, the latter those that fit, or another --metric or --task"
         )
 
 
