@@ -12,6 +12,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody listens there, so a hub call fails at once
 os.environ["HF_HOME"] = _CACHE.name
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ.pop("HF_HUB_OFFLINE", None)
 os.environ["MPLCONFIGDIR"] = _CACHE.name
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
 

@@ -202,7 +202,7 @@ def _json(draw: Draw, file: Path) -> str:
 
 # --- safetensors
 
-DTYPES = "F64 F32 F16 BF16 I64 I32 I16 I8 U8 U16 U32 U64 BOOL F8_E4M3 F8_E5M2 F8_E8M0 F4 F6_E2M3 C64 X".split()  # noqa: SIM905
+DTYPES = "F64 F32 F16 BF16 I64 I32 I16 I8 U8 U16 U32 U64 BOOL F8_E4M3 F8_E5M2 F8_E8M0 F4 F6_E2M3 C64 X".split()  # noqa: SIM905 - shorter so
 SIZES = (0, 1, 2, 3, 31, 33, 64, 1000, 2**31, 2**40, 2**63, 2**64 - 1, 2**64, -1)
 
 Header = dict[str, Any]

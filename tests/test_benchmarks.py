@@ -304,6 +304,9 @@ def test_medians_are_compared_over_the_same_seeds(script):
         for seed, sparsity in ((0, size), (2, size), (1, other))
     ]
     assert "| 0.2000 [2] | 0.2000 [1] |" in sizes.render(cells)
+    fitted = {**cells[0], "way": list(sizes.WAYS)[1], "metric_value": 0.4}
+    rows = [row for row in sizes.render([*cells, fitted]).splitlines() if row.startswith("| tiny")]
+    assert ["0.1000 [1]" in rows[0], "0.4000" in rows[1]] == [True, True]  # of seed 0 alone, which both have
 
 
 # --- what a cell says -------------------------------------------------------------------------------

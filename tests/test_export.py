@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -21,6 +22,7 @@ import tiny
 from forms import PROBE_ROWS, save_run
 from gatepress import export as exporting
 from gatepress import tracing
+from gatepress.agreement import LONGEST_TRIED, compare, random_batches
 from gatepress.checkpoint import load_run
 from gatepress.config import Granularity, Layout
 from gatepress.errors import ArtifactError, ModelError, OutputError, ParityError, UsageError
@@ -378,3 +380,23 @@ def test_a_forward_that_names_no_inputs_is_refused(tiny_classifier_dir, tmp_path
     source = write_own_class(copied, "*args, **kwargs", "*args, **kwargs")
     with pytest.raises(ModelError, match="Mine: its forward takes args, kwargs, expected input_ids"):
         export(source, tmp_path / "onnx", trust_remote_code=True)
+
+
+def test_forms_are_compared_on_the_longest_text_that_both_take() -> None:
+    runner: Any = SimpleNamespace(model=tiny.build_classifier("bert"), max_tokens=tiny.MAX_TOKENS)
+    shapes = {batch["input_ids"].shape for batch in random_batches(runner)}
+    assert (1, tiny.MAX_TOKENS) in shapes
+    assert (1, LONGEST_TRIED) in {
+        batch["input_ids"].shape
+        for batch in random_batches(SimpleNamespace(model=runner.model, max_tokens=None))  # type: ignore[arg-type]
+    }
+    assert {rows for rows, _ in shapes} > {1}
+    assert any((batch["attention_mask"] == 0).any() for batch in random_batches(runner))
+
+
+def test_logits_that_are_fewer_than_rows_do_not_agree() -> None:
+    there: Any = SimpleNamespace(logits=lambda _: np.zeros((4, 2)))
+    for shape in ((1, 2), (4, 1), (1, 1)):
+        here: Any = SimpleNamespace(logits=lambda _, shape=shape: np.zeros(shape))
+        with pytest.raises(ParityError, match="logits of 4 x 2 tokens are"):
+            compare(there, here, [{"input_ids": np.zeros((4, 2), dtype=int)}], 1.0)

@@ -8,8 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention as attention
 
+import tiny
+from forms import collapse
 from gatepress import precision
 from gatepress.gates import Gate, GatedLinear
+from gatepress.inject import attach_gates_
+from gatepress.modeling_gatepress import PrunedAttention
 from gatepress.precision import computing
 
 
@@ -22,7 +26,7 @@ def heads(*, learn: bool) -> list[Tensor]:
     ("learn", "dropout", "dtype"),
     [(True, 0.0, torch.float32), (True, 0.5, torch.bfloat16), (False, 0.0, torch.bfloat16)],
 )
-def test_attention_that_learns_is_float32(learn: bool, dropout: float, dtype: torch.dtype) -> None:  # noqa: FBT001
+def test_attention_that_learns_is_float32(*, learn: bool, dropout: float, dtype: torch.dtype) -> None:
     with computing("bf16", "cpu"):
         assert attention(*heads(learn=learn), dropout_p=dropout).dtype is dtype
 
@@ -103,3 +107,23 @@ def test_forms_of_weights_go_with_them() -> None:
     del layer
     gc.collect()
     assert len(precision._CASTS) == known
+
+
+@pytest.mark.parametrize("family", [name for name in tiny.FAMILIES if name != "modernbert"])
+def test_pruned_attention_drops_out_in_training_alone(family: str) -> None:
+    model = tiny.build_classifier(family).eval()
+    attach_gates_(model, granularity="structured", controller="importance")
+    pruned, _ = collapse(model, "inner")
+    attentions = [one for one in pruned.modules() if isinstance(one, PrunedAttention)]
+    inputs = tiny.random_batch(family)
+
+    def answers() -> list[torch.Tensor]:
+        return [pruned(**inputs).logits for seed in (0, 1) if torch.manual_seed(seed)]
+
+    for one in attentions:
+        one.dropout.p = 0.5
+    assert torch.equal(*answers())
+    for one in attentions:
+        one.training = True  # but nothing else in the model
+        one.dropout.training = False
+    assert not torch.allclose(*answers(), atol=1e-3)

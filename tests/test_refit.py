@@ -1,6 +1,7 @@
 """What is left when gates were closed without a training is brought nearer to the model that it was."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,20 +9,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import tiny
-from forms import collapse, settings_for
-from gatepress import recovery
+from conftest import TaskFiles
+from forms import collapse, save_run, settings_for
+from gatepress import pruning, recovery
 from gatepress.checkpoint import load_run, read_probe, read_run
 from gatepress.config import Granularity, Layout
 from gatepress.distill import hidden_distances
-from gatepress.errors import ArtifactError, UsageError
+from gatepress.errors import ArtifactError, ParityError, UsageError
 from gatepress.evaluation import evaluate
 from gatepress.gates import gates_of
 from gatepress.inject import attach_gates_, gated_linear
 from gatepress.models import load_pruned
+from gatepress.pruning import prune
 from gatepress.recovery import prune_each
-from gatepress.refit import RIDGE, _Fit, _Seen, first_tokens, refit_
+from gatepress.refit import RIDGE, _Fit, _heavier_first, _Seen, first_tokens, refit_
 from gatepress.resolve import resolve
 from gatepress.tasks.sources import load_rows
 from gatepress.training import train
@@ -190,3 +194,65 @@ def test_it_is_for_what_is_not_trained_on(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--refit is for what is not trained on"):
         prune_each(run, {0.5: tmp_path / "x"}, refit=True, recover_epochs=1)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_fitted_was_the_gated_model_before(
+    tiny_model_dir: Callable[[str], Path], tiny_task_files: TaskFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cut that changes what the model computes is refused, though weights change behind it anyhow."""
+    run = save_run(tmp_path / "run", tiny_model_dir("bert"), tiny_task_files)
+    cut = pruning.cut
+
+    def wrong(*given: Any, **options: Any) -> Any:
+        pruned = cut(*given, **options)
+        with torch.no_grad():
+            pruned.classifier.bias += 1
+        return pruned
+
+    monkeypatch.setattr(pruning, "cut", wrong)
+    with pytest.raises(ParityError, match="gated and pruned logits differ"):
+        prune(run, tmp_path / "pruned", refit=lambda *_: {})
+    assert not (tmp_path / "pruned").exists()
+
+
+def test_the_difference_that_is_told_of_what_was_fitted_is_the_larger_one(
+    tiny_model_dir: Callable[[str], Path], tiny_task_files: TaskFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = save_run(tmp_path / "run", tiny_model_dir("bert"), tiny_task_files)
+    apart = iter([0.25, 0.125])
+    monkeypatch.setattr(pruning, "agree", lambda *_: next(apart))
+    assert prune(run, tmp_path / "pruned", refit=lambda *_: {})["max_abs_logit_diff"] == 0.25
+
+
+def test_the_first_token_counts_as_much_as_all_others() -> None:
+    real = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()
+    assert _heavier_first(real).tolist() == [3, 1, 1, 1, 1, 1, 1]
+    draw = torch.Generator().manual_seed(0)
+    inputs, wanted = torch.randn(8, 3, generator=draw), torch.randn(8, 4, generator=draw)
+    weights = torch.tensor([3.0, 1, 1, 1, 2, 1, 1, 1])
+    fits = []
+    for heavier, times in ((weights, torch.ones(8)), (None, weights)):
+        matrix = nn.Linear(3, 4)
+        with torch.no_grad():
+            matrix.weight.zero_(), matrix.bias.zero_()
+            rows = torch.arange(8).repeat_interleave(times.long())
+            x, t = inputs[rows], wanted[rows]
+            fit = _Fit(matrix)
+            fit.add(_Seen(x, matrix(x), None, matrix(x)), _Seen(x, t, None, t), heavier)
+            fit.solve_()
+        fits.append(matrix.weight)
+    torch.testing.assert_close(*fits)  # to count three times is to be there three times
+
+
+def test_a_norm_that_hardly_lets_a_number_through_says_nothing_of_it() -> None:
+    from gatepress.refit import _to_be_read
+
+    norm = nn.LayerNorm(4)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([1.0, 1.0, 1.0, 1e-9]))
+    read = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    seen = _Seen(read, read, norm, norm(read) + 1e-3)  # what comes out is off by a little
+    spread = read.std(-1, keepdim=True, unbiased=False)
+    found = _to_be_read(seen, seen, spread)
+    torch.testing.assert_close(found[:, 3], read[:, 3], atol=1e-2, rtol=0)
+    torch.testing.assert_close(found, read, atol=1e-2, rtol=0)

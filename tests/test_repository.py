@@ -157,3 +157,9 @@ def _exists(dotted: str) -> bool:
             found = getattr(found, attribute)
         return True
     return False
+
+
+def test_every_ignored_rule_has_its_reason_beside_it() -> None:
+    bare = re.compile(r"# noqa: [A-Z]+[0-9]+(, [A-Z]+[0-9]+)*$", re.MULTILINE)
+    files = [file for folder in ("src", "tests", "benchmarks") for file in (ROOT / folder).rglob("*.py")]
+    assert [str(file) for file in files if bare.search(file.read_text())] == []

@@ -259,3 +259,18 @@ def test_where_there_are_no_classes_it_is_refused(
     with pytest.raises(UsageError, match=r"--match-shares is about classes, and .* has none; leave it out"):
         train(settings, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_classes_are_matched_on_rows_that_have_labels(
+    tiny_model_dir: Callable[[str], Path], tiny_task_files: TaskFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = tiny.write_table(tmp_path / "more.csv", ("text",), [(text,) for text, _ in tiny.made_up_rows(64, seed=9)])
+    full = settings_for(tiny_model_dir("bert"), tiny_task_files, method="full", lora_rank=None, epochs=1)
+    train(full, tmp_path / "full")
+    settings = settings_for(tmp_path / "full", tiny_task_files, epochs=1, distill=True, match_shares=True)
+    settings = replace(settings, data=replace(settings.data, unlabelled_file=str(texts)))
+    matched, seen = training.match_, []
+    monkeypatch.setattr(training, "match_", lambda *given: (seen.append(given[2]), matched(*given))[1])
+    report = train(settings, tmp_path / "run")
+    assert report["unlabelled_examples"] == 64
+    assert [len(labels) for labels in seen] == [256]

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import pickle
 import shutil
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,10 +21,11 @@ from safetensors.torch import load_file
 import tiny
 from conftest import TaskFiles
 from forms import save_run, settings_for
-from gatepress import training
+from gatepress import batches, training
+from gatepress.budget import Budget
 from gatepress.checkpoint import PROBE_FILE, load_run, read_run
 from gatepress.config import DataSettings, Granularity, TrainSettings
-from gatepress.errors import ArtifactError, ParityError
+from gatepress.errors import ArtifactError, ModelError, ParityError
 from gatepress.evaluation import evaluate
 from gatepress.export import export
 from gatepress.files import sha256_of
@@ -210,7 +213,7 @@ def test_a_pruned_model_trains_on_and_can_be_copied(
     """As any model of transformers: whoever loads it may ask for gradients, and hand it to another process."""
     prune(save_run(tmp_path / "run", tiny_model_dir(family), tiny_task_files), tmp_path / "pruned", layout="inner")
     model, batch = load_pruned(tmp_path / "pruned"), tiny.random_batch(family)
-    torch.testing.assert_close(pickle.loads(pickle.dumps(model))(**batch).logits, model(**batch).logits)  # noqa: S301
+    torch.testing.assert_close(pickle.loads(pickle.dumps(model))(**batch).logits, model(**batch).logits)  # noqa: S301 - its own
     assert type(copy.deepcopy(model)) is type(model)
     model(**batch, labels=torch.tensor([0, 1, 0, 1])).loss.backward()
     assert all(value.grad is not None for name, value in model.named_parameters() if ".query." in name)
@@ -318,3 +321,63 @@ def test_real_tasks_give_one_metric_in_every_form(task: str, tmp_path: Path) -> 
     assert scores[0] == pytest.approx(report["metric_value"], abs=1e-6)
     model, _ = load_run(tmp_path / "run")
     assert any((gate.mask == 0).any() for _, gate in gates_of(model))
+
+
+def test_importances_are_of_whole_gradients_and_steps_of_cut_ones(
+    tiny_model_dir: ModelDir, tiny_task_files: TaskFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However large a loss is: what a gate is worth hangs on it, how far a step goes does not."""
+    seen: dict[str, list[float]] = {"ranked": [], "stepped": []}
+    told, rank, step = training.batch_loss, Budget.after_backward, torch.optim.AdamW.step
+
+    def norm(parameters: Any) -> float:
+        return float(torch.stack([one.grad.norm() for one in parameters if one.grad is not None]).norm())
+
+    def ranked(budget: Budget, number: int) -> None:
+        seen["ranked"].append(norm(vector.gate.mu for vector in budget.vectors))
+        rank(budget, number)
+
+    def stepped(optimizer: Any, *given: Any, **options: Any) -> Any:
+        seen["stepped"].append(norm(one for group in optimizer.param_groups for one in group["params"]))
+        return step(optimizer, *given, **options)
+
+    monkeypatch.setattr(training, "batch_loss", lambda *given: told(*given) * 1e4)
+    monkeypatch.setattr(Budget, "after_backward", ranked)
+    monkeypatch.setattr(torch.optim.AdamW, "step", stepped)
+    train(settings_for(tiny_model_dir("bert"), tiny_task_files, epochs=1), tmp_path / "run")
+    assert len(seen["ranked"]) == len(seen["stepped"]) == 16
+    assert min(seen["ranked"]) > 2
+    assert max(seen["stepped"]) <= training.MAX_GRADIENT_NORM * (1 + 1e-4)
+
+
+def test_a_loss_that_is_no_number_ends_a_training(
+    tiny_model_dir: ModelDir, tiny_task_files: TaskFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = training.batch_loss
+    monkeypatch.setattr(training, "batch_loss", lambda *given: told(*given) * math.nan)
+    with pytest.raises(ModelError, match=r"the loss is nan at step 5; try a smaller --learning-rate"):
+        train(settings_for(tiny_model_dir("bert"), tiny_task_files, epochs=1), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rates_warm_up_again_where_gates_begin_to_close(
+    tiny_model_dir: ModelDir, tiny_task_files: TaskFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, stages = training.make_optimizer, []
+
+    def noted(kinds: Any, settings: Any, **options: Any) -> Any:
+        stages.append(options["stages"])
+        return made(kinds, settings, **options)
+
+    monkeypatch.setattr(training, "make_optimizer", noted)
+    settings = settings_for(tiny_model_dir("bert"), tiny_task_files, epochs=3, distill=True, open_epochs=1)
+    train(settings, tmp_path / "run")
+    assert stages == [[16, 32]]
+
+
+@pytest.mark.parametrize(
+    ("asked", "model", "tokenizer", "cut"),
+    [(400, None, 64, 64), (400, 160, 64, 64), (400, 160, 512, 160), (32, 160, 64, 32)],
+)
+def test_texts_are_cut_where_the_first_of_all_ends(asked: int, model: int | None, tokenizer: int, cut: int) -> None:
+    assert batches.fitting(asked, model, SimpleNamespace(model_max_length=tokenizer)) == cut  # type: ignore[arg-type]

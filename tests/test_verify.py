@@ -1,6 +1,7 @@
 """`gatepress verify` passes what is whole and names each fault of what is not, in one line."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,22 +13,25 @@ import numpy as np
 import onnx
 import pytest
 from huggingface_hub import constants, errors
+from onnx import TensorProto, helper
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
+from conftest import TaskFiles
 from forms import save_run, settings_for
 from gatepress.cli.app import app
-from gatepress.errors import ArtifactError, GatepressError
+from gatepress.errors import ArtifactError, GatepressError, ModelError
 from gatepress.export import export
 from gatepress.files import sha256_of
 from gatepress.graph import check_graph
 from gatepress.inspecting import inspect
+from gatepress.metrics import compute_metric
 from gatepress.models import load_pruned, open_tokenizer
 from gatepress.pruning import prune
 from gatepress.runtime import open_runner
 from gatepress.training import train
-from gatepress.verifying import verify
+from gatepress.verifying import _finite, verify
 
 KINDS = ("run", "pruned", "onnx")
 TOKENS = {"input_ids": np.full((2, 8), 5)}
@@ -404,3 +408,59 @@ def test_weights_beside_a_graph_that_its_manifest_does_not_name_are_not_read(cop
     sign(path, path / "model.onnx")
     with pytest.raises(ArtifactError, match=r"names no sha256 of x\.data"):
         open_runner(path)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_logits_without_bounds_are_no_numbers(number: float, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="not finite"):
+        _finite(np.array([[0.0, number]]), tmp_path)
+    with pytest.raises(ModelError, match="not finite"):
+        compute_metric("accuracy", np.array([[0.0, number], [1.0, 0.0]]), np.array([0, 1]))
+
+
+def test_a_graph_of_another_operator_set_than_its_manifest_says_is_found(tmp_path: Path) -> None:
+    from gatepress.verifying import _graph
+
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 2]) for name in ("input_ids", "logits")]
+    graph = helper.make_graph([helper.make_node("Identity", ["input_ids"], ["logits"])], "few", ends[:1], ends[1:])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]), tmp_path / "model.onnx")
+    manifest = {"inputs": ["input_ids"], "opset": 18, "sha256": {}}
+    _graph(tmp_path / "model.onnx", manifest)
+    with pytest.raises(ArtifactError, match="opset is 18, its manifest says 17"):
+        _graph(tmp_path / "model.onnx", manifest | {"opset": 17})
+
+
+@pytest.mark.parametrize("number", [1.0, math.nan, math.inf])
+def test_a_graph_alone_is_verified_by_what_it_computes(number: float, tmp_path: Path) -> None:
+    weight = helper.make_tensor("weight", TensorProto.FLOAT, [1, 2], [1.0, number])
+    axes = helper.make_tensor("axes", TensorProto.INT64, [1], [1])
+    nodes = [
+        helper.make_node("Cast", ["input_ids"], ["x"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceSum", ["x", "axes"], ["sum"], keepdims=1),
+        helper.make_node("MatMul", ["sum", "weight"], ["logits"]),
+    ]
+    ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "length"])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 2])
+    graph = helper.make_graph(nodes, "few", [ids], [logits], [weight, axes])
+    opset = helper.make_opsetid("", 18)
+    onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=10), tmp_path / "few.onnx")
+    found = verify(tmp_path / "few.onnx")
+    assert found["ok"] is math.isfinite(number)
+    if not found["ok"]:
+        assert ["logits are not finite" in fault for fault in found["faults"]] == [True]
+
+
+def test_a_tokenizer_that_no_manifest_binds_is_opened(
+    tiny_model_dir: Callable[[str], Path], tiny_task_files: TaskFiles, tmp_path: Path
+) -> None:
+    """Earlier releases named the weights alone."""
+    run = save_run(tmp_path / "run", tiny_model_dir("bert"), tiny_task_files)
+    prune(run, tmp_path / "pruned", layout="inner")
+    for name in ("run/gatepress_run.json", "pruned/gatepress_pruned.json"):
+        file = tmp_path / name
+        value = json.loads(file.read_text())
+        value["sha256"] = {one: digest for one, digest in value["sha256"].items() if "token" not in one}
+        file.write_text(json.dumps(value))
+        assert verify(file.parent)["ok"]
+        (file.parent / "tokenizer.json").write_text("{}")
+        assert not verify(file.parent)["ok"]

@@ -31,7 +31,7 @@ MARKERS = {
     "odd": ("quib", "wosp", "fnar", "yibb", "ploov", "jink"),
 }
 FILLERS = tuple(
-    "anda boro cito duma efra fuli gano hilu ivo jela kapo lumi mado neri opal peta quro rali sodo tamu "  # noqa: SIM905
+    "anda boro cito duma efra fuli gano hilu ivo jela kapo lumi mado neri opal peta quro rali sodo tamu "  # noqa: SIM905 - as sentences are
     "ulvi vano welo xaro yolu zami arko bilt cerno dafe esto frim golu harpa inzo".split()
 )
 
