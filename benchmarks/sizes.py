@@ -63,13 +63,14 @@ def measure(key: tuple[Any, ...], options: argparse.Namespace) -> dict[str, Any]
 
 
 def render(cells: list[dict[str, Any]]) -> str:
-    """Return the table in Markdown: a row for each way, medians over seeds by size."""
+    """Return the table in Markdown: a row for each way, medians by size over the seeds that all ways have of it."""
     names = ["encoder", "task", "seeds", "finetuned", "trained at half", "then closed anew"]
     names += [*(f"{1 - size:.0%} left" for size in SIZES), "seconds"]
     text = f"# Several sizes of one training\n\n| {' | '.join(names)} |\n|{'---|' * 6}{'--:|' * (len(SIZES) + 1)}\n"
     for encoder, task in dict.fromkeys((one["encoder"], one["task"]) for one in cells):
+        here = [one for one in cells if (one["encoder"], one["task"]) == (encoder, task)]
         for way in WAYS:
-            rows = [one for one in cells if (one["encoder"], one["task"], one["way"]) == (encoder, task, way)]
+            rows = [one for one in here if one["way"] == way]
             if not rows:
                 continue
             by_seed = {one["seed"]: one for one in rows}.values()
@@ -77,7 +78,8 @@ def render(cells: list[dict[str, Any]]) -> str:
             times = [one["seconds"] for one in rows if one["seconds"] is not None]
             columns = [encoder, task, str(len(by_seed)), f"{start:.4f}", f"{half:.4f}", way]
             for size in SIZES:
-                values = [one["metric_value"] for one in rows if one["sparsity"] == size]
+                common = _common(here, size)
+                values = [one["metric_value"] for one in rows if one["sparsity"] == size and one["seed"] in common]
                 number = f" [{len(values)}]" if len(values) != len(by_seed) else ""
                 columns.append(f"{statistics.median(values):.4f}{number}" if values else "")
             columns.append(f"{min(times):.0f} to {max(times):.0f}" if times else "")
@@ -85,11 +87,21 @@ def render(cells: list[dict[str, Any]]) -> str:
     machines = ", and on ".join(sorted({trained_on(one) for one in cells}))
     releases = ", ".join(sorted({one["versions"]["gatepress"] for one in cells}))
     return text + (
-        "\nMedians over seeds (their number in square brackets where a size has fewer), on all validation rows. "
+        "\nMedians over the seeds that all ways have of a size (their number in square brackets where a way has more), "
+        "on all validation rows. "
         "*trained at half*: a finetuned model pressed to half, with its "
         "teacher; its gates are then opened or closed to what is named. *seconds*: of the fit, or of the epoch, with "
         f"whatever else ran. On {machines}, gatepress {releases}.\n"
     )
+
+
+def _common(cells: list[dict[str, Any]], size: float) -> set[int]:
+    """Return the seeds of which every way has a size."""
+    seeds: dict[str, set[int]] = {}
+    for one in cells:
+        if one["sparsity"] == size:
+            seeds.setdefault(one["way"], set()).add(one["seed"])
+    return set.intersection(*seeds.values()) if seeds else set()
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:

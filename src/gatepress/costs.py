@@ -72,7 +72,7 @@ class Costs:
     target: Target
     source: str  # "analytic", or the machine that was measured
     entries: tuple[Entry, ...]
-    about: dict[str, Any] = field(default_factory=dict)  # threads, versions, when
+    about: dict[str, Any] = field(default_factory=dict)  # threads, versions
     tokens: int | None = None  # of a call that is planned for; None: all token counts of the table alike
 
     def __post_init__(self) -> None:

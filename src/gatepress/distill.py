@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gatepress.gates import GatedLinear, gates_of
 from gatepress.inject import replace_module_
@@ -47,7 +47,7 @@ class Lesson:
         cls,
         labels: Sequence[Any],
         spec: TaskSpec,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         hidden_weight: float,
         all_tokens: bool = False,

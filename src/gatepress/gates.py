@@ -27,8 +27,8 @@ class Gate(nn.Module):
 
     `noise` is sigma of eq. (5); 0 gives the deterministic gate, whose value is not clipped. Each gate
     stands before `repeat` rows or columns that lie `apart` from each other (1: neighbours, as those of a head), and in
-    a budget for `counts` dimensions. With `heads` it keeps which basis the dimensions of each head are those of
-    (rotation.py).
+    a budget for `counts` dimensions. With `heads` it stores the basis that each head was turned
+    into (rotation.py).
     """
 
     def __init__(  # noqa: PLR0913 - what it stands for

@@ -76,7 +76,7 @@ def attach_gates_(  # noqa: PLR0913 - each is a dial of the gates
     sites = sites_of(granularity, axes, matrices)
 
     def gate(layer: Layer, site: Site) -> Gate | None:
-        return _gate(layer, site, granularity, NOISE[controller], rotate_heads) if site in sites else None
+        return _gate(layer, site, granularity, NOISE[controller], rotate_heads=rotate_heads) if site in sites else None
 
     for layer in layers:
         for role in ROLES:
@@ -105,7 +105,7 @@ def _taken_apart(model: Any) -> list[Layer]:
     return layers
 
 
-def _gate(layer: Layer, site: Site, granularity: Granularity, noise: float, rotate_heads: bool) -> Gate:  # noqa: FBT001
+def _gate(layer: Layer, site: Site, granularity: Granularity, noise: float, *, rotate_heads: bool) -> Gate:
     """Return the gate vector that stands at a site of a layer."""
     role, axis = site
     size = layer.shapes[role][1 if axis == "in" else 0]

@@ -53,7 +53,7 @@ def _attention(*args: Any, **kwargs: Any) -> Any:
 
 def _learns(*arguments: Any, dropout_p: float = 0.0, **named: Any) -> bool:
     """Say so of a call of `scaled_dot_product_attention(query, key, value, attn_mask, dropout_p)`."""
-    dropout = arguments[4] if len(arguments) > 4 else dropout_p  # noqa: PLR2004
+    dropout = arguments[4] if len(arguments) > 4 else dropout_p  # noqa: PLR2004 - the fifth
     tensors = (value for value in (*arguments, *named.values()) if isinstance(value, Tensor))
     return torch.is_grad_enabled() and not dropout and any(value.requires_grad for value in tensors)
 
@@ -74,7 +74,7 @@ def _cast_once(weight: Tensor) -> Tensor:
     version, cast = _CASTS.get(weight, (None, weight))
     if version != weight._version:  # noqa: SLF001 - how torch tells that a tensor was written into
         cast = weight.detach().bfloat16()
-        _CASTS[weight] = (weight._version, cast)  # noqa: SLF001
+        _CASTS[weight] = (weight._version, cast)  # noqa: SLF001 - as above
     return cast
 
 

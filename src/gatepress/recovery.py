@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gatepress.batches import make_loader, tokenize
 from gatepress.checkpoint import RunManifest, is_finetuned, load_run, located, open_base, read_run
@@ -103,7 +103,7 @@ def prune_each(  # noqa: PLR0913 - every option of the command is one
 
 
 def _refit_to(
-    teacher: PreTrainedModel, rows: Any, run: RunManifest, tokenizer: Any, progress: Progress | None
+    teacher: PreTrainedModel, rows: Any, run: RunManifest, tokenizer: PreTrainedTokenizerBase, progress: Progress | None
 ) -> Callable[[PreTrainedModel, dict[str, Tensor]], dict[str, Any]]:
     """Return what fits a pruned model to `teacher` on the rows of a run, words exchanged as in its training."""
     settings, special = run.settings, torch.tensor(tokenizer.all_special_ids)

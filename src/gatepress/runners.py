@@ -27,7 +27,7 @@ from gatepress.tasks.labels import in_order
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 LOGITS, VECTORS = "logits", "sentence_embedding"  # what a graph calls what it gives
 MAC_TERMS = ("token", "pair", "row")
-COUNTED_TOKEN = 5  # any that is in every vocabulary and does not stand for padding
+COUNTED_TOKEN = 5  # an id that is in every vocabulary and is not padding
 
 Kind = Literal["run", "pruned", "onnx", "model"]
 Batch = Mapping[str, npt.NDArray[np.integer[Any]]]  # each [batch, length]
@@ -296,9 +296,10 @@ class OnnxRunner(Runner):
         """Return the logits [batch, labels] as float32."""
         result = self.run(self.prepare(batch))
         values = np.asarray(result if self.device == "cpu" else result.copy_outputs_to_cpu()[0])
-        if not np.issubdtype(values.dtype, np.floating) or values.ndim != 2 or len(values) != len(batch["input_ids"]):  # noqa: PLR2004
+        rows = len(batch["input_ids"])
+        if not np.issubdtype(values.dtype, np.floating) or values.ndim != 2 or len(values) != rows:  # noqa: PLR2004 - see the error
             raise ModelError(
-                f"{self.name}: gives {values.dtype} of shape {list(values.shape)} for {len(batch['input_ids'])} rows, "
+                f"{self.name}: gives {values.dtype} of shape {list(values.shape)} for {rows} rows, "
                 "expected logits [batch, labels]; export it again"
             )
         return values.astype(np.float32, copy=False)

@@ -88,7 +88,7 @@ def plain_attention(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     finally:
-        if model.config._attn_implementation != before:  # noqa: SLF001
+        if model.config._attn_implementation != before:  # noqa: SLF001 - as above
             model.set_attn_implementation(before)
 
 

@@ -14,6 +14,7 @@ from accelerate.utils import set_seed
 from datasets import concatenate_datasets
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
 
 from gatepress.agreement import agree
 from gatepress.batches import fitting, left_of_epoch, make_loader, probe_batch, tokenize
@@ -137,7 +138,7 @@ class _Job(Resumable):
 
     settings: TrainSettings
     processes: Processes
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     loader: DataLoader[Any]
     noise: torch.Generator
     validation: dict[str, DataLoader[Any]]
@@ -315,7 +316,7 @@ def _tokenizer_of(base: Path, model: Any) -> Any:
     return tokenizer
 
 
-def _in_order(rows: Any, tokenizer: Any) -> DataLoader[Any]:
+def _in_order(rows: Any, tokenizer: PreTrainedTokenizerBase) -> DataLoader[Any]:
     """Return batches of tokenized rows that are measured, not learnt from."""
     return make_loader(rows, tokenizer, VALIDATION_BATCH, shuffle=False, seed=0)
 
@@ -329,7 +330,7 @@ def _refuse_unfit(model: Any, settings: TrainSettings) -> None:
         last_bias(model)
 
 
-def _rotate_heads_(model: Any, rows: Any, tokenizer: Any, processes: Processes) -> None:
+def _rotate_heads_(model: Any, rows: Any, tokenizer: PreTrainedTokenizerBase, processes: Processes) -> None:
     """Turn heads into the bases that the first training rows choose, in place; `ParityError` where logits change."""
     few = rows.select(range(min(ROTATION_ROWS, len(rows))))
     loader = _in_order(few, tokenizer)
