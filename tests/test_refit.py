@@ -256,3 +256,22 @@ def test_a_norm_that_hardly_lets_a_number_through_says_nothing_of_it() -> None:
     found = _to_be_read(seen, seen, spread)
     torch.testing.assert_close(found[:, 3], read[:, 3], atol=1e-2, rtol=0)
     torch.testing.assert_close(found, read, atol=1e-2, rtol=0)
+
+
+def test_a_layer_is_fitted_behind_what_the_fitted_ones_below_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not behind what the teacher's give: so an upper layer makes up for what those below still lack."""
+    calls, add = [], _Fit.add
+
+    def noted(fit: _Fit, ours: _Seen, *given: Any) -> None:
+        calls.append((fit.matrix, ours.inputs))
+        add(fit, ours, *given)
+
+    monkeypatch.setattr(_Fit, "add", noted)
+    student, _ = collapse(closed_model("bert", "structured", 0.4), "inner")
+    batch = tiny.random_batch("bert", batch=16, length=12, seed=3)
+    refit_(student.eval(), tiny.build_classifier("bert").eval(), [batch], batch)
+    (matrix, read), seen = calls[-1], []
+    matrix.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    with torch.no_grad():
+        student(**batch, output_hidden_states=True)
+    torch.testing.assert_close(read, seen[0][batch["attention_mask"].bool()], atol=1e-5, rtol=1e-4)
