@@ -314,7 +314,8 @@ def readme_kept() -> str:
     default = [*matched, *(one for one in cells if one["task"] not in {cell["task"] for cell in matched})]
     averages = {arm: statistics.mean(_parts(default, ENCODER, arm).values()) for arm in paper.FACTORS}
     moved = [f"{average:.1%} at {deployed.ARMS[arm]}" for arm, average in averages.items()]
-    counted = len({one["seed"] for one in matched})
+    counted = len({one["seed"] for one in matched if one["encoder"] == ENCODER})
+    larger = paper._part(matched, FIRST, "cola", "4x") or 0.0
     at_end = [
         {**one, "metric_value": one["matched"]["metric_value"]}
         for one in json.loads((RESULTS / "shares.json").read_text())
@@ -328,7 +329,8 @@ def readme_kept() -> str:
         f"{'; '.join(sentences)}. {min(seeds)} to {max(seeds)} seeds, by several releases, with `{paper.AS_TRAINED}` "
         "([table](benchmarks/results/paper_accuracy.md)). With what is the default of CoLA's metric since 0.33, "
         f"finetuned and pressed ([table](benchmarks/results/paper_matched.md), {counted} seeds of it), MiniLM "
-        f"keeps {', '.join(moved)}; adjusted at the end alone, {seeds_at_end} seeds of it, {', '.join(more)} "
+        f"keeps {', '.join(moved)} (mpnet {larger:.0%} of its CoLA at a quarter, one seed); "
+        f"adjusted at the end alone, {seeds_at_end} seeds of it, {', '.join(more)} "
         "([table](benchmarks/results/shares.md)).\n"
     )
 
