@@ -770,12 +770,17 @@ def test_any_spoilt_file_is_noticed_or_not_needed(copied, made, form, spoil):
 # --- interrupted ---------------------------------------------------------------------------------
 
 
+def _heard() -> None:
+    """Let a process hear signals: shells ignore Ctrl-C in background jobs, nohup SIGHUP, and tests may be of these."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(("sign", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_an_interrupted_training(here, train_on, sign, exit_code):
     arguments = train_on("good.csv", "-o", "run", "--json")
     arguments[arguments.index("--epochs") + 1] = "400"
-    # A shell starts background jobs with Ctrl-C ignored, and that is inherited: the tests may be such a job.
-    with command(*arguments, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) as process:
+    with command(*arguments, preexec_fn=_heard) as process:
         seen = []
         for line in process.stderr:
             seen.append(line)

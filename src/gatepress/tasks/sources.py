@@ -202,9 +202,9 @@ def _refuse_unfit_metric(spec: TaskSpec) -> None:
         )
     if spec.label_names and not spec.second_fits and "classes" not in METRICS[spec.metric]:
         raise UsageError(
-            f"{spec.name} would be measured by {spec.metric}, which ranks rows of the second class, "
-            f"{spec.label_names[1]!r}, first, but its first class is the positive one; give rows whose labels are 0 "
-            "and 1, the latter those that fit, or another --metric or --task"
+            f"{spec.name} would be measured by {spec.metric}, which looks for rows of the second class, "
+            f"{spec.label_names[1]!r}, and the first is the positive one; give rows whose labels are 0 and 1, the "
+            "latter those that fit, or another --metric or --task"
         )
 
 
