@@ -311,26 +311,20 @@ def readme_kept() -> str:
             kept.append(f"{statistics.mean(parts.values()):.1%} at {deployed.ARMS[arm]} ({lost})")
         sentences.append(f"{title} {', '.join(kept)}")
     matched = _cells("matched")
-    default = [*matched, *(one for one in cells if one["task"] not in {cell["task"] for cell in matched})]
-    averages = {arm: statistics.mean(_parts(default, ENCODER, arm).values()) for arm in paper.FACTORS}
+    averages, counted = _averages(cells, matched)
     moved = [f"{average:.1%} at {deployed.ARMS[arm]}" for arm, average in averages.items()]
-    counted = len({one["seed"] for one in matched if one["encoder"] == ENCODER})
     larger = paper._part(matched, FIRST, "cola", "4x") or 0.0
-    at_end = [
-        {**one, "metric_value": one["matched"]["metric_value"]}
-        for one in json.loads((RESULTS / "shares.json").read_text())
-        if one["encoder"] == ENCODER
-    ]
-    default = [*at_end, *(one for one in cells if one["task"] not in {cell["task"] for cell in at_end})]
-    more = [f"{statistics.mean(_parts(default, ENCODER, arm).values()):.1%}" for arm in paper.FACTORS]
-    seeds_at_end = len({one["seed"] for one in at_end})
+    told = json.loads((RESULTS / "shares.json").read_text())
+    at_end = [{**one, "metric_value": one["matched"]["metric_value"]} for one in told]
+    averages_at_end, counted_at_end = _averages(cells, at_end)
     return (
         f"- Not all accuracy is kept: of full finetuning's metric, on average over {len(TASKS)} tasks, "
         f"{'; '.join(sentences)}. {min(seeds)} to {max(seeds)} seeds, by several releases, with `{paper.AS_TRAINED}` "
         "([table](benchmarks/results/paper_accuracy.md)). With what is the default of CoLA's metric since 0.33, "
         f"finetuned and pressed ([table](benchmarks/results/paper_matched.md), {counted} seeds of it), MiniLM "
         f"keeps {', '.join(moved)} (mpnet {larger:.0%} of its CoLA at a quarter, one seed); "
-        f"adjusted at the end alone, {seeds_at_end} seeds of it, {', '.join(more)} "
+        f"adjusted at the end alone, {counted_at_end} seeds of it, "
+        f"{', '.join(f'{average:.1%}' for average in averages_at_end.values())} "
         "([table](benchmarks/results/shares.md)).\n"
     )
 
@@ -365,6 +359,18 @@ def _cells(experiment: str = "accuracy") -> list[dict[str, Any]]:
 def _parts(cells: list[dict[str, Any]], encoder: str, arm: str) -> dict[str, float]:
     """Return what an arm keeps of full finetuning's metric, by task."""
     return {task: paper._part(cells, encoder, task, arm) or 0.0 for task in TASKS}
+
+
+def _averages(cells: list[dict[str, Any]], instead: list[dict[str, Any]]) -> tuple[dict[str, float], int]:
+    """Return what MiniLM keeps on average over the tasks, by arm, and how many seeds there are `instead`.
+
+    Those cells stand in place of all others of their tasks.
+    """
+    own = [one for one in instead if one["encoder"] == ENCODER]
+    tasks = {one["task"] for one in own}
+    every = [*own, *(one for one in cells if one["task"] not in tasks)]
+    averages = {arm: statistics.mean(_parts(every, ENCODER, arm).values()) for arm in paper.FACTORS}
+    return averages, len({one["seed"] for one in own})
 
 
 def _by_task(shown: Callable[[str, str], str]) -> str:

@@ -463,14 +463,12 @@ class RunWriter:
             last = read_run(target)
             self.bound, self._named = last.sha256, _tensors_of(last)
             return
+        release(self._lock)
         with explained(target):
-            earlier = self._lock
             self.directory, self._lock = stage(target, alone=True)
-            release(earlier)
             try:
                 self.bound = save_tokenizer(tokenizer, self.directory)
-                with new_file(self.directory / PROBE_FILE) as staged_probe:
-                    save_file(probe, staged_probe)
+                save_file(probe, self.directory / PROBE_FILE)
                 self.bound[PROBE_FILE] = sha256_of(self.directory / PROBE_FILE)
             except BaseException:
                 release(self._lock)

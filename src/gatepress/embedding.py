@@ -130,7 +130,7 @@ def embedding_of(directory: Path) -> Embedding:
         )
     embedding = {"pooling": _pooling(directory / _modules(directory)[1]["path"]), "normalize": "Normalize" in parts}
     for name, keys in _HANDED_ON.items():
-        said = read_json(directory / name) if (directory / name).is_file() else {}
+        said = _said(directory / name)
         embedding |= {key: said[key] for key in keys if said.get(key)}
     return embedding
 
@@ -140,8 +140,7 @@ def activation_of(directory: Path) -> str | None:
 
     Only functions of torch count: the name is one of a class to import.
     """
-    said = read_json(directory / PROMPTS_FILE) if (directory / PROMPTS_FILE).is_file() else {}
-    name = said.get("activation_fn")
+    name = _said(directory / PROMPTS_FILE).get("activation_fn")
     return name if isinstance(name, str) and re.fullmatch(r"torch\.nn(\.\w+)+", name) else None
 
 
@@ -174,6 +173,11 @@ def write_modules(directory: Path, embedding: Embedding, width: int) -> list[str
             (directory / name).write_text(json_text(said), encoding="utf-8")
             written.append(name)
     return written
+
+
+def _said(file: Path) -> dict[str, Any]:
+    """Return what a file of sentence-transformers says; nothing where it is not there."""
+    return read_json(file) if file.is_file() else {}
 
 
 def _pooling(directory: Path) -> str:

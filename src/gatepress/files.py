@@ -21,8 +21,7 @@ MAX_JSON_BYTES = 64 * 1024 * 1024
 RUN_FILE, PRUNED_FILE, ONNX_FILE = "gatepress_run.json", "gatepress_pruned.json", "gatepress_onnx.json"
 _MANIFESTS = (RUN_FILE, PRUNED_FILE, ONNX_FILE)  # what makes a directory a run, a pruned model, an ONNX model of ours
 _TEMPORARY = "gatepress-tmp-"
-_RANDOM = "abcd1234"  # as long as what `tempfile` makes names unique with
-_UNFINISHED = re.compile(r"\..+\.(new|old|tmp)\.\w{8}")  # directories of writers that were killed
+_UNIQUE = "[a-z0-9_]" * 8  # what `tempfile` makes names unique with, as a pattern
 _WRITTEN = (  # beside a manifest and what that names: early releases named no tokenizers
     *(*_MANIFESTS, "gates-*.safetensors", "state-*.safetensors", "probe.safetensors"),
     *("model.safetensors", "config.json", "model.onnx", "model.onnx.data"),
@@ -220,7 +219,8 @@ def _of_others(directory: Path) -> list[str]:
     for name in manifests:
         with contextlib.suppress(ArtifactError, TypeError):  # a broken one names nothing
             bound |= {**read_json(directory / name).get("sha256", {})}.keys()
-    left = {name for name in names if _UNFINISHED.fullmatch(name) and (directory / name).is_dir()}
+    patterns = [_unfinished(kind) for kind in ("new", "old", "tmp")]
+    left = {name for name in names if any(fnmatch(name, one) for one in patterns) and (directory / name).is_dir()}
     return [name for name in names if name not in left and not (manifests and _is_ours(name, bound))]
 
 
@@ -269,14 +269,19 @@ def stage(target: Path, *, alone: bool = False) -> tuple[Path, int | None]:
     """
     parent = target.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
-    pattern = f".{glob.escape(target.name)}.{{}}.{'?' * len(_RANDOM)}"
-    for left in parent.glob(pattern.format("new")):
+    name = glob.escape(target.name)
+    for left in parent.glob(_unfinished("new", name)):
         _remove_unclaimed(left, target, alone=alone)
-    for left in parent.glob(pattern.format("old")) if target.exists() else ():
+    for left in parent.glob(_unfinished("old", name)) if target.exists() else ():
         shutil.rmtree(left, ignore_errors=True)
     made = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp.", dir=parent))
     claim = lock(made)  # before it has the name by which others find it
-    return made.rename(made.with_name(f".{target.name}.new.{made.name[-len(_RANDOM) :]}")), claim
+    return made.rename(made.with_name(f".{target.name}.new{made.suffix}")), claim
+
+
+def _unfinished(kind: str, name: str = "?*") -> str:
+    """Return the pattern of what a writer that was killed leaves beside a target of that `name`, itself a pattern."""
+    return f".{name}.{kind}.{_UNIQUE}"
 
 
 def _remove_unclaimed(directory: Path, target: Path, *, alone: bool) -> None:

@@ -61,11 +61,11 @@ def demo(  # noqa: PLR0913 - every option is a parameter
         try:
             result = run(settings, output, screen)
         except KeyboardInterrupt:
-            if not any(output.glob(f"*/{RUN_FILE}")):
+            if any(output.glob(f"*/{RUN_FILE}")):
+                screen.interrupt_note = f"what was done until then is in {output}"
+            else:
                 with contextlib.suppress(OSError):  # not there, or not empty
                     output.rmdir()
-            else:
-                screen.interrupt_note = f"what was done until then is in {output}"
             raise
         screen.result(result, tables)
 
