@@ -20,9 +20,9 @@ from gatepress.distill import Lesson, Teacher, learn_from_teacher_
 from gatepress.evaluation import MAX_LENGTH, evaluate_model
 from gatepress.losses import batch_loss
 from gatepress.models import open_tokenizer
+from gatepress.preparing import BF16_LENGTHS
 from gatepress.tasks import TaskSpec
 from gatepress.tasks.sources import load_rows
-from gatepress.training import BF16_LENGTHS
 
 BATCH, LEARNING_RATE, WEIGHT_DECAY, WARMUP = 32, 5e-5, 0.01, 0.06
 TAUGHT_RATE = 3e-4  # better than 1e-4 (notes/accuracy.md)

@@ -55,7 +55,7 @@ from gatepress import latency
 from gatepress.alternatives import run as against_alternatives
 from gatepress.bench import endtoend, render
 from gatepress.bench.record import Record
-from gatepress.checkpoint import RunManifest, RunWriter, open_base
+from gatepress.checkpoint import RunManifest, open_base
 from gatepress.config import DataSettings, Granularity, Layout, Target, TrainSettings
 from gatepress.export import export
 from gatepress.files import replace_file, sha256_of
@@ -65,6 +65,7 @@ from gatepress.modeling_gatepress import pick
 from gatepress.models import model_files, open_tokenizer
 from gatepress.pruning import prune
 from gatepress.resolve import resolve
+from gatepress.runwriter import RunWriter
 from gatepress.tasks.sources import load_rows
 from gatepress.versions import MADE_WITH, versions
 

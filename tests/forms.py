@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from gatepress.batches import make_loader, tokenize
-from gatepress.checkpoint import RunManifest, RunWriter, open_base
+from gatepress.checkpoint import RunManifest, open_base
 from gatepress.collapse import cut, plan_model
 from gatepress.config import DataSettings, Granularity, Layout, TrainSettings
 from gatepress.costs import Costs
@@ -14,6 +14,7 @@ from gatepress.gates import gates_of
 from gatepress.inject import attach_gates_, gated_linear, trainable
 from gatepress.models import model_files, open_tokenizer
 from gatepress.plan import PrunePlan
+from gatepress.runwriter import RunWriter
 from gatepress.tasks.sources import load_rows
 from gatepress.versions import versions
 

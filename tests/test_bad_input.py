@@ -814,7 +814,7 @@ def test_interrupted_before_the_first_checkpoint(here, train_on, earlier, note, 
     def interrupted(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gatepress.training.open_base", interrupted)
+    monkeypatch.setattr("gatepress.preparing.open_base", interrupted)
     if earlier:
         (here / "run").mkdir()
         (here / "run/gatepress_run.json").write_text(earlier)

@@ -15,10 +15,10 @@ import tiny
 from conftest import TaskFiles
 from forms import settings_for
 from gatepress import distill
-from gatepress.checkpoint import is_finetuned
 from gatepress.distill import MOST, Lesson, Teacher, balanced, hidden_distances, logit_distances, varied
 from gatepress.errors import UsageError
 from gatepress.gates import GatedLinear, gates_of
+from gatepress.heads import is_finetuned
 from gatepress.inject import attach_gates_, mark_trainable_, trainable
 from gatepress.processes import ALONE, Processes
 from gatepress.tasks import task_named

@@ -14,12 +14,13 @@ from transformers import AutoModelForSequenceClassification, RobertaConfig
 
 import tiny
 from forms import settings_for
-from gatepress.checkpoint import is_finetuned, load_run, open_base, read_run, tell_of_head
+from gatepress.checkpoint import load_run, open_base, read_run
 from gatepress.config import HIDDEN_WEIGHT, METHODS, DataSettings, GateAxes, Method, TrainSettings
 from gatepress.errors import ModelError, UsageError
 from gatepress.evaluation import evaluate
 from gatepress.export import export
 from gatepress.gates import GatedLinear
+from gatepress.heads import is_finetuned, tell_of_head
 from gatepress.inject import attach_gates_
 from gatepress.methods import kept, merge_, prepare_, trained
 from gatepress.pruning import prune

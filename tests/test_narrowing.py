@@ -12,7 +12,7 @@ from torch import Tensor
 import tiny
 from conftest import TaskFiles
 from forms import draw_, settings_for
-from gatepress import budget, training
+from gatepress import budget, preparing, training
 from gatepress.budget import gate_vectors
 from gatepress.checkpoint import read_run
 from gatepress.config import Controller, Granularity
@@ -150,7 +150,7 @@ def test_steps_compute_one_token_of_the_last_layer_and_measuring_computes_all(
         quicken_(model, layers, first_token=first_token)
         model.base_model.get_submodule(layers[-1].path).output.register_forward_hook(watch)  # a teacher's, too
 
-    monkeypatch.setattr(training, "quicken_", prepare)
+    monkeypatch.setattr(preparing, "quicken_", prepare)
     asked = {"sparsity": 0.5, "rotate_heads": False, **changes}  # whose moments are of all tokens
     train(settings_for(tiny_model_dir("bert"), tiny_task_files, **asked), tmp_path / "run")
     assert lengths["learnt"] == {1}

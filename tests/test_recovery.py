@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from forms import settings_for
-from gatepress import recovery, training
+from gatepress import preparing, recovery, training
 from gatepress.checkpoint import load_run, read_run
 from gatepress.cli.app import app
 from gatepress.config import BudgetUnit, Granularity
@@ -118,7 +118,7 @@ def test_a_start_that_was_trained_otherwise_is_refused(
 def test_a_start_on_a_model_that_is_not_here_is_told_before_anything_is_fetched(
     run: Path, tiny_task_files: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "load_rows", lambda *_: pytest.fail("it went on"))
+    monkeypatch.setattr(preparing, "load_rows", lambda *_: pytest.fail("it went on"))
     settings = replace(settings_for(Path("any"), tiny_task_files, start=str(run)), model="somebody/encoder")
     with pytest.raises(UsageError, match=r"was trained with --model /.*, this run asks for somebody/encoder"):
         train(settings, tmp_path / "run")

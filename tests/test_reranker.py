@@ -19,13 +19,14 @@ import tiny
 from conftest import TaskFiles
 from forms import data_settings, settings_for
 from gatepress import load_pruned
-from gatepress.checkpoint import is_finetuned, load_run
+from gatepress.checkpoint import load_run
 from gatepress.cli.app import app
 from gatepress.config import DataSettings, Metric
 from gatepress.distill import Lesson, balanced, logit_distances
 from gatepress.errors import ArtifactError, UsageError
 from gatepress.evaluation import evaluate
 from gatepress.export import export
+from gatepress.heads import is_finetuned
 from gatepress.losses import task_losses
 from gatepress.metrics import compute_metric
 from gatepress.pruning import prune

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from conftest import TaskFiles
 from forms import settings_for
-from gatepress import training
+from gatepress import preparing, training
 from gatepress.checkpoint import read_run
 from gatepress.cli.app import app
 from gatepress.config import TrainSettings
@@ -128,7 +128,7 @@ def test_killed_again_and_again_it_ends_in_the_same(
         with pytest.raises(KilledError):
             resume(run, progress=StopAt(step))
     with monkeypatch.context() as patch:
-        patch.setattr("gatepress.checkpoint.replace_file", cut_off)
+        patch.setattr("gatepress.runwriter.replace_file", cut_off)
         with pytest.raises(KilledError):  # at the end of an epoch, with all but the manifest written
             resume(run)
     assert read_run(run).step == 2 * EPOCH - 1
@@ -207,7 +207,7 @@ def test_loading_is_part_of_a_training(
         late[0] = 1_000
         return load_rows(*given, **named)
 
-    monkeypatch.setattr(training, "load_rows", slow)
+    monkeypatch.setattr(preparing, "load_rows", slow)
     monkeypatch.setattr(time, "perf_counter", lambda: clock() + late[0])
     assert train(settings, tmp_path / "run")["train_seconds"] >= 1_000
 
@@ -415,7 +415,7 @@ def test_a_run_that_is_training_is_left_alone(
                 resume(half) if way == "resumed" else train(settings, half, force=True)
             tried.append(str(error.value))
 
-    monkeypatch.setattr("gatepress.checkpoint.replace_file", another)
+    monkeypatch.setattr("gatepress.runwriter.replace_file", another)
     resume(half)
     assert tried
     assert_same(half, whole)

@@ -186,7 +186,7 @@ def test_bases_that_change_the_model_are_refused(
         turn_(model, bases)
         gated_linear(model, resolve(model)[0], "q").base.weight.mul_(2)
 
-    monkeypatch.setattr("gatepress.training.turn_", wrong)
+    monkeypatch.setattr("gatepress.preparing.turn_", wrong)
     with pytest.raises(ParityError, match="--no-rotate-heads"):
         train(settings, tmp_path / "run")
     assert not (tmp_path / "run").exists()

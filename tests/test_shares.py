@@ -15,7 +15,7 @@ from datasets import Dataset
 import tiny
 from conftest import TaskFiles
 from forms import settings_for
-from gatepress import checkpoint, load_pruned, training
+from gatepress import load_pruned, preparing, runwriter, training
 from gatepress.batches import make_loader, tokenize
 from gatepress.checkpoint import load_run, read_run
 from gatepress.config import DataSettings, Metric, TrainSettings
@@ -23,7 +23,7 @@ from gatepress.errors import ModelError, UsageError
 from gatepress.evaluation import evaluate, outputs_of
 from gatepress.models import open_tokenizer
 from gatepress.recovery import prune_each
-from gatepress.shares import MARGIN, ROWS, drawn, match_, offsets
+from gatepress.shares import MARGIN, ROWS, drawn, last_bias, match_, move_, offsets
 from gatepress.tasks.sources import load_rows
 from gatepress.training import resume, train
 
@@ -166,7 +166,7 @@ def test_what_cannot_be_moved_is_told_before_the_first_step(
     def without(_: Any) -> Any:
         raise ModelError("the head ends without a bias")
 
-    monkeypatch.setattr("gatepress.training.last_bias", without)
+    monkeypatch.setattr("gatepress.preparing.last_bias", without)
     monkeypatch.setattr("gatepress.training._step", lambda *_: pytest.fail("it trained"))
     with pytest.raises(ModelError, match="ends without a bias"):
         train(settings_for(tiny_model_dir("bert"), uneven, match_shares=True), tmp_path / "run")
@@ -222,7 +222,7 @@ def test_a_checkpoint_is_whole_until_the_next_one_is(
 ) -> None:
     """Both are of the last step, and the later one has another head."""
     stop(settings, tmp_path / "run", "match_", monkeypatch)
-    written = checkpoint.replace_file
+    written = runwriter.replace_file
 
     def full(path: Path, content: bytes) -> None:
         if path.name == "gatepress_run.json":
@@ -230,7 +230,7 @@ def test_a_checkpoint_is_whole_until_the_next_one_is(
         written(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "replace_file", full)
+        patch.setattr(runwriter, "replace_file", full)
         with pytest.raises(OSError, match="No space"):
             resume(tmp_path / "run")
     assert resume(tmp_path / "run")["metric_value"] == train(settings, tmp_path / "whole")["metric_value"]
@@ -274,3 +274,57 @@ def test_classes_are_matched_on_rows_that_have_labels(
     report = train(settings, tmp_path / "run")
     assert report["unlabelled_examples"] == 64
     assert [len(labels) for labels in seen] == [256]
+
+
+@pytest.mark.parametrize(("asked", "taken_back"), [(True, True), (False, False)])
+@pytest.mark.parametrize("again", ["model", "start"])
+def test_what_was_matched_is_gone_on_from_as_it_was_trained(  # noqa: PLR0913 - what varies, and fixtures
+    again: str,
+    *,
+    asked: bool,
+    taken_back: bool,
+    tiny_model_dir: Callable[[str], Path],
+    uneven: TaskFiles,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What goes on leaves its decisions where they are unless it moves them itself, and then on top of nothing."""
+    method = {"method": "full", "lora_rank": None} if again == "model" else {}
+    settings = settings_for(tiny_model_dir("bert"), uneven, epochs=1, match_shares=True, **method)
+    moved = np.array(train(settings, tmp_path / "first")["class_offsets"])
+    head = last_bias(load_run(tmp_path / "first")[0]).detach().numpy()
+    began: list[Any] = []
+
+    def first_step(job: Any, _: Any) -> None:
+        began.append(last_bias(job.gated).detach().numpy().copy())
+        raise ModelError("seen")
+
+    monkeypatch.setattr(training, "_step", first_step)
+    on = {"start": str(tmp_path / "first"), "sparsity": 0.5} if again == "start" else {}
+    on_model = tmp_path / "first" if again == "model" else tiny_model_dir("bert")
+    with pytest.raises(ModelError, match="seen"):
+        train(settings_for(on_model, uneven, epochs=1, match_shares=asked, **on), tmp_path / "second")
+    np.testing.assert_allclose(began[0], head - moved if taken_back else head, atol=1e-6)
+
+
+def test_a_teacher_says_what_it_was_trained_to_say(
+    tiny_model_dir: Callable[[str], Path], uneven: TaskFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = settings_for(tiny_model_dir("bert"), uneven, method="full", lora_rank=None, epochs=1, match_shares=True)
+    moved = np.array(train(full, tmp_path / "full")["class_offsets"])
+    head = last_bias(load_run(tmp_path / "full")[0]).detach().numpy()
+    settings = settings_for(tmp_path / "full", uneven, epochs=1, distill=True, match_shares=True)
+    made, teachers = training.Teacher, []
+    for module in (training, preparing):
+        monkeypatch.setattr(module, "Teacher", lambda *given: (teachers.append(made(*given)), teachers[-1])[1])
+    train(settings, tmp_path / "run")
+    train(replace(settings, start=str(tmp_path / "run")), tmp_path / "more")  # as sizes that recover do
+    for teacher in teachers:
+        np.testing.assert_allclose(last_bias(teacher.model).numpy(), head - moved, atol=1e-6)
+    assert len(teachers) == 2
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_offsets_of_other_classes_are_refused(outputs: int) -> None:
+    with pytest.raises(ModelError, match="has 2 classes, offsets are of 3"):
+        move_(tiny.build_classifier("bert", outputs), np.zeros(3))

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 import tiny
 from conftest import TaskFiles
 from forms import save_run, settings_for
-from gatepress import batches, training
+from gatepress import batches, preparing, training
 from gatepress.budget import Budget
 from gatepress.checkpoint import PROBE_FILE, load_run, read_run
 from gatepress.config import DataSettings, Granularity, TrainSettings
@@ -138,7 +138,7 @@ def test_the_part_in_which_gates_close_and_the_weight_of_a_teacher_reach_the_tra
     tiny_model_dir: ModelDir, tiny_task_files: TaskFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[float, int]] = []
-    real = training.budget_of
+    real = preparing.budget_of
 
     def budget(*given: Any, **named: Any) -> Any:
         made = real(*given, **named)
@@ -152,7 +152,7 @@ def test_the_part_in_which_gates_close_and_the_weight_of_a_teacher_reach_the_tra
         weights.add(given[-1].hidden_weight)
         return loss(*given)
 
-    monkeypatch.setattr(training, "budget_of", budget)
+    monkeypatch.setattr(preparing, "budget_of", budget)
     monkeypatch.setattr(training, "batch_loss", watched)
     taught = {"distill": True, "epochs": 2, "open_epochs": 1}
     train(
@@ -363,13 +363,13 @@ def test_a_loss_that_is_no_number_ends_a_training(
 def test_rates_warm_up_again_where_gates_begin_to_close(
     tiny_model_dir: ModelDir, tiny_task_files: TaskFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, stages = training.make_optimizer, []
+    made, stages = preparing.make_optimizer, []
 
     def noted(kinds: Any, settings: Any, **options: Any) -> Any:
         stages.append(options["stages"])
         return made(kinds, settings, **options)
 
-    monkeypatch.setattr(training, "make_optimizer", noted)
+    monkeypatch.setattr(preparing, "make_optimizer", noted)
     settings = settings_for(tiny_model_dir("bert"), tiny_task_files, epochs=3, distill=True, open_epochs=1)
     train(settings, tmp_path / "run")
     assert stages == [[16, 32]]

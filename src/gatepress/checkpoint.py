@@ -1,4 +1,4 @@
-"""Run directories: what stands in them, written whole, read with suspicion.
+"""Run directories: what stands in them, written whole (runwriter.py), read with suspicion.
 
 A run directory holds what was trained and never the base model:
 
@@ -13,57 +13,33 @@ directory holds the last complete checkpoint.
 """
 
 import logging
-import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from gatepress.config import TrainSettings, spelled
-from gatepress.embedding import activation_of, embedder_class, embedding_of, tell_of_prompt
+from gatepress.embedding import embedder_class, embedding_of
 from gatepress.errors import ArtifactError, HubError, ModelError, UsageError
-from gatepress.files import (
-    RUN_FILE,
-    behind_link,
-    explained,
-    json_text,
-    lock,
-    new_file,
-    publish,
-    read_json,
-    release,
-    replace_file,
-    sha256_of,
-    stage,
-)
+from gatepress.files import RUN_FILE, read_json
+from gatepress.heads import set_labels_
 from gatepress.hub import locate_model
-from gatepress.manifests import (
-    RUN_FORMAT,
-    check_beside,
-    check_files,
-    read_manifest,
-    tensor_shapes,
-)
+from gatepress.manifests import RUN_FORMAT, check_beside, check_files, read_manifest, tensor_shapes
 from gatepress.methods import kept, merge_, prepare_
-from gatepress.models import model_errors, model_files, read_tensors, refuse_missing, save_tokenizer
+from gatepress.models import model_errors, model_files, read_tensors, refuse_missing
 from gatepress.resolve import family_named, family_of
 from gatepress.rotation import turn_
 from gatepress.tasks import TaskSpec
-from gatepress.tasks.labels import are_numbered, folded, in_order, named, some
+from gatepress.tasks.labels import some
 
 logger = logging.getLogger(__name__)
 
 PROBE_FILE = "probe.safetensors"
-HEAD = "classifier"  # what all families call it; a configuration may speak of one that the weights do not have
 Place = TypeVar("Place", bound=Path | None)  # of a model, where a way to look for it always finds one or may not
-OTHER_CLASSES = "%s: the classes of its head are %s; they are taken for %s, in this order"
-OTHER_HEAD = "%s: outputs of its head: %d, the rows have %s; a new head is trained, and the model counts as pretrained"
 
 
 @dataclass(frozen=True)
@@ -192,7 +168,7 @@ def open_base(directory: Path, spec: TaskSpec, above: frozenset[Path] = frozense
         if spec.embeds:
             config.embedding = embedding_of(directory)
         else:
-            _set_labels_(config, directory, spec)
+            set_labels_(config, directory, spec)
         kind = embedder_class(model_type) if spec.embeds else AutoModelForSequenceClassification
         model, info = kind.from_pretrained(
             directory,
@@ -207,26 +183,6 @@ def open_base(directory: Path, spec: TaskSpec, above: frozenset[Path] = frozense
     refuse_missing(directory, model, [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])])
     opened: PreTrainedModel = model
     return opened
-
-
-def _set_labels_(config: Any, directory: Path, spec: TaskSpec) -> None:
-    """Let the head of a configuration be that of the task, in place; `ModelError` where classes stand otherwise."""
-    names = spec.label_names or ("score",)
-    own, wanted = folded(in_order(config.id2label or {})), folded(names)
-    if own != wanted and sorted(own) == sorted(wanted):
-        raise ModelError(
-            f"{directory}: its classes are {', '.join(own)}, those of the task {', '.join(names)}; a head whose "
-            "classes stand in another order cannot be trained on: order id2label and the head's rows alike"
-        )
-    outputs, kept_head = _head_of(directory, spec)
-    if not kept_head or outputs == spec.num_labels:
-        config.num_labels = spec.num_labels
-        config.problem_type = "regression" if spec.label_names is None else "single_label_classification"
-    else:  # one output for two classes keeps its own name
-        names = in_order(config.id2label or {0: "LABEL_0"})
-    config.id2label, config.label2id = named(names)
-    if kept_head and (activation := activation_of(directory)):  # where sentence-transformers looks for it as well
-        config.sentence_transformers = {"activation_fn": activation} | getattr(config, "sentence_transformers", {})
 
 
 def _open_run_as_base(directory: Path, spec: TaskSpec, above: frozenset[Path]) -> PreTrainedModel:
@@ -268,50 +224,6 @@ def dense_base(settings: TrainSettings, locate: Callable[[TrainSettings], Place]
     """Return the model directory that a run stands on, below runs of other methods; None where `locate` finds none."""
     *_, base = models_below(settings, locate)
     return base
-
-
-def is_finetuned(directory: Path, spec: TaskSpec) -> bool:
-    """Say whether a model comes with a head that fits the task, so that it need not learn the task first.
-
-    An embedder needs none: its own vectors are the target.
-    """
-    return spec.embeds or (directory / RUN_FILE).is_file() or _head_of(directory, spec)[1]
-
-
-def _head_of(directory: Path, spec: TaskSpec) -> tuple[int, bool]:
-    """Return the outputs of the head that a model comes with, 0 where it has none, and whether they fit the task.
-
-    Of two classes one output may tell, as in rerankers, unless it was trained to give numbers.
-    """
-    config = read_json(directory / "config.json")
-    if not any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or ()):
-        return 0, False
-    outputs = len(config.get("id2label") or (0, 1))  # absent: the two of transformers
-    shapes = {name: shape for file in directory.glob("*.safetensors") for name, shape in tensor_shapes(file).items()}
-    if not any(HEAD in name and shape[:1] == (outputs,) for name, shape in shapes.items()):
-        return 0, False
-    numbers = config.get("problem_type") == "regression"
-    return outputs, outputs == spec.num_labels or (outputs in spec.widths and not numbers)
-
-
-def tell_of_head(directory: Path, spec: TaskSpec) -> None:
-    """Warn where a head is left behind, or kept while its classes are called otherwise than the task's, or of a prompt.
-
-    Only the order of classes is believed. Numbered ones, as transformers names them where nobody else did, say nothing
-    that could be wrong; nor does the name of one output.
-    """
-    if spec.embeds:
-        tell_of_prompt(directory, embedding_of(directory))
-    if spec.embeds or (directory / RUN_FILE).is_file():
-        return
-    (outputs, fits), names = _head_of(directory, spec), spec.label_names
-    if outputs and not fits:
-        logger.warning(OTHER_HEAD, directory, outputs, "numbers" if names is None else f"{len(names)} classes")
-    if names is None or outputs != len(names):
-        return
-    own = in_order(AutoConfig.from_pretrained(directory, trust_remote_code=False).id2label or {})
-    if not are_numbered(own) and folded(own) != folded(names):
-        logger.warning(OTHER_CLASSES, directory, ", ".join(own), ", ".join(names))
 
 
 def load_trained_(model: PreTrainedModel, settings: TrainSettings, state: dict[str, Tensor], where: Path) -> None:
@@ -417,108 +329,3 @@ def load_run(directory: Path, above: frozenset[Path] = frozenset()) -> tuple[Pre
     load_trained_(model, settings, read_tensors(tensors), tensors)
     merge_(model)
     return model.eval(), manifest
-
-
-def clear_(directory: Path, manifest: RunManifest) -> None:
-    """Remove what earlier checkpoints, and writes that were killed, left in a run directory."""
-    named = _tensors_of(manifest)
-    for kind in ("gates-*.safetensors", "state-*.safetensors", ".gates-*", ".state-*", f".{RUN_FILE}.*"):
-        for old in directory.glob(kind):
-            if old.name not in named:
-                old.unlink(missing_ok=True)  # each of several processes may come here
-
-
-def _tensors_of(manifest: RunManifest) -> dict[str, str]:
-    """Return the files that hold a checkpoint: name -> sha256."""
-    return {str(one["file"]): str(one["sha256"]) for one in (manifest.tensors, manifest.resume) if one}
-
-
-class RunWriter:
-    """Writes checkpoints of one run; the directory appears with the first and is complete at any time.
-
-    Used as a context manager: without a first checkpoint nothing is left behind, and an earlier
-    result under the same name stays until the first checkpoint takes its place. With `resumed` the
-    target is this run's already. The directory is claimed for as long as the writer is open: of two trainings into
-    one, one is refused.
-    """
-
-    def __init__(
-        self,
-        target: Path,
-        *,
-        tokenizer: PreTrainedTokenizerBase,
-        probe: dict[str, Tensor],
-        force: bool = False,
-        resumed: bool = False,
-    ) -> None:
-        self.target = target = behind_link(target)
-        self._force = force
-        self._lock: int | None = None
-        self.bound: dict[str, str] = {}
-        self._named: dict[str, str] = {}  # tensors of the last complete checkpoint
-        if target.exists():  # a directory that another process is training into is neither gone on with nor replaced
-            self._lock = lock(target)
-        if resumed:
-            self.directory = target
-            last = read_run(target)
-            self.bound, self._named = last.sha256, _tensors_of(last)
-            return
-        release(self._lock)
-        with explained(target):
-            self.directory, self._lock = stage(target, alone=True)
-            try:
-                self.bound = save_tokenizer(tokenizer, self.directory)
-                save_file(probe, self.directory / PROBE_FILE)
-                self.bound[PROBE_FILE] = sha256_of(self.directory / PROBE_FILE)
-            except BaseException:
-                release(self._lock)
-                shutil.rmtree(self.directory, ignore_errors=True)
-                raise
-
-    @property
-    def published(self) -> bool:
-        """Whether the target holds a checkpoint of this run."""
-        return self.directory == self.target
-
-    def save(
-        self, model: PreTrainedModel, manifest: RunManifest, state: dict[str, Tensor] | None = None
-    ) -> RunManifest:
-        """Write one checkpoint, with the `state` to go on from, and return its manifest with the files named."""
-        tensors = self._write("gates", manifest.step, kept(model, manifest.settings))
-        manifest = replace(manifest, tensors=tensors, sha256=self.bound)
-        if state:
-            manifest = replace(manifest, resume={**self._write("state", manifest.step, state), **manifest.resume})
-        replace_file(self.directory / RUN_FILE, json_text(manifest.to_json()).encode())
-        self._named = _tensors_of(manifest)
-        clear_(self.directory, manifest)
-        if not self.published:
-            if self.target.exists():
-                release(lock(self.target))
-            publish(self.directory, self.target, force=self._force)
-            self.directory = self.target
-        return manifest
-
-    def _write(self, kind: str, step: int, tensors: dict[str, Tensor]) -> dict[str, str]:
-        """Write one file of tensors and return how a manifest names it; what the last one names stays as it is."""
-        path = self.directory / f"{kind}-{step:08d}.safetensors"
-        again = path.with_stem(f"{path.stem}-again")  # a head that was moved behind the last step
-        target = again if path.name in self._named else path
-        with new_file(target) as staged:
-            save_file(tensors, staged)
-        digest = sha256_of(target)
-        if target is again and digest == self._named[path.name]:
-            again.unlink()
-            target = path
-        return {"file": target.name, "sha256": digest}
-
-    def __enter__(self) -> Self:
-        """Return the writer."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Remove what was staged and never became a checkpoint, and give the directory free."""
-        release(self._lock)
-        if not self.published:
-            shutil.rmtree(self.directory, ignore_errors=True)

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gatepress.batches import PROBE_ROWS, fitting, make_loader, probe_batch, queries_of, rows_in_order, tokenize
-from gatepress.checkpoint import OTHER_CLASSES
 from gatepress.config import Arithmetic, DataSettings, refuse_below
 from gatepress.errors import ArtifactError, ModelError, UsageError
+from gatepress.heads import OTHER_CLASSES
 from gatepress.metrics import compute_metric, cosines
 from gatepress.models import open_tokenizer
 from gatepress.processes import ALONE, Processes

@@ -48,6 +48,7 @@ _REPORT = {
     **every("examples closed_gates total_gates total_params dense_params tokens epochs probe_rows", ("int",)),
     **every("size_bytes size_bytes_fp32", ("int",)),
     "metrics_by_split": {"*": "number"},
+    "class_offsets": ["number"],
     "curve": ([{"step": "int", **every("metric_value closed_fraction", ("number",))}],),
     "plan": {"layers": [_LAYER]},
 }

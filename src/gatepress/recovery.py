@@ -16,12 +16,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gatepress.batches import make_loader, tokenize
-from gatepress.checkpoint import RunManifest, is_finetuned, load_run, located, open_base, read_run
+from gatepress.checkpoint import RunManifest, load_run, located, open_base, read_run
 from gatepress.config import DEFAULT_TARGET, refuse_below
 from gatepress.distill import varied
 from gatepress.embedding import reads_all
 from gatepress.errors import UsageError
 from gatepress.files import check_output
+from gatepress.heads import is_finetuned
 from gatepress.latency import for_target
 from gatepress.models import open_tokenizer
 from gatepress.ondisk import stands_on

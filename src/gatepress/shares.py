@@ -71,19 +71,29 @@ def drawn(rows: Any, count: int | None = None) -> Any:
     return rows.select(np.sort(np.random.default_rng(0).permutation(count)[:ROWS]))
 
 
-@torch.no_grad()
 def match_(model: PreTrainedModel, logits: npt.NDArray[Any], labels: npt.NDArray[Any]) -> list[float]:
     """Move the biases of a model's head, in place; return by how much, one number a class.
 
     `logits` [rows, outputs] are what it gives on rows with these `labels` [rows]; one output is that of the second of
     two classes, counted from 0. Raises `ModelError` where the head ends without a bias.
     """
-    bias = last_bias(model)
     classes = of_classes(torch.from_numpy(logits)).numpy()
     counts = np.bincount(labels.astype(np.int64), minlength=classes.shape[1])
     moved = np.round(offsets(classes, counts), DIGITS)
-    bias.add_(torch.from_numpy(moved if len(bias) > 1 else moved[1:] - moved[:1]).to(bias))
+    move_(model, moved)
     return [float(one) for one in moved]
+
+
+@torch.no_grad()
+def move_(model: PreTrainedModel, by: Floats) -> None:
+    """Add to the logits of each class [classes], by the biases of a model's head, in place.
+
+    Raises `ModelError` where the head ends without a bias or has other classes.
+    """
+    bias = last_bias(model)
+    if len(by) != max(len(bias), 2):
+        raise ModelError(f"the head of this model has {max(len(bias), 2)} classes, offsets are of {len(by)}")
+    bias.add_(torch.from_numpy(by if len(bias) > 1 else by[1:] - by[:1]).to(bias))
 
 
 def last_bias(model: PreTrainedModel) -> nn.Parameter:

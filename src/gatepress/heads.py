@@ -1,0 +1,84 @@
+"""The head that a model comes with: whether it is one for the task, and in which order its classes stand."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from gatepress.embedding import activation_of, embedding_of, tell_of_prompt
+from gatepress.errors import ModelError
+from gatepress.files import RUN_FILE, read_json
+from gatepress.manifests import tensor_shapes
+from gatepress.tasks import TaskSpec
+from gatepress.tasks.labels import are_numbered, folded, in_order, named
+
+logger = logging.getLogger(__name__)
+
+HEAD = "classifier"  # what all families call it; a configuration may speak of one that the weights do not have
+OTHER_CLASSES = "%s: the classes of its head are %s; they are taken for %s, in this order"
+OTHER_HEAD = "%s: outputs of its head: %d, the rows have %s; a new head is trained, and the model counts as pretrained"
+
+
+def set_labels_(config: Any, directory: Path, spec: TaskSpec) -> None:
+    """Let the head of a configuration be that of the task, in place; `ModelError` where classes stand otherwise."""
+    names = spec.label_names or ("score",)
+    own, wanted = folded(in_order(config.id2label or {})), folded(names)
+    if own != wanted and sorted(own) == sorted(wanted):
+        raise ModelError(
+            f"{directory}: its classes are {', '.join(own)}, those of the task {', '.join(names)}; a head whose "
+            "classes stand in another order cannot be trained on: order id2label and the head's rows alike"
+        )
+    outputs, kept_head = _head_of(directory, spec)
+    if not kept_head or outputs == spec.num_labels:
+        config.num_labels = spec.num_labels
+        config.problem_type = "regression" if spec.label_names is None else "single_label_classification"
+    else:  # one output for two classes keeps its own name
+        names = in_order(config.id2label or {0: "LABEL_0"})
+    config.id2label, config.label2id = named(names)
+    if kept_head and (activation := activation_of(directory)):  # where sentence-transformers looks for it as well
+        config.sentence_transformers = {"activation_fn": activation} | getattr(config, "sentence_transformers", {})
+
+
+def is_finetuned(directory: Path, spec: TaskSpec) -> bool:
+    """Say whether a model comes with a head that fits the task, so that it need not learn the task first.
+
+    An embedder needs none: its own vectors are the target.
+    """
+    return spec.embeds or (directory / RUN_FILE).is_file() or _head_of(directory, spec)[1]
+
+
+def _head_of(directory: Path, spec: TaskSpec) -> tuple[int, bool]:
+    """Return the outputs of the head that a model comes with, 0 where it has none, and whether they fit the task.
+
+    Of two classes one output may tell, as in rerankers, unless it was trained to give numbers.
+    """
+    config = read_json(directory / "config.json")
+    if not any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or ()):
+        return 0, False
+    outputs = len(config.get("id2label") or (0, 1))  # absent: the two of transformers
+    shapes = {name: shape for file in directory.glob("*.safetensors") for name, shape in tensor_shapes(file).items()}
+    if not any(HEAD in name and shape[:1] == (outputs,) for name, shape in shapes.items()):
+        return 0, False
+    numbers = config.get("problem_type") == "regression"
+    return outputs, outputs == spec.num_labels or (outputs in spec.widths and not numbers)
+
+
+def tell_of_head(directory: Path, spec: TaskSpec) -> None:
+    """Warn where a head is left behind, or kept while its classes are called otherwise than the task's, or of a prompt.
+
+    Only the order of classes is believed. Numbered ones, as transformers names them where nobody else did, say nothing
+    that could be wrong; nor does the name of one output.
+    """
+    if spec.embeds:
+        tell_of_prompt(directory, embedding_of(directory))
+    if spec.embeds or (directory / RUN_FILE).is_file():
+        return
+    (outputs, fits), names = _head_of(directory, spec), spec.label_names
+    if outputs and not fits:
+        logger.warning(OTHER_HEAD, directory, outputs, "numbers" if names is None else f"{len(names)} classes")
+    if names is None or outputs != len(names):
+        return
+    own = in_order(AutoConfig.from_pretrained(directory, trust_remote_code=False).id2label or {})
+    if not are_numbered(own) and folded(own) != folded(names):
+        logger.warning(OTHER_CLASSES, directory, ", ".join(own), ", ".join(names))
