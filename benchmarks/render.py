@@ -190,13 +190,13 @@ def speed_figures() -> str:
     releases = ", ".join(one[0].versions["gatepress"] for one in machines)
     return (
         f"| {BATCH} x {LENGTH} tokens {titles}|\n|---|{'--:|' * (2 * len(machines))}\n{rows}\n\n"
-        f"RoBERTa-base shape, random weights, 30 % of each gate vector of the paper closed at random, which leaves "
-        f"{_left(machines)} of {(dense.macs or 0) / 1e9:.0f} G multiply-accumulates. Trained gates leave "
-        f"{_left(trained)}: gatepress ORT is then {_factors(trained, 'gatepress ORT')} and its int8 "
-        f"{_factors(trained, 'gatepress ORT int8')} times as fast as dense ORT. *masked*: the gated model before it is "
-        f"pruned; *paper layout*: each matrix cut by its own indices. {dense.threads} threads, median of "
-        f"{dense.repetitions}, on each machine one interleaved run (`gatepress bench RUN --alternatives`), "
-        f"by gatepress {releases}. All batches and lengths, the trained runs, structured gates: "
+        "RoBERTa-base shape with random weights. 30 % of each of the paper's gate vectors is closed at random, which "
+        f"leaves {_left(machines)} of {(dense.macs or 0) / 1e9:.0f} G multiply-accumulates. Trained gates leave "
+        f"{_left(trained)}; gatepress ORT is then {_factors(trained, 'gatepress ORT')} times as fast as dense ORT, and "
+        f"its int8 form {_factors(trained, 'gatepress ORT int8')} times.\n\n*masked* is the gated model before it is "
+        f"pruned; *paper layout* cuts each matrix by its own indices. {dense.threads} threads, median of "
+        f"{dense.repetitions}, one interleaved run on each machine (`gatepress bench RUN --alternatives`), "
+        f"by gatepress {releases}. All batches and lengths, the trained runs and structured gates: "
         "[benchmarks](benchmarks/README.md).\n"
     )
 
@@ -226,10 +226,10 @@ def readme_figures() -> str:
     dense_int8 = found["full", "int8"][1]
     whole, pressed, small = (found[key] for key in (("full", "float32"), (LEAD, "float32"), (LEAD, "int8")))
     lead = (
-        f"{FIRST} finetuned on SST-2, with {deployed.ARMS[LEAD]} of its encoder's work left: "
-        f"**{pressed[0]['metric_value']:.1%}** accuracy in place of {whole[0]['metric_value']:.1%}, and "
-        f"**{pressed[1].relative_time_factor:.1f}x** the speed in ONNX Runtime, {small[1].relative_time_factor:.1f}x "
-        f"with int8 ({small[0]['metric_value']:.1%})."
+        f"with {deployed.ARMS[LEAD]} of its encoder's work left, {FIRST} finetuned on SST-2 reaches "
+        f"**{pressed[0]['metric_value']:.1%}** accuracy ({whole[0]['metric_value']:.1%} before) at "
+        f"**{pressed[1].relative_time_factor:.1f}x** the speed in ONNX Runtime, and {small[0]['metric_value']:.1%} at "
+        f"{small[1].relative_time_factor:.1f}x in int8."
     )
     plain = [found[arm, "float32"] for arm in deployed.ARMS]
     lines = [
@@ -254,10 +254,11 @@ def readme_figures() -> str:
     return (
         f"Measured: {lead}\n\n{head} |\n|---|{'--:|' * len(deployed.ARMS)}\n{table}\n\n"
         f"gatepress {record.versions['gatepress']}, ONNX Runtime on {record.device_name}, {record.threads} threads, "
-        f"median of {record.repetitions} repetitions by turns; {whole[0]['examples']} validation rows, one of which "
-        "is 0.1 %; one seed. Before: full finetuning. After: `gatepress train --model runs/full` on what that gave. "
-        f"Factors are over the dense model in float32; over the dense one in int8, {deployed.ARMS[LEAD]} in int8 is "
-        f"{dense_int8.latency_ms_median / small[1].latency_ms_median:.1f}x. "
+        f"median of {record.repetitions} interleaved repetitions; {whole[0]['examples']} validation rows (one row is "
+        "0.1 %); one seed. *Before* is full finetuning; *after* is its result, pressed with "
+        "`gatepress train --model runs/full`. "
+        "Factors are relative to the dense model in float32; relative to the dense model in int8, "
+        f"{deployed.ARMS[LEAD]} in int8 is {dense_int8.latency_ms_median / small[1].latency_ms_median:.1f}x. "
         "Other lengths and a small encoder: [what is deployed](benchmarks/results/deployed.md).\n"
     )
 
@@ -289,9 +290,9 @@ def readme_pruned() -> str:
     return (
         f"| MiniLM | {' | '.join(titles)} |\n|---|{'--:|' * len(columns)}\n"
         + "\n".join(rows)
-        + f"\n\nAt equal multiply-accumulates, {median}; a size's columns start from the full finetuning before them "
-        "and train for equally many epochs, "
-        "gates with a teacher, as is their default. Taylor: Torch-Pruning. "
+        + f"\n\nAll at equal multiply-accumulates, {median}. The columns of a size start from the full finetuning in "
+        "front of them and train for the same number of epochs, gates with a teacher, as is their default. "
+        "*Taylor* is Torch-Pruning's score.\n\n"
         f"{pruning_baselines.won(records, gates)} "
         "[How](benchmarks/results/pruning_baselines.md).\n"
     )
@@ -307,7 +308,7 @@ def readme_kept() -> str:
             seeds |= {len(paper._values(cells, encoder, task, arm)) for task in TASKS}
             parts = _parts(cells, encoder, arm)
             least = min(parts, key=lambda task: parts[task])
-            lost = f"least of {NAMES[least]}, {parts[least]:.0%}"
+            lost = f"lowest: {NAMES[least]}, {parts[least]:.0%}"
             kept.append(f"{statistics.mean(parts.values()):.1%} at {deployed.ARMS[arm]} ({lost})")
         sentences.append(f"{title} {', '.join(kept)}")
     matched = _cells("matched")
@@ -318,14 +319,15 @@ def readme_kept() -> str:
     at_end = [{**one, "metric_value": one["matched"]["metric_value"]} for one in told]
     averages_at_end, counted_at_end = _averages(cells, at_end)
     return (
-        f"- Not all accuracy is kept: of full finetuning's metric, on average over {len(TASKS)} tasks, "
-        f"{'; '.join(sentences)}. {min(seeds)} to {max(seeds)} seeds, by several releases, with `{paper.AS_TRAINED}` "
-        "([table](benchmarks/results/paper_accuracy.md)). With what is the default of CoLA's metric since 0.33, "
-        f"finetuned and pressed ([table](benchmarks/results/paper_matched.md), {counted} seeds of it), MiniLM "
-        f"keeps {', '.join(moved)} (mpnet {larger:.0%} of its CoLA at a quarter, one seed); "
-        f"adjusted at the end alone, {counted_at_end} seeds of it, "
-        f"{', '.join(f'{average:.1%}' for average in averages_at_end.values())} "
-        "([table](benchmarks/results/shares.md)).\n"
+        f"- Some accuracy is lost. What is kept of full finetuning's metric, on average over {len(TASKS)} tasks:\n"
+        f"  - As trained, with `{paper.AS_TRAINED}`: {'; '.join(sentences)} "
+        f"([table](benchmarks/results/paper_accuracy.md), {min(seeds)} to {max(seeds)} seeds, several releases).\n"
+        "  - With the default of CoLA's metric since 0.33, in finetuning and in pressing: MiniLM "
+        f"{', '.join(moved)} ([table](benchmarks/results/paper_matched.md), {counted} seeds of CoLA). mpnet keeps "
+        f"{larger:.0%} of its CoLA at a quarter (one seed).\n"
+        "  - With class biases adjusted at the end alone: MiniLM "
+        f"{', '.join(f'{average:.1%} at {deployed.ARMS[arm]}' for arm, average in averages_at_end.items())} "
+        f"([table](benchmarks/results/shares.md), {counted_at_end} seeds of CoLA).\n"
     )
 
 
