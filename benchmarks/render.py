@@ -322,7 +322,7 @@ def readme_kept() -> str:
         f"- Some accuracy is lost. What is kept of full finetuning's metric, on average over {len(TASKS)} tasks:\n"
         f"  - As trained, with `{paper.AS_TRAINED}`: {'; '.join(sentences)} "
         f"([table](benchmarks/results/paper_accuracy.md), {min(seeds)} to {max(seeds)} seeds, several releases).\n"
-        "  - With the default of CoLA's metric since 0.33, in finetuning and in pressing: MiniLM "
+        "  - With `--match-shares` in finetuning and in pressing, CoLA's default since 0.33: MiniLM "
         f"{', '.join(moved)} ([table](benchmarks/results/paper_matched.md), {counted} seeds of CoLA). mpnet keeps "
         f"{larger:.0%} of its CoLA at a quarter (one seed).\n"
         "  - With class biases adjusted at the end alone: MiniLM "
