@@ -1,8 +1,8 @@
-"""What benchmarks of trainings share: the command line run as a user would, cell by cell, and what a cell says.
+"""What benchmarks of trainings share: they run the command line as a user would, cell by cell, and record each result.
 
-A cell that stands in the results is not run again, and a run directory that is finished is not trained again, so a
-stopped sweep goes on where it was. Results are written after every cell: below `--work`, so that a reproducer gets
-tables of their own, or where `--results` says.
+A cell that is in the results already is not run again, and a run directory that is finished is not trained again, so a
+stopped sweep goes on where it was. Results are written after every cell: below `--work`, so that whoever reproduces
+them gets tables of their own, or where `--results` says.
 """
 
 import argparse

@@ -2,11 +2,12 @@
 
     python benchmarks/deployed.py --data-dir GLUE --model minilm=DIRECTORY --model mpnet=DIRECTORY --work DIR
 
-Takes the runs of `paper.py accuracy` in `--work` and trains those that are missing: full finetuning, and what it gave
+Takes the runs of `paper.py accuracy` in `--work` and trains those that are missing: full finetuning, and its result
 pressed to a half, a quarter and an eighth. Each is pruned, exported to ONNX in float32 and in int8, measured on all
-validation rows and timed by turns with all others. Wants a quiet machine; what is built is kept in `--work`. With
-`--embed` the models are embedders on STS-B: as they are, and pressed by themselves (`paper.py embedders`). Table and
-figure are rendered from the JSON, which is in `results` below `--work` or where `--results` says. The committed ones:
+validation rows, and timed by turns with all others. Timing needs a quiet machine; what is built is kept in `--work`.
+With `--embed` the models are embedders on STS-B: as they are, and pressed by themselves (`paper.py embedders`). Table
+and figure are rendered from the JSON, which is in `results` below `--work` or where `--results` says. To render the
+committed ones:
 
     python benchmarks/deployed.py --render
     python benchmarks/deployed.py --embed --render

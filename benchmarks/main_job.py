@@ -2,9 +2,9 @@
 
     python benchmarks/main_job.py --data-dir GLUE --model NAME=DIRECTORY --work DIR [--task sst2 ...] [--seed 0 ...]
 
-Every cell runs the command line as a user would. A cell whose run directory is there already is not
-trained again, so a stopped sweep goes on where it was. The table beside the JSON, which is in `results` below `--work`
-or where `--results` says, is rendered from it. The committed one:
+Every cell runs the command line as a user would. A cell whose run directory exists already is not trained again, so a
+stopped sweep goes on where it was. The table is rendered from the JSON beside it, which is in `results` below `--work`
+or where `--results` says. To render the committed one:
 
     python benchmarks/main_job.py --render
 """

@@ -2,11 +2,12 @@
 
     python benchmarks/nearness.py RUN [RUN ...]
 
-Prints two rows for each finished run of `gatepress train --model FINETUNED`, of validation rows and of as many training
-rows: the metric; for two classes the area under the ROC curve (AUC); the mean loss; and how far logits and
-hidden states are from those of the model that it was pressed from, whose sum is the distance (`gatepress.distill`), on
-the words as they are and without dropout. A metric of a few hundred rows moves by hundredths from one training to the
-next, these move less. What is near on training rows and far on others was learnt by heart.
+Prints two rows for each finished run of `gatepress train --model FINETUNED`, one for the validation rows and one for as
+many training rows. Each row has the metric; for two classes the area under the ROC curve (AUC); the mean loss; and how
+far logits and hidden states are from those of the model that it was pressed from. The sum of these two is the distance
+(`gatepress.distill`), taken on the words as they are and without dropout. A metric of a few hundred rows moves by
+hundredths from one training to the next; these figures move less. What is near on training rows and far on others was
+learnt by heart.
 """
 
 import argparse

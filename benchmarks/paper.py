@@ -4,10 +4,11 @@
     python benchmarks/paper.py table2 --size paper --device cuda --work DIR
 
 `--size paper` takes the paper's encoders, tasks and five seeds: it needs a GPU and the hub. `--size laptop` takes the
-encoders that `--model` names and the four tasks whose rows are few; `--task`, `--seed` and `--arm` choose among them
-(`paper.py table4 --help` names them). A stopped run goes on where it was, one that fails does not stop the others.
-Every cell is one `gatepress train`, whose command stands in the JSON. Tables show the median over seeds; they and the
-figures are rendered from the JSON, which is in `results` below `--work` or where `--results` says. The committed ones:
+encoders that `--model` names and the four tasks that have few rows; `--task`, `--seed` and `--arm` choose among them
+(`paper.py table4 --help` lists them). A stopped sweep goes on where it was, and one failing run does not stop the
+others. Every cell is one `gatepress train`, whose command is in the JSON. Tables show the median over seeds; they and
+the figures are rendered from the JSON, which is in `results` below `--work` or where `--results` says. To render the
+committed ones:
 
     python benchmarks/paper.py table4 --render
 """

@@ -3,20 +3,20 @@
     python benchmarks/pruning_baselines.py --data-dir GLUE --model NAME=DIRECTORY --work DIR
         [--task sst2 ...] [--kept 0.5 ...] [--seed 0 ...] [--method magnitude ...]
 
-What goes are feed-forward neurons and whole attention heads, until the asked fraction of the encoder's linear
+Feed-forward neurons and whole attention heads are removed until the asked fraction of the encoder's linear
 multiply-accumulates (MACs) is left; the best head and the best neuron of each layer always stay. Methods:
 
 - `magnitude`: L2 norm per parameter of what a neuron or head holds, ranked over the whole encoder, one cut.
 - `taylor`: Torch-Pruning (`pip install torch-pruning==1.6.1`): its dependency graph, its group Taylor importance and
   its pruning functions, ranked over the whole encoder, heads among heads and neurons among neurons, in five steps.
-- `taylor-taught`: the same cut, finetuned again with the teacher that gates have: what is left of the difference is
-  that of gates.
+- `taylor-taught`: the same cut, finetuned again with the teacher that gates have. What is left of the difference is
+  due to the gates.
 
-Every cut is checked: the smaller model must agree with the full one whose removed parts are set to zero. It starts
-from the run of full finetuning in `--work` that `paper.py accuracy` starts from too, and is finetuned again for as
-many epochs as gates close and recover in there, all of it on the CPU. A record that is there is not run again. The
-table beside the JSON, which is in `results` below `--work` or where `--results` says, is rendered from it, with what
-`paper.py accuracy` has of gates at the same size in the same directory. The committed one:
+Every cut is checked: the smaller model must agree with the full one whose removed parts are set to zero. Each record
+starts from the run of full finetuning in `--work` that `paper.py accuracy` starts from too, and is finetuned again for
+as many epochs as gates close and recover in there, all of it on the CPU. A record that exists is not run again. The
+table is rendered from the JSON beside it, which is in `results` below `--work` or where `--results` says, together with
+what `paper.py accuracy` has of gates at the same size in the same directory. To render the committed one:
 
     python benchmarks/pruning_baselines.py --render
 """

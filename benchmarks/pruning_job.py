@@ -1,4 +1,4 @@
-"""One finetuned encoder on its task, and finetuning what was cut out of it: what baselines of pruning share."""
+"""What baselines of pruning share: one finetuned encoder on its task, and finetuning what was cut out of it."""
 
 import argparse
 import logging

@@ -1,4 +1,4 @@
-"""What a transformer layer is cut into for baselines of pruning, heads and neurons, and cutting them out."""
+"""What baselines of pruning cut a transformer layer into, heads and neurons, and how these are cut out."""
 
 import copy
 from collections.abc import Iterable

@@ -1,11 +1,11 @@
-"""Is a run that was killed the run that was not? `gatepress train` killed at random moments, then resumed and compared.
+"""Does a run that was killed end as the run that was not? `gatepress train` killed, then resumed and compared.
 
     python benchmarks/resume.py --work DIR [--kills 50] [--save-every 2] [--model DIR] [--max-train-samples 512]
 
-One run is left alone. Each other is sent SIGKILL at a moment drawn evenly over the time that the first took, loading
-and writing among it, goes on with `gatepress train --resume` (from the start where there was no checkpoint yet), and
-is compared bit by bit. Moments that stand in the results, which are in `results` below `--work` or where `--results`
-says, are not tried again.
+One run is left alone. Each other run is sent SIGKILL at a moment drawn evenly over the time that the first took,
+loading and writing included. It goes on with `gatepress train --resume` (from the start if there was no checkpoint yet)
+and is compared bit by bit. Moments that are already in the results (in `results` below `--work`, or where `--results`
+says) are not tried again.
 """
 
 import argparse

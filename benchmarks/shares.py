@@ -3,9 +3,9 @@
     python benchmarks/shares.py --data-dir GLUE --model minilm=DIRECTORY --task cola --work DIR
 
 Takes the runs of `paper.py accuracy` in `--work` (full finetuning, and what was pressed from it) and trains those that
-are missing, then moves the biases of each head as that option does behind a last epoch, and measures all validation
-rows before and behind it. A cell that stands in the results is not measured again. The table beside the JSON, which is
-in `results` below `--work` or where `--results` says, is rendered from it. The committed one:
+are missing. Then it moves the biases of each head as that option does after a last epoch, and measures all validation
+rows before and after it. A cell that is in the results is not measured again. The table is rendered from the JSON
+beside it, which is in `results` below `--work` or where `--results` says. To render the committed one:
 
     python benchmarks/shares.py --render
 """

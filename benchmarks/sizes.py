@@ -2,10 +2,11 @@
 
     python benchmarks/sizes.py --data-dir GLUE --model minilm=DIRECTORY --task cola --work DIR
 
-Takes the runs of `paper.py accuracy` at half (its arm `2x`) in `--work` and trains those that are missing, then lets
-`gatepress prune` close their gates anew to each of `SIZES`, plainly, with `--refit` and with `--recover-epochs 1`, and
-measures what comes out on all validation rows. A cell that stands in the results is not measured again. The table
-beside the JSON, which is in `results` below `--work` or where `--results` says, is rendered from it. The committed one:
+Takes the runs of `paper.py accuracy` at half (its arm `2x`) in `--work` and trains those that are missing. Then
+`gatepress prune` closes their gates anew to each of `SIZES`, plainly, with `--refit` and with `--recover-epochs 1`, and
+the results are measured on all validation rows. A cell that is in the results is not measured again. The table is
+rendered from the JSON beside it, which is in `results` below `--work` or where `--results` says. To render the
+committed one:
 
     python benchmarks/sizes.py --render
 """

@@ -7,15 +7,14 @@
     python benchmarks/speed.py structured  # half of the multiply-accumulates gone: how much of that is time
     python benchmarks/speed.py deberta     # the same in DeBERTa-v3-base's shape, and with all gates open
     python benchmarks/speed.py modernbert  # and in ModernBERT-base's
-    python benchmarks/speed.py bf16        # the same in torch where a CPU multiplies bfloat16, against all else
+    python benchmarks/speed.py bf16        # the same in torch on a CPU that multiplies bfloat16, against all else
     python benchmarks/speed.py grid        # is the chosen layout ever slower than a fixed one?
     python benchmarks/speed.py fusions     # what ONNX Runtime fuses in dense and in pruned graphs
     python benchmarks/speed.py collapse    # time and memory of prune, RoBERTa-base shape
 
-Weights are random (how long a product takes does not hang on them), gates are closed at random, shapes
-are real. Every comparison is one interleaved run. Wants a quiet machine; `--work DIR` keeps models, and
-parts of the grid that are done are not measured again. Results are written to `results` below `--work`, or
-where `--results` says.
+Weights are random (how long a product takes does not depend on them), gates are closed at random, shapes are real.
+Every comparison is one interleaved run and needs a quiet machine. `--work DIR` keeps models, and parts of the grid that
+are done are not measured again. Results are written to `results` below `--work`, or where `--results` says.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""What a step of training costs: everything finetuned, gates that still close, gates that are fixed.
+"""What a step of training costs: everything finetuned, gates that are still closing, gates that are fixed.
 
     python benchmarks/steps.py --results DIR
 
 MiniLM's shape with random weights and gates closed at random, alike in every head; forward, backward and optimizer on
-one batch, all forms by turns. `teacher` adds what `--distill` asks in a step. Wants a quiet machine. The table beside
-the JSON is rendered from it; the committed one:
+one batch, all forms by turns. `teacher` adds what `--distill` asks for in a step. It needs a quiet machine. The table
+is rendered from the JSON beside it; to render the committed one:
 
     python benchmarks/steps.py --render
 

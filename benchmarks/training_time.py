@@ -1,12 +1,12 @@
-"""What a whole training takes: full finetuning, and pressing what came out of it, by turns on the same rows.
+"""What a whole training takes: full finetuning, and pressing its result, by turns on the same rows.
 
     python benchmarks/training_time.py --data-dir GLUE --model minilm=DIRECTORY --task sst2 --precision fp32 --work DIR
 
-The first `--rows` only, with the epochs of `paper.py accuracy`: a training takes as long as its rows are many, and few
-leave room for repetitions (`--repetitions`); what is done once weighs the more the fewer they are. Seconds are those
-that a run reports, measuring after every epoch included. Wants a quiet machine. What is measured again takes the place
-of what was; other encoders, tasks and precisions stay. The table beside the JSON, which is in `results` below `--work`
-or where `--results` says, is rendered from it. The committed one:
+Only the first `--rows` are used, with the epochs of `paper.py accuracy`: time grows with the number of rows, and few
+rows leave room for repetitions (`--repetitions`). The fewer the rows, the more what is done only once counts. Seconds
+are those that a run reports, including measuring after every epoch. It needs a quiet machine. What is measured again
+replaces what was there; other encoders, tasks and precisions stay. The table is rendered from the JSON beside it, which
+is in `results` below `--work` or where `--results` says. To render the committed one:
 
     python benchmarks/training_time.py --render
 """
