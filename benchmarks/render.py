@@ -311,23 +311,18 @@ def readme_kept() -> str:
             lost = f"lowest: {NAMES[least]}, {parts[least]:.0%}"
             kept.append(f"{statistics.mean(parts.values()):.1%} at {deployed.ARMS[arm]} ({lost})")
         sentences.append(f"{title} {', '.join(kept)}")
-    matched = _cells("matched")
+    told = json.loads((RESULTS / "shares.json").read_text())
+    matched = [{**one, "metric_value": one["matched"]["metric_value"]} for one in told]
     averages, counted = _averages(cells, matched)
     moved = [f"{average:.1%} at {deployed.ARMS[arm]}" for arm, average in averages.items()]
     larger = paper._part(matched, FIRST, "cola", "4x") or 0.0
-    told = json.loads((RESULTS / "shares.json").read_text())
-    at_end = [{**one, "metric_value": one["matched"]["metric_value"]} for one in told]
-    averages_at_end, counted_at_end = _averages(cells, at_end)
     return (
         f"- Some accuracy is lost. What is kept of full finetuning's metric, on average over {len(TASKS)} tasks:\n"
         f"  - As trained, with `{paper.AS_TRAINED}`: {'; '.join(sentences)} "
         f"([table](benchmarks/results/paper_accuracy.md), {min(seeds)} to {max(seeds)} seeds, several releases).\n"
         "  - With `--match-shares` in finetuning and in pressing, CoLA's default since 0.33: MiniLM "
-        f"{', '.join(moved)} ([table](benchmarks/results/paper_matched.md), {counted} seeds of CoLA). mpnet keeps "
+        f"{', '.join(moved)} ([table](benchmarks/results/shares.md), {counted} seeds of CoLA). mpnet keeps "
         f"{larger:.0%} of its CoLA at a quarter (one seed).\n"
-        "  - With class biases adjusted at the end alone: MiniLM "
-        f"{', '.join(f'{average:.1%} at {deployed.ARMS[arm]}' for arm, average in averages_at_end.items())} "
-        f"([table](benchmarks/results/shares.md), {counted_at_end} seeds of CoLA).\n"
     )
 
 
