@@ -18,7 +18,7 @@ the following steps need not compute it (narrowing.py). Layers share the loss wh
 heads of a layer keep the same width.
 
 `penalty` (the paper): the loss gets lambda * mean over gate vectors of |mean(P) - (1 - s)|, eq. (9).
-The penalty alone closes no gates (all settle near the target value, hardly any at 0). So at the end of
+The penalty alone does not close gates (all settle near the target value, hardly any at 0). So at the end of
 the schedule they are closed by rank of mu, and the rest of the training recovers.
 """
 
@@ -38,7 +38,7 @@ from gatepress.inject import gated_linear
 from gatepress.plan import Live, make_plan
 from gatepress.resolve import Layer
 
-CLOSING_STARTS = 0.08  # of all steps
+CLOSING_STARTS = 0.08  # fraction of the steps
 RERANK_EVERY = 10  # steps
 ROUNDING = 1e-6  # of a gate: the rounding error allowed in a product of a fraction and a whole number
 AVERAGE_KEEPS = 0.98  # share of the moving average that a step keeps
@@ -187,7 +187,7 @@ class Ranking:
         mask, left = torch.cat(self.masks), count - self.closed
         taken = self.dims.cumsum(0) <= left
         left -= int(self.dims[taken].sum())
-        for slot, size in enumerate(self.dims.tolist()):  # smaller slots follow one that is too large
+        for slot, size in enumerate(self.dims.tolist()):  # smaller slots may follow one that is too large
             if size <= left and not taken[slot]:
                 taken[slot] = True
                 left -= size

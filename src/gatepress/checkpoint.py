@@ -123,7 +123,7 @@ def _refuse_beyond(manifest: RunManifest, tensors: Path) -> None:
 def read_probe(directory: Path, model: PreTrainedModel) -> dict[str, Tensor]:
     """Read the rows that all forms of a run are compared on, each input [rows, length] int64.
 
-    Raises `ArtifactError` if the file is missing or changed, or has no input that `model` takes.
+    Raises `ArtifactError` if the file is missing or changed, or holds what is no input of `model`.
     """
     path, config = directory / PROBE_FILE, model.config
     check_beside(directory, PROBE_FILE)
@@ -179,7 +179,7 @@ def open_base(directory: Path, spec: TaskSpec, above: frozenset[Path] = frozense
             trust_remote_code=False,
             use_safetensors=True,
         )
-    # A size that differs between head and checkpoint comes with the task; any other would be drawn at random.
+    # A mismatched size in the head comes from the task; any other mismatched tensor was drawn at random.
     refuse_missing(directory, model, [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])])
     opened: PreTrainedModel = model
     return opened

@@ -62,7 +62,7 @@ METHODS: dict[str, MethodSpec] = {
 # For gates with low rank in a model that knows the task: more of the steps are for recovery, and the model as it was
 # teaches. If little is left, most of it is learnt anew, at a higher rate.
 FINETUNED = MethodSpec(gated=True, learning_rate=5e-4, rank=32, closing=0.35, distill=True)
-LITTLE_LEFT, RATE_OF_LITTLE = 0.8, 1e-3  # from that sparsity on
+LITTLE_LEFT, RATE_OF_LITTLE = 0.8, 1e-3  # from this sparsity on, at this rate
 # Answers to training rows can be learnt by heart; hidden states are too many for that. A student that computes as its
 # teacher does also answers like it on rows that neither has seen.
 HIDDEN_WEIGHT, HIDDEN_WEIGHT_OF_OLD = 20.0, 1.0  # the old value is that of releases before 0.21

@@ -43,7 +43,7 @@ class Lesson:
     processes: Processes = ALONE  # the processes that share the rows of a batch
 
     @classmethod
-    def of(  # noqa: PLR0913 - what is known of rows, of the model and of the processes
+    def of(  # noqa: PLR0913 - what is known about rows, model and processes
         cls,
         labels: Sequence[Any],
         spec: TaskSpec,
@@ -97,7 +97,7 @@ def _leave_out_(model: nn.Module) -> None:
 
 
 def learn_from_teacher_(model: nn.Module) -> None:
-    """Set the mode of a student, in place: gates learn, nothing drops out: no such noise is in a teacher's answers."""
+    """Set the mode of a student, in place: gates learn, and nothing drops out, as in the teacher's answers."""
     model.eval()
     for _, gate in gates_of(model):
         gate.train()
@@ -159,7 +159,7 @@ def logit_distances(student: Any, teacher: Any, spec: TaskSpec) -> Tensor:
 
 
 def of_classes(logits: Tensor) -> Tensor:
-    """Return float32 logits of all classes [batch, classes]; a single output is the second of two classes, from 0.
+    """Return float32 logits of all classes [batch, classes]; of two from a single output, the first is 0.
 
     Its cross entropy is the binary one of its sigmoid.
     """

@@ -41,7 +41,7 @@ class Embedder(PreTrainedModel):
     """An encoder and how its hidden states become one vector per text; mixed in before a family's own base class."""
 
     encoder_class: Any
-    _keys_to_ignore_on_load_unexpected = ["pooler"]  # noqa: RUF012 - transformers' own; of a head that no embedder has
+    _keys_to_ignore_on_load_unexpected = ["pooler"]  # noqa: RUF012 - transformers' own; embedders have no head
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)

@@ -99,7 +99,7 @@ class Basis:
     max_length: int  # tokens
 
 
-def basis_of(  # noqa: PLR0913 - what `evaluate` is asked of its rows
+def basis_of(  # noqa: PLR0913 - what `evaluate` can be asked about its rows
     runner: Runner,
     target: str | Path,
     *,

@@ -58,8 +58,8 @@ def export(  # noqa: PLR0913 - every option of the command is one
 
     `opset` None: the exporter's own choice. ONNX Runtime must agree with torch within `max_diff` on random rows of
     several shapes, and on the run's probe rows if there are any; otherwise `ParityError`. With `quantize`, that float32
-    graph is then quantized and, unless `measure` is off, compared with itself by the metric: on the rows of `data`, or
-    on those that the source names, with `changes` to their settings. `MetricDropError` if the metric drops by more than
+    graph is then quantized and, unless `measure` is off, both are measured on the rows of `data`, or on those that the
+    source names, with `changes` to their settings. `MetricDropError` if the metric drops by more than
     `max_metric_drop`. Also raises `UsageError`, `ModelError` if the model cannot be exported or quantized, and what
     `open_runner` raises. Nothing is written unless all of this succeeds.
     """

@@ -31,7 +31,7 @@ class Gate(nn.Module):
     each head was turned into (rotation.py).
     """
 
-    def __init__(  # noqa: PLR0913 - what it stands for
+    def __init__(  # noqa: PLR0913 - each describes the gates
         self, size: int, *, noise: float = 0.0, repeat: int = 1, apart: int = 1, counts: int = 1, heads: int = 0
     ) -> None:
         super().__init__()

@@ -41,7 +41,7 @@ def read_graph(file: Path) -> onnx.ModelProto:
     """Read an ONNX file; `ArtifactError` if it is not one, or has names that no terminal can show."""
     try:
         model = onnx.load(file, load_external_data=False)
-    except Exception as error:  # protobuf has errors of its own,
+    except Exception as error:  # protobuf has errors of its own
         raise ArtifactError(f"{file}: not readable as ONNX ({reason_of(error)}); export again") from error
     if not model.graph.node:
         raise ArtifactError(f"{file}: holds no graph; export again")

@@ -95,7 +95,7 @@ def check_model_directory(directory: Path, shown: str | None = None) -> Path:
     shown = shown or str(directory)
     if not directory.is_dir():
         got = "a file" if directory.exists() else "not there"
-        known = directory.exists() or not directory.is_absolute()  # runs name what they stand on absolutely
+        known = directory.exists() or not directory.is_absolute()  # runs hold absolute paths of models
         way = "" if known else f"; if it was moved, set {MOVED} to the folder that it is in now"
         raise ModelError(f"{shown}: is {got}, expected a model directory, a hub id, or demo{way}")
     if (directory / RUN_FILE).is_file():

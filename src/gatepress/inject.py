@@ -97,7 +97,7 @@ def _taken_apart(model: Any) -> list[Layer]:
     if family_of(model.config).qkv:
         base = model.base_model
         if "flash" in model.config._attn_implementation:  # noqa: SLF001 - transformers has no public reader
-            model.config._attn_implementation = "sdpa"  # noqa: SLF001 - the other hands layers all rows as one
+            model.config._attn_implementation = "sdpa"  # noqa: SLF001 - flash attention gives layers all rows as one
         for layer in layers:
             split_(base.get_submodule(layer.attention))
         layers = resolve(model)

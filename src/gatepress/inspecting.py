@@ -66,7 +66,7 @@ def _run(path: Path) -> Facts:
 def _layers_of_run(path: Path, manifest: Facts) -> list[Facts] | None:
     if not TrainSettings.from_json(manifest["settings"]).gated:
         return None
-    from gatepress.ondisk import plan_of_run  # noqa: PLC0415 - torch, seconds to import, for runs alone
+    from gatepress.ondisk import plan_of_run  # noqa: PLC0415 - torch takes seconds to import, and only runs need it
 
     found = plan_of_run(path)
     return found and [kept_of(layer.to_json(), found[1]) for layer in found[0].layers]

@@ -47,7 +47,7 @@ REPEATS = 6
 UNTIMED = 2
 STEADY = 256  # tokens of a call that is long enough to be timed only `REPEATS` times
 COPIES = 2  # of an operation in one call
-LEAST = 0.1  # fraction of two gathers from one input that the second one is at least, whatever noise says
+LEAST = 0.1  # smallest share of the second of two gathers from one input, whatever noise says
 
 Call = Callable[[], Any]
 Operation = tuple[Op, tuple[int, int], Callable[[int], Call]]  # with its shape, and its call on a number of tokens
@@ -73,7 +73,7 @@ def for_target(target: Target, table: str | Path | None = None, progress: Progre
         logger.info("no CUDA device here: planned by the analytic costs of %s", target)
         return costs.analytic(target)
     kept = cache_file(target)
-    if os.path.isfile(kept):  # noqa: PTH113 - False, not an error, where nobody may look
+    if os.path.isfile(kept):  # noqa: PTH113 - if access is denied, it gives False and no error
         try:
             return costs.read(kept)
         except ArtifactError:

@@ -60,7 +60,7 @@ def _matthews(labels: Numbers, predicted: Numbers, _: int) -> float:
 
 
 def _f1(labels: Numbers, predicted: Numbers, classes: int) -> float:
-    two = classes == 2  # noqa: PLR2004 - of which one is what is looked for
+    two = classes == 2  # noqa: PLR2004 - one of them is what is looked for
     return float(f1_score(labels, predicted, average="binary" if two else "macro", zero_division=0.0))
 
 

@@ -234,7 +234,7 @@ class PrunedDisentangledAttention(PrunedAttention):
         self: Any,
         hidden_states: Tensor,
         attention_mask: Tensor,
-        output_attentions: bool = False,  # noqa: FBT001, FBT002 - the family's own layer gives it by place
+        output_attentions: bool = False,  # noqa: FBT001, FBT002 - the family's own layer passes it by position
         **positions: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Map hidden states as `PrunedAttention` does.
@@ -364,7 +364,7 @@ def split_(attention: Any) -> None:
         return
     fused = attention.Wqkv
     del attention.Wqkv
-    attention._is_hf_initialized = True  # noqa: SLF001 - else transformers looks for that matrix to draw its numbers
+    attention._is_hf_initialized = True  # noqa: SLF001 - otherwise transformers looks for that matrix to initialise it
     biases = (None,) * 3 if fused.bias is None else fused.bias.detach().chunk(3)
     for name, weight, bias in zip("qkv", fused.weight.detach().chunk(3), biases, strict=True):
         rows, columns = weight.shape
@@ -517,7 +517,7 @@ def _told(forward: Callable[..., Any]) -> Callable[..., Any]:
     def told(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = {name: kwargs.get(name) for name in ("output_hidden_states", "output_attentions")}
         asked = (getattr(self.config, name, False) if value is None else value for name, value in given.items())
-        inputs_only = len(args) <= 2  # noqa: PLR2004 - behind ids and mask, what a place means depends on the family
+        inputs_only = len(args) <= 2  # noqa: PLR2004 - after ids and mask, what a place means depends on the family
         alone = self.first_token_alone and not self.training and inputs_only and not any(asked)
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         by_row = mask is None or getattr(mask, "ndim", 0) == 2  # noqa: PLR2004 - [batch, length]
@@ -540,7 +540,7 @@ class _Pruned(PreTrainedModel):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)  # type: ignore[no-untyped-call]
-        if _Pruned in cls.__bases__:  # not what is made of these classes: a forward of its own may read other tokens
+        if _Pruned in cls.__bases__:  # not subclasses of these: their own forward may read other tokens
             cls.forward = _told(cls.forward)
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:

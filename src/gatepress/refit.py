@@ -106,7 +106,7 @@ class _Walk:
 
 
 @torch.no_grad()
-def refit_(  # noqa: PLR0913 - two models, rows to fit and to tell by
+def refit_(  # noqa: PLR0913 - two models, rows to fit on and rows to judge by
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     batches: Sequence[Batch],

@@ -75,8 +75,8 @@ def drawn(rows: Any, count: int | None = None) -> Any:
 def match_(model: PreTrainedModel, logits: npt.NDArray[Any], labels: npt.NDArray[Any]) -> list[float]:
     """Move the biases of a model's head, in place; return by how much, one number per class.
 
-    `logits` [rows, outputs] are what it gives on rows with these `labels` [rows]; a single output is the second of two
-    classes, counted from 0. Raises `ModelError` if the head does not end with a bias.
+    `logits` [rows, outputs] are what it gives on rows with these `labels` [rows]; a single output is that of the second
+    of two classes, the first being 0. Raises `ModelError` if the head does not end with a bias.
     """
     classes = of_classes(torch.from_numpy(logits)).numpy()
     counts = np.bincount(labels.astype(np.int64), minlength=classes.shape[1])

@@ -84,7 +84,7 @@ def _run(job: Job, output: Path, progress: Progress, *, force: bool) -> dict[str
             for epoch in range(job.step // job.steps_per_epoch, job.steps // job.steps_per_epoch):
                 _one_epoch(job, epoch, writer, progress)
                 _end_epoch(job, writer)
-        except (KeyboardInterrupt, ProcessError):  # whatever another process died of, this one can still save
+        except (KeyboardInterrupt, ProcessError):  # whatever ended another process, this one can still save
             if job.step > job.manifest.step:
                 _checkpoint(job, writer, "interrupted", job.manifest.report)
             raise

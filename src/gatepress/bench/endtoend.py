@@ -31,14 +31,14 @@ from gatepress.runtime import open_runner, torch_device
 from gatepress.tasks.sources import Rows, load_rows
 from gatepress.versions import versions
 
-REPETITIONS = 20  # of one batch
-EPOCH_REPETITIONS = 10  # of one pass over the validation rows, as in the paper
+REPETITIONS = 20  # timed calls of a batch
+EPOCH_REPETITIONS = 10  # timed passes over the validation rows, as in the paper
 WARMUP = 3
 EPOCH_WARMUP = 1
 SEQ_LENS = (32, 128)  # tokens
 LARGEST = 2**20  # rows of a batch, and tokens of a row: more do not fit into any memory
 BLOCK = 5  # batches in a row
-SETTLE_MS = 20.0  # of untimed batches before them, see timing.py
+SETTLE_MS = 20.0  # untimed batches before them, see timing.py
 # Any ids will do: the time of a model does not depend on them. These are in every vocabulary, and none
 # of them is padding.
 TOKEN_IDS = (5, 30)
@@ -178,7 +178,7 @@ def run(  # noqa: PLR0913 - every knob of a measurement is named
     return records
 
 
-def check(  # noqa: PLR0913 - those of `run` that can be wrong by themselves
+def check(  # noqa: PLR0913 - the parameters of `run` that can be wrong by themselves
     *,
     device: str = "cpu",
     batch_sizes: Sequence[int] = (1,),

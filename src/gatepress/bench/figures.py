@@ -14,8 +14,8 @@ from matplotlib.ticker import MaxNLocator
 from gatepress.bench.record import Record
 from gatepress.bench.tables import cell, conditions, groups, shortened, three_digits
 
-CHARACTERS_PER_INCH = 15  # of a caption
-LABEL_ROOM = 0.07  # of the axis' height: what a label below a point takes
+CHARACTERS_PER_INCH = 15  # in a caption
+LABEL_ROOM = 0.07  # fraction of the axis' height that a label below a point takes
 INK, QUIET, FAINT = "#24292f", "#6e7781", "#d8dee4"  # text, secondary text, grid
 BLUE, ORANGE = "#0072b2", "#d55e00"  # distinguishable with every kind of colour vision (Okabe and Ito)
 HATCHES = {"int8": "////", "bfloat16": "\\\\\\\\", "float16": "xxxx"}  # dots make large files

@@ -147,7 +147,7 @@ def _fits(value: Any, hint: Any) -> bool:
     plain: dict[Any, Callable[[], bool]] = {
         Literal: lambda: value in inner,
         dict: lambda: isinstance(value, dict) and all(isinstance(one, str) for one in value.values()),
-        float: lambda: type(value) in (int, float) and -MAX_NUMBER < value < MAX_NUMBER,  # no NaN either
+        float: lambda: type(value) in (int, float) and -MAX_NUMBER < value < MAX_NUMBER,  # refuses NaN too
         int: lambda: type(value) is int,  # True is not a number here
     }
     return plain.get(origin or hint, lambda: isinstance(value, hint))()

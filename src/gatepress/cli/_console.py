@@ -200,7 +200,7 @@ def session(*, as_json: bool, quiet: bool, debug: bool, launched: bool = False) 
             # The reader of stdout went away, as `| head` does: nobody is left to tell.
             leave(screen.stdout)
             raise typer.Exit(1) from None
-        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - a user never meets a traceback unasked
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - users see tracebacks only with --debug
             screen.close()
             kind, message, exit_code = explain(error, screen.interrupt_note)
             if debug:

@@ -104,7 +104,7 @@ class Verb(TyperCommand):
                     formatter.write_dl(records)
 
 
-def _print_version(asked: bool) -> None:  # noqa: FBT001 - typer hands the flag over like this
+def _print_version(asked: bool) -> None:  # noqa: FBT001 - typer passes the flag like this
     if asked:
         typer.echo(f"gatepress {gatepress.__version__}")
         raise typer.Exit

@@ -29,7 +29,7 @@ def sweep(  # noqa: PLR0913 - every option is a parameter
             "-s",
             metavar="FRACTION,...",
             help="Sparsities of each method that trains gates: the points of its curve. With 0, the curve starts at "
-            "the whole model. With three points or more, it has a knee.",
+            "the whole model. A knee needs three points or more.",
         ),
     ] = "0,0.3,0.5,0.7",
     method: Annotated[
@@ -62,7 +62,7 @@ def sweep(  # noqa: PLR0913 - every option is a parameter
     plot: Annotated[
         bool | None,
         opt.OUTPUT(
-            help="Draw sweep.png and sweep.svg. Default: only if gatepress[plot] is installed.", show_default=False
+            help="Draw sweep.png and sweep.svg. Default: on if gatepress[plot] is installed.", show_default=False
         ),
     ] = None,
     output: Annotated[

@@ -61,7 +61,7 @@ def train(  # noqa: PLR0913 - every option is a parameter
     Gates are put over an encoder whose own weights stay frozen. Gates, biases, layer norms, a low-rank
     update and the task's head are trained. Gates close until exactly the requested fraction is closed;
     then the rest recovers. The run directory holds what was trained (a few megabytes) and a reference to
-    the encoder. A run that was stopped at any moment continues with --resume. Next step: gatepress prune.
+    the encoder. A run can be stopped at any moment and continued with --resume. Next step: gatepress prune.
 
     The other values of --method close no gates: full finetuning and adapters, to compare with or to press
     afterwards. With --embed, an embedder learns from itself, without labels.

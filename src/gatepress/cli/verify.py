@@ -21,9 +21,9 @@ def verify(
 ) -> None:
     """Check that a directory is whole.
 
-    Checks that every file the manifest names is there and has its sha256, that headers match their files,
-    that shapes fit the configuration, that a run's base model is the one it was trained on, and that logits
-    are finite. Needs no network. If there are faults, prints one line for each and exits with code 1.
+    Checks that every file the manifest names is there and has its sha256, that files hold what their headers
+    claim, that shapes fit the configuration, that a run's base model is the one it was trained on, and that
+    logits are finite. Needs no network. If there are faults, prints one line for each and exits with code 1.
     """
     with session(**vars(shown)) as screen:
         from gatepress import verifying
