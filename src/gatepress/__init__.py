@@ -12,7 +12,7 @@ __all__ = ["__version__", "load_pruned"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is heavy only when it is asked for (PEP 562): `gatepress --help` must not need torch."""
+    """Import heavy modules only on first use (PEP 562): `gatepress --help` must not need torch."""
     if name == "load_pruned":
         from gatepress.models import load_pruned
 

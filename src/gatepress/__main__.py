@@ -1,4 +1,4 @@
-"""`gatepress` and `python -m gatepress`: the command line, and an end without a traceback before that is there."""
+"""`gatepress` and `python -m gatepress`: run the command line, and end without a traceback even before it is loaded."""
 
 import json
 import signal

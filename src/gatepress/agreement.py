@@ -1,4 +1,4 @@
-"""Do two runtimes compute one function? The random rows that they are compared on, and the comparison."""
+"""Do two runtimes compute the same function? The random rows that they are compared on, and the comparison."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from gatepress.runners import Batch, Runner, TorchRunner, input_names
 
 LONGEST_TRIED = 512  # tokens
 SEED = 0
-# (batch, length, padded): what a graph with a frozen axis or a wrong mask fails on.
+# (batch, length, padded): shapes on which a graph with a frozen axis or a wrong mask fails.
 SHAPES = (
     (1, 1, False),
     (1, 3, False),
@@ -43,11 +43,11 @@ def random_batches(runner: TorchRunner) -> list[Batch]:
 
 
 def random_rows(model: PreTrainedModel, rows: int, length: int, *, padded: bool, seed: int = SEED) -> Batch:
-    """Return random token ids [rows, length], on the right of all rows but the first padded if asked."""
+    """Return random token ids [rows, length]; if asked, all rows but the first are padded on the right."""
     random = np.random.default_rng(seed)
     pad = model.config.pad_token_id or 0
     ids = random.integers(0, model.config.vocab_size - 1, (rows, length), dtype=np.int64)
-    ids += ids >= pad  # any token but the padding
+    ids += ids >= pad  # any token except padding
     lengths = np.maximum(1, length - np.arange(rows) * length // rows) if padded else np.full(rows, length)
     mask = (np.arange(length) < lengths[:, None]).astype(np.int64)
     second = (np.arange(length) >= lengths[:, None] // 2).astype(np.int64) * mask
@@ -58,7 +58,7 @@ def random_rows(model: PreTrainedModel, rows: int, length: int, *, padded: bool,
 def agree(wanted: Tensor, got: Tensor, what: str, remedy: str) -> float:
     """Return the largest difference of two forms' logits [rows, outputs] on the same rows.
 
-    `ParityError`, naming `what` differs and the `remedy`, where it is too large or not a number.
+    `ParityError`, naming `what` differs and the `remedy`, if it is too large or not a number.
     """
     difference = float((wanted - got).abs().max())
     limit = allowed(MAX_LOGIT_DIFF, float(wanted.abs().max()))
@@ -70,22 +70,22 @@ def agree(wanted: Tensor, got: Tensor, what: str, remedy: str) -> float:
 
 
 def allowed(limit: float, largest: float) -> float:
-    """Return how far logits may differ: `limit` of the `largest` of them, or `limit` where none is above 1.
+    """Return how far logits may differ: `limit` times the `largest` of them, or `limit` if none is above 1.
 
-    Rounding grows with numbers: scores in the thousands agree in as many digits as logits do.
+    Rounding grows with the numbers: scores in the thousands agree in as many digits as logits do.
     """
     return limit * max(1.0, largest)
 
 
 def compare(torch_runner: Runner, onnx_runner: Runner, batches: list[Batch], max_diff: float) -> Agreement:
-    """Run both on every batch; `ParityError` above what `max_diff` allows, or where a number or a shape is off."""
+    """Run both on every batch; `ParityError` above what `max_diff` allows, or if a number or a shape is wrong."""
     shapes, worst = [], 0.0
     for batch in batches:
         rows, length = batch["input_ids"].shape
         wanted = torch_runner.logits(batch)
         try:
             got = onnx_runner.logits(batch)
-        except Exception as error:  # ONNX Runtime's exceptions share no base class but this one
+        except Exception as error:  # ONNX Runtime's exceptions share no other base class
             raise ParityError(
                 f"ONNX Runtime cannot run {rows} x {length} tokens ({reason_of(error)}); nothing was written"
             ) from error
@@ -108,7 +108,7 @@ def compare(torch_runner: Runner, onnx_runner: Runner, batches: list[Batch], max
 
 
 def quantized_difference(before: Runner, after: Runner, batches: list[Batch]) -> dict[str, Any]:
-    """Return how far the logits of a form in int8 lie from those before; `ParityError` where they are no numbers."""
+    """Return how far the logits of an int8 form lie from those before; `ParityError` if they are not numbers."""
     apart = np.concatenate([np.abs(after.logits(batch) - before.logits(batch)).ravel() for batch in batches])
     if not np.isfinite(apart).all():
         raise ParityError("logits in int8 are not finite numbers; nothing was written; export without --quantize")

@@ -1,9 +1,9 @@
-"""A run against what could be deployed in its place, built for the moment and timed by turns.
+"""A run against what could be deployed instead, built temporarily and timed interleaved.
 
 From one run directory: the dense model it started from, the run itself with its gates as masks, the
 paper's way of leaving out what is closed (each matrix by its own index, nothing else), and what
-gatepress makes of it, in torch, in ONNX Runtime, and in ONNX Runtime with 8-bit weights. All but
-the run live in a temporary directory for as long as they are timed.
+gatepress makes of it, in torch, in ONNX Runtime, and in ONNX Runtime with 8-bit weights. Everything
+except the run is in a temporary directory while it is timed.
 """
 
 from functools import partial
@@ -55,17 +55,17 @@ def run(
 ) -> list[Record]:
     """Build the forms of a run and time them in one `endtoend.run`, which takes what is in `measuring`.
 
-    The first record of each cell is the `baseline`, the others follow in the order of `FORMS`. The forms
-    of gatepress are pruned each for the runtime that computes it, or those in ONNX for `target`.
+    The first record of each cell is the `baseline`; the others follow in the order of `FORMS`. The forms
+    of gatepress are each pruned for the runtime that computes them, or those in ONNX for `target`.
     Raises `UsageError` on an unknown baseline and on a device other than the CPU, and what `prune`,
-    `export` and `endtoend.run` raise; the temporary directory goes in any case.
+    `export` and `endtoend.run` raise; the temporary directory is removed in any case.
     """
     if baseline not in FORMS:
         raise UsageError(f"--baseline is {baseline!r}, expected one of: {', '.join(FORMS)}")
     if endtoend.check(**measuring).type != "cpu":
         raise UsageError("--alternatives compares runtimes of the CPU; leave out --device, or name the models to time")
     with temporary_directory() as root:
-        with computing_with(measuring.get("threads")):  # layouts are chosen for as many as are timed
+        with computing_with(measuring.get("threads")):  # layouts are chosen for the threads that are timed
             _build(run_dir, Path(root), target, _longest(measuring), progress or NoProgress())
         names = [baseline, *(name for name in FORMS if name != baseline)]
         targets = {name: Path(root, FORMS[name]) if FORMS[name] else run_dir for name in names}
@@ -73,12 +73,12 @@ def run(
 
 
 def _longest(measuring: dict[str, Any]) -> int:
-    """Return the tokens of the longest batch that is timed; of a task's rows none is made up."""
+    """Return the tokens of the longest batch that is timed; for a task's rows there are none to generate."""
     return 0 if measuring.get("data") else max(measuring.get("seq_lens", endtoend.SEQ_LENS))
 
 
 def _build(run_dir: Path, root: Path, target: Target | None, longest: int, progress: Progress) -> None:
-    """Write every form of `FORMS` but the run."""
+    """Write every form of `FORMS` except the run."""
     prunings: list[tuple[str, Layout, Target]] = [
         ("paper", "paper", "ort-cpu"),
         ("for-torch", "auto", "torch-cpu"),
@@ -107,7 +107,7 @@ def _build(run_dir: Path, root: Path, target: Target | None, longest: int, progr
 
 
 def _write_dense(run_dir: Path, directory: Path, longest: int) -> None:
-    """Write the base model with a head for the run's task, not finetuned: its time is that of any other weights."""
+    """Write the base model with a head for the run's task, not finetuned: any weights take as long."""
     manifest = read_run(run_dir)
     base = located(manifest.settings)
     with torch.random.fork_rng(devices=[]):

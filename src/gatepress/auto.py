@@ -1,6 +1,6 @@
-"""Import me and the Auto classes know pruned models: `import gatepress.auto`.
+"""Import this module to make the Auto classes know pruned models: `import gatepress.auto`.
 
-Registering is the only side effect that importing a gatepress module has.
+This registration is the only side effect that importing a gatepress module has.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification

@@ -1,6 +1,6 @@
-"""From rows of text to batches: tokenise once, group rows of like length, pad each batch to its longest.
+"""From rows of text to batches: tokenise once, group rows of similar length, pad each batch to its longest.
 
-Order depends on seed and epoch alone, so a run that was stopped can go on at any batch of any epoch.
+Order depends on seed and epoch alone, so a run that was stopped can continue at any batch of any epoch.
 """
 
 import math
@@ -20,7 +20,7 @@ from gatepress.processes import ALONE, Processes
 from gatepress.runners import INPUTS
 
 PROBE_ROWS = 32
-_CHUNK_ROWS = 4096  # rows tokenised at a time: bounds the memory that Python lists take
+_CHUNK_ROWS = 4096  # rows tokenised at a time: limits the memory that Python lists take
 _GROUP_BATCHES = 50  # batches whose rows are sorted together: little padding, still well shuffled
 
 Row = dict[str, npt.NDArray[np.generic]]
@@ -28,16 +28,16 @@ Batch = dict[str, torch.Tensor]
 
 
 def fitting(asked: int, most: int | None, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return at how many tokens texts are cut: as `asked`, or what the model (None: not known) or tokenizer takes."""
+    """Return the length to truncate texts to: `asked`, or what the model (None: not known) or tokenizer takes."""
     return min(asked, most or asked, int(tokenizer.model_max_length))
 
 
 def tokenize(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> datasets.Dataset:
-    """Return `input_ids`, `attention_mask`, `token_type_ids` (where the tokenizer has them), `label` and `query`.
+    """Return `input_ids`, `attention_mask`, `token_type_ids` (if the tokenizer has them), `label` and `query`.
 
-    Texts are cut at `max_length` tokens, of a pair the longer text first; nothing is padded yet. Rows whose first text
-    is the same have the same number as `query`. Raises `UsageError` where special tokens alone take as many: then
-    tokenizers do not cut at all.
+    Texts are truncated to `max_length` tokens, of a pair the longer text first; nothing is padded yet. Rows with the
+    same first text have the same number as `query`. Raises `UsageError` if special tokens alone take as many: then
+    tokenizers do not truncate at all.
     """
     pairs = "text_pair" in rows.column_names
     special = tokenizer.num_special_tokens_to_add(pair=pairs)
@@ -59,11 +59,11 @@ def tokenize(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_len
 
 
 class GroupedBatches(Sampler[list[int]]):
-    """Lists of row numbers, one list a batch; rows in a batch have like lengths.
+    """Lists of row numbers, one list per batch; the rows of a batch have similar lengths.
 
-    With `shuffle` rows are drawn at random, sorted by length within groups of 50 batches, and the
-    batches shuffled; without it all rows are sorted, longest first. Only the last batch may be short.
-    Of several processes each is served its share of every batch; one that has none gets a row all the same.
+    With `shuffle`, rows are drawn at random, sorted by length within groups of 50 batches, and the
+    batches shuffled; without it, all rows are sorted, longest first. Only the last batch may be short.
+    If there are several processes, each gets its share of every batch; one whose share is empty still gets a row.
     """
 
     def __init__(
@@ -83,11 +83,11 @@ class GroupedBatches(Sampler[list[int]]):
         self.epoch = self.first = 0
 
     def skip_to(self, epoch: int, batch: int = 0) -> None:
-        """Let the next pass be `epoch`, from batch `batch` on."""
+        """Make the next pass `epoch`, starting from batch `batch`."""
         self.epoch, self.first = epoch, batch
 
     def share(self, batch: int) -> float:
-        """Return which part of the rows of a batch is this process's."""
+        """Return the fraction of a batch's rows that belongs to this process."""
         whole = min(self.batch_size, len(self.lengths) - batch * self.batch_size)
         return self.processes.rows(whole) / whole
 
@@ -130,11 +130,11 @@ class TokenRows(Dataset[Row]):
                 ends = np.cumsum(column.value_lengths().to_numpy(zero_copy_only=False), dtype=np.int64)
         self._bounds = np.concatenate([np.zeros(1, np.int64), ends])
         self._labels = table.column("label").to_numpy()
-        self.queries = table.column("query").to_numpy()  # of each row, less than there are rows
+        self.queries = table.column("query").to_numpy()  # query of each row, a number below that of rows
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each row."""
+        """Number of tokens of each row."""
         return np.diff(self._bounds)
 
     def __len__(self) -> int:
@@ -150,7 +150,7 @@ class TokenRows(Dataset[Row]):
 class PadToLongest:
     """Stack rows into one batch of int64 tensors `[batch, longest]`, padded on the right.
 
-    The longest of the batch is rounded up to `multiple_of`, but not above `most`, which a model still takes.
+    The longest length of the batch is rounded up to `multiple_of`, but not above `most`, which the model still takes.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, multiple_of: int, most: int) -> None:
@@ -212,13 +212,13 @@ def queries_of(loader: DataLoader[Any]) -> npt.NDArray[np.int64]:
 
 
 def left_of_epoch(loader: DataLoader[Any], epoch: int, done: int) -> Iterator[Batch]:
-    """Yield the batches of an epoch behind the first `done`; `loader` is of `make_loader`."""
+    """Yield the batches of an epoch after the first `done`; `loader` comes from `make_loader`."""
     cast("GroupedBatches", loader.batch_sampler).skip_to(epoch, done)
     yield from loader
 
 
 def probe_batch(dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> Batch:
-    """Return the first tokenised rows as one padded batch: what every form of a model must agree on."""
+    """Return the first tokenised rows as one padded batch: every form of a model must agree on it."""
     few = dataset.select(range(min(PROBE_ROWS, len(dataset))))
     batch: Batch = next(iter(make_loader(few, tokenizer, PROBE_ROWS, shuffle=False, seed=0)))
     return {name: value for name, value in batch.items() if name != "labels"}

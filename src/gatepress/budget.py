@@ -1,25 +1,25 @@
-"""From an asked sparsity to gates closed: what is asked is what is gone, counted.
+"""From a requested sparsity to closed gates: what is asked for is what is removed, counted.
 
-`sparsity` is a fraction of one of these, over the whole encoder unless said otherwise:
+`sparsity` is a fraction of one of these, over the whole encoder unless stated otherwise:
 
-    gates     gates that are closed
+    gates     closed gates
     weights   weights and biases of the matrices that closure removes
-    macs      multiply-accumulates at the longest input, those of attention itself among them
-    latency   time of the matrices and index operations, as the analytic costs of the default target predict it
-    vectors   gates that are closed, in each vector on its own (the paper)
+    macs      multiply-accumulates at the longest input, including those of attention itself
+    latency   time of the matrices and index operations, as predicted by the analytic costs of the default target
+    vectors   closed gates, in each vector on its own (the paper)
 
-Two controllers over the same gates say which of them close.
+Two controllers over the same gates decide which of them close.
 
-`importance` (the default): closing is gradual and by rank. Every gate keeps a moving average of its
-squared gradient (dL/dz)^2, the diagonal of the Fisher information of the gates; every few steps all open
-gates of the encoder are ranked by average / multiply-accumulates saved, and the last of them close. What
-may stay open falls on a cubic schedule to the exact budget. What is closed stays closed, so that the
-steps that follow need not compute it (narrowing.py). Layers share the loss where it hurts least. All heads
-of a layer keep the same width.
+`importance` (the default): gates close gradually and by rank. Every gate keeps a moving average of its
+squared gradient (dL/dz)^2, the diagonal of the Fisher information of the gates. Every few steps all open
+gates of the encoder are ranked by average / multiply-accumulates saved, and the last of them close. The
+number that may stay open falls on a cubic schedule to the exact budget. A closed gate stays closed, so
+the following steps need not compute it (narrowing.py). Layers share the loss where it hurts least. All
+heads of a layer keep the same width.
 
 `penalty` (the paper): the loss gets lambda * mean over gate vectors of |mean(P) - (1 - s)|, eq. (9).
-The penalty alone does not close gates (all settle near the target value, hardly any at 0), so at the
-end of the schedule they are closed by rank of mu, and the rest of the training recovers.
+The penalty alone does not close gates (all settle near the target value, hardly any at 0). So at the end of
+the schedule they are closed by rank of mu, and the rest of the training recovers.
 """
 
 import math
@@ -38,20 +38,20 @@ from gatepress.inject import gated_linear
 from gatepress.plan import Live, make_plan
 from gatepress.resolve import Layer
 
-CLOSING_STARTS = 0.08  # of all steps
+CLOSING_STARTS = 0.08  # fraction of the steps
 RERANK_EVERY = 10  # steps
-ROUNDING = 1e-6  # of a gate: what a product of a fraction and a whole number may be off
-AVERAGE_KEEPS = 0.98  # of the moving average, per step
-TOLERANCE = 5e-4  # of a budget that is not counted in gates: how far the search goes on
+ROUNDING = 1e-6  # of a gate: the rounding error allowed in a product of a fraction and a whole number
+AVERAGE_KEEPS = 0.98  # share of the moving average that a step keeps
+TOLERANCE = 5e-4  # of a budget that is not counted in gates: the search ends within it
 
-INSIDE_HEADS = (("q", "out"), ("k", "out"), ("v", "out"), ("o", "in"))  # sites of dimensions of heads
+INSIDE_HEADS = (("q", "out"), ("k", "out"), ("v", "out"), ("o", "in"))  # sites of the dimensions of heads
 
-Masks = list[Tensor]  # one a gate vector, 1 open, 0 closed
+Masks = list[Tensor]  # one per gate vector, 1 open, 0 closed
 
 
 @dataclass(frozen=True)
 class GateVector:
-    """One gate vector, where it stands, and what its elements cost."""
+    """A gate vector, its place in the model, and what its elements cost."""
 
     gate: Gate
     macs: float  # linear multiply-accumulates per token that one closed element saves
@@ -62,7 +62,7 @@ class GateVector:
 
 
 def gate_vectors(model: nn.Module, layers: list[Layer], granularity: Granularity) -> list[GateVector]:
-    """Return the model's gate vectors with costs.
+    """Return the model's gate vectors with their costs.
 
     A structured gate removes a row and a column (two matrices), a matrix gate one row or column, a head
     as much as all of its dimensions. Gates of single dimensions close alike in every head.
@@ -94,11 +94,11 @@ def gate_vectors(model: nn.Module, layers: list[Layer], granularity: Granularity
 def removed_by(
     model: nn.Module, layers: list[Layer], vectors: list[GateVector], unit: BudgetUnit, *, tokens: int
 ) -> Callable[[Masks], float]:
-    """Return the measure of a budget that is not counted in gates: masks, one a vector -> fraction of `unit` gone.
+    """Return the measure of a budget that is not counted in gates: masks, one per vector -> fraction of `unit` removed.
 
-    `tokens` is the input length that `macs` counts attention at. Counted is what the plan that closure makes of
-    the masks leaves out: without an index operation (layout `inner`), which no machine does otherwise; of `latency`
-    with those that pay (`auto`), for they take time.
+    `tokens` is the input length at which `macs` counts attention. What counts is what the plan that closure makes of
+    the masks leaves out: without index operations (layout `inner`), so it holds on every machine. Only `latency`
+    includes the index operations that pay (`auto`), because they take time.
     """
     biased = biases_of(model, layers)
     layout: Layout = "auto" if unit == "latency" else "inner"
@@ -111,14 +111,14 @@ def removed_by(
 
 
 def biases_of(model: nn.Module, layers: list[Layer]) -> list[dict[str, bool]]:
-    """Say which matrices have a bias: role -> bool, per layer."""
+    """Return which matrices have a bias: role -> bool, per layer."""
     return [{role: gated_linear(model, layer, role).base.bias is not None for role in ROLES} for layer in layers]
 
 
 def open_parts(
     layers: list[Layer], biased: list[dict[str, bool]], vectors: list[GateVector], masks: Masks
 ) -> list[dict[str, Live]]:
-    """Return what `masks`, one a vector, leave open of each matrix: role -> `Live`, per layer."""
+    """Return what `masks`, one per vector, leave open of each matrix: role -> `Live`, per layer."""
     open_sides = [
         {role: tuple(torch.ones(size, dtype=torch.bool) for size in layer.shapes[role]) for role in ROLES}
         for layer in layers
@@ -133,30 +133,30 @@ def open_parts(
 
 
 def gates_to_close(total: int, sparsity: float) -> int:
-    """Return how many of `total` gates the asked sparsity closes (rounded up: never less than asked)."""
+    """Return how many of `total` gates the requested sparsity closes (rounded up: never less than asked)."""
     return min(total, math.ceil(sparsity * total - ROUNDING))
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """All gates of an encoder in the order in which they close.
+    """All gates of an encoder, in the order in which they close.
 
-    Vectors that belong to heads are closed in slots: the r-th best element of every head together, so
-    that each head of a layer keeps the same width and nothing is lost to padding.
+    Vectors that belong to heads close in slots: the r-th best element of every head together. So every head
+    of a layer keeps the same width, and nothing is lost to padding.
     """
 
-    elements: Tensor  # [n] the least important first, as places in all masks end to end
-    slots: Tensor  # [slots] how many of `elements` each slot is, which close together
+    elements: Tensor  # [n] the least important first, as indices into all masks concatenated
+    slots: Tensor  # [slots] how many of `elements` each slot has; they close together
     dims: Tensor  # [slots] dimensions that each slot stands for
     counts: Tensor  # [all] dimensions that each element of all masks stands for
-    masks: Masks  # as they are: those of elements that are not ranked stay so
-    closed: int  # dimensions that are closed already
+    masks: Masks  # current masks; those of elements that are not ranked do not change
+    closed: int  # dimensions that are already closed
 
     @classmethod
     def of(cls, vectors: list[GateVector], among: list[Tensor], *, per_mac: bool) -> "Ranking":
-        """Rank the elements of `among` (bool, one a vector; all of them open) by score.
+        """Rank the elements of `among` (bool, one per vector; all of them open) by score.
 
-        With `per_mac` it is the score for each multiply-accumulate saved.
+        With `per_mac`, by the score per multiply-accumulate saved.
         """
         found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         first = 0
@@ -172,22 +172,22 @@ class Ranking:
             first += vector.gate.size
         values, elements, slots, dims = (torch.cat(parts) for parts in zip(*found, strict=True))
         order = values.argsort(stable=True)
-        place = order.argsort().repeat_interleave(slots)  # of the slot of each element
+        place = order.argsort().repeat_interleave(slots)  # place of the slot of each element
         masks = [vector.gate.mask.detach().float().cpu() for vector in vectors]
         counts = torch.cat([torch.full((vector.gate.size,), vector.gate.counts) for vector in vectors])
         _, closed = counted(vector.gate for vector in vectors)
         return cls(elements[place.argsort(stable=True)], slots[order], dims[order], counts, masks, closed)
 
     def closing(self, count: int) -> Masks:
-        """Return masks that close `count` dimensions in all, the least important first.
+        """Return masks that close `count` dimensions in total, the least important first.
 
-        What is left too small for whole heads is taken from single dimensions; where none is open any more,
-        one head more goes and single dimensions open again.
+        A remainder too small for whole heads is taken from single dimensions. If none of those is open any more,
+        one more head closes and single dimensions open again.
         """
         mask, left = torch.cat(self.masks), count - self.closed
         taken = self.dims.cumsum(0) <= left
         left -= int(self.dims[taken].sum())
-        for slot, size in enumerate(self.dims.tolist()):  # smaller ones behind one that is too large
+        for slot, size in enumerate(self.dims.tolist()):  # smaller slots may follow one that is too large
             if size <= left and not taken[slot]:
                 taken[slot] = True
                 left -= size
@@ -197,10 +197,10 @@ class Ranking:
         return list(mask.split([len(one) for one in self.masks]))
 
     def _close_single(self, mask: Tensor, left: int) -> Tensor:
-        """Close elements for `left` dimensions more, still the least important first.
+        """Close elements worth `left` more dimensions, still the least important first.
 
-        Where only larger elements are open, one of them goes, and smaller ones open again for the excess: the last that
-        closed, and where these do not do, any.
+        If only larger elements are open, one of them closes and smaller ones open again for the excess: those that
+        closed last or, if these do not fit, any.
         """
         values, counts, elements = mask.tolist(), self.counts.tolist(), self.elements.tolist()
         for larger in (False, True):
@@ -219,8 +219,8 @@ class Ranking:
 class Budget:
     """Closes gates over a training of `steps` steps until `sparsity` of `unit` is gone.
 
-    Call `penalty()` for the loss term, `after_backward(step)` between backward and optimizer step. Raises
-    `UsageError` where all gates together do not reach the budget.
+    Call `penalty()` for the loss term and `after_backward(step)` between backward and optimizer step.
+    Raises `UsageError` if all gates together cannot reach the budget.
     """
 
     def __init__(  # noqa: PLR0913 - each is a dial of the training
@@ -230,10 +230,10 @@ class Budget:
         sparsity: float,
         controller: Controller,
         steps: int,
-        closing: float = MethodSpec.closing,  # part of the steps by which all is closed
+        closing: float = MethodSpec.closing,  # fraction of the steps after which all gates have closed
         penalty_weight: float = 0.0,
         unit: BudgetUnit = "gates",
-        removed: Callable[[Masks], float] | None = None,  # of `removed_by`, for units that are not counted in gates
+        removed: Callable[[Masks], float] | None = None,  # from `removed_by`, for units that are not counted in gates
     ) -> None:
         self.vectors = vectors
         self.sparsity = sparsity
@@ -243,9 +243,9 @@ class Budget:
         self.starts = int(CLOSING_STARTS * steps)
         self.ends = max(self.starts, int(closing * steps))
         self.fixed = sparsity == 0
-        self.moved = True  # whether masks may be others than when they were last looked at (training.py)
+        self.moved = True  # whether masks may have changed since they were last read (training.py)
         self._removed = removed
-        self._most = 1.0  # of the unit that all gates together reach
+        self._most = 1.0  # fraction of the unit that all gates together reach
         if removed is not None:
             self._most = removed([torch.zeros_like(vector.gate.mask) for vector in vectors])
             if self._most < sparsity:
@@ -256,30 +256,30 @@ class Budget:
 
     @property
     def total_gates(self) -> int:
-        """Dimensions that the encoder's gates stand for."""
+        """Number of dimensions that the encoder's gates stand for."""
         return counted(vector.gate for vector in self.vectors)[0]
 
     @property
     def closed_gates(self) -> int:
-        """Those of them whose mask is 0, counted."""
+        """Number of these dimensions whose mask is 0, counted."""
         return counted(vector.gate for vector in self.vectors)[1]
 
     @property
     def removed(self) -> float:
-        """Fraction of the budget's unit that is gone, counted."""
+        """Fraction of the budget's unit that is removed, counted."""
         if self._removed is None:
             return self.closed_gates / self.total_gates
         return self._removed([vector.gate.mask for vector in self.vectors])
 
     def target(self, step: int) -> float:
-        """Return the fraction that should be gone after `step` (cubic schedule)."""
+        """Return the fraction that should be removed after `step` (cubic schedule)."""
         if step >= self.ends:
             return self.sparsity
         left = 1 - max(0.0, (step - self.starts) / max(1, self.ends - self.starts))
         return self.sparsity * (1 - left**3)
 
     def penalty(self, step: int) -> Tensor | None:
-        """Return lambda * mean |mean(P) - (1 - s)|, eq. (9), or None where there is no penalty."""
+        """Return lambda * mean |mean(P) - (1 - s)|, eq. (9), or None if there is no penalty."""
         if self.controller != "penalty" or self.fixed:
             return None
         asked = self.sparsity * min(1.0, step / max(1, self.ends // 2))  # ramped: no shock at the start
@@ -288,7 +288,7 @@ class Budget:
 
     @torch.no_grad()
     def after_backward(self, step: int) -> None:
-        """Update importances from the gradients and close what the schedule asks for at `step`."""
+        """Update importances from the gradients and close what the schedule requires at `step`."""
         if self.controller == "importance":
             self._rank()
             if not self.fixed and step >= self.starts and (step % RERANK_EVERY == 0 or step >= self.ends):
@@ -301,7 +301,7 @@ class Budget:
             self.fixed = True
 
     def _rank(self) -> None:
-        """Let the last gradient count in the moving averages; a closed gate keeps the one that closed it."""
+        """Add the last gradient to the moving averages; a closed gate keeps the average that closed it."""
         for vector in self.vectors:
             gradient, score = vector.gate.mu.grad, vector.gate.score
             if gradient is not None:
@@ -314,9 +314,9 @@ class Budget:
 
     @torch.no_grad()
     def close_anew(self, fraction: float, *, run: Path) -> None:
-        """Close more gates until `fraction` of the unit is gone, or open those of the best scores until no more is.
+        """Close more gates until `fraction` of the unit is gone, or open those with the best scores until no more is.
 
-        Raises `ArtifactError`, naming the `run` whose gates these are, where it keeps no scores to choose by.
+        Raises `ArtifactError`, naming the `run` that the gates belong to, if it keeps no scores to choose by.
         """
         if fraction and not any(vector.gate.score.any() for vector in self.vectors):
             raise ArtifactError(
@@ -332,7 +332,7 @@ class Budget:
         self._close(fraction, closed)
 
     def _close(self, fraction: float, among: list[Tensor]) -> None:
-        """Close gates of `among` (bool, one a vector), all of which are open."""
+        """Close gates of `among` (bool, one per vector), all of which are open."""
         self.moved = True
         if self.unit == "vectors":
             self._close_in_each_vector(fraction, among)
@@ -341,20 +341,20 @@ class Budget:
             vector.gate.mask.copy_(mask)
 
     def _ranking(self, vectors: list[GateVector], among: list[Tensor]) -> Ranking:
-        # With the penalty a score is mu, a value: no loss that a saving could be weighed against.
+        # With the penalty, a score is mu, a value: not a loss that could be divided by a saving.
         return Ranking.of(vectors, among, per_mac=self.controller == "importance")
 
     def _masks(self, ranking: Ranking, fraction: float) -> Masks:
-        """Return masks that remove `fraction`, never less and as little more as whole gates allow."""
+        """Return masks that remove `fraction`, never less, and as little more as whole gates allow."""
         if self._removed is None:
             return ranking.closing(gates_to_close(self.total_gates, fraction))
         few, gone_of_few = ranking.closed, self._removed(ranking.masks)
-        if gone_of_few >= fraction:  # what is closed stays so, and is enough
+        if gone_of_few >= fraction:  # closed gates stay closed, and are enough
             return ranking.masks
         many, gone_of_many = self.total_gates, self._most
         best, halve = None, False
         while many - few > 1:
-            # What goes grows nearly evenly with the gates that close; every second try is one that surely halves.
+            # What is removed grows almost evenly with the gates that close; every second try halves the range for sure.
             part = 0.5 if halve else (fraction + TOLERANCE / 2 - gone_of_few) / (gone_of_many - gone_of_few)
             count = min(max(few + round((many - few) * part), few + 1), many - 1)
             halve = not halve
@@ -372,7 +372,7 @@ class Budget:
         pairs = list(zip(self.vectors, among, strict=True))
         whole = [(vector, own) for vector, own in pairs if vector.gate.counts > 1]
         single = [(vector, own) for vector, own in pairs if vector.gate.counts == 1]
-        carried = 0.0  # dimensions that are left to the vectors that follow; single ones come last
+        carried = 0.0  # dimensions left over for the vectors that follow; single ones come last
         for vector, own in whole:
             exact = fraction * vector.gate.size + carried / vector.gate.counts
             count = math.floor(exact + ROUNDING)
@@ -394,7 +394,7 @@ class Budget:
 
 
 def budget_of(model: nn.Module, layers: list[Layer], settings: TrainSettings, *, steps: int, tokens: int) -> Budget:
-    """Return the budget of a prepared model as `settings` asks for it; `macs` count attention at `tokens` tokens."""
+    """Return the budget that `settings` ask for in a prepared model; `macs` count attention at `tokens` tokens."""
     vectors = gate_vectors(model, layers, settings.granularity)
     removed = None
     if settings.unit not in ("gates", "vectors"):

@@ -11,7 +11,7 @@ from gatepress.tasks import TASKS
 
 CARD_FILE = "README.md"
 GLUE = "nyu-mll/glue"
-DEMO_BASE = "sentence-transformers/all-MiniLM-L6-v2"  # what --model demo brings
+DEMO_BASE = "sentence-transformers/all-MiniLM-L6-v2"  # the model behind --model demo
 HUB_METRICS = {"matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr"}  # others alike
 OWN_CODE = """With gatepress, no registration and no remote code:
 
@@ -77,7 +77,7 @@ model = gatepress.load_pruned("DIR")
 def card(manifest: dict[str, Any], outputs: int | None = None) -> str:
     """Return the card of what `gatepress_pruned.json` describes; paths of this machine are shown as names.
 
-    `outputs` are those of the model's head, one for each class unless given.
+    `outputs` is the number of outputs of the model's head; one per class unless given.
     """
     name = str(manifest["run"]["name"])
     parts = [
@@ -109,7 +109,7 @@ def _front_matter(manifest: dict[str, Any], name: str) -> str:
 
 
 def _results(manifest: dict[str, Any]) -> list[EvalResult] | None:
-    """Return the metric for the hub's index; None where this model's was not measured."""
+    """Return the metric for the hub's index; None if that of this model was not measured."""
     value, task = metric_after(manifest), manifest["task"]
     if value is None:
         return None
@@ -129,9 +129,9 @@ def _results(manifest: dict[str, Any]) -> list[EvalResult] | None:
 
 
 def metric_after(manifest: dict[str, Any]) -> float | None:
-    """Return the metric of a pruned model; None where its gates were closed anew, after it was measured.
+    """Return the metric of a pruned model; None if its gates were closed anew after it was measured.
 
-    The run's own number: pruning changes no logit by more than the difference that the manifest states.
+    It is the run's own number: pruning changes no logit by more than the difference that the manifest states.
     """
     if "run" not in manifest or manifest["asked"]["sparsity"] is not None:
         return None
@@ -144,17 +144,17 @@ def _embeds(manifest: dict[str, Any]) -> bool:
 
 
 def _kind_on_hub(manifest: dict[str, Any]) -> str:
-    """Return what the hub calls what the model does."""
+    """Return the hub's name for what the model does."""
     return "sentence-similarity" if _embeds(manifest) else "text-classification"
 
 
 def _on_hub(metric: str) -> str:
-    """Return what the hub calls a metric."""
+    """Return the hub's name for a metric."""
     return HUB_METRICS.get(metric, metric)
 
 
 def _from_hub(manifest: dict[str, Any]) -> bool:
-    """Say whether the rows are those of GLUE on the hub."""
+    """Return whether the rows are those of GLUE on the hub."""
     data = manifest["data"]
     return data["task"] in TASKS and data["task"] != "demo" and not data["data_dir"]
 

@@ -1,10 +1,10 @@
-"""Run directories: what stands in them, written whole (runwriter.py), read with suspicion.
+"""Run directories: what they contain. They are written whole (runwriter.py) and read with suspicion.
 
 A run directory holds what was trained and never the base model:
 
     gatepress_run.json      settings, task, base (name, revision, sha256), report; names the tensors
     gates-<step>.safetensors  gates with masks, biases, layer norms, low rank, head
-    state-<step>.safetensors  until the run is finished: what it goes on from (resume.py)
+    state-<step>.safetensors  until the run is finished: what it continues from (resume.py)
     probe.safetensors       up to 32 tokenised validation rows: the proof of every later step
     tokenizer files
 
@@ -39,28 +39,28 @@ from gatepress.tasks.labels import some
 logger = logging.getLogger(__name__)
 
 PROBE_FILE = "probe.safetensors"
-Place = TypeVar("Place", bound=Path | None)  # of a model, where a way to look for it always finds one or may not
+Place = TypeVar("Place", bound=Path | None)  # of a model; whether None is possible depends on how it is looked for
 
 
 @dataclass(frozen=True)
 class RunManifest:
-    """What `gatepress_run.json` says."""
+    """The content of `gatepress_run.json`."""
 
     settings: TrainSettings
     task: TaskSpec
-    status: str  # "training", or "interrupted" where it was stopped; "finished" behind the last step
+    status: str  # "training"; "interrupted" if it was stopped; "finished" after the last step
     step: int
     base_sha256: dict[str, str]  # of each safetensors file of the base model
     data_fingerprint: str
     tensors: dict[str, str]  # {"file": name, "sha256": hex}
     report: dict[str, Any]
     versions: dict[str, str]
-    resume: dict[str, Any] = field(default_factory=dict)  # {"file", "sha256", ...} to go on from; {}: finished
-    sha256: dict[str, str] = field(default_factory=dict)  # of probe and tokenizer; {}: an earlier release wrote it
+    resume: dict[str, Any] = field(default_factory=dict)  # {"file", "sha256", ...} to continue from; {}: finished
+    sha256: dict[str, str] = field(default_factory=dict)  # of probe and tokenizer; {}: written by an earlier release
 
     @property
     def tokens(self) -> int:
-        """Tokens that a text was cut at; of early releases what was asked."""
+        """Number of tokens that texts were truncated to; for early releases, the number that was asked for."""
         return int(self.report.get("tokens", self.settings.max_length))
 
     def to_json(self) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class RunManifest:
 
 
 def read_run(directory: Path) -> RunManifest:
-    """Read a run directory's manifest; `ArtifactError` where it is not complete."""
+    """Read the manifest of a run directory; `ArtifactError` if it is not complete."""
     path = directory / RUN_FILE
     if not path.is_file():
         lacks = f"has no {RUN_FILE}" if directory.exists() else "is not there"
@@ -113,7 +113,7 @@ def read_run(directory: Path) -> RunManifest:
 
 
 def _refuse_beyond(manifest: RunManifest, tensors: Path) -> None:
-    """Raise `ArtifactError` where a manifest asks for more than its tensors hold: nothing of that size is built."""
+    """Raise `ArtifactError` if a manifest asks for more than its tensors hold, before anything that large is built."""
     largest = max((size for shape in tensor_shapes(tensors).values() for size in shape), default=0)
     for what, size in (("lora_rank", manifest.settings.rank), ("labels", manifest.task.num_labels)):
         if size > largest:
@@ -123,7 +123,7 @@ def _refuse_beyond(manifest: RunManifest, tensors: Path) -> None:
 def read_probe(directory: Path, model: PreTrainedModel) -> dict[str, Tensor]:
     """Read the rows that all forms of a run are compared on, each input [rows, length] int64.
 
-    Raises `ArtifactError` where the file is missing or changed, or is no input of `model`.
+    Raises `ArtifactError` if the file is missing or changed, or holds what is no input of `model`.
     """
     path, config = directory / PROBE_FILE, model.config
     check_beside(directory, PROBE_FILE)
@@ -144,12 +144,12 @@ def read_probe(directory: Path, model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def open_base(directory: Path, spec: TaskSpec, above: frozenset[Path] = frozenset()) -> PreTrainedModel:
-    """Load a dense float32 model with a head for the task: its own one, where it was finetuned for it; or an embedder.
+    """Load a dense float32 model with a head for the task (its own if it was finetuned for it), or an embedder.
 
-    `directory` may be a run without gates (`--method full` and the like), other than those `above` that stand on it.
-    Raises `ModelError` for a family that gatepress does not know, for a run with gates, for a head whose classes stand
-    in another order, and where the checkpoint lacks weights of the encoder itself: a randomly initialised layer must
-    never be trained on silently.
+    `directory` may be a run without gates (`--method full` and the like), except those `above` that are built on it.
+    Raises `ModelError` for a family that gatepress does not know, for a run with gates, for a head whose classes are in
+    another order, and if the checkpoint lacks weights of the encoder itself: a randomly initialised layer must never be
+    trained on silently.
     """
     if (directory / RUN_FILE).is_file():
         return _open_run_as_base(directory, spec, above)
@@ -179,7 +179,7 @@ def open_base(directory: Path, spec: TaskSpec, above: frozenset[Path] = frozense
             trust_remote_code=False,
             use_safetensors=True,
         )
-    # A size that the head does not share with the checkpoint is its task; any other is one drawn at random.
+    # A mismatched size in the head comes from the task; any other mismatched tensor was drawn at random.
     refuse_missing(directory, model, [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])])
     opened: PreTrainedModel = model
     return opened
@@ -203,14 +203,14 @@ def _open_run_as_base(directory: Path, spec: TaskSpec, above: frozenset[Path]) -
 
 
 def located(settings: TrainSettings) -> Path:
-    """Return the directory of the model, or run, that a run was trained on; raises as `locate_model`."""
+    """Return the directory of the model or run that a run was trained on; raises what `locate_model` raises."""
     return locate_model(settings.model, settings.revision)
 
 
 def models_below(settings: TrainSettings, locate: Callable[[TrainSettings], Place]) -> Iterator[Place]:
-    """Yield where the models lie that a run stands on, the nearest first: runs of other methods, a dense model last.
+    """Yield where the models lie that a run is built on, nearest first: runs of other methods, a dense model last.
 
-    None where `locate` finds none. Raises `ArtifactError` where one of the runs is broken.
+    Yields None if `locate` finds none. Raises `ArtifactError` if one of the runs is broken.
     """
     directory, passed = locate(settings), set[Path]()
     yield directory
@@ -221,19 +221,19 @@ def models_below(settings: TrainSettings, locate: Callable[[TrainSettings], Plac
 
 
 def dense_base(settings: TrainSettings, locate: Callable[[TrainSettings], Place]) -> Place:
-    """Return the model directory that a run stands on, below runs of other methods; None where `locate` finds none."""
+    """Return the dense model directory at the bottom of a run, below runs of other methods; None if it is not found."""
     *_, base = models_below(settings, locate)
     return base
 
 
 def load_trained_(model: PreTrainedModel, settings: TrainSettings, state: dict[str, Tensor], where: Path) -> None:
-    """Set what a run trained, in place; `ArtifactError` where names or shapes do not fit."""
+    """Load what a run trained, in place; `ArtifactError` if names or shapes do not fit."""
     _fit_(model, settings, state, where)
     model.load_state_dict(state, strict=False)
 
 
 def _fit_(model: PreTrainedModel, settings: TrainSettings, state: dict[str, Tensor], where: Path) -> None:
-    """Turn the heads of a model as a run's are, in place; `ArtifactError` where its tensors do not fit the model.
+    """Turn the heads of a model as those of a run, in place; `ArtifactError` if its tensors do not fit the model.
 
     Runs of the first releases keep no scores of gates.
     """
@@ -254,7 +254,7 @@ def _fit_(model: PreTrainedModel, settings: TrainSettings, state: dict[str, Tens
 
 
 def refuse_unlike(directory: Path, there: TrainSettings, here: TrainSettings, *names: str) -> None:
-    """Raise `UsageError` where the run in a directory was trained with another of these settings."""
+    """Raise `UsageError` if the run in a directory was trained with other values of these settings."""
     for name in names:
         was, asked = getattr(there, name), getattr(here, name)
         if was != asked:
@@ -265,11 +265,11 @@ def refuse_unlike(directory: Path, there: TrainSettings, here: TrainSettings, *n
 def load_start_(
     model: PreTrainedModel, settings: TrainSettings, spec: TaskSpec, base: Path, base_sha256: dict[str, str]
 ) -> dict[str, Tensor]:
-    """Set what the run `settings.start` trained, in place, in a model prepared alike; `UsageError` where it was not.
+    """Load what the run `settings.start` trained, in place, into a model prepared alike; `UsageError` if it differs.
 
-    Returns the numbers that stood there, of heads that are turned as the run's are: with them a `Teacher` is the model
-    that the run began with. Its labels must be those of `spec`, its base weights those in `base`, whose sha256 are
-    given; else `ArtifactError`.
+    Returns the numbers that were there before, with heads turned like the run's: with them, a `Teacher` is the model
+    that the run began with. Also raises `UsageError` if the run's labels are not those of `spec`, and `ArtifactError`
+    if its base weights are not those in `base`, whose sha256 are given.
     """
     directory = Path(str(settings.start))
     manifest = read_run(directory)
@@ -307,8 +307,8 @@ def _tell_unfinished(directory: Path, manifest: RunManifest) -> None:
 def load_run(directory: Path, above: frozenset[Path] = frozenset()) -> tuple[PreTrainedModel, RunManifest]:
     """Rebuild the model of a run directory, in evaluation mode: gated, or with its adapters merged.
 
-    Raises `ArtifactError` where the directory is broken, the base model is not the one it was trained on, or one of
-    the runs `above` that are built on it; `HubError` or `ModelError` where the base cannot be had.
+    Raises `ArtifactError` if the directory is broken, or if the base model is not the one it was trained on or is one
+    of the runs `above` that are built on it; `HubError` or `ModelError` if the base cannot be had.
     """
     manifest = read_run(directory)
     _tell_unfinished(directory, manifest)
@@ -317,7 +317,7 @@ def load_run(directory: Path, above: frozenset[Path] = frozenset()) -> tuple[Pre
         base = located(settings)
     except (HubError, ModelError) as error:
         raise type(error)(f"{directory}: the model that it was trained on is missing; {error}") from None
-    except UsageError:  # a revision: a directory has none
+    except UsageError:  # a revision, which a directory does not have
         raise ModelError(
             f"{directory}: was trained on revision {settings.revision!r} of {settings.model} on the hub, and a "
             "directory of that name is here in its way; call gatepress from another directory"

@@ -22,23 +22,23 @@ from gatepress.resolve import Layer, family_of, model_class, resolve
 
 
 def plan_model(model: PreTrainedModel, layout: Layout, costs: Costs | None = None) -> PrunePlan:
-    """Return the plan of a gated model, without changing it; `costs` None: the analytic ones."""
+    """Return the plan of a gated model, without changing the model; `costs` None: the analytic ones."""
     layers = resolve(model)
     return make_plan(layers, live_parts(model, layers), layout, costs)
 
 
 def live_parts(model: PreTrainedModel, layers: list[Layer]) -> list[dict[str, Live]]:
-    """Return what of each folded matrix is not zero: role -> `Live`, per layer. One matrix is folded at a time."""
+    """Return which parts of each folded matrix are not zero: role -> `Live`, per layer. Folds one matrix at a time."""
     return [{role: Live.of(*gated_linear(model, layer, role).folded()) for role in ROLES} for layer in layers]
 
 
 def cut(model: PreTrainedModel, plan: PrunePlan, *, consume: bool = False) -> PreTrainedModel:
     """Return a new float32 model on the CPU that follows `plan` and equals the gated `model`.
 
-    What is not pruned is shared with the gated model. With `consume` each gated matrix gives its memory
-    back as soon as its smaller form is there, so that the two models are never held side by side; the
-    gated model is of no use afterwards. Raises `ModelError` where the activation does not map 0 to 0,
-    since a closed neuron would then still say something.
+    What is not pruned is shared with the gated model. With `consume`, each gated matrix releases its memory as soon
+    as its smaller form exists, so the two models are never in memory together; the gated model cannot be used
+    afterwards. Raises `ModelError` if the activation does not map 0 to 0, because a closed neuron would then still
+    have an effect.
     """
     refuse_activation(model)
     layers = resolve(model)
@@ -58,14 +58,14 @@ def cut(model: PreTrainedModel, plan: PrunePlan, *, consume: bool = False) -> Pr
 
 
 def refuse_activation(model: PreTrainedModel) -> None:
-    """Raise `ModelError` where a neuron that is closed would still say something."""
+    """Raise `ModelError` if a closed neuron would still have an effect."""
     activation = getattr(model.config, family_of(model.config).activation_attribute, "gelu")
     if float(ACT2FN[activation](torch.zeros(1))) != 0:
         raise ModelError(f"activation {activation!r} does not map 0 to 0, so closed neurons cannot be removed exactly")
 
 
 def _pruned_config(model: PreTrainedModel, layers: list[Layer], plan: PrunePlan) -> Any:
-    """Return the config of the pruned class: the dense one, with what is narrower as data."""
+    """Return the config of the pruned class: the dense one, with the narrower sizes as data."""
     family = family_of(model.config)
     values = {
         k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "transformers_version", "auto_map")
@@ -78,7 +78,7 @@ def _pruned_config(model: PreTrainedModel, layers: list[Layer], plan: PrunePlan)
 
 
 def describe(layers: list[Layer], plan: PrunePlan) -> dict[str, Any]:
-    """Return `config.gatepress` as `modeling_gatepress.shrink_` reads it."""
+    """Return `config.gatepress` in the form that `modeling_gatepress.shrink_` reads."""
     linears, attentions = {}, {}
     for layer, part in zip(layers, plan.layers, strict=True):
         for role, matrix in part.matrices.items():
@@ -90,22 +90,22 @@ def describe(layers: list[Layer], plan: PrunePlan) -> dict[str, Any]:
                     "scattered": matrix.scattered,
                 }
         attentions[layer.attention] = layer.attention_part(part.heads, part.qk_width, part.vo_width)
-    asked = all(part["qk_width"] for part in attentions.values())  # what has no need of version 2, older files read
+    asked = all(part["qk_width"] for part in attentions.values())  # version 2 only if needed: older code reads 1
     return {"version": 1 if asked else 2, "linears": linears, "attentions": attentions}
 
 
 def pairs_of(layer: Layer, plan: LayerPlan) -> Tensor | None:
-    """Return which of the dense head's each pair of query/key dimensions was [heads * qk_width / 2]; None: no pairs."""
+    """Return which pair of the dense head each query/key pair was [heads * qk_width / 2]; None: no pairs."""
     if layer.apart("q") is None or not plan.qk_width:
         return None
     q = plan.matrices["q"]
     computed = list(range(q.dense_shape[0])) if q.scattered else q.rows
     first = _index(computed).view(len(plan.heads), 2, -1)[:, 0].flatten()
-    return first.clamp_min(0) % layer.head_width  # zeros are turned by any angle
+    return first.clamp_min(0) % layer.head_width  # any angle turns zeros into zeros
 
 
 def _pruned_state(model: PreTrainedModel, layers: list[Layer], plan: PrunePlan, *, consume: bool) -> dict[str, Tensor]:
-    """Return the pruned model's state: sliced matrices, everything else as it is (float32, on the CPU)."""
+    """Return the pruned model's state: sliced matrices, everything else unchanged (float32, on the CPU)."""
     base = f"{model.base_model_prefix}."
     paths = {layer.paths[role] for layer in layers for role in ROLES}
     gated = tuple(f"{base}{path}." for path in paths)
@@ -138,7 +138,7 @@ def _pruned_state(model: PreTrainedModel, layers: list[Layer], plan: PrunePlan, 
 
 
 def _put_together_(state: dict[str, Tensor], model: PreTrainedModel, layers: list[Layer]) -> None:
-    """Make one matrix of queries, keys and values again where the family's own class has one, in place."""
+    """Join queries, keys and values into one matrix again if the family's own class has one, in place."""
     family = family_of(model.config)
     if family.qkv is None:
         return
@@ -166,7 +166,7 @@ def _take(values: Tensor, index: Tensor, axis: int) -> Tensor:
 
 
 def _spread(matrix: MatrixPlan) -> Tensor:
-    """Return [dense out]: for each dense output the row that computes it, or `rows` for exact zero."""
+    """Return [dense out]: for each dense output, the row that computes it, or `rows` for exact zero."""
     index = torch.full((matrix.dense_shape[0],), len(matrix.rows))
     index[_index(matrix.rows)] = torch.arange(len(matrix.rows))
     return index
@@ -175,7 +175,7 @@ def _spread(matrix: MatrixPlan) -> Tensor:
 def ship_code(config: dict[str, Any], directory: Path) -> None:
     """Copy the modeling file beside the weights and name its classes in `config` (config.json), in place.
 
-    With it plain transformers loads the directory by `trust_remote_code=True`, without gatepress.
+    With it, plain transformers loads the directory by `trust_remote_code=True`, without gatepress.
     """
     source = Path(modeling_gatepress.__file__)
     shutil.copyfile(source, directory / source.name)

@@ -1,4 +1,4 @@
-"""The command lines that make a directory again, from what its manifest says: only what differs from defaults."""
+"""The command lines that rebuild a directory, from its manifest: only options that differ from the defaults."""
 
 import shlex
 from dataclasses import fields
@@ -31,14 +31,14 @@ EXPORT_DEFAULTS: dict[str, Any] = {
     "trust_remote_code": False,
     **{one.name: one.default for one in fields(DataSettings)},
 }
-SPELLED = {"target": "--for"}  # the other options are spelled as their fields
+SPELLED = {"target": "--for"}  # all other options are spelled like their fields
 
 
 def commands_of(manifest: dict[str, Any], name: str, *, portable: bool = False) -> list[str]:
     """Return the shell lines, first to last, that make what `manifest` describes in a directory called `name`.
 
-    With `portable` a path of this machine is shown by its last part. Empty where an older release wrote the
-    manifest, which does not say enough. Raises `ArtifactError` where its settings are not understood.
+    With `portable`, a path of this machine is shown by its last part. Empty if the manifest is of an older release,
+    which does not say enough. Raises `ArtifactError` if its settings are not understood.
     """
     kind = manifest.get("format")
     if kind == RUN_FORMAT["format"]:
@@ -50,7 +50,7 @@ def commands_of(manifest: dict[str, Any], name: str, *, portable: bool = False) 
         return [_train(manifest["run"]["settings"], run, portable=portable), _line(line)]
     if kind == ONNX_FORMAT["format"] and asked:
         source, before = str(manifest["source"]), manifest.get("source_manifest") or {}
-        called = Path(source).name or name  # exported from within: the last part of "." is none
+        called = Path(source).name or name  # exported from within: the last part of "." is empty
         earlier = commands_of(before, called, portable=portable)
         if earlier:
             parent = "runs" if before["format"] == RUN_FORMAT["format"] else "pruned"
@@ -63,7 +63,7 @@ def commands_of(manifest: dict[str, Any], name: str, *, portable: bool = False) 
 
 
 def _train(value: dict[str, Any], output: str, *, portable: bool) -> str:
-    """Return the line of a training by its settings, as a manifest holds them."""
+    """Return the line of a training from its settings, as a manifest holds them."""
     settings = TrainSettings.from_json(value)
     unused = ("data", *unused_by(settings))
     words = [
@@ -79,7 +79,7 @@ def _train(value: dict[str, Any], output: str, *, portable: bool) -> str:
 
 
 def _options(asked: dict[str, Any], defaults: dict[str, Any], *, portable: bool) -> list[str]:
-    """Return the options of all values that differ from the defaults."""
+    """Return the options for all values that differ from the defaults."""
     unknown = sorted(set(asked) - set(defaults))
     if unknown:
         raise ArtifactError(f"options in the manifest are not understood ({', '.join(unknown)}); upgrade gatepress")
@@ -101,7 +101,7 @@ def _words(option: str, value: Any, *, portable: bool) -> list[str]:
 
 
 def shown(text: str) -> str:
-    """Return a path of this machine as its last part, any other text as it is."""
+    """Return the last part of a path of this machine, and any other text as it is."""
     return Path(text).name if Path(text).is_absolute() else text
 
 

@@ -1,7 +1,7 @@
-"""Settings of each stage: frozen, checked, written into manifests as they are. No torch here.
+"""Settings of each stage: frozen, checked, and written into manifests as they are. No torch here.
 
-A field's comment says in short what it means; what `--help` says stands at its option (cli/_options.py).
-A wrong value raises one `UsageError` that lists every problem in the command line's spelling.
+A field's comment gives its meaning in brief; the text for `--help` is at its option (cli/_options.py).
+A wrong value raises one `UsageError` that lists every problem in the spelling of the command line.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,29 +24,29 @@ Layout = Literal["auto", "inner", "index", "paper", "stock"]
 Target = Literal["ort-cpu", "ort-int8", "torch-cpu", "cuda"]
 Precision = Literal["fp32", "bf16"]  # of training; what is trained stays in float32
 Metric = Literal["accuracy", "matthews", "f1", "average_precision", "mrr@10", "ndcg@10", "pearson", "spearman"]
-Arithmetic = Literal["fp32", "bf16", "fp16"]  # that a torch model is served in, weights and all
+Arithmetic = Literal["fp32", "bf16", "fp16"]  # that a torch model is served in, weights included
 
-ROTATED: tuple[Granularity, ...] = ("structured", "matrix")  # with gates of single dimensions of heads
+ROTATED: tuple[Granularity, ...] = ("structured", "matrix")  # these have gates of single head dimensions
 DEFAULT_LAYOUT: Layout = "auto"
 DEFAULT_TARGET: Target = "ort-cpu"  # the runtime that most people deploy on
-MAX_LOGIT_DIFF = 1e-4  # between float32 forms of one model, of the largest logit where that is above 1
+MAX_LOGIT_DIFF = 1e-4  # between float32 forms of one model; relative to the largest logit if that is above 1
 METRIC_ROUNDING = 1e-9  # of a difference of two metrics: 0.87 - 0.86 is more than 0.01
-MOST_SEEDS = 2**32  # NumPy's
+MOST_SEEDS = 2**32  # NumPy's limit
 MOST = {
     "seed": MOST_SEEDS - 1,
-    "threads": 1_024,  # OpenMP ends the process where it cannot start as many as it is told to
+    "threads": 1_024,  # OpenMP ends the process if it cannot start as many as it is told to
 }
 
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """What a method trains beside the head, and at which rate and rank unless asked otherwise."""
+    """What a method trains besides the head, and the rate and rank it uses unless told otherwise."""
 
     gated: bool
     learning_rate: float
     rank: int = 0  # 0: it has no low-rank update
-    closing: float = 0.60  # part of the steps in which gates close; in the rest what is left recovers
-    distill: bool = False  # whether the open model teaches the one that closes
+    closing: float = 0.60  # fraction of the steps in which gates close; in the rest, what is left recovers
+    distill: bool = False  # whether the open model teaches the one whose gates close
 
 
 METHODS: dict[str, MethodSpec] = {
@@ -59,16 +59,16 @@ METHODS: dict[str, MethodSpec] = {
     "lora-xs": MethodSpec(gated=False, learning_rate=1e-3, rank=25),
 }
 
-# Of gates with low rank in a model that knows the task: a longer part of the steps is for what is left, and what the
-# model knew teaches it. Where little is left, most of it is learnt anew, at a higher rate.
+# For gates with low rank in a model that knows the task: more of the steps are for recovery, and the model as it was
+# teaches. If little is left, most of it is learnt anew, at a higher rate.
 FINETUNED = MethodSpec(gated=True, learning_rate=5e-4, rank=32, closing=0.35, distill=True)
-LITTLE_LEFT, RATE_OF_LITTLE = 0.8, 1e-3  # from that sparsity on
-# Answers to training rows can be learnt by heart, hidden states are too many for it: a student that computes as its
-# teacher does answers as it does on rows that neither has seen.
-HIDDEN_WEIGHT, HIDDEN_WEIGHT_OF_OLD = 20.0, 1.0  # before 0.21
+LITTLE_LEFT, RATE_OF_LITTLE = 0.8, 1e-3  # from this sparsity on, at this rate
+# Answers to training rows can be learnt by heart; hidden states are too many for that. A student that computes as its
+# teacher does also answers like it on rows that neither has seen.
+HIDDEN_WEIGHT, HIDDEN_WEIGHT_OF_OLD = 20.0, 1.0  # the old value is that of releases before 0.21
 
 
-# Settings that a method without gates has no use for.
+# Settings that mean nothing to a method without gates.
 OF_GATES = (
     *("sparsity", "budget", "granularity", "gate_axes", "controller", "penalty_weight", "closing", "open_epochs"),
     *("gate_learning_rate", "train_biases", "train_layer_norms"),
@@ -84,15 +84,15 @@ class DataSettings:
     train_file: str | None = None  # csv, tsv, jsonl or parquet
     validation_file: str | None = None
     unlabelled_file: str | None = None  # texts that a teacher answers for, in columns of the same names
-    text_column: str | None = None  # None: guessed from usual names, an error names the choices
-    text_pair_column: str | None = None  # None: one text a row
+    text_column: str | None = None  # None: guessed from common names; an error names the choices
+    text_pair_column: str | None = None  # None: one text per row
     label_column: str | None = None
-    metric: Metric | None = None  # None: the task's, with own rows accuracy of classes, Pearson correlation of numbers
+    metric: Metric | None = None  # None: the task's; for own rows accuracy of classes, Pearson correlation of numbers
     max_train_samples: int | None = None  # the first n rows, as in the paper
     max_validation_samples: int | None = None
 
     def __post_init__(self) -> None:
-        """Collect what is wrong and raise it once."""
+        """Collect all problems and raise them at once."""
         problems = []
         for name in ("max_train_samples", "max_validation_samples"):
             value = getattr(self, name)
@@ -107,7 +107,7 @@ class DataSettings:
         refuse(problems)
 
     def absolute(self) -> "DataSettings":
-        """Return the settings with paths made absolute: what a manifest names is read from anywhere."""
+        """Return the settings with absolute paths, so that what a manifest names can be read from anywhere."""
         paths = {name: getattr(self, name) for name in _PATHS}
         changed: dict[str, Any] = {name: _absolute(path) for name, path in paths.items() if path}
         return replace(self, **changed)
@@ -134,7 +134,7 @@ class TrainSettings:
     data: DataSettings
     model: str = "FacebookAI/roberta-base"  # hub id, local directory, run of another method, or "demo"
     revision: str | None = None  # branch, tag or commit on the hub
-    embed: bool = False  # an embedder: texts are read one by one, and the model as it is teaches, without labels
+    embed: bool = False  # an embedder: texts are read one by one, and the model itself teaches, without labels
     method: Method = "gates+lora"
     sparsity: float = 0.3  # fraction of `budget` to remove, in [0, 1)
     budget: BudgetUnit | None = None  # None: gates; the penalty controller counts by vectors
@@ -144,30 +144,30 @@ class TrainSettings:
     controller: Controller = "importance"
     rotate_heads: bool | None = None  # gates stand on the singular basis of each head; None: structured gates do
     lora_rank: int | None = None  # None: the method's own, more in a finetuned model
-    lora_matrices: tuple[str, ...] | None = None  # which of `matrices` have low rank beside gates; None: all
+    lora_matrices: tuple[str, ...] | None = None  # which of `matrices` have low rank in addition to gates; None: all
     train_biases: bool = True
     train_layer_norms: bool = True
-    closing: float | None = None  # part of the steps by which gates have closed; None: as for the rank
-    open_epochs: int | None = None  # with all gates open, before any closes; None: none, or a third to teach
-    start: str | None = None  # run directory to go on from: its gates are closed at once, and all else recovers
-    distill: bool | None = None  # what the open model knew teaches the one that closes; None: where it was finetuned
-    hidden_weight: float | None = None  # of a teacher's hidden states, where logits and labels have 1; None: chosen
-    epochs: int | None = None  # None: enough for about 1,500 steps, 3 at least, 20 at most
+    closing: float | None = None  # fraction of the steps after which gates have closed; None: depends on the rank
+    open_epochs: int | None = None  # with all gates open, before any closes; None: none, or a third before teaching
+    start: str | None = None  # run to continue from: its gates are closed at once, and all epochs are for recovery
+    distill: bool | None = None  # the open model teaches the one whose gates close; None: if it was finetuned
+    hidden_weight: float | None = None  # of a teacher's hidden states; logits and labels have 1 each; None: chosen
+    epochs: int | None = None  # None: enough for about 1,500 steps, at least 3, at most 20
     match_shares: bool | None = None  # by the biases of the head, at the end; None: with Matthews correlation
     batch_size: int = 32
     max_length: int = 128  # tokens
-    learning_rate: float | None = None  # of all that is trained but gates; None: as for the rank
+    learning_rate: float | None = None  # of everything trained except gates; None: depends on the rank
     gate_learning_rate: float = 3e-3
     penalty_weight: float = 50.0  # lambda of eq. (9), penalty controller only
     weight_decay: float = 0.01
     warmup_ratio: float = 0.06
-    save_every: int | None = None  # steps between checkpoints inside an epoch; None: only that at its end
+    save_every: int | None = None  # steps between checkpoints within an epoch; None: only at its end
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda
     precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
-        """Collect what is wrong and raise it once."""
+        """Collect all problems and raise them at once."""
         refuse([*self._unknown_words(), *self._wrong_numbers(), *self._wrong_pairs()])
 
     def _unknown_words(self) -> list[str]:
@@ -233,7 +233,7 @@ class TrainSettings:
 
     @property
     def reads(self) -> tuple[str | None, ...]:
-        """What training reads from disk, where these are paths; the model demo is a package."""
+        """What training reads from disk, as far as these are paths; the model demo is a package."""
         model = None if self.model == "demo" else self.model
         return (model, self.start, *(getattr(self.data, name) for name in _PATHS))
 
@@ -244,18 +244,18 @@ class TrainSettings:
 
     @property
     def rank(self) -> int:
-        """Rank of the low-rank update; 0: the method has none."""
+        """Rank of the low-rank update; 0 if the method has none."""
         own = METHODS[self.method].rank
         return (self.lora_rank or own) if own else 0
 
     @property
     def low_rank_in(self) -> tuple[str, ...]:
-        """Which of a layer's matrices have a low-rank update beside their gates."""
+        """Which of a layer's matrices have a low-rank update in addition to their gates."""
         return (self.lora_matrices or self.matrices) if self.gated and self.rank else ()
 
     @property
     def rate(self) -> float:
-        """Learning rate of all that is trained but gates."""
+        """Learning rate of everything that is trained except gates."""
         return self.learning_rate or METHODS[self.method].learning_rate
 
     @property
@@ -264,14 +264,14 @@ class TrainSettings:
         return self.budget or ("vectors" if self.controller == "penalty" else "gates")
 
     def matches(self, metric: Metric) -> bool:
-        """Whether the head is moved at the end, for a task of this metric: Matthews correlation hangs on shares."""
+        """Whether the head is moved at the end, for a task with this metric: Matthews correlation depends on shares."""
         return _unless_asked(self.match_shares, metric == "matthews")
 
     def resolved(self, metric: Metric, *, finetuned: bool) -> "TrainSettings":
-        """Return the settings with what a method and a metric choose: a manifest must not hang on later defaults.
+        """Return the settings with what method and metric choose, so that no manifest depends on later defaults.
 
-        `UsageError` where what is asked of a teacher finds none: answers for texts without labels, from the first step
-        on, or a weight.
+        `UsageError` if something is asked of a teacher and there is none: answers for texts without labels, teaching
+        from the first step, or a weight.
         """
         own = METHODS[self.method]
         if finetuned and own.gated and own.rank:
@@ -306,7 +306,7 @@ class TrainSettings:
         )
 
     def absolute(self) -> "TrainSettings":
-        """Return the settings with local paths made absolute: a run is used from anywhere."""
+        """Return the settings with absolute local paths, so that a run can be used from anywhere."""
         start = _absolute(self.start) if self.start else None
         model = _absolute(self.model) if self.model != "demo" and _is_directory(self.model) else self.model
         return replace(self, data=self.data.absolute(), model=model, start=start)
@@ -317,7 +317,7 @@ class TrainSettings:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "TrainSettings":
-        """Read settings back; `ArtifactError` on a field that is unknown or of a wrong type."""
+        """Read settings back; `ArtifactError` if a field is unknown or has the wrong type."""
         method = {} if "method" in value else _method_of_old(value)
         try:
             matrices = tuple(value.get("matrices", ROLES))
@@ -337,15 +337,15 @@ class TrainSettings:
             )
         except (TypeError, KeyError, UsageError) as error:
             raise ArtifactError(f"settings in the manifest are not understood ({error})") from None
-        if "closing" not in value and settings.gated:  # before it could be chosen it was that of a pretrained model
+        if "closing" not in value and settings.gated:  # before it could be chosen, it was that of a pretrained model
             settings = replace(settings, closing=MethodSpec.closing)
-        if "lora_matrices" not in value:  # whatever had gates had it
+        if "lora_matrices" not in value:  # every matrix with gates had low rank
             settings = replace(settings, lora_matrices=settings.low_rank_in or None)
         return settings
 
 
 def unused_by(settings: TrainSettings) -> dict[str, str]:
-    """Return the names of settings that mean nothing beside others, and to what."""
+    """Return the names of settings that mean nothing beside others, and what they mean nothing to."""
     unused = {}
     if settings.controller == "importance":
         unused["penalty_weight"] = "--controller importance, which has no penalty"
@@ -359,13 +359,13 @@ def unused_by(settings: TrainSettings) -> dict[str, str]:
 
 
 def _method_of_old(value: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a manifest that was written before there were methods; rank 0 stood for gates alone."""
+    """Return the method fields of a manifest older than methods; there, rank 0 stood for gates alone."""
     rank = value.get("lora_rank")
     return {"method": "gates+lora", "lora_rank": rank} if rank else {"method": "gates", "lora_rank": None}
 
 
 def default_run_name(settings: TrainSettings) -> str:
-    """Return the directory name a run gets when none is asked for, e.g. `sst2-roberta-base-s0.3`."""
+    """Return the directory name of a run if none is given, e.g. `sst2-roberta-base-s0.3`."""
     data = settings.data.task or Path(settings.data.train_file or "own").stem
     name = f"s{settings.sparsity:g}" if settings.gated else settings.method
     return f"{data}-{name_of(settings.model)}-{name}"
@@ -381,7 +381,7 @@ def _absolute(path: str) -> str:
 
 
 def _is_directory(name: str) -> bool:
-    """Say whether a model is a directory here; whatever else it may be, is found out where it is opened."""
+    """Return whether a model is a directory here; anything else is found out where it is opened."""
     try:
         return Path(name).expanduser().is_dir()
     except (OSError, ValueError, RuntimeError):
@@ -393,7 +393,7 @@ def _unless_asked(asked: T | None, otherwise: T) -> T:
 
 
 def refuse_below(least: int, **options: int | None) -> None:
-    """Raise one `UsageError` naming every option that is given and below `least`, or above what it may be at most."""
+    """Raise one `UsageError` naming every given option that is below `least`, or above the most it may be."""
     refuse(
         [
             f"{spelled(name)} is {value}, expected {least} {f'to {MOST[name]:,}' if name in MOST else 'or more'}"

@@ -1,10 +1,10 @@
 """What matrix products and index operations cost on a runtime, so that a plan can choose between them.
 
 A closed row or column on the residual side can only be left out by picking inputs (gather) or
-spreading outputs (scatter), and whether that is faster than multiplying by zeros hangs on the
-runtime. The answer comes from a table of measured times (latency.py), or, for a machine that is not
-here, from one figure per runtime: how many multiply-accumulates pass while one number is moved.
-Both are a list of `Entry`, fitted by the same few features.
+spreading outputs (scatter). Whether that is faster than multiplying by zeros depends on the runtime.
+The answer comes from a table of measured times (latency.py) or, for a machine that is not here, from
+one figure per runtime: how many multiply-accumulates take as long as moving one number. Both are a
+list of `Entry`, fitted with the same few features.
 """
 
 import itertools
@@ -23,23 +23,23 @@ from gatepress.errors import ArtifactError
 from gatepress.files import json_text, read_json, replace_file
 
 FORMAT = {"format": "gatepress-latency", "version": 2}
-MAX_SIZE = 1_000_000  # of a side of a matrix, or tokens, in a table that is read
-WORTH = 0.02  # of a matrix that an index operation must save, or it is not taken
+MAX_SIZE = 1_000_000  # limit for a side of a matrix, or for tokens, in a table that is read
+WORTH = 0.02  # fraction of a matrix that an index operation must save to be used
 
 Op = Literal["product", "gather", "again", "scatter"]  # again: a gather from an input that another one reads
 
 
 @dataclass(frozen=True)
 class TargetFacts:
-    """What is known of a runtime without measuring on the machine (benchmarks/notes/kernels.md)."""
+    """What is known about a runtime without measuring on the machine (benchmarks/notes/kernels.md)."""
 
     runtime: Literal["torch", "onnxruntime"]
     device: Literal["cpu", "cuda"]
     macs_per_moved: float  # linear multiply-accumulates in the time that an index operation moves one number
-    multiple: int  # kernels are slower on widths that are no multiple of this
-    equal_widths: bool  # fused attention wants query/key and value/output dimensions of one width
+    multiple: int  # kernels are slower on widths that are not multiples of this
+    equal_widths: bool  # fused attention needs query/key and value/output dimensions of the same width
     int8: bool = False  # weights and products are quantized
-    picks_share: bool = True  # further gathers from one input cost less; int8 loses a shared quantization by them
+    picks_share: bool = True  # further gathers from one input cost less; in int8 they prevent sharing one quantization
 
 
 TARGETS: dict[Target, TargetFacts] = {
@@ -73,19 +73,19 @@ class Costs:
     source: str  # "analytic", or the machine that was measured
     entries: tuple[Entry, ...]
     about: dict[str, Any] = field(default_factory=dict)  # threads, versions
-    tokens: int | None = None  # of a call that is planned for; None: all token counts of the table alike
+    tokens: int | None = None  # of the calls that are planned for; None: all token counts of the table alike
 
     def __post_init__(self) -> None:
-        """Fit at once: `ArtifactError` where an operation has no entry."""
+        """Fit at once, so that an operation without entries raises `ArtifactError`."""
         _ = self._fits
 
     @property
     def facts(self) -> TargetFacts:
-        """What is known of the runtime itself."""
+        """What is known about the runtime itself."""
         return TARGETS[self.target]
 
     def milliseconds(self, op: Op, shape: tuple[int, int]) -> npt.NDArray[np.float64]:
-        """Return the predicted time of one operation on each of the tokens planned for, ascending."""
+        """Return the predicted time of one operation for each token count that is planned for, ascending."""
         times: npt.NDArray[np.float64] = self._fits[op] @ np.array(_features(op, shape))
         return times if self.tokens is None else np.array([np.interp(self.tokens, self._counts, times)])
 
@@ -97,9 +97,9 @@ class Costs:
         gathered: Literal["gather", "again"] | None = None,
         scattered: bool = False,
     ) -> float:
-        """Return the time of a matrix of `kept` [out, in] with its index operations, over that of the `dense` one.
+        """Return the time of a matrix of `kept` [out, in] with its index operations, relative to the `dense` one.
 
-        The mean of the ratio over the tokens planned for.
+        This is the mean of the ratio over the token counts that are planned for.
         """
         time = self.milliseconds("product", kept)
         if gathered:
@@ -115,7 +115,7 @@ class Costs:
 
     @cached_property
     def _fits(self) -> dict[Op, npt.NDArray[np.float64]]:
-        """What a time is of each feature, [token counts, features] by operation."""
+        """The coefficient of each feature in a time, [token counts, features] by operation."""
         return {op: np.stack([self._fitted(op, number) for number in self._counts]) for op in get_args(Op)}
 
     def _fitted(self, op: Op, tokens: int) -> npt.NDArray[np.float64]:
@@ -147,7 +147,7 @@ def analytic(target: Target) -> Costs:
 
 
 def read(path: Path) -> Costs:
-    """Read a table that `save` wrote; `ArtifactError` where it is not one."""
+    """Read a table written by `save`; `ArtifactError` if it is not one."""
     value = read_json(path)
     if value.get("format") != FORMAT["format"] or value.get("version") != FORMAT["version"]:
         raise ArtifactError(
@@ -155,7 +155,7 @@ def read(path: Path) -> Costs:
             f"expected {FORMAT['format']!r} version {FORMAT['version']}; "
             "measure one with gatepress bench --latency-table TARGET"
         )
-    if value.get("target") not in list(TARGETS):  # which may be of a type that has no hash
+    if value.get("target") not in list(TARGETS):  # it may have a type that has no hash
         raise ArtifactError(f"{path}: target is {value.get('target')!r}, expected one of {', '.join(TARGETS)}")
     about = {key: value[key] for key in value if key not in (*FORMAT, "target", "source", "entries")}
     try:
@@ -184,11 +184,11 @@ def _entry(value: dict[str, Any]) -> Entry:
 
 
 def _features(op: Op, shape: tuple[int, int]) -> Sequence[float]:
-    """Return what the time of an operation is linear in."""
+    """Return the features that the time of an operation is linear in."""
     a, b = shape
     return (1.0, float(a), float(b), float(a * b)) if op == "product" else (1.0, float(a), float(b))
 
 
 def rounded(width: int, most: int, *, multiple: int, copies: int = 1) -> int:
-    """Return the least width from `width` to `most` of which `copies` together fill whole multiples."""
+    """Return the least width from `width` to `most` at which `copies` together fill whole multiples."""
     return next((wider for wider in range(width, most + 1) if wider * copies % multiple == 0), width)

@@ -1,15 +1,15 @@
-"""What a model knew before its gates closed, as a teacher of the model whose gates close.
+"""A model before its gates closed, as a teacher of the model whose gates close.
 
-The teacher is the same frozen model with the numbers that were trained so far, all gates open: a copy of a few
-megabytes and one forward pass more. The student should give its logits, and its hidden states behind every
-layer, of the last one that of the first token, which the head reads: a layer that lost half of its neurons is told
-what it should have said, not only what became of it.
+The teacher is the same frozen model with the numbers trained so far and all gates open: a copy of a few megabytes
+and one more forward pass. The student should give the same logits, and the same hidden states after every layer (after
+the last one, those of the first token, which the head reads). So a layer that lost half of its neurons learns what it
+should have computed, not only what became of it.
 
-A teacher answers for any text, labelled or not: for texts that a user has no labels of, and in most rows some words are
-exchanged for others of the batch, a word that stands in its row again alike. The student sees more than the training
-rows, which it would soon know by heart.
-Sentences of exchanged words are seldom acceptable ones, and a student should not learn that of sentences: the logits of
-rows without a label that holds count so that classes are as frequent among them as among labels.
+A teacher answers for any text, labelled or not: for texts that the user has no labels for, and for rows in which some
+words are exchanged for others of the batch. Most rows are such rows. A word that occurs again in its row is exchanged
+alike. So the student sees more than the training rows, which it would soon know by heart.
+Sentences of exchanged words are seldom acceptable ones, and a student should not learn that of sentences. So the logits
+of rows without a valid label are weighted to make classes as frequent among them as among labels.
 """
 
 import copy
@@ -28,22 +28,22 @@ from gatepress.processes import ALONE, Processes
 from gatepress.tasks import TaskSpec
 
 TEMPERATURE = 2.0  # of the logits of classes
-VARIED_ROWS, VARIED_WORDS = 0.7, 0.25  # rows in which words are exchanged, and how many of theirs
-MOST = 4.0  # that one such row counts: classes are counted in a batch, where a rare one may stand once
+VARIED_ROWS, VARIED_WORDS = 0.7, 0.25  # fraction of rows in which words are exchanged, and of the words in them
+MOST = 4.0  # largest weight of such a row: classes are counted in a batch, where a rare one may occur once
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What is known of all training rows, on the device of the model, and what is asked of a student."""
+    """What is known about all training rows, on the device of the model, and what is asked of a student."""
 
-    special: Tensor  # ids of tokens that are no words
+    special: Tensor  # ids of tokens that are not words
     shares: Tensor | None  # of each class among labels [classes]; None: labels are numbers, or nobody asks for them
-    hidden_weight: float  # of the teacher's hidden states, where its logits and the labels have 1 each
-    all_tokens: bool = False  # of the last layer are read
-    processes: Processes = ALONE  # that share the rows of a batch
+    hidden_weight: float  # weight of the teacher's hidden states; its logits and the labels have 1 each
+    all_tokens: bool = False  # whether all tokens of the last layer are read
+    processes: Processes = ALONE  # the processes that share the rows of a batch
 
     @classmethod
-    def of(  # noqa: PLR0913 - what is known of rows, of the model and of the processes
+    def of(  # noqa: PLR0913 - what is known about rows, model and processes
         cls,
         labels: Sequence[Any],
         spec: TaskSpec,
@@ -62,7 +62,7 @@ class Lesson:
 
 
 class Teacher:
-    """The gated model as it is now, all gates open, for later; it shares what is frozen.
+    """The gated model as it is now, with all gates open, for later; it shares everything frozen.
 
     `values` are the trained numbers, by name: those of `model`, unless others are given.
     """
@@ -82,12 +82,12 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, inputs: dict[str, Tensor]) -> Any:
-        """Return the outputs of then, logits and hidden states."""
+        """Return the outputs of the model as it was then, logits and hidden states."""
         return self.model(**inputs, output_hidden_states=True)
 
 
 def _leave_out_(model: nn.Module) -> None:
-    """Take out gates and low rank that do nothing yet, in place: all of them in a teacher that was finetuned."""
+    """Remove gates and low rank that do nothing yet, in place: in a finetuned teacher, all of them."""
     for path, module in list(model.named_modules()):
         if isinstance(module, GatedLinear):
             gates = [gate for gate in (module.gate_in, module.gate_out) if gate is not None]
@@ -97,17 +97,17 @@ def _leave_out_(model: nn.Module) -> None:
 
 
 def learn_from_teacher_(model: nn.Module) -> None:
-    """Set the mode of a student, in place: gates learn, nothing drops out, for no teacher's answer holds that noise."""
+    """Set the mode of a student, in place: gates learn, and nothing drops out, as in the teacher's answers."""
     model.eval()
     for _, gate in gates_of(model):
         gate.train()
 
 
 def varied(inputs: dict[str, Tensor], special: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Return `inputs` with words of most rows exchanged for others of the batch, and which rows are as they were.
+    """Return `inputs` with words of most rows exchanged for others of the batch, and which rows are unchanged.
 
-    A word that stands in a row again is exchanged alike: two texts of a pair go on having their words in common.
-    `special` holds the ids of tokens that stay where they are. Labels hold only where nothing was exchanged
+    A word that occurs again in its row is exchanged alike, so two texts of a pair keep the words they have in common.
+    `special` holds the ids of tokens that stay where they are. Labels are valid only for unchanged rows
     ([batch] bool).
     """
     ids = inputs["input_ids"]
@@ -116,7 +116,7 @@ def varied(inputs: dict[str, Tensor], special: Tensor) -> tuple[dict[str, Tensor
     rows = torch.rand(len(ids), device=ids.device) < VARIED_ROWS
     if not len(words):
         return inputs, torch.ones_like(rows)
-    first = (ids[:, :, None] == ids[:, None, :]).byte().argmax(-1)  # where in its row each word stands first
+    first = (ids[:, :, None] == ids[:, None, :]).byte().argmax(-1)  # where each word occurs first in its row
     drawn = (torch.rand(ids.shape, device=ids.device) < VARIED_WORDS).gather(1, first)
     others = words[torch.randint(len(words), ids.shape, device=ids.device)].gather(1, first)
     here = is_word & rows[:, None] & drawn
@@ -124,12 +124,12 @@ def varied(inputs: dict[str, Tensor], special: Tensor) -> tuple[dict[str, Tensor
 
 
 def balanced(teacher: Any, labels: Tensor, known: Tensor, same: Tensor, lesson: Lesson) -> Tensor:
-    """Return how much the logits of each row count [batch], from a teacher's outputs and `labels` [batch].
+    """Return the weight of each row's logits [batch], from a teacher's outputs and `labels` [batch].
 
-    Rows whose label is not `known`, or that are not the `same` any more, count so that a class has the share among them
-    that it has among labels: those of the batch, for rows without one the shares of all in `lesson`. Those of a class
-    that is rarer than a quarter of that, less. With numbers all rows count alike. Of several processes each has rows of
-    the batch, and classes are counted in all of it.
+    Rows whose label is not `known`, or that are no longer the `same`, are weighted so that a class has the share among
+    them that it has among labels: those of the batch and, for rows without one, the shares of all in `lesson`. A class
+    that is rarer than a quarter of that stays below it. With numbers, all rows have the same weight. If there are
+    several processes, each has rows of the batch, and classes are counted over all of it.
     """
     rows = torch.ones(len(labels), device=labels.device)
     shares = lesson.shares
@@ -147,9 +147,9 @@ def balanced(teacher: Any, labels: Tensor, known: Tensor, same: Tensor, lesson: 
 
 
 def logit_distances(student: Any, teacher: Any, spec: TaskSpec) -> Tensor:
-    """Return how far the logits of each row lie from a teacher's [batch].
+    """Return the distance of each row's logits from a teacher's [batch].
 
-    Kullback-Leibler divergence of classes at a temperature; squared error of a number.
+    Kullback-Leibler divergence for classes, at a temperature; squared error for numbers.
     """
     if spec.label_names is None:
         apart: Tensor = student.logits.float() - teacher.logits.float()
@@ -159,7 +159,7 @@ def logit_distances(student: Any, teacher: Any, spec: TaskSpec) -> Tensor:
 
 
 def of_classes(logits: Tensor) -> Tensor:
-    """Return float32 logits of all classes [batch, classes]; one output is that of the second of two, counted from 0.
+    """Return float32 logits of all classes [batch, classes]; of two from a single output, the first is 0.
 
     Its cross entropy is the binary one of its sigmoid.
     """
@@ -168,9 +168,9 @@ def of_classes(logits: Tensor) -> Tensor:
 
 
 def hidden_distances(student: Any, teacher: Any, mask: Tensor, *, whole: bool = False) -> Tensor:
-    """Return how far the hidden states behind each layer lie from a teacher's, on the tokens of `mask` [layers].
+    """Return the distance of the hidden states after each layer from a teacher's, on the tokens of `mask` [layers].
 
-    Of the last layer the first token alone counts, unless the `whole` of it is read: most heads read no other.
+    In the last layer only the first token counts, unless the `whole` of it is read: most heads read no other.
     """
     *inner, last = zip(student.hidden_states[1:], teacher.hidden_states[1:], strict=True)
     tokens = mask.flatten().nonzero()[:, 0]
@@ -184,6 +184,6 @@ def hidden_distances(student: Any, teacher: Any, mask: Tensor, *, whole: bool = 
 
 
 def relative_distance(x: Tensor, y: Tensor) -> Tensor:
-    """Return the mean squared error of x over the variance of y, of one shape."""
+    """Return the mean squared error of x over the variance of y, both of one shape."""
     wanted = y.float()
     return functional.mse_loss(x.float(), wanted) / wanted.var()

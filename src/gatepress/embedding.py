@@ -1,7 +1,7 @@
-"""Embedders: encoders whose answer to a text is one vector, in the files that sentence-transformers reads.
+"""Embedders: encoders that answer a text with one vector, in the files that sentence-transformers reads.
 
-How hidden states become a vector stands in `config.embedding`, of models from elsewhere in the `modules.json` beside
-the configuration. The vector is what an embedder gives as its `logits`, by which all forms of a model are compared.
+How hidden states become a vector is in `config.embedding` or, for models from elsewhere, in the `modules.json` beside
+the configuration. An embedder returns the vector as its `logits`, by which all forms of a model are compared.
 """
 
 import functools
@@ -29,19 +29,19 @@ PROMPTS_FILE = "config_sentence_transformers.json"
 # file -> its keys
 _HANDED_ON = {LENGTH_FILE: ("max_seq_length",), PROMPTS_FILE: ("prompts", "default_prompt_name", "similarity_fn_name")}
 POOLINGS = ("mean", "cls")
-_OLD_NAMES = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}  # before one key named the mode
+_OLD_NAMES = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}  # used before one key named the mode
 _PARTS = (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
 _MODULES = "sentence_transformers.models."
 
-# {"pooling": one of POOLINGS, "normalize": bool}, and what is handed on where a directory says so
+# {"pooling": one of POOLINGS, "normalize": bool}, and what is passed on if a directory says so
 Embedding = dict[str, Any]
 
 
 class Embedder(PreTrainedModel):
-    """An encoder and how its hidden states become one vector a text; mixed in before a family's own base class."""
+    """An encoder and how its hidden states become one vector per text; mixed in before a family's own base class."""
 
     encoder_class: Any
-    _keys_to_ignore_on_load_unexpected = ["pooler"]  # noqa: RUF012 - transformers' own; of a head that no embedder has
+    _keys_to_ignore_on_load_unexpected = ["pooler"]  # noqa: RUF012 - transformers' own; embedders have no head
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -59,7 +59,7 @@ class Embedder(PreTrainedModel):
         token_type_ids: Tensor | None = None,
         output_hidden_states: bool | None = None,  # noqa: FBT001 - as transformers calls it
     ) -> SequenceClassifierOutput:
-        """Map inputs [batch, length] to vectors [batch, hidden], as `logits`; they have length 1 where normalized."""
+        """Map inputs [batch, length] to vectors [batch, hidden], as `logits`; they have length 1 if normalized."""
         given = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         out = self.base_model(input_ids, attention_mask, output_hidden_states=output_hidden_states, **given)
         hidden = out.last_hidden_state.float()
@@ -77,7 +77,7 @@ class Embedder(PreTrainedModel):
 
 @functools.cache
 def embedder_class(model_type: str) -> Any:
-    """Return the class of embedders of a dense or pruned `model_type`; `ModelError` where it is of no known family."""
+    """Return the class of embedders of a dense or pruned `model_type`; `ModelError` if its family is not known."""
     family = family_named(model_type)
     encoder = model_class(family, stock=family.model_type == model_type, head=False)
     parent = next(kind for kind in encoder.__mro__ if kind.__name__ == f"{family.class_prefix}PreTrainedModel")
@@ -86,23 +86,23 @@ def embedder_class(model_type: str) -> Any:
 
 
 def embeds(model: Any) -> bool:
-    """Say whether a model gives vectors."""
+    """Return whether a model gives vectors."""
     return isinstance(model, Embedder)
 
 
 def reads_all(model: Any) -> bool:
-    """Say whether all tokens of the last layer are read, not the first one alone."""
+    """Return whether all tokens of the last layer are read, and not only the first one."""
     return embeds(model) or not reads_first_token(model.config)
 
 
 def as_saved(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the part of a model that its directory holds: of an embedder the encoder, as sentence-transformers has."""
+    """Return the part of a model that its directory holds: of an embedder the encoder, as in sentence-transformers."""
     saved: Any = model.base_model if embeds(model) else model
     return saved  # type: ignore[no-any-return]
 
 
 def is_embedder(directory: Path) -> bool:
-    """Say whether a model directory holds an embedder of a known family: one that says so, and of parts known here."""
+    """Return whether a directory declares itself an embedder, is of a known family and has only parts known here."""
     config = read_json(directory / "config.json")
     if row_of(config.get("model_type")) is None:
         return False
@@ -113,9 +113,9 @@ def is_embedder(directory: Path) -> bool:
 
 
 def embedding_of(directory: Path) -> Embedding:
-    """Return how the hidden states of a model become vectors; the mean of all tokens, where its directory says nothing.
+    """Return how the hidden states of a model become vectors; the mean of all tokens if its directory says nothing.
 
-    Raises `ModelError` where it has parts or ways that gatepress does not know.
+    Raises `ModelError` if it has parts or modes that gatepress does not know.
     """
     own: Embedding | None = read_json(directory / "config.json").get("embedding")
     if own:
@@ -136,16 +136,16 @@ def embedding_of(directory: Path) -> Embedding:
 
 
 def activation_of(directory: Path) -> str | None:
-    """Return what sentence-transformers computes of a reranker's number; None: its directory does not say.
+    """Return the function that sentence-transformers applies to a reranker's number; None: its directory does not say.
 
-    Only functions of torch count: the name is one of a class to import.
+    Only functions of torch count, because the name is one of a class to import.
     """
     name = _said(directory / PROMPTS_FILE).get("activation_fn")
     return name if isinstance(name, str) and re.fullmatch(r"torch\.nn(\.\w+)+", name) else None
 
 
 def tell_of_prompt(directory: Path, embedding: Embedding) -> None:
-    """Warn where sentence-transformers would put words before each text that gatepress does not."""
+    """Warn if sentence-transformers would put words before each text that gatepress does not."""
     name = embedding.get("default_prompt_name")
     if name:
         logger.warning(
@@ -176,12 +176,12 @@ def write_modules(directory: Path, embedding: Embedding, width: int) -> list[str
 
 
 def _said(file: Path) -> dict[str, Any]:
-    """Return what a file of sentence-transformers says; nothing where it is not there."""
+    """Return what a file of sentence-transformers says; empty if there is none."""
     return read_json(file) if file.is_file() else {}
 
 
 def _pooling(directory: Path) -> str:
-    """Return which of `POOLINGS` the directory of that part says; `ModelError` where it is another, or are several."""
+    """Return which of `POOLINGS` the directory of that part names; `ModelError` if it is another one, or several."""
     said = read_json(directory / "config.json")
     modes = [key for key, value in said.items() if key.startswith("pooling_mode_") and value]
     old = [name for name, key in _OLD_NAMES.items() if [key] == modes]
@@ -196,7 +196,7 @@ def _parts(directory: Path) -> list[str]:
 
 
 def _modules(directory: Path) -> list[dict[str, str]]:
-    """Return the parts that `modules.json` lists; `ModelError` where it is no such list, or a part lies elsewhere."""
+    """Return the parts that `modules.json` lists; `ModelError` if it is no such list, or a part lies elsewhere."""
     file = directory / MODULES_FILE
     fault = ModelError(f"{file}: is no list of the parts of an embedder, which lie beside it; mend it")
     try:

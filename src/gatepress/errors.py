@@ -1,7 +1,7 @@
 """Everything that can go wrong for a user, as one small tree.
 
-Every message says what is wrong, what was found, what was expected and how to mend it, in the
-spelling of the command line. The command line prints it as one line and exits with `exit_code`.
+Every message says what is wrong, what was found, what was expected and how to fix it, in the spelling
+of the command line. The command line prints it as one line and exits with `exit_code`.
 """
 
 import re
@@ -11,9 +11,9 @@ _LONGEST = 300  # characters of what a library says
 
 
 def reason_of(error: BaseException, *, lines: int | None = None) -> str:
-    """Return what a library said, or its first `lines`, as a part of one line: without colours, cut short.
+    """Return what a library said, or its first `lines`, as a part of one line: without colours, shortened.
 
-    Its class where it said nothing.
+    If it said nothing, returns the class of the error.
     """
     said = _COLOURS.sub("", str(error)).strip().splitlines()[:lines]
     return " ".join(" ".join(said).split())[:_LONGEST] or type(error).__name__
@@ -40,7 +40,7 @@ class ModelError(GatepressError):
 
 
 class HubError(GatepressError):
-    """A model or data hub could not be reached, and nothing local answers in its place."""
+    """A model or data hub could not be reached, and nothing local can stand in."""
 
 
 class ArtifactError(GatepressError):
@@ -48,7 +48,7 @@ class ArtifactError(GatepressError):
 
 
 class OutputError(GatepressError):
-    """The result cannot be written: it exists already, the disk is full, access is denied."""
+    """The result cannot be written: it already exists, the disk is full, or access is denied."""
 
 
 class ParityError(GatepressError):
@@ -56,15 +56,15 @@ class ParityError(GatepressError):
 
 
 class MetricDropError(GatepressError):
-    """A smaller form of a model loses more of its metric than was allowed; nothing was written."""
+    """A smaller form of a model loses more of its metric than allowed; nothing was written."""
 
 
 class DeviceError(GatepressError):
-    """The asked device is not on this machine."""
+    """The requested device is not on this machine."""
 
 
 class ProcessError(GatepressError):
-    """Another process of the same training has ended before its time."""
+    """Another process of the same training ended too early."""
 
 
 class MissingExtraError(GatepressError):

@@ -30,7 +30,7 @@ from gatepress.tasks.sources import Rows, load_rows
 
 logger = logging.getLogger(__name__)
 
-MAX_LENGTH = 128  # tokens, where neither the user nor a manifest says
+MAX_LENGTH = 128  # tokens, if neither the user nor a manifest says
 
 Loaders = Mapping[str, DataLoader[Any]]  # split name -> padded batches of tensors, "labels" among them
 Predict = Callable[[dict[str, torch.Tensor]], npt.NDArray[np.float32]]  # inputs -> logits [batch, labels]
@@ -52,11 +52,11 @@ def evaluate(  # noqa: PLR0913 - every option of the command is one
     """Measure what `runtime.open_runner` opens on the validation rows.
 
     A torch model computes in `precision`. `against` is measured on the same rows, in float32 and with its own
-    tokenizer, and the difference is told.
+    tokenizer, and the difference is reported.
 
-    `data` None: the rows that the directory's manifest names, with `changes` to these settings; `max_length` None: its
-    own, else 128 tokens. Raises `UsageError` where neither names rows, `ModelError` where the model has no head
-    for the task, `ArtifactError` on a malformed manifest, and what opening and loading raise.
+    `data` None: the rows that the directory's manifest names, with `changes` to these settings. `max_length` None: its
+    own, or else 128 tokens. Raises `UsageError` if neither names rows, `ModelError` if the model has no head for the
+    task, `ArtifactError` on a malformed manifest, and what opening and loading raise.
     """
     refuse_below(1, batch_size=batch_size, max_length=max_length)
     runner = open_runner(target, device=device, precision=precision, trust_remote_code=trust_remote_code)
@@ -65,7 +65,7 @@ def evaluate(  # noqa: PLR0913 - every option of the command is one
     dials: dict[str, Any] = {"max_length": max_length, "trust_remote_code": trust_remote_code}
     basis = basis_of(runner, target, data=data, changes=changes, **dials)
     rival: tuple[Runner, PreTrainedTokenizerBase] | None = None
-    if against is not None:  # opened before anything is measured: what is wrong with it is told at once
+    if against is not None:  # opened before anything is measured, so that errors show at once
         other = open_runner(against, device=device, trust_remote_code=trust_remote_code)
         rival = other, _tokenizer_of(other, against, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"batch_size": batch_size, "max_length": basis.max_length, "progress": progress}
@@ -91,7 +91,7 @@ def evaluate(  # noqa: PLR0913 - every option of the command is one
 
 @dataclass(frozen=True)
 class Basis:
-    """What a model is measured on."""
+    """The rows, tokenizer and length that a model is measured with."""
 
     data: DataSettings
     rows: Rows
@@ -99,7 +99,7 @@ class Basis:
     max_length: int  # tokens
 
 
-def basis_of(  # noqa: PLR0913 - what `evaluate` is asked of its rows
+def basis_of(  # noqa: PLR0913 - what `evaluate` can be asked about its rows
     runner: Runner,
     target: str | Path,
     *,
@@ -108,7 +108,7 @@ def basis_of(  # noqa: PLR0913 - what `evaluate` is asked of its rows
     max_length: int | None = None,
     trust_remote_code: bool = False,
 ) -> Basis:
-    """Return the validation rows, tokenizer and length that fit an open model; raises as `evaluate`."""
+    """Return the validation rows, tokenizer and length that fit an open model; raises what `evaluate` raises."""
     manifest = runner.manifest or {}
     spec = TaskSpec.from_json(manifest["task"]) if manifest.get("task") else None
     settings = (data or replace(_settings(manifest.get("data"), target), **(changes or {}))).absolute()
@@ -118,7 +118,7 @@ def basis_of(  # noqa: PLR0913 - what `evaluate` is asked of its rows
 
 
 def _tokenizer_of(runner: Runner, target: str | Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of an open model; `ModelError` where that cannot be measured on texts."""
+    """Return the tokenizer of an open model; `ModelError` if that cannot be measured on texts."""
     if runner.head_is_random:
         raise ModelError(
             f"{target}: has no task head of its own, so there is nothing to measure; train one first, or, of an "
@@ -147,7 +147,7 @@ def evaluate_runner(  # noqa: PLR0913 - each is a dial of the measurement
     max_length: int = MAX_LENGTH,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Return the metric of an open model on rows, each text cut at `max_length` tokens."""
+    """Return the metric of an open model on rows, each text truncated to `max_length` tokens."""
     spec = rows.spec
     if runner.embeds != spec.embeds:
         kinds = [f"{'an embedder' if one else 'a model with a head'}" for one in (runner.embeds, spec.embeds)]
@@ -185,8 +185,8 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Return the metric of a torch model on its own device.
 
-    Afterwards all its parts are in the mode that the model as a whole was in: who sets some of them apart, as
-    `distill.learn_from_teacher_` does with gates, does so again.
+    Afterwards all parts are in the mode of the model as a whole: callers that set some of them apart, as
+    `distill.learn_from_teacher_` does with gates, must do so again.
     """
     with _predicting(model) as predict:
         return score(predict, loaders, spec, processes=processes)
@@ -202,7 +202,7 @@ def outputs_of(
 
 @contextmanager
 def _predicting(model: PreTrainedModel) -> Iterator[Predict]:
-    """Give what computes the logits of a torch model on its own device, without dropout."""
+    """Yield a function that computes the logits of a torch model on its own device, without dropout."""
 
     def predict(inputs: dict[str, torch.Tensor]) -> npt.NDArray[np.float32]:
         on_device = {name: value.to(model.device) for name, value in inputs.items()}
@@ -244,7 +244,7 @@ def score(
 ) -> dict[str, Any]:
     """Return `metric_name`, `metric_value` over all splits together, `metrics_by_split`, `examples`.
 
-    Several processes share the batches, and each returns the same.
+    Several processes share the batches, and each returns the same result.
     """
     progress = progress or NoProgress()
     outputs: dict[str, tuple[npt.NDArray[Any], ...]] = {}
@@ -253,7 +253,7 @@ def score(
     try:
         for name, loader in loaders.items():
             logits, labels = _outputs(predict, loader, processes, progress)
-            queries = queries_of(loader) + seen  # of two splits no two are the same
+            queries = queries_of(loader) + seen  # no two splits share a query
             seen += len(labels)
             if spec.embeds:  # rows are texts, the first ones of all pairs before the second ones
                 logits, labels, queries = cosines(logits), labels[: len(labels) // 2], queries[: len(labels) // 2]
@@ -271,7 +271,7 @@ def score(
 
 
 def _settings(data: Any, target: str | Path) -> DataSettings:
-    """Return the manifest's rows; `UsageError` where there is none to name them."""
+    """Return the data settings of the manifest; `UsageError` if there is no manifest to name rows."""
     if data is None:
         raise UsageError(f"{target}: does not say what to measure on; give --task NAME or --validation-file FILE")
     try:
@@ -283,7 +283,7 @@ def _settings(data: Any, target: str | Path) -> DataSettings:
 def _columns(runner: Runner, spec: TaskSpec) -> list[int]:
     """Return which output stands for each label of the task: models from elsewhere order them differently.
 
-    Where they are called otherwise their order is believed, with a warning.
+    If they have other names, their order is trusted, with a warning.
     """
     names, own = spec.label_names or (), runner.label_names or ()
     for wanted, given in ((names, own), (folded(names), folded(own))):

@@ -1,6 +1,6 @@
-"""From a model in torch to an ONNX directory; where ONNX Runtime disagrees with torch, nothing is kept.
+"""From a model in torch to an ONNX directory; if ONNX Runtime disagrees with torch, nothing is kept.
 
-On request the graph is quantized once it agrees.
+On request, the graph is quantized once it agrees.
 """
 
 import logging
@@ -54,15 +54,14 @@ def export(  # noqa: PLR0913 - every option of the command is one
     progress: Progress | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Write `source` (anything torch runs: a run, a pruned directory, any model) as an ONNX directory.
+    """Write `source` (anything that torch runs: a run, a pruned directory, any model) as an ONNX directory.
 
-    `opset` None: the exporter's own choice. ONNX Runtime must agree with torch within `max_diff` on
-    random rows of several shapes, and on the run's probe rows where there are some; else
-    `ParityError`. With `quantize` that float32 graph is then quantized, and unless `measure` is off measured
-    against itself, on the rows of `data`, or on those that the source names with `changes` to their settings;
-    `MetricDropError` where the metric drops by more than `max_metric_drop`. Also raises `UsageError`, `ModelError`
-    where the model cannot be exported or quantized, and what `open_runner` raises. Nothing is written unless all
-    went well.
+    `opset` None: the exporter's own choice. ONNX Runtime must agree with torch within `max_diff` on random rows of
+    several shapes, and on the run's probe rows if there are any; otherwise `ParityError`. With `quantize`, that float32
+    graph is then quantized and, unless `measure` is off, both are measured on the rows of `data`, or on those that the
+    source names, with `changes` to their settings. `MetricDropError` if the metric drops by more than
+    `max_metric_drop`. Also raises `UsageError`, `ModelError` if the model cannot be exported or quantized, and what
+    `open_runner` raises. Nothing is written unless all of this succeeds.
     """
     _check(opset, max_diff, quantize, max_metric_drop)
     rows = {name: value for name, value in (asdict(data) if data else changes or {}).items() if value is not None}
@@ -88,7 +87,7 @@ def export(  # noqa: PLR0913 - every option of the command is one
         bound: dict[str, str] = {}
         if runner.tokenizer_dir is not None:
             tokenizer = open_tokenizer(runner.tokenizer_dir, trust_remote_code=trust_remote_code)
-            if tokenizer.init_kwargs.get("auto_map"):  # what gatepress writes asks nobody to run code
+            if tokenizer.init_kwargs.get("auto_map"):  # what gatepress writes must not ask anyone to run code
                 logger.warning("%s: its tokenizer has code of its own, so none is written beside the graph", source)
             else:
                 bound = save_tokenizer(tokenizer, staged)
@@ -100,7 +99,7 @@ def export(  # noqa: PLR0913 - every option of the command is one
             size = _size(staged)
             quantized = quantize_file_(model_file)
             slim(model_file)
-            after = open_runner(model_file)  # `exact` stays open, though its file is gone
+            after = open_runner(model_file)  # `exact` stays open although its file is gone
             quantized["logit_diff"] = {
                 kind: quantized_difference(exact, after, batches) if batches else None
                 for kind, batches in (("random", random), ("probe", real))
@@ -150,7 +149,7 @@ def export(  # noqa: PLR0913 - every option of the command is one
 
 
 def _opened(file: Path, opset: int | None) -> Runner:
-    """Open what was exported; `UsageError` where it cannot be of the operator set that was asked for."""
+    """Open the exported graph; `UsageError` if it does not have the operator set that was asked for."""
     try:
         runner = open_runner(file)
     except ArtifactError as error:
@@ -161,7 +160,7 @@ def _opened(file: Path, opset: int | None) -> Runner:
             "give a smaller one, or leave it out"
         ) from error
     if opset is not None and (made := opset_of(onnx.load(file, load_external_data=False))) != opset:
-        # what cannot be converted, the exporter leaves as it is
+        # the exporter leaves what it cannot convert as it is
         raise UsageError(f"--opset is {opset}, of which torch makes a graph of {made}; give {made}, or leave it out")
     return runner
 
@@ -169,7 +168,7 @@ def _opened(file: Path, opset: int | None) -> Runner:
 def _basis(runner: Runner, source: str | Path, *, needed: bool, **asked: Any) -> Basis | None:
     """Return the rows that were asked for, or those that the manifest names.
 
-    None, and a note why, where they cannot be had; an error where an option `needed` them.
+    None, and a note that says why, if they cannot be had; an error if an option `needed` them.
     """
     try:
         return basis_of(runner, source, **asked)
@@ -181,7 +180,7 @@ def _basis(runner: Runner, source: str | Path, *, needed: bool, **asked: Any) ->
 
 
 def _measured_on(runner: Runner, basis: Basis | None) -> dict[str, Any]:
-    """Return `task`, `data` and `max_length` of the source, else of the rows that it was measured on."""
+    """Return `task`, `data` and `max_length` of the source, or else of the rows that it was measured on."""
     known = {key: (runner.manifest or {}).get(key) for key in ("task", "data", "max_length")}
     if known["task"] is None and basis is not None:
         known = {"task": basis.rows.spec.to_json(), "data": asdict(basis.data), "max_length": basis.max_length}
@@ -191,7 +190,7 @@ def _measured_on(runner: Runner, basis: Basis | None) -> dict[str, Any]:
 def _metric(
     before: Runner, after: Runner, basis: Basis | None, limit: float | None, progress: Progress | None
 ) -> dict[str, Any]:
-    """Return the metric of both forms and their difference, positive where int8 is worse; None: no rows.
+    """Return the metric of both forms and their difference, positive if int8 is worse; None without rows.
 
     Raises `MetricDropError` above `limit`.
     """
@@ -243,15 +242,15 @@ def _kept_rows(runner: TorchRunner, run: Path) -> Batch:
 
 
 def _config(model: PreTrainedModel) -> dict[str, Any]:
-    """Return a configuration for tools that read one beside an ONNX file: the family's own type.
+    """Return a configuration for tools that read one beside an ONNX file: of the family's own type.
 
-    The graph holds the real widths, so what describes the pruned torch class stays behind.
+    The graph holds the real widths, so what describes the pruned torch class is left out.
     """
     with model_errors(type(model).__name__):
         values: dict[str, Any] = model.config.to_diff_dict()
     for name in ("auto_map", "gatepress", "_name_or_path"):
         values.pop(name, None)
-    if values.get("id2label"):  # whatever they are, tools read texts and counts
+    if values.get("id2label"):  # whatever type they have, tools read texts and counts
         values["id2label"], values["label2id"] = named(in_order(values["id2label"]))
     values["model_type"] = dense_type(model.config.model_type)
     values["architectures"] = [type(model).__name__.removeprefix("Gatepress")]

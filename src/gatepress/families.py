@@ -1,8 +1,8 @@
-"""What is q, k, v, o, up and down in each model family: pure data, one row a family.
+"""What is q, k, v, o, up and down in each model family: pure data, one row per family.
 
 A row names modules by their paths: `layers` below the base model, all others below one layer.
 To add a family, add its row here, its three classes in `modeling_gatepress.py` and its tiny model in
-the tests' fixture; nothing else in gatepress knows families.
+the tests' fixture; nothing else in gatepress depends on families.
 """
 
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ class FamilySpec:
     model_type: str  # `config.model_type` of the dense model
     class_prefix: str  # `<prefix>ForSequenceClassification` is the stock class
     layers: str  # the list of layers, below the base model
-    attention: str  # the module that splits heads; its class is swapped when widths change
+    attention: str  # the module that splits heads; its class is replaced when widths change
     q: str
     k: str
     v: str
@@ -27,23 +27,23 @@ class FamilySpec:
     down: str
     heads_attribute: str  # on the config
     intermediate_attribute: str  # on the config
-    positions_behind: Literal["padding"] | int | None = None  # positions are numbered from behind this id: fewer fit
-    position_scores: str | None = None  # on the config: products with positions that scores are the sum of as well
+    positions_behind: Literal["padding"] | int | None = None  # positions are numbered from after this id, so fewer fit
+    position_scores: str | None = None  # on the config: products with positions that scores also sum
     activation_attribute: str = "hidden_act"  # on the config
-    qkv: str | None = None  # one matrix that holds the rows of q, k and v; they lie beside it where it is split
-    paired: tuple[str, ...] = ()  # roles whose rows go by two: of q and k half a head apart, of up half of all rows
+    qkv: str | None = None  # one matrix that holds the rows of q, k and v; once split, they lie beside it
+    paired: tuple[str, ...] = ()  # roles whose rows come in pairs: half a head apart in q and k, half of up
 
     def path(self, role: str) -> str:
         """Return the path of a role's matrix below one layer."""
         return str(getattr(self, role))
 
     def first_position(self, pad_token_id: int | None) -> int:
-        """Return where the first token stands in the position table: so many tokens fewer fit than it has rows."""
+        """Return the row of the first token in the position table: so many tokens fewer fit than it has rows."""
         behind = (pad_token_id or 0) if self.positions_behind == "padding" else self.positions_behind
         return 0 if behind is None else behind + 1
 
     def scores(self, config: Any) -> int:
-        """Return how many products a score is the sum of: queries with keys, and those with positions."""
+        """Return the number of products whose sum is a score: queries with keys, and those with positions."""
         return 1 + len((self.position_scores and getattr(config, self.position_scores, None)) or ())
 
 
@@ -77,7 +77,7 @@ MPNET = replace(
 )
 DEBERTA = replace(
     BERT,
-    model_type="deberta-v2",  # DeBERTa-v3 too
+    model_type="deberta-v2",  # and DeBERTa-v3
     class_prefix="DebertaV2",
     q="attention.self.query_proj",
     k="attention.self.key_proj",
@@ -124,10 +124,10 @@ FAMILIES: dict[str, FamilySpec] = {
 
 
 def dense_type(model_type: object) -> str:
-    """Return the `model_type` that a dense or pruned one has before it is pruned."""
+    """Return the `model_type` of the dense model for a dense or pruned `model_type`."""
     return str(model_type).removeprefix("gatepress_").replace("_", "-")
 
 
 def row_of(model_type: object) -> FamilySpec | None:
-    """Return the row of a dense or pruned `model_type`; None where it has none."""
+    """Return the row of a dense or pruned `model_type`; None if it has none."""
     return FAMILIES.get(dense_type(model_type))

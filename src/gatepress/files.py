@@ -1,4 +1,4 @@
-"""Writing so that nothing is ever half there: temp name, fsync, rename. Standard library only."""
+"""Write so that nothing is ever half there: temporary name, fsync, rename. Standard library only."""
 
 import contextlib
 import errno
@@ -19,20 +19,20 @@ from gatepress.errors import ArtifactError, GatepressError, OutputError, UsageEr
 
 MAX_JSON_BYTES = 64 * 1024 * 1024
 RUN_FILE, PRUNED_FILE, ONNX_FILE = "gatepress_run.json", "gatepress_pruned.json", "gatepress_onnx.json"
-_MANIFESTS = (RUN_FILE, PRUNED_FILE, ONNX_FILE)  # what makes a directory a run, a pruned model, an ONNX model of ours
+_MANIFESTS = (RUN_FILE, PRUNED_FILE, ONNX_FILE)  # what makes a directory a run, a pruned model or an ONNX model of ours
 _TEMPORARY = "gatepress-tmp-"
-_UNIQUE = "[a-z0-9_]" * 8  # what `tempfile` makes names unique with, as a pattern
-_WRITTEN = (  # beside a manifest and what that names: early releases named no tokenizers
+_UNIQUE = "[a-z0-9_]" * 8  # pattern of the unique part of names made by `tempfile`
+_WRITTEN = (  # beside a manifest and what it names: early releases named no tokenizers
     *(*_MANIFESTS, "gates-*.safetensors", "state-*.safetensors", "probe.safetensors"),
     *("model.safetensors", "config.json", "model.onnx", "model.onnx.data"),
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
     *("*.model", "chat_template.jinja"),
 )
-_WRITTEN_WITH_PRUNED = ("README.md", "modeling_gatepress.py")  # elsewhere somebody else's
+_WRITTEN_WITH_PRUNED = ("README.md", "modeling_gatepress.py")  # elsewhere such files belong to somebody else
 
 
 def expanded(path: str) -> Path:
-    """Return a path with `~` and `~name` written out; `UsageError` where nobody is called so."""
+    """Return a path with `~` and `~name` expanded; `UsageError` if there is no such user."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -40,7 +40,7 @@ def expanded(path: str) -> Path:
 
 
 def behind_link(target: Path) -> Path:
-    """Return where a symbolic link points to, or `target` where it is none: what is replaced is not the link."""
+    """Return the target of a symbolic link, or `target` if it is not one: the link itself is never replaced."""
     return target.resolve() if target.is_symlink() else target
 
 
@@ -51,7 +51,7 @@ def sha256_of(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read one JSON object, bounded in size; `ArtifactError` where it is not one."""
+    """Read one JSON object of limited size; `ArtifactError` if it is not one."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ArtifactError(f"{path}: larger than {MAX_JSON_BYTES} bytes, not a gatepress file")
@@ -71,7 +71,7 @@ def json_text(value: dict[str, Any]) -> str:
 
 
 def _os_error_in(error: Exception) -> OSError | None:
-    """Return the `OSError` that an exception is, or that a library written in Rust only tells of."""
+    """Return the `OSError` that an exception is, or that a library written in Rust only mentions."""
     if isinstance(error, OSError):
         return error
     told = re.search(r"\(os error (\d+)\)", str(error))  # safetensors and tokenizers
@@ -79,13 +79,13 @@ def _os_error_in(error: Exception) -> OSError | None:
 
 
 def temporary_directory() -> tempfile.TemporaryDirectory[str]:
-    """Return a directory for what is only built to be timed; `explained` knows it, and names `TMPDIR` there."""
+    """Return a directory for what is built only to be timed; `explained` recognises it and names `TMPDIR` for it."""
     return tempfile.TemporaryDirectory(prefix=_TEMPORARY)
 
 
 @contextlib.contextmanager
 def explained(target: Path, *, way: str = "with -o") -> Iterator[None]:
-    """Turn an `OSError` while writing `target` into one `OutputError` with the remedy, and the `way` to it."""
+    """Turn an `OSError` while writing `target` into one `OutputError` with the remedy, and the `way` to apply it."""
     try:
         yield
     except GatepressError:
@@ -98,7 +98,7 @@ def explained(target: Path, *, way: str = "with -o") -> Iterator[None]:
 
 
 def cannot_write(target: Path, error: OSError, *, way: str = "with -o") -> OutputError:
-    """Return what to raise where writing `target` failed: the remedy for `error`, and the `way` to it."""
+    """Return the error for a failed write of `target`, with the remedy for `error` and the `way` to apply it."""
     way = "with TMPDIR" if any(part.startswith(_TEMPORARY) for part in target.parts) else way
     remedy = {
         errno.ENOSPC: "free some space or choose another disk",
@@ -118,7 +118,7 @@ def _open_to_readers(path: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Bring a file or directory to the disk; readable as the umask says."""
+    """Flush a file or directory to the disk, readable as the umask says."""
     _open_to_readers(path)
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -128,14 +128,14 @@ def _flush(path: Path) -> None:
 
 
 def sync_tree(directory: Path) -> None:
-    """Flush every file below `directory`, and the directories, to the disk; readable as the umask says."""
+    """Flush every file below `directory`, and the directories, to the disk, readable as the umask says."""
     for path in [*directory.rglob("*"), directory]:
         _flush(path)
 
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yield a name beside `path` for what replaces it, whole, when the block ends well, else vanishes."""
+    """Yield a name beside `path`; what is written there replaces it as a whole if the block succeeds, or is removed."""
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -156,9 +156,9 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def check_output(target: Path, *, force: bool, reads: Iterable[str | Path | None] = ()) -> None:
-    """Refuse a target that exists unless `force`, or that cannot be replaced; called before any long work starts.
+    """Refuse a target that exists unless `force`, or that cannot be replaced; call it before any long work starts.
 
-    What is read on the way there, `reads`, may not lie in it.
+    What is read on the way, `reads`, must not lie in the target.
     """
     if target.exists() and not force:
         raise OutputError(f"{target}: exists already; choose another with -o or replace it with --force")
@@ -178,7 +178,7 @@ def check_output(target: Path, *, force: bool, reads: Iterable[str | Path | None
 
 
 def refuse_unwritable(path: Path, *, way: str = "with -o") -> None:
-    """Raise `OutputError` where nothing can be written beside `path`, whose parents are made when it is."""
+    """Raise `OutputError` if nothing can be written beside `path`, whose parents are created when it is."""
     parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent
@@ -187,13 +187,13 @@ def refuse_unwritable(path: Path, *, way: str = "with -o") -> None:
 
 
 def try_writing(directory: Path) -> None:
-    """Raise `OSError` where nothing can be written: found out now, not after an hour of training."""
+    """Raise `OSError` if nothing can be written: found out now, not after an hour of training."""
     with tempfile.TemporaryDirectory(prefix=f".{_TEMPORARY}", dir=directory):
         pass
 
 
 def refuse_held(target: Path, reads: Iterable[str | Path | None]) -> None:
-    """Refuse a target that holds something of `reads`, which would go with it; names that are no path never do."""
+    """Refuse a target that holds any of `reads`, which would be lost with it; names that are not paths never do."""
     for path in reads:
         # Not Path.exists, which raises on a name that is too long for a path.
         if path is not None and os.path.exists(path) and _holds(target, Path(path)):
@@ -201,16 +201,16 @@ def refuse_held(target: Path, reads: Iterable[str | Path | None]) -> None:
 
 
 def refuse_overwriting(path: Path, reads: Iterable[str | Path | None]) -> None:
-    """Refuse to write a file over one of `reads`, or over one in a directory of them."""
+    """Refuse to write a file over one of `reads`, or over a file in one of their directories."""
     for one in reads:
         if one is not None and os.path.exists(one) and path.exists() and _holds(Path(one), path):
             raise OutputError(f"{path}: is read, or lies in {one}, which is; choose another name")
 
 
 def _of_others(directory: Path) -> list[str]:
-    """Return what lies in a directory that gatepress did not write: where no manifest of ours is there all of it.
+    """Return what a directory holds that gatepress did not write; without a manifest of ours, that is all of it.
 
-    But for what writers that were killed left in it.
+    What killed writers left in it does not count.
     """
     with explained(directory):
         names = sorted(path.name for path in directory.iterdir())
@@ -225,7 +225,7 @@ def _of_others(directory: Path) -> list[str]:
 
 
 def _is_ours(name: str, bound: set[str]) -> bool:
-    """Say whether gatepress writes a file of that name, or of that name while it writes it."""
+    """Return whether gatepress writes a file of that name, finished or temporary."""
     whole = name[1:].rpartition(".")[0] if name.startswith(".") else name
     return whole in bound or any(fnmatch(whole, pattern) for pattern in _WRITTEN)
 
@@ -236,10 +236,10 @@ def _holds(directory: Path, path: Path) -> bool:
 
 
 def lock(directory: Path, *, target: Path | None = None) -> int | None:
-    """Claim a directory for this process, until the returned handle is closed or the process ends, however it ends.
+    """Claim a directory for this process, until the returned handle is closed or the process ends in any way.
 
-    The claim follows the directory when that is renamed. None: the file system knows no locks. Raises `OutputError`
-    where another process has it, about `target` where the directory is only to become that.
+    The claim follows the directory when that is renamed. None: the file system has no locks. Raises `OutputError` if
+    another process holds the directory; the message is about `target` if the directory is yet to become that.
     """
     handle = os.open(directory, os.O_RDONLY)
     try:
@@ -256,16 +256,16 @@ def lock(directory: Path, *, target: Path | None = None) -> int | None:
 
 
 def release(handle: int | None) -> None:
-    """Give a directory free that `lock` claimed."""
+    """Release a directory that `lock` claimed."""
     if handle is not None:
         os.close(handle)
 
 
 def stage(target: Path, *, alone: bool = False) -> tuple[Path, int | None]:
-    """Make and claim an empty directory beside `target`, which is to become it; return it and the claim.
+    """Make and claim an empty directory beside `target`, which it is to become; return it and the claim.
 
-    What writers that were killed left there goes. With `alone` an `OutputError` is raised where another process has
-    one of its own there; without, the first to be through wins.
+    What killed writers left there is removed. With `alone`, an `OutputError` is raised if another process has such a
+    directory there; without, whichever finishes first wins.
     """
     parent = target.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
@@ -280,19 +280,19 @@ def stage(target: Path, *, alone: bool = False) -> tuple[Path, int | None]:
 
 
 def _unfinished(kind: str, name: str = "?*") -> str:
-    """Return the pattern of what a writer that was killed leaves beside a target of that `name`, itself a pattern."""
+    """Return the pattern of what a killed writer leaves beside a target of that `name`, which is itself a pattern."""
     return f".{name}.{kind}.{_UNIQUE}"
 
 
 def _remove_unclaimed(directory: Path, target: Path, *, alone: bool) -> None:
-    """Remove what a writer of `target` left, who is gone, where the file system can tell."""
+    """Remove what a writer of `target` left if it no longer runs, as far as the file system can tell."""
     try:
         claim = lock(directory, target=target)
     except OutputError:
         if alone:
             raise
         return
-    except OSError:  # gone meanwhile, or not ours to look into
+    except OSError:  # removed meanwhile, or not ours to look into
         return
     if claim is not None:
         shutil.rmtree(directory, ignore_errors=True)
@@ -300,9 +300,9 @@ def _remove_unclaimed(directory: Path, target: Path, *, alone: bool) -> None:
 
 
 def publish(staged: Path, target: Path, *, force: bool) -> None:
-    """Rename the complete directory `staged` to `target`; with `force` an old `target` goes, and only then.
+    """Rename the complete directory `staged` to `target`; with `force`, an old `target` is removed, but only then.
 
-    Raises `OutputError` where there is one without `force`: another process was quicker.
+    Raises `OutputError` if there is one without `force`: another process was quicker.
     """
     with explained(target):
         sync_tree(staged)
@@ -328,9 +328,9 @@ def publish(staged: Path, target: Path, *, force: bool) -> None:
 
 @contextlib.contextmanager
 def new_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
-    """Yield an empty directory that becomes `target` when the block ends well, else vanishes.
+    """Yield an empty directory that becomes `target` if the block succeeds, and is removed otherwise.
 
-    Raises `OutputError` where `target` exists and `force` is false, or it cannot be written.
+    Raises `OutputError` if `target` exists and `force` is false, or if it cannot be written.
     """
     check_output(target, force=force)
     target = behind_link(target)

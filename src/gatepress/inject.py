@@ -5,7 +5,7 @@
 dimensions at the rows of q, value/output dimensions at the columns of o, neurons at the columns of
 down. Closure (plan.py) then removes the matching rows of k, v and up as well, so the whole
 sparsity is spent where it pays.
-`heads`: the same with one gate for a whole head, at its columns of o; all of its q, k and v go with it.
+`heads`: the same, with one gate for a whole head, at its columns of o; all of its q, k and v go with it.
 """
 
 from collections.abc import Sequence
@@ -28,13 +28,13 @@ SITES: dict[Granularity, tuple[Site, ...]] = {
     "matrix": tuple((role, axis) for role in ROLES for axis in ("in", "out")),
     "heads": (("o", "in"), ("down", "in")),
 }
-WHOLE_HEADS: set[tuple[Granularity, Site]] = {("heads", ("o", "in"))}  # sites with one gate a head
+WHOLE_HEADS: set[tuple[Granularity, Site]] = {("heads", ("o", "in"))}  # sites with one gate per head
 GO_TOGETHER: dict[Site, tuple[str, ...]] = {  # roles whose rows or columns one inner dimension is
     ("q", "out"): ("q", "k"),
     ("o", "in"): ("v", "o"),
     ("down", "in"): ("up", "down"),
 }
-# Sites whose dimensions are those of a basis that may be chosen, and whose rows share it.
+# Sites whose dimensions belong to a basis that can be chosen, and the role whose rows share it.
 TURNED: dict[Site, str] = {("q", "out"): "k", ("o", "in"): "v"}
 
 # Sigma of eq. (5) by controller: 0 makes the gate deterministic. With 0.25 the penalty of eq. (6)
@@ -43,7 +43,7 @@ NOISE: dict[Controller, float] = {"importance": 0.0, "penalty": 0.25}
 
 
 def sites_of(granularity: Granularity, axes: GateAxes = "both", matrices: Sequence[str] = ROLES) -> tuple[Site, ...]:
-    """Return where gates stand; `UsageError` where that is nowhere."""
+    """Return the sites of the gates; `UsageError` if there are none."""
     sites = tuple((role, axis) for role, axis in SITES[granularity] if role in matrices and axes in (axis, "both"))
     if not sites:
         possible = ", ".join(dict.fromkeys(role for role, _ in SITES[granularity]))
@@ -66,9 +66,10 @@ def attach_gates_(  # noqa: PLR0913 - each is a dial of the gates
 ) -> list[Layer]:
     """Replace each encoder matrix of `model` by a `GatedLinear`, in place; return the layers.
 
-    `matrices` names the roles that get gates, and those of them in `lora_matrices` low rank; `axes` are the sides of
-    matrix gates; with `rotate_heads` gates of heads keep a basis, for `rotation.turn_`. One matrix of queries, keys and
-    values is taken apart first. Everything is frozen afterwards; `mark_trainable_` then opens what a run trains.
+    `matrices` names the roles that get gates, and those of them in `lora_matrices` get low rank too; `axes` are the
+    sides of matrix gates. With `rotate_heads`, gates of heads keep a basis for `rotation.turn_`. A joint matrix of
+    queries, keys and values is split first. Everything is frozen afterwards; `mark_trainable_` then opens what a run
+    trains.
     """
     base: Any = model.base_model
     layers = _taken_apart(model)
@@ -91,12 +92,12 @@ def attach_gates_(  # noqa: PLR0913 - each is a dial of the gates
 
 
 def _taken_apart(model: Any) -> list[Layer]:
-    """Return the layers, with a matrix of their own for queries, keys and values each, in place."""
+    """Return the layers, with separate matrices for queries, keys and values; splits a joint one in place."""
     layers = resolve(model)
     if family_of(model.config).qkv:
         base = model.base_model
         if "flash" in model.config._attn_implementation:  # noqa: SLF001 - transformers has no public reader
-            model.config._attn_implementation = "sdpa"  # noqa: SLF001 - the other hands layers all rows as one
+            model.config._attn_implementation = "sdpa"  # noqa: SLF001 - flash attention gives layers all rows as one
         for layer in layers:
             split_(base.get_submodule(layer.attention))
         layers = resolve(model)
@@ -106,13 +107,13 @@ def _taken_apart(model: Any) -> list[Layer]:
 
 
 def _gate(layer: Layer, site: Site, granularity: Granularity, noise: float, *, rotate_heads: bool) -> Gate:
-    """Return the gate vector that stands at a site of a layer."""
+    """Return the gate vector for a site of a layer."""
     role, axis = site
     size = layer.shapes[role][1 if axis == "in" else 0]
     if (granularity, site) in WHOLE_HEADS:
         width = layer.head_width  # query/key and value/output dimensions go together
         return Gate(size // width, noise=noise, repeat=width, counts=4 * width // layer.unit)
-    apart = layer.apart(role)  # positions turn two dimensions together: neither can go alone, nor is a basis free
+    apart = layer.apart(role)  # positions turn two dimensions together: neither can go alone, and no basis is free
     heads = layer.heads if rotate_heads and site in TURNED and not apart else 0
     if granularity == "matrix":
         return Gate(size, noise=noise, heads=heads)
@@ -143,7 +144,7 @@ def trainable(
     """Return what a gated run trains: kind -> name -> parameter (gates, biases, layer_norms, low_rank, head).
 
     Biases are those of the `matrices` that take part (a matrix without one gets none); layer norms are
-    those of the encoder; the head is everything outside the base model, with the pooler before it.
+    those of the encoder; the head is everything outside the base model, and the pooler before it.
     """
     out = {
         f"{model.base_model_prefix}.{layer.paths[role]}.base.bias"
@@ -165,7 +166,7 @@ def trainable(
 
 
 def in_head(model: PreTrainedModel, name: str) -> bool:
-    """Say whether a parameter belongs to the head: outside the base model, or of its pooler."""
+    """Return whether a parameter belongs to the head: outside the base model, or in its pooler."""
     return not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name
 
 

@@ -26,7 +26,7 @@ from gatepress.manifests import (
 
 Facts = dict[str, Any]
 
-# What is taken from a report as it stands; docs/json-contract.md says what each means.
+# Keys taken from a report unchanged; docs/json-contract.md says what each means.
 METRIC = ("metric_name", "metric_value", "metrics_by_split", "examples")
 INT8 = ("metric_value_fp32", "metric_drop", "size_bytes_fp32")
 TRAINED = ("method", "granularity", "controller", "budget", "removed_of_budget", "train_seconds")
@@ -39,7 +39,7 @@ EXPORTED = ("source", "source_kind", "dtype", "max_abs_logit_diff", "total_param
 def inspect(path: Path) -> Facts:
     """Describe a run, a pruned directory, an ONNX directory or an .onnx file; no model is loaded.
 
-    The keys are those of docs/json-contract.md. Raises `ArtifactError` where it is none of these or is broken.
+    The keys are those of docs/json-contract.md. Raises `ArtifactError` if it is none of these or is broken.
     """
     form = written_form(path)
     with understood(path):
@@ -66,7 +66,7 @@ def _run(path: Path) -> Facts:
 def _layers_of_run(path: Path, manifest: Facts) -> list[Facts] | None:
     if not TrainSettings.from_json(manifest["settings"]).gated:
         return None
-    from gatepress.ondisk import plan_of_run  # noqa: PLC0415 - torch, seconds to import, for runs alone
+    from gatepress.ondisk import plan_of_run  # noqa: PLC0415 - torch takes seconds to import, and only runs need it
 
     found = plan_of_run(path)
     return found and [kept_of(layer.to_json(), found[1]) for layer in found[0].layers]
@@ -117,7 +117,7 @@ _READERS: dict[Form, Callable[[Path], Facts]] = {"run": _run, "pruned": _pruned,
 
 
 def measured(manifest: Facts) -> Facts:
-    """Return the metric that a manifest stands for: its own, or that of the form which it computes the same as."""
+    """Return the metric that a manifest stands for: its own, or that of the form whose function it computes."""
     form = manifest.get("format")
     if form == ONNX_FORMAT["format"]:
         own = manifest["dtype"] != "float32"
@@ -130,7 +130,7 @@ def measured(manifest: Facts) -> Facts:
 
 
 def provenance(manifest: Facts) -> Facts:
-    """Return what a run or pruned manifest says of where it comes from; null where it says nothing."""
+    """Return what a run or pruned manifest says about its origin; null where it says nothing."""
     settings = manifest.get("settings") or manifest.get("run", {}).get("settings") or {}
     report = manifest.get("run", manifest).get("report", {})
     base = manifest.get("base") or settings
@@ -144,7 +144,7 @@ def provenance(manifest: Facts) -> Facts:
 
 
 def _effective(value: Facts, report: Facts) -> Facts:
-    """Return the settings of a training with what it chose itself where nothing was asked."""
+    """Return the settings of a training, with its own choices where nothing was asked."""
     settings = TrainSettings.from_json(value)
     return {
         **settings.to_json(),
@@ -161,5 +161,5 @@ def _some(report: Facts, *groups: tuple[str, ...]) -> Facts:
 
 
 def _weights(file: Path) -> Facts:
-    """Return what a safetensors file holds, by its header."""
+    """Return what a safetensors file holds, according to its header."""
     return {"size_bytes": file.stat().st_size, "tensors": len(tensor_shapes(file))}

@@ -1,10 +1,10 @@
 """Measure what `costs` needs on this machine: products and index operations, as pruned models do them.
 
-Some twenty seconds, kept per machine: the answer changes with processor, threads and the runtime's version,
-and with nothing else. What is timed is what a pruned model runs: a product with its bias in the
-target's runtime, a gather or scatter in front of or behind it. In a model none of them finds what it reads
-in the nearest cache, and all of them run in one call of the runtime; so here a call runs each operation a
-few times, on inputs and weights of their own.
+It takes some twenty seconds and is kept per machine: the answer changes with processor, threads and the
+runtime's version, and with nothing else. What is timed is what a pruned model runs: a product with its bias in
+the target's runtime, with a gather before it or a scatter after it. In a model, none of them finds its inputs in
+the nearest cache, and all of them run in one call of the runtime. So here each call runs each operation a few
+times, on inputs and weights of their own.
 """
 
 import hashlib
@@ -45,22 +45,22 @@ MOVED = ((384, 272), (768, 544), (768, 240), (1536, 768))  # [all, kept]
 ROUNDS = 5  # over everything: a machine that is slow for a second must not decide how models are stored
 REPEATS = 6
 UNTIMED = 2
-STEADY = 256  # tokens of a call that is long enough to be timed so often
+STEADY = 256  # tokens of a call that is long enough to be timed only `REPEATS` times
 COPIES = 2  # of an operation in one call
-LEAST = 0.1  # of two gathers from one input is the second one, whatever noise says
+LEAST = 0.1  # smallest share of the second of two gathers from one input, whatever noise says
 
 Call = Callable[[], Any]
-Operation = tuple[Op, tuple[int, int], Callable[[int], Call]]  # with its shape, and its call on so many tokens
-Step = tuple[str, list[npt.NDArray[Any]], dict[str, Any]]  # operator, constants behind its input, attributes
+Operation = tuple[Op, tuple[int, int], Callable[[int], Call]]  # with its shape, and its call on a number of tokens
+Step = tuple[str, list[npt.NDArray[Any]], dict[str, Any]]  # operator, constants after its input, attributes
 Chain = list[Step]
 
 
 def for_target(target: Target, table: str | Path | None = None, progress: Progress | None = None) -> Costs:
     """Return the costs to plan by.
 
-    `table` is a file that `costs.save` wrote, "analytic", or None: this machine's own, measured at the
-    first use. A target that does not run here falls back to the analytic costs. Raises `UsageError`
-    where the table is of another target, `ArtifactError` where it is none.
+    `table` is a file written by `costs.save`, "analytic", or None: this machine's own, measured on first
+    use. A target that does not run here falls back to the analytic costs. Raises `UsageError`
+    if the table is of another target, `ArtifactError` if it is not a table.
     """
     if table == "analytic":
         return costs.analytic(target)
@@ -73,7 +73,7 @@ def for_target(target: Target, table: str | Path | None = None, progress: Progre
         logger.info("no CUDA device here: planned by the analytic costs of %s", target)
         return costs.analytic(target)
     kept = cache_file(target)
-    if os.path.isfile(kept):  # noqa: PTH113 - False, not an error, where nobody may look
+    if os.path.isfile(kept):  # noqa: PTH113 - if access is denied, it gives False and no error
         try:
             return costs.read(kept)
         except ArtifactError:
@@ -95,7 +95,7 @@ def cache_file(target: Target) -> Path:
 
 
 def _home() -> Path:
-    """Return the user's directory; where nobody knows it, as in some containers, that of temporary files."""
+    """Return the user's home directory or, if that is not known, as in some containers, that of temporary files."""
     try:
         return Path.home()
     except RuntimeError:
@@ -103,7 +103,7 @@ def _home() -> Path:
 
 
 def measure(target: Target, *, progress: Progress | None = None) -> Costs:
-    """Time products and index operations of a target on this machine; `DeviceError` where it is not here."""
+    """Time products and index operations of a target on this machine; `DeviceError` if its device is not here."""
     if not _is_here(target):
         raise DeviceError(
             f"{target} is measured on a CUDA device, and torch sees none; run it on the machine that has one"
@@ -117,7 +117,7 @@ def measure(target: Target, *, progress: Progress | None = None) -> Costs:
         with torch.inference_mode():
             operations = list(prepare(target))
             for _, tokens, (op, shape, call_of) in itertools.product(range(ROUNDS), TOKENS, operations):
-                often = REPEATS * max(1, STEADY // tokens)  # what is short is noisier
+                often = REPEATS * max(1, STEADY // tokens)  # short calls are noisier
                 ms = round(_fastest(call_of(tokens), often) / COPIES, 5)
                 fastest[op, tokens, shape] = min(ms, fastest.get((op, tokens, shape), ms))
                 progress.advance(1)
@@ -131,12 +131,12 @@ def measure(target: Target, *, progress: Progress | None = None) -> Costs:
 
 
 def _is_here(target: Target) -> bool:
-    """Say whether this machine has the device of a target."""
+    """Return whether this machine has the device of a target."""
     return TARGETS[target].device == "cpu" or torch.cuda.is_available()
 
 
 def _about(target: Target) -> tuple[str, dict[str, Any]]:
-    """Return the machine's name and what else its times hang on."""
+    """Return the machine's name and what else its times depend on."""
     facts = TARGETS[target]
     version = torch.__version__ if facts.runtime == "torch" else ort.__version__
     versions = {facts.runtime: str(version)}
@@ -144,7 +144,7 @@ def _about(target: Target) -> tuple[str, dict[str, Any]]:
 
 
 def _fastest(call: Call, repeats: int) -> float:
-    """Return milliseconds of the fastest of some calls: a table is kept, so noise of the moment must stay out."""
+    """Return milliseconds of the fastest of some calls: a table is kept, so momentary noise must stay out."""
     for _ in range(UNTIMED):
         call()
     times = []
@@ -207,7 +207,7 @@ def _picked(width: int, kept: int) -> list[npt.NDArray[np.int64]]:
 
 
 def _spread(kept: int, width: int) -> npt.NDArray[np.int64]:
-    """Return which of `kept` positions, and one of zeros behind them, each of `width` positions reads."""
+    """Return which of `kept` positions, or one of zeros after them, each of `width` positions reads."""
     return np.minimum(np.arange(width), kept).astype(np.int64)
 
 
@@ -219,7 +219,7 @@ def _product(columns: int, rows: int) -> Chain:
 
 
 def _rows_moved(width: int, index: npt.NDArray[np.int64]) -> Chain:
-    """Return what picks `index` from the last axis of `width` by moving rows of the transposed input."""
+    """Return the steps that pick `index` from the last axis of `width` by moving rows of the transposed input."""
     return [
         ("Reshape", [np.array([-1, width])], {}),
         ("Transpose", [], {"perm": [1, 0]}),
@@ -230,9 +230,9 @@ def _rows_moved(width: int, index: npt.NDArray[np.int64]) -> Chain:
 
 
 def _session(copies: list[list[Chain]], width: int, target: Target) -> Callable[[int], Call]:
-    """Return the calls of a small graph, quantized where the target is. Chains of a copy read one x [1, tokens, width].
+    """Return the calls of a small graph, quantized if the target is. Chains of a copy read one x [1, tokens, width].
 
-    Equal constants are one, so the runtime computes once what chains of a copy have in common, as in exported models.
+    Equal constants are stored once, so the runtime computes once what chains of a copy share, as in exported models.
     """
     constants: dict[bytes, onnx.TensorProto] = {}
     nodes, ends = [], []

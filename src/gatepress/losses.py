@@ -1,4 +1,4 @@
-"""What a step presses down: the task's loss, and how far the model is from its teacher, if it has one."""
+"""The loss of a step: that of the task and, with a teacher, the distance of the model from it."""
 
 from typing import Any
 
@@ -22,8 +22,8 @@ from gatepress.tasks.spec import NO_CLASS
 def batch_loss(model: Any, batch: dict[str, Tensor], spec: TaskSpec, teacher: Teacher | None, lesson: Lesson) -> Tensor:
     """Return the loss of a batch of inputs [batch, length] and `labels` [batch].
 
-    Behind a teacher words are partly exchanged: labels count where there are any and they still hold; how far logits
-    and hidden states are from the teacher's, everywhere. An embedder has no labels: its logits are its vectors.
+    With a teacher, some words are exchanged. Labels count where there are any and they still hold; the distances of
+    logits and hidden states from the teacher's count everywhere. An embedder has no labels: its logits are its vectors.
     """
     labels = batch["labels"]
     inputs = {name: value for name, value in batch.items() if name != "labels"}

@@ -1,4 +1,4 @@
-"""What the machine calls itself: measured times are of one machine and say which."""
+"""What the machine calls itself: measured times belong to one machine and say which."""
 
 import platform
 import resource
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 _CPUINFO = Path("/proc/cpuinfo")
-# What int8 products take on a processor, the fastest first: two of one model name may differ in it.
+# Instructions for int8 products, the fastest first: two processors of one model name may differ in them.
 _INSTRUCTIONS = {
     "amx_int8": "AMX",
     "avx512_vnni": "AVX-512 VNNI",
@@ -21,7 +21,7 @@ _INSTRUCTIONS = {
 
 
 def cpu_name() -> str:
-    """Return the processor's model name, or its architecture, and its instructions where the system tells them."""
+    """Return the processor's model name, or its architecture, and its instructions if the system lists them."""
     try:
         lines = _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -39,7 +39,7 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes that this process has held at once: of the graphics card, else of the machine."""
+    """Return the most bytes that this process has held at once: on the graphics card, or else on the machine."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""What makes a directory one of ours: its manifest, version and fields of that, the files it names. No torch here."""
+"""What makes a directory one of ours: its manifest, its version and fields, the files it names. No torch here."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ MANIFESTS: dict[Form, str] = {"run": RUN_FILE, "pruned": PRUNED_FILE, "onnx": ON
 FORMATS = {RUN_FILE: RUN_FORMAT, PRUNED_FILE: PRUNED_FORMAT, ONNX_FILE: ONNX_FORMAT, SWEEP_FILE: SWEEP_FORMAT}
 REMEDIES: dict[Form, str] = {"run": "train again", "pruned": "prune again", "onnx": "export again"}
 WEIGHTS = (".safetensors", ".onnx", ".data")  # read by others, who compare them themselves
-HEADS = tuple(dict.fromkeys(family.heads_attribute for family in FAMILIES.values()))  # what a config.json calls them
+HEADS = tuple(dict.fromkeys(family.heads_attribute for family in FAMILIES.values()))  # their names in a config.json
 MAX_NAME = 255  # characters that a file system takes
 
 # In this order: an ONNX directory has a config.json, and may lie in the directory of its source.
@@ -60,7 +60,7 @@ _TASK = {
 }
 _FILE = every("file sha256", "text")
 _SETTINGS = schema_of(TrainSettings)
-# Of runs, pruned and ONNX directories alike: what a key means does not hang on where it stands.
+# Shared by runs, pruned and ONNX directories: a key means the same wherever it appears.
 _MANIFEST: dict[str, Schema] = {
     **_REPORT,
     **every("status source source_kind exporter dtype", "text"),
@@ -113,7 +113,7 @@ _CONFIG: dict[str, Schema] = {
                 **every("q k v", "text"),
                 "o": ("text",),
                 "heads": ["int"],
-                "qk_width": "int",  # 0 where there are no queries
+                "qk_width": "int",  # 0 if there are no queries
                 "vo_width": "size",
                 "scale": "number",
                 "uniform": "bool",
@@ -121,7 +121,7 @@ _CONFIG: dict[str, Schema] = {
         },
     },
 }
-# Never written into a configuration, and what they ask for is memory, other files, or code from elsewhere.
+# Never written into a configuration: these ask for memory, other files, or code from elsewhere.
 _UNWANTED = (
     "num_labels",
     "transformers_weights",
@@ -134,14 +134,14 @@ _UNWANTED = (
 
 
 def form_of(path: Path) -> Form | None:
-    """Tell what gatepress wrote by the files that are there, or by the suffix .onnx; None: neither."""
+    """Return what gatepress wrote, judging by the files that are there or by the suffix .onnx; None: neither."""
     if path.suffix == ".onnx" and not path.is_dir():
         return "onnx"
     return next((form for name, form in MARKS if (path / name).is_file()), None)
 
 
 def written_form(path: Path) -> Form:
-    """Return what `form_of` tells; `ArtifactError` where that is nothing."""
+    """Return what `form_of` returns; `ArtifactError` if that is nothing."""
     form = form_of(path)
     if form is None or not path.exists():
         got = "holds none of their manifests" if path.is_dir() else "is a file" if path.exists() else "is not there"
@@ -158,7 +158,7 @@ def onnx_parts(path: Path) -> tuple[Path, Path, Path | None]:
 
 @contextlib.contextmanager
 def understood(path: Path) -> Iterator[None]:
-    """Turn what a manifest without a field, or with one of another kind, leads to into one `ArtifactError`."""
+    """Turn errors from a manifest that lacks a field, or has one of another kind, into one `ArtifactError`."""
     try:
         yield
     except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError, ZeroDivisionError) as error:
@@ -182,7 +182,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read a `config.json` that gatepress wrote; `ArtifactError` where a field is of a wrong kind or unwanted."""
+    """Read a `config.json` that gatepress wrote; `ArtifactError` if a field is of a wrong kind or unwanted."""
     value = read_json(path)
     check_fields(path, value, _CONFIG)
     unwanted = [name for name in _UNWANTED if value.get(name) is not None]
@@ -196,7 +196,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def hashes_of(manifest: Mapping[str, Any], path: Path, loaded: Sequence[str], remedy: str) -> dict[str, Any]:
-    """Return file name -> sha256 of the manifest at `path`; `ArtifactError` where one that is `loaded` is missing."""
+    """Return file name -> sha256 of the manifest at `path`; `ArtifactError` if one that is `loaded` is missing."""
     hashes = manifest.get("sha256")
     named = hashes if isinstance(hashes, dict) else {}
     lost = [name for name in loaded if name not in named]
@@ -206,7 +206,7 @@ def hashes_of(manifest: Mapping[str, Any], path: Path, loaded: Sequence[str], re
 
 
 def check_files(directory: Path, named: Iterable[tuple[Any, Any]], remedy: str) -> None:
-    """Compare files with the (name, sha256) of a manifest; `ArtifactError` where one is missing or changed."""
+    """Compare files with the (name, sha256) of a manifest; `ArtifactError` if one is missing or changed."""
     for name, digest in named:
         file = file_in(directory, name, remedy)
         if sha256_of(file) != digest:
@@ -214,7 +214,7 @@ def check_files(directory: Path, named: Iterable[tuple[Any, Any]], remedy: str) 
 
 
 def file_in(directory: Path, name: Any, remedy: str) -> Path:
-    """Return the path of a file that a manifest names; `ArtifactError` where it is missing or lies elsewhere."""
+    """Return the path of a file that a manifest names; `ArtifactError` if it is missing or lies elsewhere."""
     if not isinstance(name, str) or "\0" in name or Path(name).name != name:
         raise ArtifactError(f"{directory}: {name!r} is missing, only files in the directory count; {remedy}")
     if len(name) > MAX_NAME or not (directory / name).is_file():
@@ -223,10 +223,10 @@ def file_in(directory: Path, name: Any, remedy: str) -> Path:
 
 
 def check_beside(directory: Path, *names: str) -> None:
-    """Compare with the manifest what lies beside the weights: `names`, or all of it, the tokenizer among it.
+    """Compare what lies beside the weights with the manifest: `names`, or all of it, including the tokenizer.
 
-    Manifests of earlier releases name less, other directories have none: what is not named is not compared.
-    Raises `ArtifactError` where a file that is named is missing or changed.
+    Manifests of earlier releases name less, and other directories have none: what is not named is not compared.
+    Raises `ArtifactError` if a named file is missing or changed.
     """
     form = form_of(directory)
     if form is None or not directory.is_dir():
@@ -240,7 +240,7 @@ def check_beside(directory: Path, *names: str) -> None:
 
 
 def heads_of(config: Mapping[str, Any]) -> int:
-    """Return the heads of a dense layer, by a config.json; `ValueError` where it does not say."""
+    """Return the number of heads of a dense layer from a config.json; `ValueError` if it does not say."""
     told = [config[name] for name in HEADS if name in config]
     if not told:
         raise ValueError(f"none of {', '.join(HEADS)}")
@@ -248,7 +248,7 @@ def heads_of(config: Mapping[str, Any]) -> int:
 
 
 def kept_of(layer: Mapping[str, Any], heads: int) -> dict[str, Any]:
-    """Return what a layer of a plan in a manifest keeps, beside what the dense one had; `heads` are those of that."""
+    """Return what a layer of a plan in a manifest keeps, beside what the dense one had; `heads` are the dense heads."""
     parts = layer["matrices"]
     width = parts["q"]["dense"][0] // heads
     if width < 1:
@@ -269,7 +269,7 @@ def kept_of(layer: Mapping[str, Any], heads: int) -> dict[str, Any]:
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Return name -> shape from the header of a safetensors file; no weights are read.
 
-    Raises `ArtifactError` where it is missing or broken, a header that claims more than the file holds included.
+    Raises `ArtifactError` if the file is missing or broken, or its header claims more than it holds.
     """
     try:
         with safe_open(path, framework="numpy") as file:

@@ -1,9 +1,9 @@
-"""What a run puts into a model, trains and keeps: gates, or what else could be trained on the same model.
+"""What a run adds to a model, trains and keeps: gates, or the alternatives that can be trained on the same model.
 
 Adapters are peft's, as its users know them: LoRA, LoRA-FA (LoRA whose A stays as it was drawn) and VeRA.
 LoRA-XS is in no release of peft, so `LoraXsLinear` stands in: a trained r x r matrix between the frozen
 singular vectors of the weight (Balazy et al., 2024, arXiv:2405.17604). Adapters are merged into the weights
-when a run is opened: what was trained so is an ordinary dense model.
+when a run is opened, so what they trained is an ordinary dense model.
 """
 
 import warnings
@@ -26,7 +26,7 @@ from gatepress.resolve import Layer, resolve
 
 Kinds = dict[str, dict[str, nn.Parameter]]
 
-XS_START = 1e-5  # standard deviation of the trained matrix: the start is the pretrained model
+XS_START = 1e-5  # standard deviation of the trained matrix: training starts at the pretrained model
 
 
 class LoraXsLinear(nn.Module):
@@ -51,7 +51,7 @@ class LoraXsLinear(nn.Module):
         self.base.weight += self.b @ self.r @ self.a
 
     def get_base_layer(self) -> nn.Linear:
-        """Return the dense matrix, named as peft names it."""
+        """Return the dense matrix, under the name that peft uses."""
         return self.base
 
 
@@ -59,7 +59,7 @@ ADAPTERS = (BaseTunerLayer, LoraXsLinear)
 
 
 def prepare_(model: PreTrainedModel, settings: TrainSettings) -> list[Layer]:
-    """Put in place what the method of `settings` trains; return the layers. All but that is frozen."""
+    """Add what the method of `settings` trains, in place; return the layers. Everything else is frozen."""
     if settings.gated:
         return attach_gates_(
             model,
@@ -87,7 +87,7 @@ def prepare_(model: PreTrainedModel, settings: TrainSettings) -> list[Layer]:
 
 
 def _paths(layers: list[Layer], settings: TrainSettings) -> list[str]:
-    """Return where the matrices are that take part; `UsageError` where one of them holds others too."""
+    """Return the paths of the matrices that take part; `UsageError` if one of them holds others too."""
     roles = {
         layer.paths[role]: [other for other in ROLES if layer.paths[other] == layer.paths[role]]
         for layer in layers
@@ -103,7 +103,7 @@ def _paths(layers: list[Layer], settings: TrainSettings) -> list[str]:
 
 
 def refuse_rank(model: PreTrainedModel, settings: TrainSettings) -> None:
-    """Raise `UsageError` where LoRA-XS is asked for more singular values than a matrix has."""
+    """Raise `UsageError` if LoRA-XS is asked for more singular values than a matrix has."""
     if settings.method != "lora-xs":
         return
     sides = [min(layer.shapes[role]) for layer in resolve(model) for role in settings.matrices]
@@ -130,7 +130,7 @@ def trained(model: PreTrainedModel, settings: TrainSettings) -> Kinds:
 
 
 def kept(model: PreTrainedModel, settings: TrainSettings) -> dict[str, Tensor]:
-    """Return all that a run directory holds of a prepared model, by name: what the base model does not know."""
+    """Return everything that a run directory holds of a prepared model, by name: what the base model does not know."""
     if settings.gated:
         kinds = trainable(model, biases=True, layer_norms=True)
         state = {name: value.detach() for group in kinds.values() for name, value in group.items()}
@@ -143,7 +143,7 @@ def kept(model: PreTrainedModel, settings: TrainSettings) -> dict[str, Tensor]:
 
 
 def merge_(model: PreTrainedModel) -> None:
-    """Add every adapter to its weight and take it out, in place: an ordinary dense model is left."""
+    """Add every adapter to its weight and remove it, in place, which leaves an ordinary dense model."""
     for path, module in list(model.named_modules()):
         if isinstance(module, ADAPTERS):
             module.merge()
@@ -159,12 +159,12 @@ def _peft_config(settings: TrainSettings, targets: list[str]) -> PeftConfig:
 def _attach_peft_(model: PreTrainedModel, config: PeftConfig) -> None:
     """Let peft put its adapters into `model`; its wrapper is not needed."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what peft asks transformers, not of anything asked here
+        warnings.simplefilter("ignore")  # about what peft asks transformers, not about anything asked here
         get_peft_model(model, config)
 
 
 def _adapter_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) of what adapters hold beside the weights they adapt, frozen projections too."""
+    """Yield (name, tensor) of what adapters hold besides the weights they adapt, frozen projections included."""
     for path, module in model.named_modules():
         if isinstance(module, ADAPTERS) and isinstance(module, nn.Module):
             for name, value in module.state_dict(prefix=f"{path}.").items():

@@ -1,4 +1,4 @@
-"""The metrics of the tasks, by scikit-learn and scipy, as fractions and coefficients: of all, more is better."""
+"""The metrics of the tasks, by scikit-learn and scipy, as fractions and coefficients: for all, more is better."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,18 +13,18 @@ from gatepress.errors import ModelError
 
 Numbers = npt.NDArray[Any]
 
-RANKED = 10  # passages of a query that count: those of the highest scores
+RANKED = 10  # passages of a query that count: those with the highest scores
 
 
 def compute_metric(name: Metric, logits: Numbers, labels: Numbers, queries: Numbers | None = None) -> float:
     """Return a metric of 0 to 1, or a correlation (-1 to 1): Matthews, Pearson or Spearman.
 
-    `logits` are `[rows, classes]`, of two classes also `[rows, 1]`, how far the second is likelier; `[rows, 1]` of
-    numbers. `labels` are `[rows]`, ids or numbers; `queries [rows]` number the queries that rows are passages of, each
-    of its own unless given. F1 is that of the second of two classes, the mean over more. A correlation with constant
-    predictions or labels is 0.0, and so is the average precision where no row is of the second class. Ranks are means
-    over the queries whose passages have not all the same label, 0.0 where there are none. Raises `ModelError` on logits
-    that are not finite: a diverged model has no metric.
+    `logits` are `[rows, classes]`; for two classes also `[rows, 1]`, how much likelier the second is; for numbers
+    `[rows, 1]`. `labels` are `[rows]`, ids or numbers. `queries [rows]` number the queries that rows are passages of;
+    unless given, each row has its own. F1 is that of the second of two classes; with more classes, the mean over all. A
+    correlation with constant predictions or labels is 0.0, and so is the average precision if no row is of the second
+    class. Ranks are means over the queries whose passages do not all have the same label, 0.0 if there are none. Raises
+    `ModelError` on logits that are not finite: a diverged model has no metric.
     """
     if not np.isfinite(logits).all():
         raise ModelError(
@@ -33,9 +33,9 @@ def compute_metric(name: Metric, logits: Numbers, labels: Numbers, queries: Numb
     single = logits.shape[1] == 1
     if name in OF_CLASSES:
         if single:
-            logits = np.pad(logits, ((0, 0), (1, 0)))  # the first class's is what the second's is counted from
+            logits = np.pad(logits, ((0, 0), (1, 0)))  # the second logit is relative to the first, so that is 0
         return float(OF_CLASSES[name](labels, logits.argmax(axis=-1), logits.shape[1]))
-    exact = logits.astype(np.float64)  # the difference of two float32 may be beyond float32
+    exact = logits.astype(np.float64)  # the difference of two float32 may exceed float32
     scores = exact[:, 0] if single else exact[:, 1] - exact[:, 0]
     wanted = labels.astype(np.float64)
     if name in OF_SCORES:
@@ -60,7 +60,7 @@ def _matthews(labels: Numbers, predicted: Numbers, _: int) -> float:
 
 
 def _f1(labels: Numbers, predicted: Numbers, classes: int) -> float:
-    two = classes == 2  # noqa: PLR2004 - of which one is what is looked for
+    two = classes == 2  # noqa: PLR2004 - one of them is what is looked for
     return float(f1_score(labels, predicted, average="binary" if two else "macro", zero_division=0.0))
 
 
@@ -73,7 +73,7 @@ def _correlation(of: Callable[[Numbers, Numbers], Any]) -> Callable[[Numbers, Nu
 
 
 def _reciprocal_rank(wanted: Numbers, scores: Numbers) -> float:
-    """Return 1 over the rank of the first relevant passage of a query; one that is not relevant wins a tie."""
+    """Return 1 over the rank of the first relevant passage of a query; in a tie, the irrelevant one wins."""
     rank = 1 + int((scores[wanted == 0] >= scores[wanted > 0].max()).sum())
     return 1 / rank if rank <= RANKED else 0.0
 

@@ -1,6 +1,6 @@
 """Pruned transformer encoders: the stock classes with narrower matrices.
 
-This file stands beside the weights of every pruned model and needs torch and transformers only. What
+This file is stored beside the weights of every pruned model and needs only torch and transformers. What
 is narrower is data, in `config.gatepress`:
 
     {"version": 1 or 2,
@@ -8,14 +8,14 @@ is narrower is data, in `config.gatepress`:
      "attentions": {path: {"q": name, "k": name, "v": name, "o": name or null, "heads": [int],
                            "qk_width": int, "vo_width": int, "scale": float, "uniform": bool}}}
 
-Paths are below the base model. Every head that is left has `qk_width` query/key dimensions and
-`vo_width` value/output dimensions; `scale` is that of the dense model. Where attention is `uniform`,
-no query/key dimension is left: all scores are 0. Since version 2 `qk_width` is 0 there, and q and k are left out. Where
-one matrix holds queries, keys and values (ModernBERT), it is taken apart, and which dimensions of queries and keys are
-left stands beside the weights, as `pairs`.
+Paths are below the base model. Every remaining head has `qk_width` query/key dimensions and `vo_width`
+value/output dimensions; `scale` is that of the dense model. If attention is `uniform`, no query/key dimension is
+left: all scores are 0. Since version 2, `qk_width` is then 0, and q and k are left out. A joint matrix of queries,
+keys and values (ModernBERT) is split, and which dimensions of queries and keys are left is stored beside the weights,
+as `pairs`.
 
 The heads of these classes read the first token of the last layer and no other, unless they are asked for the mean of
-all. So outside of training that layer computes it alone, from the keys and values of all tokens; see
+all. So outside of training, that layer computes the first token alone, from the keys and values of all tokens; see
 `_Pruned.first_token_alone`. Classes without a head (`GatepressBertModel` and the like) compute all tokens.
 """
 
@@ -58,15 +58,15 @@ from transformers import (
 )
 
 VERSIONS = (1, 2)
-GATHER_FROM = 3  # threads: index_select keeps to one, where it takes less than half of the time of gather
+GATHER_FROM = 3  # threads; index_select uses only one, on which it takes less than half of gather's time
 
 
 class _Call(threading.local):
-    """What the call of a model in this thread has told its layers: threads may share a model."""
+    """What the call of a model in this thread tells its layers; per thread, because threads may share a model."""
 
     first_token_alone = False
     masks_by_token = False  # whether the caller's mask may say for each token on its own what it looks at
-    keys_from: Tensor | None = None  # hidden states of all tokens, where the last layer is given the first ones
+    keys_from: Tensor | None = None  # hidden states of all tokens, if the last layer is given only the first ones
 
 
 _call = _Call()
@@ -75,12 +75,12 @@ _call = _Call()
 class PrunedLinear(nn.Linear):
     """A smaller `nn.Linear` that may pick its inputs and spread its outputs by index.
 
-    `in_index [columns]` names the inputs read; `out_index [out]` names, for each output of the dense
-    matrix, the row that computes it, or `rows` where the output is exactly 0.
+    `in_index [columns]` names the inputs that are read; `out_index [out]` names, for each output of the dense
+    matrix, the row that computes it, or `rows` if the output is exactly 0.
 
     When exported, both move whole rows of the transposed activations: ONNX Runtime picks from the last
-    axis number by number, which takes four times as long as two transpositions and a copy of rows. Where
-    the weights have a row of zeros behind their `rows`, outputs that are 0 read that one.
+    axis number by number, which takes four times as long as two transpositions and a copy of rows. If the
+    weights have a row of zeros after their `rows`, outputs that are 0 read that row.
     """
 
     def __init__(self, dense: nn.Linear, rows: int, columns: int, *, gathered: bool, scattered: bool) -> None:
@@ -103,15 +103,15 @@ class PrunedLinear(nn.Linear):
         return x if self.in_index is None else pick(x, self.in_index)
 
     def spread(self, y: Tensor) -> Tensor:
-        """Map what was computed, y [..., rows], to where the dense matrix has it, [..., out of the dense matrix]."""
+        """Map computed outputs y [..., rows] to their places in the dense matrix, [..., out of the dense matrix]."""
         return y if self.out_index is None else pick(y, self.out_index, zeros=self.out_features + 1 - y.shape[-1])
 
 
 def pick(x: Tensor, index: Tensor, zeros: int = 0) -> Tensor:
-    """Return `x[..., index]`, with so many zeros behind x; when exported, by way of the transposed x."""
+    """Return `x[..., index]`, with `zeros` zeros after x; when exported, by way of the transposed x."""
     if zeros:
         x = functional.pad(x, (0, zeros))
-    rows = x.reshape(-1, x.shape[-1])  # one, where x is a bias
+    rows = x.reshape(-1, x.shape[-1])  # a single row if x is a bias
     if torch.compiler.is_exporting():
         picked = rows.t().index_select(0, index).t()
     elif not torch.compiler.is_compiling() and x.device.type == "cpu" and torch.get_num_threads() < GATHER_FROM:
@@ -123,18 +123,18 @@ def pick(x: Tensor, index: Tensor, zeros: int = 0) -> Tensor:
 
 
 class PrunedAttention:
-    """Self-attention over the heads and widths that are left; mixed in before the family's own class."""
+    """Self-attention over the remaining heads and widths; mixed in before the family's own class."""
 
-    key_bias_counts = False  # a key's bias moves all scores of a query alike, which their softmax does not see
+    key_bias_counts = False  # a key's bias moves all scores of a query alike, which softmax ignores
 
     @property
     def near(self) -> bool:
-        """Whether all look at what is near them alone, so that the mask is not the same for all."""
+        """Whether tokens look only at nearby ones, so that the mask differs from token to token."""
         return False
 
     @property
     def dropped(self: Any) -> float:
-        """The part of the weights that is dropped in training."""
+        """Fraction of the weights that is dropped in training."""
         return self.dropout.p  # type: ignore[no-any-return]
 
     def forward(
@@ -146,7 +146,7 @@ class PrunedAttention:
     ) -> tuple[Tensor, Tensor | None]:
         """Map hidden states [batch, length, hidden] to the same shape, or to [..., heads * vo_width].
 
-        Length is 1 in what is returned where all tokens get the same: uniform attention does not ask who looks.
+        The returned length is 1 if all tokens get the same result: uniform attention does not depend on who looks.
         `position_bias` is added to scores, [batch, dense heads, length, length].
         """
         bias = None if position_bias is None else lambda *_: position_bias
@@ -162,10 +162,10 @@ class PrunedAttention:
         placed: Callable[[Tensor], Tensor] | None = None,
         weights_asked: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return what attention gives, and its weights if they are asked for.
+        """Return the result of attention, and its weights if they are asked for.
 
-        `bias_of` maps queries and keys, both [batch, heads, length, qk_width] or None where none are left, to what is
-        added to scores; `placed` either of them to what is multiplied, by where tokens stand.
+        `bias_of` maps queries and keys, both [batch, heads, length, qk_width] or None if none are left, to what is
+        added to scores. `placed` maps either of them to what is multiplied, depending on where tokens stand.
         """
         part = self.gatepress
         heads = len(part["heads"])
@@ -176,7 +176,7 @@ class PrunedAttention:
         if once:
             hidden_states = hidden_states[:, :1]
         v = self._by_head(getattr(self, part["v"])(everything), part["vo_width"])
-        q: Any  # [batch, heads, length, qk_width], as k
+        q: Any  # [batch, heads, length, qk_width], like k
         k: Any
         q, k = self._asked(hidden_states, everything, placed or (lambda x: x)) if part["qk_width"] else (None, None)
         bias = None if bias_of is None else bias_of(q, k)
@@ -226,7 +226,7 @@ class PrunedAttention:
 
 
 class PrunedDisentangledAttention(PrunedAttention):
-    """The same where queries and keys are also multiplied with keys and queries of relative positions (DeBERTa)."""
+    """Self-attention that also multiplies queries and keys with keys and queries of relative positions (DeBERTa)."""
 
     key_bias_counts = True  # keys are multiplied with queries of positions too
 
@@ -234,7 +234,7 @@ class PrunedDisentangledAttention(PrunedAttention):
         self: Any,
         hidden_states: Tensor,
         attention_mask: Tensor,
-        output_attentions: bool = False,  # noqa: FBT001, FBT002 - the family's own layer gives it by place
+        output_attentions: bool = False,  # noqa: FBT001, FBT002 - the family's own layer passes it by position
         **positions: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Map hidden states as `PrunedAttention` does.
@@ -253,9 +253,9 @@ class PrunedDisentangledAttention(PrunedAttention):
         return self._attend(hidden_states, mask, bias_of=bias_of, weights_asked=output_attentions)  # type: ignore[no-any-return]
 
     def _position_scores(self: Any, relative: Tensor, embeddings: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        """Return scores [batch, heads, length of q, length of k] by where tokens stand.
+        """Return scores [batch, heads, length of q, length of k] that depend on where tokens stand.
 
-        Of all positions only the 2 length - 1 that can lie between two tokens are multiplied, in their order.
+        Of all positions, only the 2 length - 1 that can lie between two tokens are multiplied, in order.
         """
         middle = self.pos_ebd_size
         embeddings = self.pos_dropout(embeddings[: 2 * middle])
@@ -268,7 +268,7 @@ class PrunedDisentangledAttention(PrunedAttention):
             index = (sign * between + middle).clamp(0, 2 * middle - 1)
             project = functools.partial(self._scaled_by_head, role)
             if torch.compiler.is_exporting() or len(index) > len(embeddings):
-                positions = project(embeddings).index_select(1, index)  # where weights are fixed, so are all of these
+                positions = project(embeddings).index_select(1, index)  # if weights are fixed, so are all of these
             else:
                 positions = project(embeddings.index_select(0, index))
             products = _skewed(states @ positions.mT, columns)
@@ -276,9 +276,9 @@ class PrunedDisentangledAttention(PrunedAttention):
         return functools.reduce(torch.add, scores)
 
     def _scaled_by_head(self: Any, role: str, embeddings: Tensor) -> Tensor:
-        """Return queries or keys of positions [heads, positions, qk_width], times what scores are multiplied by.
+        """Return queries or keys of positions [heads, positions, qk_width], times the factor of scores.
 
-        As a row of tokens they are multiplied in graphs as hidden states are, by the same weights.
+        In graphs they are multiplied like hidden states, as one row of tokens, by the same weights.
         """
         part = self.gatepress
         scaled: Tensor = self._by_head(getattr(self, part[role])(embeddings[None]), part["qk_width"])[0] * part["scale"]
@@ -288,7 +288,7 @@ class PrunedDisentangledAttention(PrunedAttention):
 def _skewed(x: Tensor, columns: int) -> Tensor:
     """Return y [..., rows, columns] of x [..., rows, rows + columns]: y[r, c] = x[r, rows - 1 - r + c].
 
-    Views alone: where a row is one shorter, each begins one place to the left of the one before.
+    Uses views alone: if rows are one shorter, each begins one place to the left of the one before.
     """
     rows, width = x.shape[-2:]
     flat = x.flatten(-2)[..., rows - 1 : rows - 1 + rows * (width - 1)]
@@ -297,22 +297,22 @@ def _skewed(x: Tensor, columns: int) -> Tensor:
 
 
 class PrunedRotaryAttention(PrunedAttention):
-    """The same where positions turn queries and keys, two dimensions at a time (ModernBERT).
+    """Self-attention in which positions turn queries and keys, two dimensions at a time (ModernBERT).
 
-    The two are half a head apart, in what is left of a head too. `pairs [heads * qk_width / 2]` says which of the dense
-    head's each was.
+    The two are half a head apart, also in what is left of a head. `pairs [heads * qk_width / 2]` says which pair of the
+    dense head each one was.
     """
 
-    key_bias_counts = True  # keys are turned behind it
+    key_bias_counts = True  # keys are turned after it is added
 
     @property
     def near(self: Any) -> bool:
-        """Whether a token looks at so many on both sides of it alone; releases of transformers differ in where."""
+        """Whether a token looks only at so many on both sides; releases of transformers differ in where that is."""
         return getattr(self, "sliding_window", None) is not None or getattr(self, "local_attention", (-1,))[0] >= 0
 
     @property
     def dropped(self: Any) -> float:
-        """The part of the weights that is dropped in training."""
+        """Fraction of the weights that is dropped in training."""
         return self.attention_dropout  # type: ignore[no-any-return]
 
     def forward(  # type: ignore[override]
@@ -326,7 +326,7 @@ class PrunedRotaryAttention(PrunedAttention):
         """Map hidden states as `PrunedAttention` does.
 
         `position_embeddings` are the cosines and sines [batch or 1, length, head width]. Some releases of transformers
-        give the mask of what is near beside that of all.
+        pass the mask of nearby tokens beside that of all.
         """
         placed = None
         if self.pairs is not None:
@@ -350,21 +350,21 @@ class PrunedRotaryAttention(PrunedAttention):
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return x [..., width] turned by angles [..., width / 2], in which its first half lies towards its second."""
+    """Return x [..., width] turned by angles [..., width / 2], which take its first half towards its second."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def split_(attention: Any) -> None:
-    """Take the one matrix of queries, keys and values apart, in place, where a self-attention has one.
+    """Split the joint matrix of queries, keys and values, in place, if a self-attention has one.
 
-    They are `q`, `k` and `v` then; rows stay in their order.
+    The results are `q`, `k` and `v`; rows stay in their order.
     """
     if not hasattr(attention, "Wqkv"):
         return
     fused = attention.Wqkv
     del attention.Wqkv
-    attention._is_hf_initialized = True  # noqa: SLF001 - else transformers looks for that matrix to draw its numbers
+    attention._is_hf_initialized = True  # noqa: SLF001 - otherwise transformers looks for that matrix to initialise it
     biases = (None,) * 3 if fused.bias is None else fused.bias.detach().chunk(3)
     for name, weight, bias in zip("qkv", fused.weight.detach().chunk(3), biases, strict=True):
         rows, columns = weight.shape
@@ -378,9 +378,9 @@ def split_(attention: Any) -> None:
 
 
 def shrink_(model: Any, gatepress: dict[str, Any]) -> None:
-    """Swap what `gatepress` (see the module) names for its narrower form, in place; values stay unset.
+    """Replace what `gatepress` (see the module) names by its narrower form, in place; values stay unset.
 
-    Raises `ValueError` where the description does not fit the model.
+    Raises `ValueError` if the description does not fit the model.
     """
     if gatepress.get("version") not in VERSIONS:
         known = " and ".join(map(str, VERSIONS))
@@ -419,9 +419,9 @@ def _shrink_attention_(attention: Any, path: str, part: dict[str, Any]) -> None:
 
 
 def narrow_attention_(attention: Any, part: dict[str, Any], *, stored: bool = False) -> None:
-    """Let a self-attention expect the heads and widths that `part` (of `attentions`) names, in place.
+    """Make a self-attention expect the heads and widths that `part` (of `attentions`) names, in place.
 
-    What it knows besides is of its state if it is `stored`.
+    If `stored`, what else it needs to know is part of its state.
     """
     if not isinstance(attention, PrunedAttention):
         dense: Any = type(attention)
@@ -445,7 +445,7 @@ _FORMS = {"Disentangled": PrunedDisentangledAttention, "ModernBert": PrunedRotar
 
 
 def _blank(dense: Any) -> Any:
-    """Return a pruned attention without its state: how one is unpickled, for no module has its class by name."""
+    """Return a pruned attention without its state, for unpickling: no module has its class under a name."""
     narrowed = _narrowed(dense)
     return narrowed.__new__(narrowed)
 
@@ -459,14 +459,14 @@ def _submodule(base: nn.Module, path: str) -> nn.Module:
 
 @contextlib.contextmanager
 def first_token_alone(*, wanted: bool = True) -> Iterator[None]:
-    """Let last layers that `narrow_layer_` prepared compute the first token alone, for as long as the block runs."""
+    """Let last layers that `narrow_layer_` prepared compute the first token alone while the block runs."""
     with _telling(first_token_alone=wanted):
         yield
 
 
 @contextlib.contextmanager
 def _telling(**what: bool) -> Iterator[None]:
-    """Set what the calls of this thread are told, for as long as the block runs."""
+    """Set what the calls of this thread are told while the block runs."""
     before = {name: getattr(_call, name) for name in what}
     for name, value in what.items():
         setattr(_call, name, value)
@@ -479,30 +479,30 @@ def _telling(**what: bool) -> Iterator[None]:
 
 
 def reads_first_token(config: Any) -> bool:
-    """Say whether a head reads the first token and no other."""
+    """Return whether a head reads the first token and no other."""
     return getattr(config, "classifier_pooling", "cls") == "cls"
 
 
 def narrow_layer_(layer: nn.Module) -> None:
     """Prepare a last layer, whose attention is a `PrunedAttention`, for `first_token_alone`, in place.
 
-    Not one that cuts its tokens into chunks, which one token does not allow.
+    Does nothing to a layer that cuts its tokens into chunks, because a single token does not allow that.
     """
     if all(getattr(part, "chunk_size_feed_forward", 0) <= 1 for part in layer.modules()):
         layer.register_forward_pre_hook(_narrow)
 
 
 def _narrow(layer: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Give the layer the first token, and its attention what it would read of all."""
+    """Give the layer the first token only, and its attention what it would read of all tokens."""
     if not _call.first_token_alone:
         return None
-    norm = getattr(layer, "attn_norm", None)  # of layers that norm what attention reads
+    norm = getattr(layer, "attn_norm", None)  # some layers norm what attention reads
     _call.keys_from = given[0] if norm is None else norm(given[0])
     return (given[0][:, :1], *given[1:])
 
 
 def _last_layer(base: Any, attentions: dict[str, Any]) -> Any:
-    """Return the last layer, where its attention is one of `attentions`."""
+    """Return the last layer if its attention is one of `attentions`."""
     for path in attentions:
         layers, number, _ = re.split(r"\.(\d+)\.", path, maxsplit=1)
         if int(number) == len(base.get_submodule(layers)) - 1:
@@ -511,13 +511,13 @@ def _last_layer(base: Any, attentions: dict[str, Any]) -> Any:
 
 
 def _told(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a model's forward that tells its layers how masks are given, and the last one which tokens are read."""
+    """Return a model's forward that tells its layers how masks are given, and the last layer which tokens are read."""
 
     @functools.wraps(forward)
     def told(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = {name: kwargs.get(name) for name in ("output_hidden_states", "output_attentions")}
         asked = (getattr(self.config, name, False) if value is None else value for name, value in given.items())
-        inputs_only = len(args) <= 2  # noqa: PLR2004 - behind ids and mask, what a place means depends on the family
+        inputs_only = len(args) <= 2  # noqa: PLR2004 - after ids and mask, what a place means depends on the family
         alone = self.first_token_alone and not self.training and inputs_only and not any(asked)
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         by_row = mask is None or getattr(mask, "ndim", 0) == 2  # noqa: PLR2004 - [batch, length]
@@ -530,8 +530,8 @@ def _told(forward: Callable[..., Any]) -> Callable[..., Any]:
 class _Pruned(PreTrainedModel):
     """What all pruned classes add to their stock class: narrower matrices from the first moment.
 
-    The last layer computes the first token alone, except in training and where hidden states or attentions are
-    asked for. Who reads that layer by a hook or a head of their own sets `first_token_alone` of the model to False.
+    The last layer computes the first token alone, except in training and if hidden states or attentions are asked
+    for. If you read that layer with a hook or a head of your own, set `first_token_alone` of the model to False.
     """
 
     first_token_alone = True
@@ -540,7 +540,7 @@ class _Pruned(PreTrainedModel):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)  # type: ignore[no-untyped-call]
-        if _Pruned in cls.__bases__:  # not what is made of these classes: a forward of its own may read other tokens
+        if _Pruned in cls.__bases__:  # not subclasses of these: their own forward may read other tokens
             cls.forward = _told(cls.forward)
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -553,7 +553,7 @@ class _Pruned(PreTrainedModel):
 
 
 class _Headless(PreTrainedModel):
-    """What classes without a head leave out: all tokens are read, and no pooler, which a head would read."""
+    """What classes without a head leave out: all tokens are read, and there is no pooler, which only a head reads."""
 
     first_token_alone = False
 

@@ -1,4 +1,4 @@
-"""Model directories, dense and pruned, and their tokenizers: opened with suspicion, never by code that lies in them."""
+"""Open model directories, dense and pruned, and their tokenizers: with suspicion, and never by code in them."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -30,12 +30,12 @@ from gatepress.resolve import family_named, model_class
 
 SENTENCEPIECE_FILES = ("spm.model", "spiece.model", "sentencepiece.bpe.model")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", *SENTENCEPIECE_FILES, "vocab.txt", "vocab.json")
-PANIC = "PanicException"  # of tokenizers, written in Rust: no Exception, and no name to import
-SHOWN = 3  # of the tensors that do not fit
+PANIC = "PanicException"  # of tokenizers, written in Rust: not an Exception, and not importable by name
+SHOWN = 3  # number of tensors to name that do not fit
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file; `ArtifactError` where it is missing or broken, or of no kind that torch knows."""
+    """Read a safetensors file; `ArtifactError` if it is missing or broken, or of a kind that torch does not know."""
     tensor_shapes(path)
     try:
         return load_file(path)
@@ -49,7 +49,7 @@ def model_files(directory: Path) -> dict[str, str]:
 
 
 def refuse_missing(shown: Path | str, model: PreTrainedModel, missing: Iterable[str]) -> None:
-    """Raise `ModelError` where weights of the encoder itself are missing; a head or pooler may be fresh."""
+    """Raise `ModelError` if weights of the encoder itself are missing; a head or pooler may be new."""
     prefix = f"{model.base_model_prefix}."
     lost = sorted(name for name in missing if name.startswith(prefix) and ".pooler." not in name)
     if lost:
@@ -63,18 +63,18 @@ def model_errors(directory: Path | str) -> Iterator[None]:
         yield
     except (GatepressError, MemoryError):
         raise
-    except BaseException as error:  # transformers raises what its many parts raise, without a common base
+    except BaseException as error:  # the many parts of transformers raise errors without a common base
         if not isinstance(error, Exception) and type(error).__name__ != PANIC:
             raise
         raise ModelError(f"{directory}: cannot be loaded as a model ({reason_of(error)})") from error
 
 
 def load_pruned(directory: str | Path) -> PreTrainedModel:
-    """Load a pruned directory, or one that lies on the hub: no registration, no remote code, evaluation mode, float32.
+    """Load a pruned directory, or one on the hub: no registration, no remote code, evaluation mode, float32.
 
-    From then on the Auto classes know pruned models too, so that `AutoTokenizer` does not ask to run their code.
-    Raises `ArtifactError` where the directory is incomplete, corrupted or of a newer version, and what
-    `hub.locate_model` raises where there is no such directory.
+    From then on the Auto classes know pruned models too, so `AutoTokenizer` does not ask to run their code.
+    Raises `ArtifactError` if the directory is incomplete, corrupted or of a newer version, and what
+    `hub.locate_model` raises if there is no such directory.
     """
     path = Path(directory)
     if not path.exists():
@@ -90,22 +90,22 @@ def load_pruned(directory: str | Path) -> PreTrainedModel:
 
 
 def open_pruned(path: Path) -> PreTrainedModel:
-    """Load the model of a pruned directory as it lies there, manifest or not.
+    """Load the model of a pruned directory as it is, with or without a manifest.
 
-    Raises `ArtifactError` where weights do not fit the configuration, before anything of their size is built, and
-    `ModelError` where it cannot be loaded or run.
+    Raises `ArtifactError` if weights do not fit the configuration, before anything of their size is built, and
+    `ModelError` if it cannot be loaded or run.
     """
     refuse_unfit(path)
     with model_errors(path):
         model: PreTrainedModel = _class_of(path).from_pretrained(path, dtype=torch.float32, use_safetensors=True)
         model.eval()
-        with torch.inference_mode():  # not around loading: buffers made inside it could take part in no training
+        with torch.inference_mode():  # not around loading: buffers made in it could not take part in training
             model(torch.zeros(1, 2, dtype=torch.int64))  # widths and indices that do not fit show here
     return model
 
 
 def refuse_unfit(path: Path) -> None:
-    """Compare the tensors of a pruned directory with its configuration; `ArtifactError` where they differ."""
+    """Compare the tensors of a pruned directory with its configuration; `ArtifactError` if they differ."""
     file = path / "model.safetensors"
     got = tensor_shapes(file)
     read_config(path / "config.json")
@@ -127,7 +127,7 @@ def empty_model(directory: Path, *, most_layers: int | None = None) -> PreTraine
     """Return the model of a directory, dense or pruned, by its configuration: shapes without values.
 
     Raises `ArtifactError` above `most_layers`, so that nothing is built that no file could fill, and `ModelError`
-    where the configuration is of no known family or makes no model.
+    if the configuration is of no known family or makes no model.
     """
     kind = _class_of(directory)
     with model_errors(directory):
@@ -143,7 +143,7 @@ def empty_model(directory: Path, *, most_layers: int | None = None) -> PreTraine
 
 
 def _class_of(directory: Path) -> Any:
-    """Return the class of a dense or pruned model by its configuration; `ModelError` where it is of no known family."""
+    """Return the class of a dense or pruned model by its configuration; `ModelError` if its family is not known."""
     model_type = str(read_json(directory / "config.json").get("model_type"))
     if is_embedder(directory):
         return embedder_class(model_type)
@@ -151,14 +151,14 @@ def _class_of(directory: Path) -> Any:
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """Say whether a vocabulary lies in a directory; a tokenizer_config.json alone is none."""
+    """Return whether a directory holds a vocabulary; a tokenizer_config.json alone is not one."""
     return any((directory / name).is_file() for name in TOKENIZER_FILES)
 
 
 def open_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model directory; `ModelError` where it has none.
+    """Load the tokenizer of a model directory; `ModelError` if it has none.
 
-    Without its files transformers makes one up that knows no word.
+    Without its files, transformers would make one up that knows no words.
     """
     if not has_tokenizer(directory):
         raise ModelError(
@@ -178,12 +178,12 @@ def open_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTr
     with model_errors(directory):
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
         if ours:
-            tokenizer(["a"])  # what is wrong in its settings shows here first
+            tokenizer(["a"])  # errors in its settings show only here
     return tokenizer
 
 
 def _refuse_unwanted(directory: Path) -> None:
-    """Raise `ArtifactError` where the settings beside a tokenizer of ours name files, or are no settings of ours."""
+    """Raise `ArtifactError` if the settings beside a tokenizer of ours name files or are no settings of ours."""
     if (directory / "config.json").is_file():
         read_config(directory / "config.json")
     settings = directory / "tokenizer_config.json"
@@ -195,7 +195,7 @@ def _refuse_unwanted(directory: Path) -> None:
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> dict[str, str]:
     """Write a tokenizer's files into a directory and return their sha256 by name."""
-    # Else these would follow from the class, and some releases pick that by the model type, which ours is unknown to.
+    # Otherwise they follow from the class, which some releases pick by model type, and they do not know ours.
     tokenizer.init_kwargs["model_input_names"] = list(tokenizer.model_input_names)
     written = {Path(name).name for name in tokenizer.save_pretrained(directory)}
     return {name: sha256_of(directory / name) for name in sorted(written) if (directory / name).is_file()}

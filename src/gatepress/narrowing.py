@@ -1,8 +1,8 @@
-"""Train on at the size that is left: what gates have closed is no longer computed, from the next step on.
+"""Train on at the remaining size: from the next step on, what gates have closed is no longer computed.
 
-A closed inner dimension gives exact zeros and takes no gradient, so leaving it out changes neither the function nor
-what is learnt, only the time of a step. Masks, trained numbers and their names stay as they are: a checkpoint does not
-know of it, and a run that goes on makes the same of its masks.
+A closed inner dimension gives exact zeros and receives no gradient. So leaving it out changes neither the function nor
+what is learnt, only the time of a step. Masks, trained numbers and their names stay as they are: a checkpoint is the
+same, and a resumed run narrows again by its masks.
 """
 
 from typing import Any
@@ -22,8 +22,8 @@ from gatepress.resolve import Layer
 def narrow_(model: nn.Module, layers: list[Layer], vectors: list[GateVector]) -> None:
     """Leave out of the gated `model` the inner dimensions that its masks have closed, in place.
 
-    For training only, and again whenever masks have changed: the model cannot be pruned in memory; what is written
-    of it can.
+    For training only; call it again whenever masks have changed. The model cannot be pruned in memory afterwards, but a
+    run that is written from it can.
     """
     masks = [vector.gate.mask for vector in vectors]
     live = open_parts(layers, biases_of(model, layers), vectors, masks)
@@ -47,10 +47,10 @@ def narrow_(model: nn.Module, layers: list[Layer], vectors: list[GateVector]) ->
 
 
 def quicken_(model: Any, layers: list[Layer], *, first_token: bool) -> None:
-    """Prepare the gated `model`, in place, for quicker steps; what it computes stays the same.
+    """Prepare the gated `model`, in place, for faster steps; what it computes stays the same.
 
-    Where scores hang on positions, layers attend as pruned ones do. With `first_token` the last one can do without all
-    others: it does within `modeling_gatepress.first_token_alone`, for a head reads no other.
+    If scores depend on positions, layers attend as pruned ones do. With `first_token`, the last layer can compute the
+    first token alone, which it does within `modeling_gatepress.first_token_alone`: a head reads no other.
     """
     base, last = model.base_model, layers[-1]
     for layer in layers:
@@ -61,9 +61,9 @@ def quicken_(model: Any, layers: list[Layer], *, first_token: bool) -> None:
 
 
 def _blocks(layer: Layer, role: str, heads: list[int]) -> tuple[list[int], int]:
-    """Return the blocks of dense inner dimensions that a role keeps a part of each of, and their width.
+    """Return the blocks of dense inner dimensions of which a role keeps a part each, and their width.
 
-    They are heads, or all neurons; halves of these where rows go by two.
+    They are heads or all neurons, or halves of these if rows come in pairs.
     """
     inner = {"up": layer.shapes["up"][0], "down": layer.shapes["down"][1]}
     blocks, width = ([0], inner[role]) if role in inner else (heads, layer.head_width)
@@ -72,9 +72,9 @@ def _blocks(layer: Layer, role: str, heads: list[int]) -> tuple[list[int], int]:
 
 
 def _index(axis: Axis, blocks: list[int], width: int) -> Tensor:
-    """Return the positions of `axis`, made of a part for each of `blocks` of so many dense dimensions.
+    """Return the positions of `axis`, which has a part for each of `blocks`, each of `width` dense dimensions.
 
-    Where a plan pads a narrow block with zeros, one of its closed dimensions stands in: it gives zeros too.
+    If a plan pads a narrow block with zeros, one of its closed dimensions stands in, which gives zeros too.
     """
     positions = []
     share = len(axis) // len(blocks)

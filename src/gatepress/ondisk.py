@@ -1,4 +1,4 @@
-"""What can be said of a model from this disk alone: no network, and no weights beyond a run's own."""
+"""What this disk alone can say about a model: no network, and no weights other than a run's own."""
 
 import contextlib
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from gatepress.plan import Live, PrunePlan, make_plan
 
 @contextlib.contextmanager
 def offline() -> Iterator[None]:
-    """Let the hub's client look into its cache only, for as long as the block runs."""
+    """Let the hub's client look only into its cache while the block runs."""
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = True
     try:
@@ -30,7 +30,7 @@ def offline() -> Iterator[None]:
 
 
 def base_of(settings: TrainSettings) -> Path | None:
-    """Return where the model that a run was trained on lies on this disk; None: it does not."""
+    """Return where the model that a run was trained on lies on this disk; None: nowhere."""
     with offline():
         try:
             return located(settings)
@@ -39,7 +39,7 @@ def base_of(settings: TrainSettings) -> Path | None:
 
 
 def stands_on(settings: TrainSettings) -> list[Path | None]:
-    """Return what of `models_below` is on this disk, as far as it can be read: what no output may replace."""
+    """Return which of `models_below` are on this disk, as far as they can be read: no output may replace them."""
     found: list[Path | None] = []
     with contextlib.suppress(ArtifactError):
         found.extend(models_below(settings, base_of))
@@ -67,7 +67,7 @@ def plan_of_run(directory: Path) -> tuple[PrunePlan, int] | None:
 
 
 def _live(linear: GatedLinear) -> Live:
-    """Return what of a gated matrix is not zero, by its gates and its bias."""
+    """Return which parts of a gated matrix are not zero, by its gates and its bias."""
     rows, columns = linear.base.out_features, linear.base.in_features
     out = torch.ones(rows) if linear.gate_out is None else linear.gate_out.values()
     into = torch.ones(columns) if linear.gate_in is None else linear.gate_in.values()

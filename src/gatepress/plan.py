@@ -6,20 +6,20 @@ a statement about zeros alone. With activation(0) = 0:
 - neuron j is needed only if row j of up and column j of down are not zero;
 - value/output dimension j only if row j of v and column j of o are not zero;
 - query/key dimension j only if row j of q and row j of k are not zero;
-- a head without value/output dimensions goes; one without query/key dimensions stays: its scores are
-  all 0, which is uniform attention, not none. Where no head of a layer has any, q and k go.
+- a head without value/output dimensions is removed; one without query/key dimensions stays: its scores are
+  all 0, which is uniform attention, not none. If no head of a layer has any, q and k are removed.
 
-Where rows go by two (`Layer.apart`), two query/key dimensions that positions turn together stay or go together, and a
-neuron is needed only if neither of its rows of up is zero.
+Where rows come in pairs (`Layer.apart`), two query/key dimensions that positions turn together stay or go together,
+and a neuron is needed only if neither of its rows of up is zero.
 
-Inner dimensions that go leave nothing behind. Zeros on the residual side can only be left out by an
-index operation: columns by picking inputs (gather), rows by spreading outputs (scatter). Layouts:
+Removed inner dimensions leave nothing behind. Zeros on the residual side can only be left out by an index operation:
+columns by picking inputs (gather), rows by spreading outputs (scatter). Layouts:
 
-    auto    inner dimensions go; index operations, and widths that kernels like, where `costs` says so
-    inner   inner dimensions go, nothing else: no index operation
-    index   inner dimensions go, and every zero column and row on the residual side
+    auto    removes inner dimensions; index operations, and widths that kernels like, where `costs` says so
+    inner   removes inner dimensions and nothing else: no index operation
+    index   removes inner dimensions, and every zero column and row on the residual side
     paper   each matrix on its own: every zero column and row by index, nothing propagates
-    stock   the intermediate size alone, alike in all layers, so that plain transformers loads it
+    stock   the intermediate size alone, the same in all layers, so that plain transformers loads it
 """
 
 import functools
@@ -36,15 +36,15 @@ from gatepress.costs import WORTH, Costs, analytic, rounded
 from gatepress.families import ROLES
 from gatepress.resolve import Layer
 
-READERS = (("q", "k", "v"), ("o",), ("up",), ("down",))  # roles that read one input
-ZERO_ROW = -1  # in a list of source rows or columns: a padded one, all zeros
+READERS = (("q", "k", "v"), ("o",), ("up",), ("down",))  # roles that read the same input
+ZERO_ROW = -1  # in a list of source rows or columns: padding, all zeros
 
-Axis = list[int]  # sources of the rows or columns that are kept
+Axis = list[int]  # sources of the kept rows or columns
 
 
 @dataclass(frozen=True)
 class Live:
-    """What of one folded matrix is not zero."""
+    """Which parts of a folded matrix are not zero."""
 
     rows: Tensor  # [out] bool: the output is not exactly 0 for every input
     columns: Tensor  # [in] bool
@@ -59,7 +59,7 @@ class Live:
 
 @dataclass(frozen=True)
 class MatrixPlan:
-    """What becomes of one matrix: new row i is the dense row `rows[i]`, likewise columns."""
+    """What becomes of one matrix: new row i is the dense row `rows[i]`, and likewise for columns."""
 
     rows: Axis
     columns: Axis
@@ -76,17 +76,17 @@ class MatrixPlan:
 
     @property
     def weights(self) -> int:
-        """Elements kept; also the linear multiply-accumulates per token."""
+        """Number of kept elements; also the linear multiply-accumulates per token."""
         return len(self.rows) * len(self.columns)
 
     @property
     def removed_parameters(self) -> int:
-        """Weights and biases that go."""
+        """Number of weights and biases that are removed."""
         rows, columns = self.dense_shape
         return rows * columns - self.weights + (rows - len(self.rows)) * self.biased
 
     def to_json(self) -> dict[str, Any]:
-        """Return what was there, what of it is not zero, what is kept and how."""
+        """Return what was there, what of it is not zero, and what is kept and how."""
         operations = {"gathered": self.gathered, "scattered": self.scattered}
         return {"dense": list(self.dense_shape), "live": list(self.live), "kept": list(self.shape), **operations}
 
@@ -100,13 +100,13 @@ class LayerPlan:
     vo_width: int
     matrices: dict[str, MatrixPlan]
     costs: Costs
-    scores: int  # products that a score is the sum of
+    scores: int  # number of products whose sum is a score
 
     def macs(self, tokens: int, *, dense: bool = False) -> int:
         """Return the multiply-accumulates for each of a row's `tokens`; `dense`: of the layer as it was.
 
-        Those of the matrices, of scores, and of what scores weigh. Products with positions are made for the two
-        `tokens` that can lie to either side of one.
+        Counts those of the matrices, of scores, and of the values that scores weigh. Products with positions count for
+        the two `tokens` that can lie on either side of one.
         """
         shapes = {role: matrix.dense_shape if dense else matrix.shape for role, matrix in self.matrices.items()}
         keys = tokens + 2 * tokens * (self.scores - 1)
@@ -114,11 +114,11 @@ class LayerPlan:
 
     @functools.cached_property
     def time_left(self) -> float:
-        """Predicted time of the layer's products and index operations, over that of the dense layer."""
+        """Predicted time of the layer's products and index operations, divided by that of the dense layer."""
         return _time(self.matrices, self.costs)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the layer as a person reads it."""
+        """Return the layer in readable form."""
         return {
             "heads": self.heads,
             "qk_width": self.qk_width,
@@ -142,24 +142,24 @@ class PrunePlan:
 
     @property
     def kept_weights(self) -> int:
-        """Elements of the encoder's matrices that are left; also their MACs per token."""
+        """Number of elements left in the encoder's matrices; also their MACs per token."""
         return sum(matrix.weights for layer in self.layers for matrix in layer.matrices.values())
 
     @property
     def removed_fraction(self) -> float:
-        """Fraction of the encoder's matrix elements, and so of its linear MACs, that are gone."""
+        """Fraction of the encoder's matrix elements, and so of its linear MACs, that is removed."""
         return 1 - self.kept_weights / self.dense_weights
 
     @property
     def removed_parameters(self) -> int:
-        """Weights and biases of the encoder's matrices that go."""
+        """Number of weights and biases of the encoder's matrices that are removed."""
         return sum(matrix.removed_parameters for layer in self.layers for matrix in layer.matrices.values())
 
     def removed(self, unit: BudgetUnit, tokens: int) -> float:
-        """Return the fraction of `weights`, of `macs` at `tokens` tokens, or of predicted `latency` that goes.
+        """Return the removed fraction of `weights`, of `macs` at `tokens` tokens, or of predicted `latency`.
 
-        Weights are those of the encoder's matrices with their biases; multiply-accumulates are those of the
-        matrices and of the products of attention, scores and weighted values.
+        Weights are those of the encoder's matrices with their biases. Multiply-accumulates are those of the matrices
+        and of the products of attention: scores and weighted values.
         """
         if unit == "latency":
             return 1 - self.time_left
@@ -172,11 +172,11 @@ class PrunePlan:
 
     @property
     def time_left(self) -> float:
-        """Predicted time of the encoder's products and index operations, over that of the dense encoder."""
+        """Predicted time of the encoder's products and index operations, divided by that of the dense encoder."""
         return sum(layer.time_left for layer in self.layers) / len(self.layers)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the plan as a person reads it: per layer what was there, what is left, what it should gain."""
+        """Return the plan in readable form: per layer, what was there, what is left, and what that should gain."""
         return {
             "layout": self.layout,
             "target": self.costs.target,
@@ -191,9 +191,9 @@ class PrunePlan:
 def make_plan(
     layers: list[Layer], live: list[dict[str, Live]], layout: Layout, costs: Costs | None = None
 ) -> PrunePlan:
-    """Plan every layer from the zeros of its folded matrices (activation(0) = 0 is the caller's to know).
+    """Plan every layer from the zeros of its folded matrices (the caller must know that activation(0) = 0).
 
-    `costs` (None: the analytic ones) choose in the layout `auto` and predict in all of them.
+    `costs` (None: the analytic ones) choose in the layout `auto` and predict in all layouts.
     """
     costs = costs or analytic(DEFAULT_TARGET)
     needed = [
@@ -229,9 +229,9 @@ def make_plan(
 
 
 def chooses(live: list[dict[str, Live]]) -> bool:
-    """Say whether a plan hangs on times: whether the residual side has zeros that an index could leave out.
+    """Return whether a plan depends on times: whether the residual side has zeros that an index could leave out.
 
-    Where nothing of a matrix is left, there is no index either.
+    If nothing of a matrix is left, there is no index either.
     """
     into = ("q", "k", "v", "up")
     sides = (part.columns if role in into else part.rows for parts in live for role, part in parts.items())
@@ -241,7 +241,7 @@ def chooses(live: list[dict[str, Live]]) -> bool:
 def _matrices(
     layer: Layer, parts: dict[str, Live], axes: dict[str, tuple[Axis | None, Axis | None]], layout: Layout, costs: Costs
 ) -> dict[str, MatrixPlan]:
-    """Plan the matrices that read one input; an axis that is None is the residual side (or, for `paper`, any)."""
+    """Plan the matrices that read the same input; an axis of None is the residual side (or, for `paper`, any)."""
     options = [_options(layer.shapes[role], parts[role], sides, layout, costs) for role, sides in axes.items()]
 
     def price(choice: tuple[MatrixPlan, ...]) -> float:
@@ -255,7 +255,7 @@ def _matrices(
 def _options(
     shape: tuple[int, int], live: Live, axes: tuple[Axis | None, Axis | None], layout: Layout, costs: Costs
 ) -> list[MatrixPlan]:
-    """Return what one matrix may become; the last one leaves out all that it can."""
+    """Return the possible forms of one matrix; the last one leaves out all that it can."""
     every = [list(range(size)) for size in shape]
     options = [[(every[side] if axis is None else axis, False)] for side, axis in enumerate(axes)]
     for side, (axis, alive) in enumerate(zip(axes, (live.rows, live.columns), strict=True)):
@@ -270,9 +270,9 @@ def _options(
 
 
 def _prices(plans: Iterable[MatrixPlan], costs: Costs) -> list[float]:
-    """Return the times of matrices that read one input, each over that of the dense one.
+    """Return the times of matrices that read the same input, each divided by that of the dense one.
 
-    The first that picks from the input pays for what all that pick from it have in common.
+    The first one that picks from the input pays for what all that pick from it share.
     """
     prices: list[float] = []
     gather: Literal["gather", "again"] = "gather"
@@ -287,7 +287,7 @@ def _prices(plans: Iterable[MatrixPlan], costs: Costs) -> list[float]:
 
 
 def _some(alive: Tensor, multiple: int) -> Axis:
-    """Return the live positions, with as many of the others as make a width that kernels like."""
+    """Return the live positions, with as many others as make a width that kernels like."""
     kept = _indices(alive) or [0]
     width = rounded(len(kept), len(alive), multiple=multiple)
     spare = sorted(set(range(len(alive))) - set(kept))
@@ -295,7 +295,7 @@ def _some(alive: Tensor, multiple: int) -> Axis:
 
 
 def _time(matrices: dict[str, MatrixPlan], costs: Costs) -> float:
-    """Return the predicted time of a layer's matrices over that of the dense ones."""
+    """Return the predicted time of a layer's matrices, divided by that of the dense ones."""
     dense = {role: float(costs.milliseconds("product", m.dense_shape).mean()) for role, m in matrices.items()}
     left = 0.0
     for roles in READERS:
@@ -305,16 +305,16 @@ def _time(matrices: dict[str, MatrixPlan], costs: Costs) -> float:
 
 
 def _attention(layer: Layer, parts: dict[str, Live]) -> tuple[list[int], list[Axis], list[Axis]]:
-    """Return the heads kept, and the query/key and value/output dimensions kept in each of them.
+    """Return the kept heads, and the query/key and value/output dimensions kept in each of them.
 
-    Of dimensions that go by two, the first one.
+    For dimensions that come in pairs, the first one of each.
     """
     width = layer.head_width
     q, k = (_by_two(parts[role].rows.view(layer.heads, width), layer.apart(role)).any(-2) for role in ("q", "k"))
     qk = (q & k).flatten(1)
     vo = (parts["v"].rows & parts["o"].columns).view(layer.heads, width)
     heads = _indices(vo.any(1))
-    if not heads:  # nothing gets out, so nothing needs to be asked: one head of zeros stands in
+    if not heads:  # no head gives any output, so one head of zeros stands in
         return [0], [[]], [[]]
     return (
         heads,
@@ -324,7 +324,7 @@ def _attention(layer: Layer, parts: dict[str, Live]) -> tuple[list[int], list[Ax
 
 
 def _head_widths(layer: Layer, qk: list[Axis], vo: list[Axis], costs: Costs | None) -> tuple[int, int]:
-    """Return the width that all heads get: that of the widest, with `costs` one that the target's kernels like."""
+    """Return the common width of all heads: that of the widest; with `costs`, one that the target's kernels like."""
     at_once = layer.at_once("q")
     widest = [at_once * max(map(len, qk)), max(1, *map(len, vo))]
     if costs is not None:
@@ -335,7 +335,7 @@ def _head_widths(layer: Layer, qk: list[Axis], vo: list[Axis], costs: Costs | No
 
 
 def _all_dimensions(layer: Layer) -> tuple[list[Axis], list[Axis]]:
-    """Return all query/key and all value/output dimensions of each head; of those that go by two, the first one."""
+    """Return all query/key and value/output dimensions of each head; for those in pairs, the first one of each."""
     width = layer.head_width
     starts = range(0, layer.heads * width, width)
     qk, vo = ([list(range(start, start + count)) for start in starts] for count in (layer.apart("q") or width, width))
@@ -343,7 +343,7 @@ def _all_dimensions(layer: Layer) -> tuple[list[Axis], list[Axis]]:
 
 
 def _padded(dimensions: list[Axis], width: int, apart: int | None = None) -> Axis:
-    """Concatenate heads, each padded with zero rows to `width`; with what lies `apart` from each row behind them."""
+    """Concatenate heads, each padded with zero rows to `width`; with what lies `apart` from each row after them."""
     rows: Axis = []
     for head in dimensions:
         padded = head + [ZERO_ROW] * (width // (2 if apart else 1) - len(head))
@@ -354,7 +354,7 @@ def _padded(dimensions: list[Axis], width: int, apart: int | None = None) -> Axi
 
 
 def _by_two(rows: Tensor, apart: int | None) -> Tensor:
-    """Return rows [..., n] as [..., n / 2 apart, 2, apart]; as [..., n, 1, 1] where they do not go by two."""
+    """Return rows [..., n] as [..., n / 2 apart, 2, apart], or as [..., n, 1, 1] if they do not come in pairs."""
     return rows[..., None, None] if apart is None else rows.unflatten(-1, (-1, 2, apart))
 
 

@@ -1,9 +1,9 @@
 """What a training step computes in bfloat16.
 
-Matrix products do, as autocast has it. Two things are otherwise on a CPU. Attention that learns stays in float32: its
-backward pass in bfloat16 takes two to eight times as long there, which is much of what a pressed layer costs. And
-frozen weights are cast once, where autocast casts them anew in every step: a student's and its teacher's are most of
-what a step of few tokens reads.
+Matrix products, as with autocast. Two things differ on a CPU. Attention that learns stays in float32: its backward pass
+in bfloat16 takes two to eight times as long there, which is much of the cost of a pressed layer. And frozen weights are
+cast once, while autocast casts them anew in every step: those of a student and its teacher are most of what a step of
+few tokens reads.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from gatepress.config import Precision
 
 @contextlib.contextmanager
 def computing(precision: Precision, device: str) -> Iterator[None]:
-    """Compute what stands in the context in `precision` on a kind of `device`, trained numbers staying in float32."""
+    """Compute the block in `precision` on a kind of `device`; trained numbers stay in float32."""
     if precision == "fp32":
         yield
         return
@@ -30,7 +30,7 @@ def computing(precision: Precision, device: str) -> Iterator[None]:
 
 
 class _OnCpu(TorchFunctionMode):
-    """Attention and matrix products as they are quick on a CPU, whichever module asks for them."""
+    """Attention and matrix products in their fast forms on a CPU, whichever module asks for them."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -39,9 +39,9 @@ class _OnCpu(TorchFunctionMode):
 
 
 def _attention(*args: Any, **kwargs: Any) -> Any:
-    """Attend in float32 where it will be differentiated.
+    """Attend in float32 if the result will be differentiated.
 
-    Not under dropout, for which torch has no kernel of one piece on a CPU: there bfloat16 is no slower.
+    Not with dropout, for which torch has no fused kernel on a CPU: there bfloat16 is no slower.
     """
     if not _learns(*args, **kwargs):
         return functional.scaled_dot_product_attention(*args, **kwargs)
@@ -52,7 +52,7 @@ def _attention(*args: Any, **kwargs: Any) -> Any:
 
 
 def _learns(*arguments: Any, dropout_p: float = 0.0, **named: Any) -> bool:
-    """Say so of a call of `scaled_dot_product_attention(query, key, value, attn_mask, dropout_p)`."""
+    """Return whether a call of `scaled_dot_product_attention(query, key, value, attn_mask, dropout_p)` learns."""
     dropout = arguments[4] if len(arguments) > 4 else dropout_p  # noqa: PLR2004 - the fifth
     tensors = (value for value in (*arguments, *named.values()) if isinstance(value, Tensor))
     return torch.is_grad_enabled() and not dropout and any(value.requires_grad for value in tensors)
@@ -63,7 +63,7 @@ def _float32(value: Any) -> Any:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Map x [..., in] by weight [out, in], in bfloat16; a frozen weight as it was cast before."""
+    """Map x [..., in] by weight [out, in], in bfloat16; a frozen weight is cast only once."""
     return functional.linear(x, weight if weight.requires_grad else _cast_once(weight), bias)
 
 
@@ -78,7 +78,7 @@ def _cast_once(weight: Tensor) -> Tensor:
     return cast
 
 
-# Frozen weight -> its version, and its form in bfloat16; gone with the weight.
+# Frozen weight -> its version and its form in bfloat16; removed with the weight.
 _CASTS: MutableMapping[Tensor, tuple[int | None, Tensor]] = WeakTensorKeyDictionary()
 _INSTEAD: dict[Any, Callable[..., Any]] = {
     functional.scaled_dot_product_attention: _attention,

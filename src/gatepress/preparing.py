@@ -1,4 +1,4 @@
-"""What a run holds before its first step: rows, model and tokenizer loaded, gates in place, trained numbers counted."""
+"""Prepare a run for its first step: load rows, model and tokenizer, add the gates, count what will be trained."""
 
 import math
 import time
@@ -45,15 +45,15 @@ from gatepress.tasks.sources import Rows, load_rows
 from gatepress.versions import MADE_WITH, versions
 
 VALIDATION_BATCH = 64
-MIN_STEPS, MIN_EPOCHS, MAX_EPOCHS = 1_500, 3, 20  # what an absent --epochs aims at
-OPEN_SHARE = 3  # a third of the epochs makes a teacher of a model that does not know the task yet
-ROTATION_ROWS = 1_024  # whose second moments choose the bases of heads: the time of some ten steps
-BF16_LENGTHS = 8  # lengths are multiples of it in bf16: CPUs compile each shape, GPUs have units of that size
+MIN_STEPS, MIN_EPOCHS, MAX_EPOCHS = 1_500, 3, 20  # what --epochs aims at if it is not given
+OPEN_SHARE = 3  # a third of the epochs turns a model that does not know the task yet into a teacher
+ROTATION_ROWS = 1_024  # rows whose second moments choose the bases of heads; takes as long as some ten steps
+BF16_LENGTHS = 8  # in bf16, lengths are multiples of it: CPUs compile each shape, GPUs have units of that size
 
 
 @dataclass(kw_only=True)
 class Job(Resumable):
-    """Everything a run holds, loaded and wrapped."""
+    """Everything that a run holds, loaded and wrapped."""
 
     settings: TrainSettings
     processes: Processes
@@ -61,7 +61,7 @@ class Job(Resumable):
     loader: DataLoader[Any]
     noise: torch.Generator
     validation: dict[str, DataLoader[Any]]
-    matching: DataLoader[Any] | None  # rows by which classes are named as often as they occur; None: not asked for
+    matching: DataLoader[Any] | None  # rows to match the shares of classes on; None: not asked for
     probe: dict[str, Tensor]
     steps: int
     open_steps: int
@@ -71,9 +71,9 @@ class Job(Resumable):
 
 
 def prepared(settings: TrainSettings, *, resumed: bool = False) -> Job:
-    """Load rows, model and tokenizer, put the gates in, and count what will be trained.
+    """Load rows, model and tokenizer, add the gates, and count what will be trained.
 
-    With `resumed` what another run trained (`settings.start`) is not looked for: it is in the checkpoint.
+    With `resumed`, what another run trained (`settings.start`) is not loaded: the checkpoint contains it.
     """
     began = time.perf_counter()
     processes = _processes(settings)
@@ -81,7 +81,7 @@ def prepared(settings: TrainSettings, *, resumed: bool = False) -> Job:
     start = Path(settings.start) if settings.start and not resumed else None
     if start:
         settings = _as_start(settings, start)
-    rows = _rows(settings)  # before the model: what is wrong with them is found without a download
+    rows = _rows(settings)  # before the model: errors in rows are found without a download
     base = locate_model(settings.model, settings.revision)
     finetuned = is_finetuned(base, rows.spec)
     settings = settings.resolved(rows.spec.metric, finetuned=finetuned)
@@ -157,7 +157,7 @@ def prepared(settings: TrainSettings, *, resumed: bool = False) -> Job:
         matching=_in_order(drawn(train_rows, len(labelled)), tokenizer) if settings.match_shares else None,
         probe=probe_batch(next(iter(validation_rows.values())), tokenizer),
         budget=budget,
-        # Gates of a start may be closed: opened again, they make no model that ever was. The finetuned one was.
+        # A start's gates may be closed; opened again, they make a model that was never trained. The finetuned one was.
         teacher=Teacher(model, before) if start and finetuned and settings.distill else None,
         steps=steps,
         open_steps=open_steps,
@@ -167,12 +167,12 @@ def prepared(settings: TrainSettings, *, resumed: bool = False) -> Job:
             labelled["label"][:],
             rows.spec,
             tokenizer,
-            hidden_weight=settings.hidden_weight or 0.0,  # none: nobody teaches
+            hidden_weight=settings.hidden_weight or 0.0,  # None: there is no teacher
             all_tokens=reads_all(model),
             processes=processes,
         ),
         manifest=RunManifest(
-            settings=replace(settings, epochs=epochs),  # as `resolved`: chosen by rows, it must not be chosen anew
+            settings=replace(settings, epochs=epochs),  # as `resolved`: rows chose it, and it must not be chosen again
             task=rows.spec,
             status="training",
             step=0,
@@ -186,19 +186,19 @@ def prepared(settings: TrainSettings, *, resumed: bool = False) -> Job:
 
 
 class _Wrapped(NamedTuple):
-    """A model with what its method puts into it, and what is known of it."""
+    """A model with everything that its method adds, and what is known about it."""
 
     model: Any
     layers: list[Layer]
     kinds: Kinds  # what is trained
     dense_params: int
-    before: dict[str, Tensor]  # what stood where a start was loaded, by name
+    before: dict[str, Tensor]  # the numbers that a start replaced, by name
 
 
 def _wrapped(
     settings: TrainSettings, spec: TaskSpec, base: Path, base_sha256: dict[str, str], start: Path | None
 ) -> _Wrapped:
-    """Open the base model and put in place what is trained, as the run `start` left it where there is one."""
+    """Open the base model and add what is trained, with the values of the run `start` if there is one."""
     model: Any = open_base(base, spec)
     _refuse_unfit(model, settings)
     if settings.match_shares:
@@ -216,7 +216,7 @@ def _wrapped(
 
 
 def _rows(settings: TrainSettings) -> Rows:
-    """Return the rows of a run; `UsageError` where what is asked of their classes finds none."""
+    """Return the rows of a run; `UsageError` if --match-shares is given but there are no classes."""
     rows = load_rows(settings.data, embeds=settings.embed)
     if settings.match_shares and not rows.spec.names_classes:
         raise UsageError(f"--match-shares is about classes, and {rows.spec.name} has none; leave it out")
@@ -225,20 +225,20 @@ def _rows(settings: TrainSettings) -> Rows:
 
 
 def _as_start(settings: TrainSettings, start: Path) -> TrainSettings:
-    """Return settings with the heads and the low rank of the run that they start from, unless others are asked for.
+    """Return settings with the heads and low rank of the run that they start from, unless others are asked for.
 
-    `UsageError` where that run was trained otherwise, or on a model that another name would have to be fetched for.
+    `UsageError` if that run was trained otherwise, or on a model of another name, which would have to be fetched.
     """
     run = read_run(start).settings
     elsewhere = ("model",) if run.model != settings.model and base_of(settings) is None else ()
     refuse_unlike(start, run, settings, *elsewhere, "method", "granularity", "controller", "gate_axes", "matrices")
-    run = replace(run, lora_rank=run.rank or None)  # of a run that named none, its method's
+    run = replace(run, lora_rank=run.rank or None)  # an older run names none and has its method's
     left_open = [name for name in ("rotate_heads", "lora_matrices", "lora_rank") if getattr(settings, name) is None]
     return replace(settings, **{name: getattr(run, name) for name in left_open})
 
 
 def _processes(settings: TrainSettings) -> Processes:
-    """Return those that train together; `UsageError` where a batch has no row for each of them."""
+    """Return the processes that train together; `UsageError` if a batch has no row for each of them."""
     processes = Processes.here(torch_device(settings.device))
     if settings.batch_size < processes.count:
         raise UsageError(
@@ -248,7 +248,7 @@ def _processes(settings: TrainSettings) -> Processes:
 
 
 def _tokenizer_of(base: Path, model: Any) -> Any:
-    """Return the tokenizer beside a model; it emits what the model takes, whatever its class is made for."""
+    """Return the tokenizer beside a model, made to emit what the model takes, whatever its class emits."""
     tokenizer = open_tokenizer(base)
     taken = input_names(model)
     tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name in taken]
@@ -261,7 +261,7 @@ def _in_order(rows: Any, tokenizer: PreTrainedTokenizerBase) -> DataLoader[Any]:
 
 
 def _refuse_unfit(model: Any, settings: TrainSettings) -> None:
-    """Raise, before rows are tokenized, what a model would be refused for when it is pruned, wrapped or matched."""
+    """Refuse, before rows are tokenized, a model that could later not be pruned, wrapped or matched."""
     if settings.gated:
         refuse_activation(model)
     refuse_rank(model, settings)
@@ -270,7 +270,7 @@ def _refuse_unfit(model: Any, settings: TrainSettings) -> None:
 
 
 def _as_trained_(model: Any, directory: Path) -> None:
-    """Take back, in place, by how much the run in a directory moved its head: whoever goes on from it moves it anew.
+    """Undo, in place, the move of the head by the run in a directory: whoever continues from it moves the head anew.
 
     So a model starts, and teaches, with the probabilities that it was trained for.
     """
@@ -281,7 +281,7 @@ def _as_trained_(model: Any, directory: Path) -> None:
 
 
 def _rotate_heads_(model: Any, rows: Any, tokenizer: PreTrainedTokenizerBase, processes: Processes) -> None:
-    """Turn heads into the bases that the first training rows choose, in place; `ParityError` where logits change."""
+    """Turn heads into the bases that the first training rows choose, in place; `ParityError` if logits change."""
     few = rows.select(range(min(ROTATION_ROWS, len(rows))))
     loader = _in_order(few, tokenizer)
     batches = [
@@ -297,10 +297,10 @@ def _rotate_heads_(model: Any, rows: Any, tokenizer: PreTrainedTokenizerBase, pr
 
 
 def _open_epochs(settings: TrainSettings, epochs: int, *, finetuned: bool) -> int:
-    """Return for how many epochs all gates stay open before the closing begins."""
-    if not settings.gated or settings.start:  # what is gone on from closes at once
+    """Return the number of epochs in which all gates stay open before closing begins."""
+    if not settings.gated or settings.start:  # a start closes its gates at once
         return 0
-    least = int(bool(settings.distill and not finetuned))  # what teaches must have learned the task
+    least = int(bool(settings.distill and not finetuned))  # a teacher must have learned the task
     asked = settings.open_epochs
     if asked is None:
         asked = max(least, epochs // OPEN_SHARE) if least else 0
@@ -318,7 +318,7 @@ def _open_epochs(settings: TrainSettings, epochs: int, *, finetuned: bool) -> in
 
 
 def _count(kinds: Kinds) -> dict[str, int]:
-    """Return trained numbers by kind, with their total."""
+    """Return how many numbers are trained, by kind and in total."""
     counted = {kind: sum(parameter.numel() for parameter in group.values()) for kind, group in kinds.items()}
     return {**counted, "total": sum(counted.values())}
 
@@ -330,6 +330,6 @@ def _present(rows: Any) -> Any:
 
 
 def _with_unlabelled(rows: Rows) -> Any:
-    """Return the training rows, and behind them those without a label."""
+    """Return the training rows, followed by those without a label."""
     labelled = _present(rows.train)
     return labelled if rows.unlabelled is None else concatenate_datasets([labelled, rows.unlabelled])

@@ -1,9 +1,9 @@
-"""One training over several processes, as `accelerate launch` and `torchrun` start them.
+"""One training over several processes, as started by `accelerate launch` and `torchrun`.
 
-Each process takes its share of the rows of every batch, gradients are summed, and so all of them take the same
-step: what comes out is what one process makes of the same batches, but for what each draws in its own rows, words that
-are exchanged for a teacher and dropout, and for the tokens over which hidden states are compared, its own too. The
-first process writes, for all.
+Each process takes its share of the rows of every batch, and gradients are summed, so all of them take the same step.
+The result is what one process makes of the same batches, except for what each process draws in its own rows (words
+exchanged for a teacher, and dropout) and for the tokens over which it compares hidden states, which are its own too.
+The first process writes for all.
 """
 
 import atexit
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of one training as one of them sees them; without arguments there is this one only."""
+    """The processes of one training as one of them sees them; without arguments, there is only this one."""
 
     index: int = 0
     count: int = 1
@@ -42,11 +42,11 @@ class Processes:
 
     @property
     def main(self) -> bool:
-        """Whether this is the one that writes and tells."""
+        """Whether this is the process that writes and reports."""
         return self.index == 0
 
     def rows(self, whole: int) -> int:
-        """Return how many rows of a batch of `whole` rows are this process's."""
+        """Return how many rows of a batch of `whole` rows belong to this process."""
         return len(range(self.index, whole, self.count))
 
     def sum_(self, tensors: Iterable[Tensor | None]) -> None:
@@ -72,12 +72,12 @@ ALONE = Processes()
 
 def seed_of(*numbers: int) -> int:
     """Return one seed for several numbers, such as seed, step and process."""
-    counted = [len(numbers), *numbers]  # (0, 0) and (0, 0, 0) are one sequence to numpy
+    counted = [len(numbers), *numbers]  # (0, 0) and (0, 0, 0) are the same sequence to numpy
     return int(np.random.SeedSequence(counted).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def _together(call: Callable[..., Any], *arguments: Any) -> Any:
-    """Call what all processes must call at the same time; `ProcessError` where another one is gone."""
+    """Call what all processes must call at the same time; `ProcessError` if another one is gone."""
     try:
         return call(*arguments)
     except RuntimeError as error:  # of torch.distributed: a peer closed its connection, or time ran out

@@ -1,4 +1,4 @@
-"""How long work reports itself. The library calls these; the command line draws them."""
+"""How long work reports its progress. The library calls these; the command line draws them."""
 
 from typing import Protocol
 
@@ -17,7 +17,7 @@ class Progress(Protocol):
 
 
 class NoProgress:
-    """Reports nothing: the default for library callers."""
+    """Report nothing: the default for library callers."""
 
     def start(self, total: int, description: str) -> None:
         """Ignore the start."""

@@ -52,14 +52,15 @@ def prune(  # noqa: PLR0913 - every option of the command is one
 ) -> dict[str, Any]:
     """Collapse a run's closed gates into smaller dense matrices and write a pruned directory.
 
-    The layout `auto` is chosen for `target` by the times in `latency_table` (see `latency.for_target`), which
-    are read or measured only where the choice hangs on them, for calls of so many `tokens` (batch size times sequence
-    length; None: of all sizes that the times are of). With `sparsity` the gates are closed anew, by the
-    scores that the run keeps, to another fraction of its budget. `refit` may then change the weights that are left:
-    it is given the pruned model and the run's probe rows, and what it returns is in the report. The gated model and
-    what is loaded back from the new directory must agree on the probe rows within `config.MAX_LOGIT_DIFF`, else
-    `ParityError` and nothing is written; with `refit` gated and pruned model do before it, pruned and loaded one
-    behind it. `dry_run` plans only.
+    The layout `auto` is chosen for `target` by the times in `latency_table` (see `latency.for_target`), which are read
+    or measured only if the choice depends on them, for calls of `tokens` tokens (batch size times sequence length;
+    None: all sizes that there are times for). With `sparsity`, the gates are closed anew, by the scores that the run
+    keeps, to another fraction of its budget. `refit` may then change the remaining weights: it is called with the
+    pruned model and the run's probe rows, and its result goes into the report.
+
+    The gated model and what is loaded back from the new directory must agree on the probe rows within
+    `config.MAX_LOGIT_DIFF`; otherwise `ParityError` is raised and nothing is written. With `refit`, gated and pruned
+    model are compared before it, pruned and loaded one after it. With `dry_run`, only plans.
     """
     refuse_below(1, tokens=tokens)
     settings = gated_settings(run_dir)
@@ -104,7 +105,7 @@ def prune(  # noqa: PLR0913 - every option of the command is one
         wanted = _logits(pruned, probe)
     with new_directory(output, force=force) as staged:
         parts = _write(pruned, staged, layout)
-        del pruned  # what counts is what is on disk, and that is loaded now
+        del pruned  # what counts is what is on disk, which is loaded now
         reloaded = _logits(open_pruned(staged), probe)
         difference = max(difference, agree(wanted, reloaded, "gated and reloaded logits", UNCHANGED))
         bound = save_tokenizer(open_tokenizer(run_dir), staged)
@@ -145,7 +146,7 @@ def prune(  # noqa: PLR0913 - every option of the command is one
 def _close_anew_(
     model: PreTrainedModel, layers: list[Layer], manifest: RunManifest, sparsity: float, run_dir: Path
 ) -> RunManifest:
-    """Close a run's gates to another sparsity, in place; return the manifest as if that had been asked."""
+    """Close a run's gates to another sparsity, in place; return the manifest as if that had been asked for."""
     settings = replace(manifest.settings, sparsity=sparsity)
     budget_of(model, layers, settings, steps=1, tokens=manifest.tokens).close_anew(sparsity, run=run_dir)
     return replace(manifest, settings=settings)
@@ -154,14 +155,14 @@ def _close_anew_(
 def _costs(
     live: list[dict[str, Live]], layout: Layout, target: Target, table: str | Path | None, progress: Progress | None
 ) -> Costs:
-    """Return the costs to plan by; nothing is measured where no choice hangs on them."""
+    """Return the costs to plan by; nothing is measured if no choice depends on them."""
     if table is None and (layout != "auto" or not chooses(live)):
         return analytic(target)
     return for_target(target, table, progress)
 
 
 def gated_settings(run_dir: Path) -> TrainSettings:
-    """Return the settings of a run; `UsageError` where it has no gates."""
+    """Return the settings of a run; `UsageError` if it has no gates."""
     settings = read_run(run_dir).settings
     if not settings.gated:
         raise UsageError(
@@ -172,11 +173,11 @@ def gated_settings(run_dir: Path) -> TrainSettings:
 
 
 def _write(pruned: PreTrainedModel, staged: Path, layout: Layout) -> list[Path]:
-    """Write weights and config; a layout of our own brings the code that loads it.
+    """Write weights and config, and for a layout of our own the code that loads it.
 
-    Returns the files at the top that are written for an embedder besides.
+    Returns the additional files at the top level that an embedder needs.
     """
-    as_saved(pruned).save_pretrained(staged, max_shard_size="100GB")  # one file: what the manifest binds is one hash
+    as_saved(pruned).save_pretrained(staged, max_shard_size="100GB")  # one file: the manifest binds one hash
     if layout != "stock":
         config = read_json(staged / "config.json")
         ship_code(config, staged)
@@ -188,6 +189,6 @@ def _write(pruned: PreTrainedModel, staged: Path, layout: Layout) -> list[Path]:
 
 @torch.inference_mode()
 def _logits(model: PreTrainedModel, probe: dict[str, Tensor]) -> Tensor:
-    """Return the logits of the rows, and once more those of the longest alone: without padding there is no mask."""
+    """Return the logits of the rows, and again those of the longest row alone, which needs no padding and no mask."""
     whole = {name: value[:1] for name, value in probe.items()}
     return torch.cat([model(**rows).logits.float() for rows in (probe, whole)])

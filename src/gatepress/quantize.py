@@ -1,11 +1,11 @@
-"""A float32 ONNX file with its weights in int8: what is quantized, and why it is fixed.
+"""A float32 ONNX file with its weights in int8: what is quantized, and why this is fixed.
 
 Each choice is measured in `benchmarks/notes/int8.md`:
 
-- one scale for each output: one scale for a whole matrix loses several points of accuracy on some models
+- one scale per output: one scale for a whole matrix loses several points of accuracy on some models
   and is not faster;
 - inputs of the products are quantized while the model runs, so nothing has to be calibrated;
-- the word embeddings with one scale: half of a small model's file, at no cost that shows;
+- word embeddings with one scale: half of a small model's file, at no visible cost;
 - weights of products use 7 of the 8 bits: sums of two full ones do not fit into the 16 bits in which processors
   without VNNI add them up, and what is cut off there is many times what the bit is worth;
 - attention's products of two activations, the pooler, the head and small tables stay float32.
@@ -31,15 +31,15 @@ _SHOWN = ("MatMul", "Gemm", "Gather")
 def quantize_file_(file: Path) -> dict[str, Any]:
     """Give a graph int8 weights, in place; return what was quantized.
 
-    Weights that lie in a file of their own (`<name>.data`) do so afterwards. Raises `ModelError`
-    where ONNX Runtime cannot quantize the graph, which then is as it was.
+    Weights that are in a file of their own (`<name>.data`) stay in one. Raises `ModelError`
+    if ONNX Runtime cannot quantize the graph, which is then left unchanged.
     """
     graph = onnx.load(file, load_external_data=False).graph
     chosen = _chosen(graph)
     if not chosen["MatMul"]:
         raise ModelError(f"{file}: has no matrix product with a float32 weight; export without --quantize")
     try:
-        # Moved into place, never written over: a session that is open on the file reads its weights from there.
+        # Moved into place, never written over: a session that is open on the file reads its weights from it.
         with tempfile.TemporaryDirectory(dir=file.parent) as place, _silence():
             external, made = file.with_name(f"{file.name}.data").is_file(), file
             for operator in (name for name, nodes in chosen.items() if nodes):
@@ -60,7 +60,7 @@ def quantize_file_(file: Path) -> dict[str, Any]:
                 part.replace(file.with_name(part.name))
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # it raises what its parts raise, without a common base
+    except Exception as error:  # the many parts of the quantizer raise errors without a common base
         raise ModelError(
             f"ONNX Runtime cannot quantize the graph ({reason_of(error)}); export without --quantize"
         ) from error
@@ -86,7 +86,7 @@ def _chosen(graph: onnx.GraphProto) -> dict[str, list[str]]:
 
 
 def _check(file: Path, expected: int) -> None:
-    """Raise where the quantizer left products as they were, which it does without a word."""
+    """Raise an error if the quantizer left products unchanged, which it does silently."""
     made = Counter(node.op_type for node in onnx.load(file, load_external_data=False).graph.node)["MatMulInteger"]
     if made != expected:
         raise ValueError(f"{made} of {expected} products came out in int8")
@@ -94,7 +94,7 @@ def _check(file: Path, expected: int) -> None:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Keep back the hints that the quantizer logs on the root logger, and the handler that doing so installs."""
+    """Hold back the hints that the quantizer logs on the root logger, and the handler that this installs."""
 
     def keep(record: logging.LogRecord) -> bool:
         return record.levelno >= logging.ERROR or "onnxruntime" not in record.pathname

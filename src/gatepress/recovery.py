@@ -1,8 +1,8 @@
-"""One training, several sizes: the gates of a run closed to other fractions, each with a short training behind it.
+"""One training, several sizes: close the gates of a run to other fractions, each followed by a short training.
 
-A run keeps the scores of its gates, so any sparsity can be cut from it at once. What is cut far from the sparsity
-that was trained loses accuracy; a few epochs with the gates as they are bring most of it back, and a part of it least
-squares (refit.py), without a training.
+A run keeps the scores of its gates, so any sparsity can be cut from it at once. Cutting far from the sparsity that was
+trained loses accuracy. A few epochs with the gates as they are bring most of it back; least squares (refit.py) brings
+back a part of it without a training.
 """
 
 import tempfile
@@ -34,7 +34,7 @@ from gatepress.runtime import device_here
 from gatepress.tasks.sources import load_rows
 from gatepress.training import train
 
-REFIT_ROWS, REFIT_TOKENS, REFIT_BATCH = 4_096, 32_768, 64  # of training rows, at most, and rows at once
+REFIT_ROWS, REFIT_TOKENS, REFIT_BATCH = 4_096, 32_768, 64  # training rows and tokens at most, and rows per batch
 
 
 def prune_each(  # noqa: PLR0913 - every option of the command is one
@@ -49,26 +49,27 @@ def prune_each(  # noqa: PLR0913 - every option of the command is one
 ) -> list[dict[str, Any]]:
     """Prune a run to every sparsity that `outputs` maps to a directory; return the reports in its order.
 
-    With `recover_epochs` each is trained on for so many passes over the run's rows, gates fixed, before it is
-    pruned, at the rates of the run with a schedule of its own; its report then has the `recovery` (metric, steps,
-    seconds). Where the run began with a finetuned model that taught it, that one teaches again. With `refit` nothing is
-    trained: what is left of each is fitted, on the run's rows, to the finetuned model that the run began with, or to
-    the run as it is (refit.py). All else goes to `pruning.prune`, whose errors are raised.
+    With `recover_epochs`, each size is trained for so many more passes over the run's rows before it is pruned, with
+    gates fixed, at the rates of the run and with a schedule of its own; its report then has the `recovery` (metric,
+    steps, seconds). If the run began with a finetuned model that taught it, that model teaches again. With `refit`,
+    nothing is trained: what is left of each size is fitted, on the run's rows, to the finetuned model that the run
+    began with, or to the run as it is (refit.py). Everything else is passed to `pruning.prune`, and its errors are
+    raised.
     """
     refuse_below(0, recover_epochs=recover_epochs)
     if refit and recover_epochs:
         raise UsageError("--refit is for what is not trained on; leave it out, or --recover-epochs")
     settings = gated_settings(run_dir)
     for sparsity in outputs:
-        replace(settings, sparsity=sparsity)  # which refuses what is no fraction
-    refuse_below(1, tokens=pruning.get("tokens"))  # these two now, not behind a training
+        replace(settings, sparsity=sparsity)  # refuses what is not a fraction
+    refuse_below(1, tokens=pruning.get("tokens"))  # these two now, not after a training
     if table := pruning.get("latency_table"):
         for_target(pruning.get("target", DEFAULT_TARGET), table)
     taught = False
     if recover_epochs or refit:
         run, rows = read_run(run_dir), load_rows(settings.data, embeds=settings.embed)
         refuse_other(run_dir, run, replace(run, data_fingerprint=rows.fingerprint))
-        # A pretrained model has learned the task in this run alone, whose gates are closed: nobody is left to teach.
+        # A pretrained model learned the task only in this run, whose gates are closed: nobody is left to teach.
         finetuned = is_finetuned(located(settings), run.task)
         taught = bool(settings.distill) and finetuned
         if refit:
@@ -95,7 +96,7 @@ def prune_each(  # noqa: PLR0913 - every option of the command is one
         )
         output.absolute().parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent) as staged:
-            recovered = Path(staged) / f"{run_dir.resolve().name}-s{sparsity:g}"  # the card calls it so
+            recovered = Path(staged) / f"{run_dir.resolve().name}-s{sparsity:g}"  # the name that the card shows
             trained = train(asked, recovered, progress=progress)
             report = prune(recovered, output, **options)
         kept = ("metric_name", "metric_value", "examples", "epochs", "steps", "train_seconds")
@@ -106,7 +107,7 @@ def prune_each(  # noqa: PLR0913 - every option of the command is one
 def _refit_to(
     teacher: PreTrainedModel, rows: Any, run: RunManifest, tokenizer: PreTrainedTokenizerBase, progress: Progress | None
 ) -> Callable[[PreTrainedModel, dict[str, Tensor]], dict[str, Any]]:
-    """Return what fits a pruned model to `teacher` on the rows of a run, words exchanged as in its training."""
+    """Return a function that fits a pruned model to `teacher` on a run's rows, with words exchanged as in training."""
     settings, special = run.settings, torch.tensor(tokenizer.all_special_ids)
     few = rows.train.select(range(min(REFIT_ROWS, len(rows.train))))
     table = tokenize(few, tokenizer, run.tokens)

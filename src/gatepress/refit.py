@@ -1,12 +1,12 @@
-"""After gates were closed without a training: what is left is fitted to what a teacher computes, by least squares.
+"""Fit what is left to what a teacher computes, by least squares, after gates were closed without a training.
 
 Two matrices of a layer write to the residual stream, `o` and `down`, and both have lost inputs. Layer by layer, from
-the first to the last, each is moved to where the norm behind it gives the teacher's hidden states from the student's:
+the first to the last, each is changed so that the norm after it gives the teacher's hidden states from the student's:
 
     min over W, b of   sum over tokens of | (x W^T + b + r - t) / std(t) |^2  +  ridge * | W - W_closed |^2
 
-x are the inputs that are left and r what else the norm reads; t is what it would have to read to give what the
-teacher's gives, and std(t) what it divides by. So what is lost in one layer the next ones make up for. It takes one
+x are the remaining inputs and r is whatever else the norm reads; t is what the norm would have to read to give what the
+teacher's gives, and std(t) what it divides by. So later layers make up for what is lost in earlier ones. It takes one
 pass over a few thousand rows, no labels and no steps.
 """
 
@@ -28,23 +28,23 @@ from gatepress.resolve import resolve
 
 WRITERS = ("o", "down")  # matrices whose outputs are added to the residual stream
 RIDGE = 1e-3  # of the mean square of an input
-FLAT = 0.1  # of a norm's mean scale: what is scaled by less can hardly be told from its output
+FLAT = 0.1  # of a norm's mean scale: what is scaled by less can hardly be recovered from its output
 
 Batch = dict[str, Tensor]
 
 
 @dataclass
 class _Seen:
-    """What one matrix was given and gave, on the real tokens of a batch, and what the norm behind it made of that."""
+    """What one matrix received and gave on the real tokens of a batch, and what the norm after it made of that."""
 
-    inputs: Tensor  # [tokens, in]; of a teacher none, they would be half of the memory
+    inputs: Tensor  # [tokens, in]; empty for a teacher, where they would take half of the memory
     total: Tensor  # [tokens, hidden], what the norm reads
     norm: nn.LayerNorm | None  # None: the layer ends before one
-    after: Tensor  # [tokens, hidden], what the norm gives, or the layer
+    after: Tensor  # [tokens, hidden], output of the norm, or of the layer
 
 
 class _Walk:
-    """A model on its way through batches, one layer at a time."""
+    """A model that goes through batches one layer at a time."""
 
     def __init__(self, model: PreTrainedModel, batches: Sequence[Batch], *, teaches: bool = False) -> None:
         self.teaches = teaches
@@ -55,7 +55,7 @@ class _Walk:
         self.states: list[Tensor] = [calls[0][0][0] for calls in self.calls]
 
     def _calls(self, model: PreTrainedModel, batch: Batch) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """Return what each layer is called with; of the first alone the hidden states are kept."""
+        """Return the arguments that each layer is called with; hidden states are kept only for the first."""
         found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def note(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -63,7 +63,7 @@ class _Walk:
 
         hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in self.modules]
         try:
-            model(**batch, output_hidden_states=True)  # which all tokens of the last layer are computed for
+            model(**batch, output_hidden_states=True)  # for this, all tokens of the last layer are computed
         finally:
             for hook in hooks:
                 hook.remove()
@@ -74,17 +74,17 @@ class _Walk:
         return self.base.get_submodule(self.layers[layer].paths[role])
 
     def run(self, layer: int, batch: int) -> Tensor:
-        """Return hidden states [rows, length, hidden] behind a layer."""
+        """Return hidden states [rows, length, hidden] after a layer."""
         (_, *given), named = self.calls[batch][layer]
         out: Tensor | tuple[Tensor, ...] = self.modules[layer](self.states[batch], *given, **named)
         return out if isinstance(out, Tensor) else out[0]
 
     def watch(self, layer: int, batch: int, roles: Sequence[str], real: Tensor) -> tuple[dict[str, _Seen], Tensor]:
-        """Return what matrices of the layer see of the `real` tokens [rows, length] of a batch, and `run`."""
+        """Return what the layer's matrices see of the `real` tokens [rows, length] of a batch, and what `run` gives."""
         seen: dict[str, dict[str, Any]] = {role: {} for role in roles}
 
         def wrote(role: str, _: nn.Module, given: tuple[Tensor, ...], __: Tensor) -> None:
-            # Where attention gives the same to all tokens, it is computed for one.
+            # If attention gives the same result to all tokens, it is computed for one.
             inputs = given[0].expand(*real.shape, -1)
             seen[role]["inputs"] = inputs[:0] if self.teaches else inputs[real]
 
@@ -101,12 +101,12 @@ class _Walk:
         finally:
             for hook in hooks:
                 hook.remove()
-        behind = {"norm": None, "total": out[real], "after": out[real]}  # where no norm of the layer reads it
+        behind = {"norm": None, "total": out[real], "after": out[real]}  # if no norm of the layer reads it
         return {role: _Seen(**behind | one) for role, one in seen.items()}, out
 
 
 @torch.no_grad()
-def refit_(  # noqa: PLR0913 - two models, rows to fit and to tell by
+def refit_(  # noqa: PLR0913 - two models, rows to fit on and rows to judge by
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     batches: Sequence[Batch],
@@ -117,8 +117,8 @@ def refit_(  # noqa: PLR0913 - two models, rows to fit and to tell by
 ) -> dict[str, Any]:
     """Fit a pruned `student`, in place, to the hidden states of a dense or gated `teacher` of its base on `batches`.
 
-    Of the last layer the first token counts as much as all others, unless `all_tokens` of it are read. Where hidden
-    states of the rows of `probe` are no nearer to the teacher's by it, the student stays as it was. Returns the
+    In the last layer, the first token counts as much as all others together, unless `all_tokens` of it are read. If the
+    hidden states of the rows of `probe` come no nearer to the teacher's, the student stays as it was. Returns the
     distances before and after, how many `tokens` it was fitted on, and the `seconds` that it took.
     """
     began = time.perf_counter()
@@ -154,7 +154,7 @@ def _layer_by_layer_(
     *,
     all_tokens: bool,
 ) -> Iterator[None]:
-    """Fit the layers of `student`, in place, from the first to the last; yield behind each."""
+    """Fit the layers of `student`, in place, from the first to the last; yield after each."""
     ours, theirs = _Walk(student, batches), _Walk(teacher, batches, teaches=True)
     last = len(ours.layers) - 1
     for layer in range(last + 1):
@@ -172,7 +172,7 @@ def _layer_by_layer_(
 
 
 class _Fit:
-    """The least squares of one matrix, added up batch by batch."""
+    """The least-squares problem of one matrix, accumulated batch by batch."""
 
     def __init__(self, matrix: nn.Linear) -> None:
         self.matrix = matrix
@@ -182,7 +182,7 @@ class _Fit:
         self.wanted = matrix.weight.new_zeros(size, len(matrix.weight), dtype=torch.float64)
 
     def add(self, ours: _Seen, theirs: _Seen, heavier: Tensor | None) -> None:
-        """Count the tokens of a batch; `heavier` says how much each of them counts [tokens]."""
+        """Add the tokens of a batch; `heavier` is the weight of each of them [tokens]."""
         spread = theirs.total.std(-1, keepdim=True, unbiased=False)
         weights = (spread + torch.finfo(spread.dtype).eps).reciprocal()
         if heavier is not None:
@@ -196,7 +196,7 @@ class _Fit:
         self.wanted += (inputs.T @ missing[:, self.rows]).double()
 
     def solve_(self) -> None:
-        """Move the matrix to the solution."""
+        """Set the matrix to the solution."""
         diagonal = self.products.diagonal()
         ridge = RIDGE * diagonal.mean().clamp_min(torch.finfo(diagonal.dtype).tiny)
         step = torch.linalg.solve(self.products + ridge * torch.eye(len(diagonal)).to(diagonal), self.wanted)
@@ -209,7 +209,7 @@ class _Fit:
 def _to_be_read(ours: _Seen, theirs: _Seen, spread: Tensor) -> Tensor:
     """Return what the student's norm would have to read to give what the teacher's gives [tokens, hidden].
 
-    `spread` is what the teacher's divides by [tokens, 1].
+    `spread` is what the teacher's norm divides by [tokens, 1].
     """
     norm = ours.norm
     if norm is None:
@@ -230,7 +230,7 @@ def _rows(matrix: nn.Linear) -> Tensor:
 
 
 def _heavier_first(real: Tensor) -> Tensor:
-    """Return weights of the real tokens [tokens]: the first of a row counts as much as all others."""
+    """Return weights of the real tokens [tokens]: the first of a row weighs as much as all others together."""
     weights = torch.ones_like(real, dtype=torch.float32)
     weights[:, 0] = (real.sum(1) - 1).clamp_min(1).to(weights)
     return weights[real]
@@ -242,7 +242,7 @@ def _distance(student: PreTrainedModel, teacher: PreTrainedModel, probe: Batch, 
 
 
 def first_tokens(batches: Iterable[Batch], tokens: int) -> list[Batch]:
-    """Return the first batches that hold so many real tokens together, or all."""
+    """Return the first batches that together hold so many real tokens, or all batches."""
     found: list[Batch] = []
     for batch in batches:
         found.append(batch)

@@ -1,4 +1,4 @@
-"""From a family's row to the bound matrices of a real model: the only walker of module trees."""
+"""From a family's row to the bound matrices of a real model: the only code that walks module trees."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,42 +16,42 @@ class Layer:
     """One transformer layer: its matrices by role, and where they are."""
 
     index: int
-    path: str  # below the base model, as are those of its parts
+    path: str  # below the base model, like those of its parts
     attention: str
     paths: dict[str, str]
     shapes: dict[str, tuple[int, int]]  # role -> (out, in)
     heads: int
-    scores: int  # products that a score is the sum of
-    paired: tuple[str, ...]  # roles whose rows go by two
+    scores: int  # number of products whose sum is a score
+    paired: tuple[str, ...]  # roles whose rows come in pairs
 
     @property
     def scale(self) -> float:
-        """What scores are multiplied by."""
+        """Factor that scores are multiplied by."""
         scale: float = (self.head_width * self.scores) ** -0.5
         return scale
 
     @property
     def head_width(self) -> int:
-        """Query/key and value/output dimensions per head."""
+        """Number of query/key and value/output dimensions per head."""
         return self.shapes["q"][0] // self.heads
 
     def apart(self, role: str) -> int | None:
-        """Distance in rows between the two of a pair, where rows of a role are paired; None: they are not."""
+        """Return the distance in rows between the two of a pair if rows of a role are paired; None: they are not."""
         if role not in self.paired:
             return None
         return (self.shapes["up"][0] if role == "up" else self.head_width) // 2
 
     def at_once(self, role: str) -> int:
-        """How many rows of a role stay or go together."""
+        """Return how many rows of a role stay or go together."""
         return 1 if self.apart(role) is None else 2
 
     @property
     def unit(self) -> int:
-        """Rows and columns that count as one gate in a budget: 2, or 1 in families whose rows are paired."""
+        """Number of rows and columns that count as one gate in a budget: 2, or 1 in families whose rows are paired."""
         return 1 if self.paired else 2
 
     def attention_part(self, heads: list[int], qk_width: int, vo_width: int) -> dict[str, Any]:
-        """Return what `config.gatepress` says of the self-attention: where its matrices are, what of heads is left."""
+        """Return the self-attention's entry in `config.gatepress`: its matrices, and what is left of its heads."""
         inside = f"{self.attention}."
         names: dict[str, str | None] = {
             role: self.paths[role].removeprefix(inside) if self.paths[role].startswith(inside) else None
@@ -62,17 +62,17 @@ class Layer:
 
     @property
     def whole_attention(self) -> dict[str, Any]:
-        """The same where nothing is gone."""
+        """The same entry with nothing removed."""
         return self.attention_part(list(range(self.heads)), self.head_width, self.head_width)
 
     @property
     def weights(self) -> int:
-        """Elements of the layer's matrices; also its linear multiply-accumulates per token."""
+        """Number of elements of the layer's matrices; also its linear multiply-accumulates per token."""
         return sum(rows * columns for rows, columns in self.shapes.values())
 
 
 def family_named(model_type: str) -> FamilySpec:
-    """Return the row of a dense or pruned `model_type`; `ModelError` naming the known families else."""
+    """Return the row of a dense or pruned `model_type`; otherwise `ModelError` naming the known families."""
     family = row_of(model_type)
     if family is None:
         raise ModelError(f"model type {model_type!r} is not supported; expected one of {', '.join(sorted(FAMILIES))}")
@@ -93,9 +93,8 @@ def model_class(family: FamilySpec, *, stock: bool = False, head: bool = True) -
 def resolve(model: nn.Module) -> list[Layer]:
     """Bind the family's row to `model` (a transformers model with its head, gated or not).
 
-    Where one matrix is still those of queries, keys and values, all three are found at its path. Raises `ModelError`
-    where a named matrix is missing or a 2-D weight inside a layer has no role: a matrix that nobody gates would
-    silently stay dense.
+    If queries, keys and values still share one matrix, all three are found at its path. Raises `ModelError` if a named
+    matrix is missing, or if a 2-D weight inside a layer has no role: a matrix without gates would silently stay dense.
     """
     family = family_of(model.config)
     base: Any = model.base_model
@@ -134,7 +133,7 @@ def resolve(model: nn.Module) -> list[Layer]:
 
 
 def _submodule(root: nn.Module, path: str) -> Any:
-    """Return the module at the dotted `path`, None where a pruned model does without; `ModelError` without any."""
+    """Return the module at the dotted `path`; None if a pruned model does without it, `ModelError` if it is missing."""
     parent, _, name = path.rpartition(".")
     try:
         return None if getattr(root.get_submodule(parent), name, root) is None else root.get_submodule(path)

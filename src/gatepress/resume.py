@@ -1,11 +1,11 @@
-"""What a run needs beside its tensors to go on as if it had never been stopped.
+"""What a run needs besides its tensors to continue as if it had never been stopped.
 
     optimizer.<parameter>.<key>   what AdamW keeps of each trained parameter (step, exp_avg, exp_avg_sq)
     teacher.<name>                what the model knew with open gates, with --distill
 
-These are `state-<step>.safetensors` of a run directory; a few numbers stand in its manifest under `resume`. The
-step tells the rest: the place in the rows, where the schedule is, and the seed of the random numbers of every step
-(dropout, noise of gates). Between steps there are no gradients.
+These are in `state-<step>.safetensors` of a run directory; a few numbers are in its manifest under `resume`. The rest
+follows from the step: the place in the rows, the position in the schedule, and the seed of the random numbers of every
+step (dropout, noise of gates). Between steps there are no gradients.
 """
 
 import contextlib
@@ -32,11 +32,11 @@ from gatepress.manifests import check_files
 from gatepress.methods import Kinds
 from gatepress.models import read_tensors
 
-NUMBERS = {"learning_rates", "gates_fixed", "train_seconds", "peak_memory_bytes"}  # beside the file and its sha256
+NUMBERS = {"learning_rates", "gates_fixed", "train_seconds", "peak_memory_bytes"}  # besides the file and its sha256
 
 
 def read_state(directory: Path, manifest: RunManifest) -> dict[str, Tensor]:
-    """Read the state that a stopped run goes on from; `ArtifactError` where there is none, or it is spoilt."""
+    """Read the state that a stopped run continues from; `ArtifactError` if there is none or it is damaged."""
     named = manifest.resume
     if not named.keys() >= NUMBERS:
         raise ArtifactError(
@@ -47,7 +47,7 @@ def read_state(directory: Path, manifest: RunManifest) -> dict[str, Tensor]:
 
 
 def refuse_other(directory: Path, there: RunManifest, here: RunManifest) -> None:
-    """Raise `ArtifactError` where rows or base model are not those that a run began with."""
+    """Raise `ArtifactError` if rows or base model are not those that a run began with."""
     changed = {
         "rows": there.data_fingerprint != here.data_fingerprint,
         f"weights of {here.settings.model!r}": there.base_sha256 != here.base_sha256,
@@ -62,7 +62,7 @@ def refuse_other(directory: Path, there: RunManifest, here: RunManifest) -> None
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold back Ctrl-C, SIGTERM and SIGHUP until the block is through: half a step is nothing to go on from."""
+    """Hold back Ctrl-C, SIGTERM and SIGHUP until the block is done: half a step is nothing to continue from."""
     if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
         yield
         return
@@ -81,9 +81,10 @@ def uninterrupted() -> Iterator[None]:
 
 
 def make_optimizer(kinds: Kinds, settings: TrainSettings, *, stages: list[int]) -> tuple[Any, Any]:
-    """Return AdamW over kinds of parameters, and its schedule over `stages` of so many steps each.
+    """Return AdamW over kinds of parameters, and its schedule over `stages` with so many steps each.
 
-    Gates have a rate of their own; weight decay is on the head and, in full finetuning, on all of the base.
+    Gates have a learning rate of their own. Weight decay applies to the head and, in full finetuning, to all of the
+    base.
     """
     groups = [
         {
@@ -99,7 +100,7 @@ def make_optimizer(kinds: Kinds, settings: TrainSettings, *, stages: list[int]) 
 
 
 def _rate(stages: list[int], warmup_ratio: float, step: int) -> float:
-    """Return the factor of the learning rates: in each stage up over the warm-up, then down to 0."""
+    """Return the factor of the learning rates: in each stage, up during the warm-up, then down to 0."""
     start, length = (0, stages[0]) if step < stages[0] else (stages[0], sum(stages[1:]))
     done, warmup = step - start, int(warmup_ratio * length)
     return done / warmup if done < warmup else max(0.0, (length - done) / max(1, length - warmup))
@@ -107,15 +108,15 @@ def _rate(stages: list[int], warmup_ratio: float, step: int) -> float:
 
 @dataclass(kw_only=True)
 class Resumable:
-    """What changes while a run trains, beside the tensors of its model: kept at a checkpoint, set when it goes on."""
+    """What changes while a run trains, besides the tensors of its model: kept at a checkpoint, restored on resuming."""
 
     gated: PreTrainedModel
     device: torch.device
-    parameters: dict[str, nn.Parameter]  # trained ones by name, in the order of the optimizer's groups
+    parameters: dict[str, nn.Parameter]  # the trained ones by name, in the order of the optimizer's groups
     optimizer: Any
     schedule: Any
     budget: Budget | None  # None: the method has no gates
-    manifest: RunManifest  # of the last checkpoint; before the first, what is known already
+    manifest: RunManifest  # of the last checkpoint; before the first, what is already known
     started: float  # on the clock of `time.perf_counter`, when the command began to load
     step: int = 0
     teacher: Teacher | None = None
@@ -123,16 +124,16 @@ class Resumable:
 
     @property
     def seconds(self) -> float:
-        """Wall time behind the run, that of processes that were stopped too."""
+        """Wall time of the run so far, including that of processes that were stopped."""
         return round(time.perf_counter() - self.started, 1)
 
     @property
     def peak_memory(self) -> int:
-        """Most bytes that any of its processes has held."""
+        """The most bytes that any of its processes has held."""
         return max(self.peak_before, peak_memory(self.device))
 
     def manifest_at(self, status: str, report: dict[str, Any]) -> RunManifest:
-        """Return the manifest of a checkpoint written now; a finished run has no `resume`."""
+        """Return the manifest of a checkpoint written now; that of a finished run has no `resume`."""
         numbers = {
             "learning_rates": [group["lr"] for group in self.optimizer.param_groups],
             "gates_fixed": bool(self.budget and self.budget.fixed),
@@ -143,7 +144,7 @@ class Resumable:
         return replace(self.manifest, status=status, step=self.step, report=report, resume=resume)
 
     def state(self) -> dict[str, Tensor]:
-        """Return what stands in `state-<step>.safetensors`; a parameter without a gradient so far has no part in it."""
+        """Return the content of `state-<step>.safetensors`; a parameter that had no gradient so far is not in it."""
         state: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             kept = self.optimizer.state.get(parameter, {})
@@ -153,7 +154,7 @@ class Resumable:
         return {name: value.detach().cpu().contiguous() for name, value in state.items()}
 
     def restore_(self, directory: Path, manifest: RunManifest, state: dict[str, Tensor]) -> None:
-        """Go, in place, to where a checkpoint was written."""
+        """Restore, in place, the state at which a checkpoint was written."""
         numbers, tensors = manifest.resume, directory / manifest.tensors["file"]
         load_trained_(self.gated, manifest.settings, read_tensors(tensors), tensors)
         self._restore_optimizer_(_part(state, "optimizer."), numbers["learning_rates"], manifest.step)

@@ -1,14 +1,15 @@
-"""Turn the bases of heads before gates close in them, so that what a closed gate takes away is worth less.
+"""Turn the bases of heads before gates close in them, so that a closed gate takes less away.
 
-The scores of a head hang on its query and key matrices through their product alone, and what it adds to the residual
-stream on its output and value matrices alike. With any invertible T [d, d] in between the function stays what it is:
+The scores of a head depend on its query and key matrices only through their product, and what it adds to the residual
+stream depends on its output and value matrices in the same way. With any invertible T [d, d] in between, the function
+stays the same:
 
     q' = T q,   k' = T^-T k        and        o' = o T^T,   v' = T^-T v
 
-so the dimensions that gates stand on are a choice. Here it is the singular basis of the product, inputs counted by
-their second moments over training rows: dimensions come in the order of what they are worth, and dimension r of both
-matrices has the length sqrt(s_r), so that none is large on one side only. Biases take part: `[W | b]` acts on `[x, 1]`.
-Where positions turn queries and keys (ModernBERT) there is no such freedom between these two: they stay as they are.
+So the dimensions that gates stand on are a choice. Here it is the singular basis of the product, with inputs weighted
+by their second moments over training rows. Dimensions then come in the order of what they are worth, and dimension r
+of both matrices has the length sqrt(s_r), so neither is large on one side only. Biases take part: `[W | b]` acts on
+`[x, 1]`. If positions turn queries and keys (ModernBERT), these two have no such freedom and stay as they are.
 
 A run keeps T beside the gates of a head (`Gate.basis`), and the base model is turned whenever it is opened for the run.
 """
@@ -24,26 +25,26 @@ from transformers import PreTrainedModel
 from gatepress.inject import TURNED, gated_linear
 from gatepress.resolve import resolve
 
-RIDGE = 1e-6  # of the mean second moment: behind a layer norm inputs lie in a plane, and their moments are singular
+RIDGE = 1e-6  # of the mean second moment: after a layer norm, inputs lie in a plane and their moments are singular
 FLAT = 1e-8  # of the largest singular value: a head with less than that in a dimension stays as it is
 
 
 class _Pair(NamedTuple):
-    """The two matrices of all heads of a layer that act through a product, and where their basis is kept."""
+    """The two matrices of all heads of a layer that act through a product, and the place of their basis."""
 
     name: str  # of the buffer
     basis: Tensor  # T of each head, [heads, d, d] float32
     layer: int
     first: nn.Linear  # of q: out rows; of o: in columns
-    axis: int  # of `first`, on which heads lie
+    axis: int  # of `first`, along which heads lie
     second: nn.Linear  # of k or v, out rows
 
 
 @torch.no_grad()
 def bases_of(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the bases to turn the heads of a gated `model` into, from what it computes of `batches` of its inputs.
+    """Return the bases to turn the heads of a gated `model` into, from what it computes on `batches` of its inputs.
 
-    By the names under which a run keeps them, each [heads, d, d] float32; `turn_` takes them.
+    They have the names under which a run keeps them, each [heads, d, d] float32; `turn_` takes them.
     """
     roots = _roots(model, batches)
     bases = {}
@@ -59,7 +60,7 @@ def bases_of(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> di
 def turn_(model: PreTrainedModel, bases: Mapping[str, Tensor]) -> None:
     """Turn the heads of a gated `model`, whose base weights are as they were read, into `bases`, in place.
 
-    `ValueError` where one has no inverse.
+    `ValueError` if one of them has no inverse.
     """
     for pair in _pairs(model):
         pair.basis.copy_(bases[pair.name])
@@ -75,7 +76,7 @@ def turn_(model: PreTrainedModel, bases: Mapping[str, Tensor]) -> None:
 
 
 def _pairs(model: PreTrainedModel) -> Iterator[_Pair]:
-    """Yield what may be turned: q with k and o with v of each layer, where the gates there have a basis."""
+    """Yield what may be turned: q with k and o with v of each layer, if the gates there have a basis."""
     for layer in resolve(model):
         for (role, side), partner in TURNED.items():
             gated, second = gated_linear(model, layer, role), gated_linear(model, layer, partner).base
@@ -100,7 +101,7 @@ def _with_bias(linear: nn.Linear, heads: int) -> Tensor:
 def _singular_basis(first: Tensor, second: Tensor) -> Tensor:
     """Return T [heads, d, d] of first [heads, d, m] and second [heads, d, n], which act through first^T second.
 
-    With first = R^T Q^T and second = P^T O^T only d x d is taken apart: R P^T = u s v^T, and T = sqrt(s) u^T R^-T.
+    With first = R^T Q^T and second = P^T O^T, only a d x d matrix is decomposed: R P^T = u s v^T, T = sqrt(s) u^T R^-T.
     """
     r, p = (torch.linalg.qr(matrix.mT)[1] for matrix in (first, second))
     u, s, _ = torch.linalg.svd(r @ p.mT)
@@ -114,11 +115,11 @@ def _roots(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> dict
     """Return L [D + 1, D + 1] float64 of each layer: L L^T is the mean of [x, 1] [x, 1]^T over all real tokens."""
     base: Any = model.base_model
     sums: dict[int, Tensor] = {}
-    real = torch.empty(0)  # which tokens of the batch under way are; the hooks read it
+    real = torch.empty(0)  # which tokens of the current batch are real; the hooks read it
 
     def count(index: int, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if inputs[0].shape[:-1] != real.shape:
-            return  # embeddings of positions, which DeBERTa gives the same matrix
+            return  # embeddings of positions, which DeBERTa passes to the same matrix
         tokens = inputs[0][real].double()
         tokens = torch.cat([tokens, tokens.new_ones(len(tokens), 1)], dim=1)
         sums[index] = sums.get(index, 0) + tokens.T @ tokens

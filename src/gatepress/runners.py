@@ -1,6 +1,6 @@
 """The two runtimes behind one interface: a transformers model in torch, a session of ONNX Runtime.
 
-All give float32; an int8 ONNX file has int8 weights inside, a torch model may compute in half of float32's width.
+All return float32. An int8 ONNX file has int8 weights inside; a torch model may compute in half the width of float32.
 """
 
 import inspect
@@ -25,7 +25,7 @@ from gatepress.families import row_of
 from gatepress.tasks.labels import in_order
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-LOGITS, VECTORS = "logits", "sentence_embedding"  # what a graph calls what it gives
+LOGITS, VECTORS = "logits", "sentence_embedding"  # names of a graph's output
 MAC_TERMS = ("token", "pair", "row")
 COUNTED_TOKEN = 5  # an id that is in every vocabulary and is not padding
 
@@ -35,45 +35,45 @@ Logits = npt.NDArray[np.float32]  # [batch, labels]
 
 
 def session_options() -> ort.SessionOptions:
-    """Return how gatepress opens sessions of ONNX Runtime: as many threads as torch has, and no word of its own."""
+    """Return the options for sessions of ONNX Runtime: as many threads as torch has, and no messages."""
     options = ort.SessionOptions()
-    options.log_severity_level = 4  # its errors are raised; what it warns of is not the user's doing
+    options.log_severity_level = 4  # its errors are raised, and its warnings are not about anything the user did
     options.intra_op_num_threads = torch.get_num_threads()
-    # Its threads go on spinning for a while after a run, on cores that whoever comes next needs.
+    # Its threads go on spinning for a while after a run, on cores that whatever comes next needs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
 
 
 @dataclass(frozen=True)
 class Runner(ABC):
-    """A model that is ready to run, and what is known of the files behind it.
+    """A model that is ready to run, and what is known about the files behind it.
 
-    `prepare`, `run` and `synchronize` are apart so that a benchmark times `run` alone.
+    `prepare`, `run` and `synchronize` are separate so that a benchmark times `run` alone.
     """
 
     name: str  # the directory's, the hub id, or demo
-    kind: Kind  # the form it was found in
+    kind: Kind  # the form in which it was found
     device: str  # cpu or cuda[:n]
     tokenizer_dir: Path | None  # None: it has no tokenizer
     size_bytes: int  # of the weight files that it needs
-    manifest: dict[str, Any] | None = None  # of gatepress: task, data, max_length, ...; None for other models
-    head_is_random: bool = False  # its time is right, its answers mean nothing
+    manifest: dict[str, Any] | None = None  # from gatepress: task, data, max_length, ...; None for other models
+    head_is_random: bool = False  # its timings are right, its answers mean nothing
     runtime: ClassVar[Literal["torch", "onnxruntime"]]
 
     @property
     @abstractmethod
     def dtype(self) -> str:
-        """What its matrix products compute in: `float32`, `bfloat16`, `float16` or `int8`."""
+        """The type its matrix products compute in: `float32`, `bfloat16`, `float16` or `int8`."""
 
     @property
     @abstractmethod
     def input_names(self) -> tuple[str, ...]:
-        """Those of `INPUTS` that it takes."""
+        """The names of `INPUTS` that it takes."""
 
     @property
     @abstractmethod
     def label_names(self) -> tuple[str, ...] | None:
-        """What its outputs are called, in order; None: they have no names of their own."""
+        """Names of its outputs, in order; None: they have no names of their own."""
 
     @property
     @abstractmethod
@@ -88,16 +88,16 @@ class Runner(ABC):
     @property
     @abstractmethod
     def max_tokens(self) -> int | None:
-        """The longest text it takes; None: not known."""
+        """The most tokens of a text that it takes; None: not known."""
 
     @property
     @abstractmethod
     def parameters(self) -> int | None:
-        """All its parameters; None: not known (a bare .onnx file)."""
+        """Number of all its parameters; None: not known (a bare .onnx file)."""
 
     @abstractmethod
     def macs(self, batch: int, length: int) -> int | None:
-        """Multiply-accumulates of its matrix products on so many rows and tokens; None: not known."""
+        """Return the multiply-accumulates of its matrix products on so many rows and tokens; None: not known."""
 
     @abstractmethod
     def prepare(self, batch: Batch) -> Any:
@@ -125,17 +125,17 @@ class TorchRunner(Runner):
 
     @property
     def dtype(self) -> str:
-        """What the model's weights are kept in."""
+        """The type of the model's weights."""
         return str(self.model.dtype).removeprefix("torch.")
 
     @property
     def input_names(self) -> tuple[str, ...]:
-        """Those of `INPUTS` that the model's forward takes and makes a difference of."""
+        """The names of `INPUTS` that the model's forward takes and uses."""
         return input_names(self.model)
 
     @property
     def label_names(self) -> tuple[str, ...] | None:
-        """The configuration's label names."""
+        """Label names of the configuration."""
         return in_order(self.model.config.id2label or {}) or None
 
     @property
@@ -150,19 +150,19 @@ class TorchRunner(Runner):
 
     @property
     def max_tokens(self) -> int | None:
-        """The longest text that the positions allow."""
+        """The most tokens of a text that the positions allow."""
         return max_tokens(self.model.config.to_dict())
 
     @property
     def parameters(self) -> int | None:
-        """All parameters, shared ones once."""
+        """Number of all parameters, shared ones counted once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     @cached_property
     def mac_terms(self) -> dict[str, int] | None:
         """Multiply-accumulates for each `token`, `pair` of tokens in a row, and `row`, counted on short rows.
 
-        What a call computes once for all its rows, as with positions, is left out. None where the count is not of that
+        What a call computes once for all its rows, as with positions, is left out. None if the count does not have that
         form, as with attention in windows.
         """
         self.model.requires_grad_(False)  # nothing is trained here; torch's counter asks parameters for their gradients
@@ -174,7 +174,7 @@ class TorchRunner(Runner):
         return terms if all(_macs(terms, 1, length) == counted[length - 2] for length in range(2, 6)) else None
 
     def macs(self, batch: int, length: int) -> int | None:
-        """Return what `mac_terms` give."""
+        """Return the count from `mac_terms`."""
         return _macs(self.mac_terms, batch, length)
 
     def _counted(self, rows: int, length: int) -> int:
@@ -217,7 +217,7 @@ class OnnxRunner(Runner):
 
     @property
     def dtype(self) -> str:
-        """What the manifest says; a file from elsewhere is taken for float32."""
+        """The type that the manifest says; a file from elsewhere is taken for float32."""
         return str((self.manifest or {}).get("dtype") or "float32")
 
     @property
@@ -227,39 +227,39 @@ class OnnxRunner(Runner):
 
     @property
     def output_name(self) -> str:
-        """The output that is read: the logits, or vectors of texts, or the first one where none is called so."""
+        """The output that is read: the logits, or vectors of texts, or the first one if none has such a name."""
         names = [one.name for one in self.session.get_outputs()]
         return next((name for name in (LOGITS, VECTORS) if name in names), names[0])
 
     @property
     def embeds(self) -> bool:
-        """Whether its output is called as that of an embedder."""
+        """Whether its output has the name that an embedder's has."""
         return self.output_name == VECTORS
 
     @property
     def label_names(self) -> tuple[str, ...] | None:
-        """The label names of the configuration beside it."""
+        """Label names of the configuration beside it."""
         return in_order((self.config or {}).get("id2label") or {}) or None
 
     @property
     def num_labels(self) -> int | None:
-        """Last dimension of the output, where the graph states it."""
+        """Last dimension of the output, if the graph states it."""
         shape = {one.name: one.shape for one in self.session.get_outputs()}[self.output_name]
         return shape[-1] if shape and isinstance(shape[-1], int) else None
 
     @property
     def max_tokens(self) -> int | None:
-        """The longest text, by the configuration beside it."""
+        """The most tokens of a text, by the configuration beside it."""
         return max_tokens(self.config) if self.config else None
 
     @property
     def parameters(self) -> int | None:
-        """Parameters of the model it was exported from."""
+        """Number of parameters of the model it was exported from."""
         count = (self.manifest or {}).get("total_params")
         return count if isinstance(count, int) else None
 
     def macs(self, batch: int, length: int) -> int | None:
-        """Return those of the model it was exported from."""
+        """Return the count for the model it was exported from."""
         terms = (self.manifest or {}).get("macs")
         known = isinstance(terms, dict) and all(type(terms.get(name)) is int for name in MAC_TERMS)
         return _macs(terms, batch, length) if known else None
@@ -278,19 +278,19 @@ class OnnxRunner(Runner):
         return binding
 
     def run(self, prepared: Any) -> Any:
-        """Return the logits [batch, labels]; on the GPU they stay there, in the binding that is returned."""
+        """Return the logits [batch, labels]; on the GPU they stay there, in the returned binding."""
         try:
             if self.device == "cpu":
                 return self.session.run([self.output_name], prepared)[0]
             self.session.run_with_iobinding(prepared)
-        except Exception as error:  # ONNX Runtime's exceptions share no base class but this one
+        except Exception as error:  # ONNX Runtime's exceptions share no other base class
             raise ModelError(
                 f"{self.name}: ONNX Runtime cannot run it ({reason_of(error)}); export it again"
             ) from error
         return prepared
 
     def synchronize(self) -> None:
-        """Nothing to do: ONNX Runtime returns from a run when its outputs are there."""
+        """Do nothing: ONNX Runtime returns from a run when its outputs are there."""
 
     def logits(self, batch: Batch) -> Logits:
         """Return the logits [batch, labels] as float32."""
@@ -311,9 +311,9 @@ def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[i
 
 
 def input_names(model: PreTrainedModel) -> tuple[str, ...]:
-    """Return those of `INPUTS` that the model's forward takes and makes a difference of.
+    """Return the names of `INPUTS` that the model's forward takes and uses.
 
-    Raises `ModelError` where it names no `input_ids`, as a wrapper that passes everything on.
+    Raises `ModelError` if it does not name `input_ids`, like a wrapper that passes everything on.
     """
     taken = inspect.signature(model.forward).parameters
     if INPUTS[0] not in taken:
@@ -326,7 +326,7 @@ def input_names(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def max_tokens(config: Mapping[str, Any]) -> int | None:
-    """Return the longest text that the position table of a `config.json` has room for; None: not known."""
+    """Return the most tokens of a text that the position table of a `config.json` has room for; None: not known."""
     positions = config.get("max_position_embeddings")
     if not isinstance(positions, int):
         return None
@@ -341,7 +341,7 @@ def _macs(terms: Mapping[str, int] | None, batch: int, length: int) -> int | Non
 
 
 def _fitted(batch: Batch, names: tuple[str, ...]) -> dict[str, npt.NDArray[np.int64]]:
-    """Return the named inputs as contiguous int64 arrays: a missing mask is all ones, missing segments 0."""
+    """Return the named inputs as contiguous int64 arrays: a missing mask is all ones, missing segments are 0."""
     ids = batch["input_ids"]
     missing = {"attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
     return {

@@ -1,7 +1,7 @@
 """One way to run every form of a model: a run, a pruned directory, ONNX, or a plain transformers model.
 
-`open_runner` tells the forms apart by the files that are there and hides which runtime computes
-(runners.py), so that bench, evaluate and export ask no questions.
+`open_runner` distinguishes the forms by their files and hides which runtime computes (runners.py), so
+bench, evaluate and export need not ask.
 """
 
 import logging
@@ -48,8 +48,8 @@ def open_runner(
 
     `device` is auto, cpu or cuda[:n]. `threads` sets torch's number for the whole process, and that of
     an ONNX session; None leaves torch's number, which an ONNX session then takes too. Torch models compute in
-    `precision`, their weights rounded to it; ONNX files in what they were exported in.
-    Raises `ArtifactError` on a broken directory, `ModelError` on what is no model, `DeviceError`,
+    `precision`, with weights rounded to it; ONNX files in what they were exported in.
+    Raises `ArtifactError` on a broken directory, `ModelError` on what is not a model, `DeviceError`,
     and what `hub.locate_model` raises.
     """
     refuse_below(1, threads=threads)
@@ -62,7 +62,7 @@ def open_runner(
     place, dtype = torch_device(device), DTYPES[precision]
     if kind == "model":
         path = locate_model(str(target), code=trust_remote_code)
-        kind = form_of(path) or kind  # what the hub has may be of ours
+        kind = form_of(path) or kind  # the hub may hold one of our forms
     name = _name(path) if path == here else str(target)
     manifest: dict[str, Any] | None = None
     head_is_random = False
@@ -80,7 +80,7 @@ def open_runner(
 
 
 def torch_device(name: str) -> str:
-    """Return `cpu` or `cuda[:n]` for what `--device` said; `DeviceError` where it is not there."""
+    """Return `cpu` or `cuda[:n]` for the value of `--device`; `DeviceError` if it is not there."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
@@ -98,7 +98,7 @@ def torch_device(name: str) -> str:
 
 
 def device_here(name: str) -> str:
-    """Return the device that a run was trained on, or auto, with a note, where this machine has none of that name."""
+    """Return the device that a run was trained on, or auto, with a note, if this machine has none of that name."""
     try:
         torch_device(name)
     except DeviceError:
@@ -108,7 +108,7 @@ def device_here(name: str) -> str:
 
 
 def _kind_of(target: str, path: Path) -> Kind:
-    """Tell the forms apart by their files; what is not on this disk is left to the hub."""
+    """Return the form of a model by its files; what is not on this disk is left to the hub."""
     form = form_of(path)
     if form and target != "demo":
         return form
@@ -200,9 +200,9 @@ def _session(file: Path, device: str) -> tuple[ort.InferenceSession, str]:
     providers: list[Any] = ["CPUExecutionProvider"] if device == "cpu" else [(cuda, {"device_id": index})]
     try:
         session = ort.InferenceSession(str(file), session_options(), providers=providers)
-    except Exception as error:  # its exceptions share no base class but this one
+    except Exception as error:  # its exceptions share no other base class
         raise ArtifactError(f"{file}: ONNX Runtime cannot load it ({reason_of(error)}); export it again") from error
-    if device != "cpu" and cuda not in session.get_providers():  # it falls back to the CPU without a word
+    if device != "cpu" and cuda not in session.get_providers():  # it falls back to the CPU silently
         raise DeviceError("onnxruntime could not start its CUDA provider; use --device cpu")
     return session, device
 

@@ -1,4 +1,4 @@
-"""What writes a run directory: a checkpoint whole, or not at all (checkpoint.py says what stands in one)."""
+"""The writer of a run directory: a checkpoint is written whole or not at all (checkpoint.py says what is in one)."""
 
 import shutil
 from dataclasses import replace
@@ -34,7 +34,7 @@ def clear_(directory: Path, manifest: RunManifest) -> None:
     for kind in ("gates-*.safetensors", "state-*.safetensors", ".gates-*", ".state-*", f".{RUN_FILE}.*"):
         for old in directory.glob(kind):
             if old.name not in named:
-                old.unlink(missing_ok=True)  # each of several processes may come here
+                old.unlink(missing_ok=True)  # several processes may do this at once
 
 
 def _tensors_of(manifest: RunManifest) -> dict[str, str]:
@@ -43,12 +43,11 @@ def _tensors_of(manifest: RunManifest) -> dict[str, str]:
 
 
 class RunWriter:
-    """Writes checkpoints of one run; the directory appears with the first and is complete at any time.
+    """Write the checkpoints of one run; the directory appears with the first one and is complete at any time.
 
-    Used as a context manager: without a first checkpoint nothing is left behind, and an earlier
-    result under the same name stays until the first checkpoint takes its place. With `resumed` the
-    target is this run's already. The directory is claimed for as long as the writer is open: of two trainings into
-    one, one is refused.
+    Use as a context manager: without a first checkpoint, nothing is left behind, and an earlier result of the
+    same name stays until the first checkpoint takes its place. With `resumed`, the target already belongs to this
+    run. The directory is claimed while the writer is open: of two trainings into the same one, one is refused.
     """
 
     def __init__(
@@ -65,7 +64,7 @@ class RunWriter:
         self._lock: int | None = None
         self.bound: dict[str, str] = {}
         self._named: dict[str, str] = {}  # tensors of the last complete checkpoint
-        if target.exists():  # a directory that another process is training into is neither gone on with nor replaced
+        if target.exists():  # if another process trains into it, it is neither continued nor replaced
             self._lock = lock(target)
         if resumed:
             self.directory = target
@@ -92,7 +91,7 @@ class RunWriter:
     def save(
         self, model: PreTrainedModel, manifest: RunManifest, state: dict[str, Tensor] | None = None
     ) -> RunManifest:
-        """Write one checkpoint, with the `state` to go on from, and return its manifest with the files named."""
+        """Write a checkpoint, with the `state` to continue from; return its manifest with the files named."""
         tensors = self._write("gates", manifest.step, kept(model, manifest.settings))
         manifest = replace(manifest, tensors=tensors, sha256=self.bound)
         if state:
@@ -108,9 +107,9 @@ class RunWriter:
         return manifest
 
     def _write(self, kind: str, step: int, tensors: dict[str, Tensor]) -> dict[str, str]:
-        """Write one file of tensors and return how a manifest names it; what the last one names stays as it is."""
+        """Write a file of tensors and return how a manifest names it; the file named last is not touched."""
         path = self.directory / f"{kind}-{step:08d}.safetensors"
-        again = path.with_stem(f"{path.stem}-again")  # a head that was moved behind the last step
+        again = path.with_stem(f"{path.stem}-again")  # a head that was moved after the last step
         target = again if path.name in self._named else path
         with new_file(target) as staged:
             save_file(tensors, staged)
@@ -127,7 +126,7 @@ class RunWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Remove what was staged and never became a checkpoint, and give the directory free."""
+        """Remove what was staged and never became a checkpoint, and release the directory."""
         release(self._lock)
         if not self.published:
             shutil.rmtree(self.directory, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""What the fields of a JSON file may hold, as plain values, and the check of a file by it. No torch here.
+"""What the fields of a JSON file may hold, as plain values, and the check of a file against it. No torch here.
 
 A schema is a leaf of `LEAVES`, a list of one schema, an object of schemas ("*": any other key), or
-(schema,), which may be null. A key may be missing, which whoever needs it finds; unknown keys are left
-alone, as later releases may add some.
+(schema,), which may be null. A key may be missing, which its readers find out; unknown keys are ignored,
+because later releases may add some.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ _HINTS = {str: "text", bool: "bool", int: "int", float: "number"}
 
 
 def every(names: str, schema: Schema) -> dict[str, Schema]:
-    """Return one schema for each of some names, which blanks part."""
+    """Return one schema for each of some names, which are separated by blanks."""
     return dict.fromkeys(names.split(), schema)
 
 
@@ -51,14 +51,14 @@ def _schema_of_hint(hint: Any) -> Schema:
 
 
 def check_fields(path: Path, value: dict[str, Any], schema: Schema) -> None:
-    """Raise `ArtifactError` at the first field of the file at `path` that is not what its schema says."""
+    """Raise `ArtifactError` at the first field of the file at `path` that does not fit its schema."""
     fault = next(_unsound(value), None) or next(_faults(value, schema, ""), None)
     if fault:
         raise ArtifactError(f"{path}: {fault}; it is damaged, or not written by gatepress")
 
 
 def refuse_unsound(value: dict[str, Any]) -> None:
-    """Raise `UsageError` where a manifest that is to be written could not be read back."""
+    """Raise `UsageError` if a manifest that is to be written could not be read back."""
     if fault := next(_unsound(value), None):
         raise UsageError(
             f"{fault}, which no manifest can hold; rename the file, column or label, or give another value"
@@ -66,7 +66,7 @@ def refuse_unsound(value: dict[str, Any]) -> None:
 
 
 def is_sound(text: str) -> bool:
-    """Say whether a terminal and a manifest can show a text: no control characters, no halves of characters."""
+    """Return whether a terminal and a manifest can show a text: no control characters, no halves of characters."""
     return not _UNSOUND.search(text)
 
 
@@ -90,7 +90,7 @@ def _unsound(value: Any, where: str = "it", depth: int = 0) -> Iterator[str]:
 
 
 def _faults(value: Any, schema: Schema, where: str) -> Iterator[str]:
-    """Yield where a value is not what its schema says."""
+    """Yield where a value does not fit its schema."""
     if isinstance(schema, tuple):
         if value is not None:
             yield from _faults(value, schema[0], where)

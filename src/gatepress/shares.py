@@ -1,12 +1,12 @@
-"""Each class named as often as it occurs: where the decisions of a trained model lie.
+"""Predict each class as often as it occurs: where the decisions of a trained model lie.
 
-What knows little of a task names the larger class too often: that costs the fewest errors, while Matthews correlation
-and the rarer class pay for it, and the less is left of a model the less it knows. So the biases of the head are moved
-by as little as lets each class be named among training rows as often as among their labels:
+A model that knows little of a task predicts the larger class too often. That costs the fewest errors, but Matthews
+correlation and the rarer class pay for it; and the less is left of a model, the less it knows. So the biases of the
+head are moved, by as little as possible, until each class is predicted on training rows as often as it occurs there:
 
     find b near 0 with   #{rows : argmax_c (z_c + b_c) = k} = #{rows : label = k}   for every class k
 
-z are the logits. A model that knows its training rows by heart does so already, and stays as it is.
+z are the logits. A model that knows its training rows by heart already meets this and stays as it is.
 """
 
 from typing import Any
@@ -21,21 +21,22 @@ from gatepress.distill import of_classes
 from gatepress.errors import ModelError
 from gatepress.inject import in_head
 
-ROWS = 4_096  # of training rows, at most: of as many a share is known to a hundredth
-PASSES = 100  # over the classes; of two classes the first pass is the last
-MARGIN = 1e-3  # of a logit, to the row next to where a decision lies
-SETTLED = 1e-5  # of a logit, in a pass
+ROWS = 4_096  # training rows at most: on that many, a share is known to a hundredth
+PASSES = 100  # over the classes; for two classes, the first pass is the last
+MARGIN = 1e-3  # of a logit, from the decision to the nearest row
+SETTLED = 1e-5  # of a logit, per pass
 DIGITS = 4  # of what is added to a bias: a run that was stopped computes logits with other last digits
 
 Floats = npt.NDArray[np.float64]
 
 
 def offsets(logits: npt.NDArray[Any], counts: npt.NDArray[np.int64]) -> Floats:
-    """Return what to add to the logits of each class [classes], to name class k in `counts[k]` of the rows.
+    """Return what to add to the logits of each class [classes] so that class k is predicted in `counts[k]` of the rows.
 
     `logits` is [rows, classes], and `counts` sum to its rows. Offsets sum to 0. Rows with the same logits cannot be
-    told apart: by so many it may miss. Of two classes they are the least that do it, but for `MARGIN`; of more, one
-    class after the other goes no farther than it must, and where `PASSES` do not settle it some rows are missed.
+    told apart, so the counts may be missed by as many rows. For two classes, the offsets are the smallest that do it,
+    up to `MARGIN`. For more, one class after the other moves no farther than it must; if that does not settle within
+    `PASSES`, some rows are missed.
     """
     values = np.ascontiguousarray(logits.T, dtype=np.float64)
     moved, found = values.copy(), np.zeros(len(values))
@@ -46,7 +47,7 @@ def offsets(logits: npt.NDArray[Any], counts: npt.NDArray[np.int64]) -> Floats:
             mine = named == k
             moved[k] = -np.inf
             others = moved[:, mine]
-            named[mine], highest[mine] = others.argmax(0), others.max(0)  # so of all rows, what k is not
+            named[mine], highest[mine] = others.argmax(0), others.max(0)  # so in all rows: the best but k
             found[k] = np.clip(found[k], *_between(highest - own, counts[k]))
             moved[k] = own + found[k]
             ahead = moved[k] > highest
@@ -58,7 +59,7 @@ def offsets(logits: npt.NDArray[Any], counts: npt.NDArray[np.int64]) -> Floats:
 
 
 def _between(missing: Floats, count: int) -> tuple[float, float]:
-    """Return from which offset to which one a class is named in `count` of the rows, whose logits lack `missing`."""
+    """Return the range of offsets in which a class is predicted in `count` of the rows, whose logits lack `missing`."""
     places = np.concatenate([[-np.inf], np.sort(missing), [np.inf]])
     low, high = places[count : count + 2]
     apart = min((high - low) / 2, MARGIN)
@@ -66,16 +67,16 @@ def _between(missing: Floats, count: int) -> tuple[float, float]:
 
 
 def drawn(rows: Any, count: int | None = None) -> Any:
-    """Return at most `ROWS` of a table, the same at every call: of its first `count` rows, or of all."""
+    """Return at most `ROWS` rows of a table, the same at every call: from its first `count` rows, or from all."""
     count = len(rows) if count is None else count
     return rows.select(np.sort(np.random.default_rng(0).permutation(count)[:ROWS]))
 
 
 def match_(model: PreTrainedModel, logits: npt.NDArray[Any], labels: npt.NDArray[Any]) -> list[float]:
-    """Move the biases of a model's head, in place; return by how much, one number a class.
+    """Move the biases of a model's head, in place; return by how much, one number per class.
 
-    `logits` [rows, outputs] are what it gives on rows with these `labels` [rows]; one output is that of the second of
-    two classes, counted from 0. Raises `ModelError` where the head ends without a bias.
+    `logits` [rows, outputs] are what it gives on rows with these `labels` [rows]; a single output is that of the second
+    of two classes, the first being 0. Raises `ModelError` if the head does not end with a bias.
     """
     classes = of_classes(torch.from_numpy(logits)).numpy()
     counts = np.bincount(labels.astype(np.int64), minlength=classes.shape[1])
@@ -86,9 +87,9 @@ def match_(model: PreTrainedModel, logits: npt.NDArray[Any], labels: npt.NDArray
 
 @torch.no_grad()
 def move_(model: PreTrainedModel, by: Floats) -> None:
-    """Add to the logits of each class [classes], by the biases of a model's head, in place.
+    """Add to the logits of each class [classes] through the biases of a model's head, in place.
 
-    Raises `ModelError` where the head ends without a bias or has other classes.
+    Raises `ModelError` if the head does not end with a bias or has other classes.
     """
     bias = last_bias(model)
     if len(by) != max(len(bias), 2):
@@ -97,7 +98,7 @@ def move_(model: PreTrainedModel, by: Floats) -> None:
 
 
 def last_bias(model: PreTrainedModel) -> nn.Parameter:
-    """Return what is added to the logits [outputs]; `ModelError` where the head ends without it."""
+    """Return the bias that is added to the logits [outputs]; `ModelError` if the head does not end with one."""
     outputs = model.config.num_labels
     last = [
         module

@@ -1,6 +1,6 @@
-"""What the graph of a pruned model need not compute: ways to the same logits, for as long as a graph is written.
+"""What the graph of a pruned model need not compute: shorter ways to the same logits, while a graph is written.
 
-None of them changes the model; what torch gains by as well, the model leaves out itself (`modeling_gatepress`).
+None of them changes the model. What torch gains from too, the model leaves out itself (`modeling_gatepress`).
 """
 
 import contextlib
@@ -17,18 +17,18 @@ from gatepress.resolve import Layer, resolve
 
 @contextlib.contextmanager
 def all_of_them(model: PreTrainedModel) -> Iterator[None]:
-    """Take every shortcut for as long as the block runs; a model that is not pruned is left as it is."""
+    """Take every shortcut while the block runs; a model that is not pruned stays as it is."""
     with _fewer_biases(model), _rows_of_zeros(model):
         yield
 
 
 @contextlib.contextmanager
 def _fewer_biases(model: PreTrainedModel) -> Iterator[None]:
-    """Add no biases to keys and values: where matrices are narrow, an addition is a good part of the time.
+    """Add no biases to keys and values: if matrices are narrow, an addition takes a good part of the time.
 
-    A key's bias moves all scores of a query alike, which their softmax does not see, unless keys are multiplied with
-    more than queries. The softmax sums to 1, so what is added to all values comes out of attention as it went in, and
-    the matrix behind adds its image instead.
+    A key's bias moves all scores of a query alike, which softmax ignores, unless keys are multiplied with more than
+    queries. Softmax sums to 1, so what is added to all values comes out of attention unchanged, and the matrix after it
+    adds its image instead.
     """
     base: Any = model.base_model
     layers = _pruned_layers(model)
@@ -49,7 +49,7 @@ def _fewer_biases(model: PreTrainedModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _rows_of_zeros(model: PreTrainedModel) -> Iterator[None]:
-    """Let matrices compute the zeros that closed outputs are: ONNX Runtime takes longer to put some behind a result."""
+    """Let matrices compute the zeros of closed outputs: ONNX Runtime takes longer to append zeros to a result."""
     scattered = [part for part in model.modules() if isinstance(part, PrunedLinear) and part.out_index is not None]
     with _restored(scattered):
         for part in scattered:
@@ -59,7 +59,7 @@ def _rows_of_zeros(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _pruned_layers(model: PreTrainedModel) -> list[Layer]:
-    """Return the layers of a pruned model; none of any other."""
+    """Return the layers of a pruned model, and none for any other."""
     return resolve(model) if any(isinstance(part, PrunedLinear) for part in model.modules()) else []
 
 

@@ -1,8 +1,8 @@
-"""Metric against latency, over sparsities, methods and seeds: the picture that a sparsity is chosen by.
+"""Metric against latency, over sparsities, methods and seeds: the picture by which a sparsity is chosen.
 
-Every training is a process of its own, so that its peak memory is its own and its crash ends it alone.
-`sweep.json` is written after each, and names all that is finished: started again, a sweep goes on.
-Then the first seed of every point is pruned, exported and timed, all of them by turns.
+Every training is a process of its own, so its peak memory is its own and its crash ends only itself.
+`sweep.json` is written after each one and names everything that is finished, so a sweep that is started
+again continues. Then the first seed of every point is pruned, exported and timed, all of them interleaved.
 """
 
 import contextlib
@@ -64,12 +64,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PATIENCE_S = 30.0  # for a training that is told to end: it writes a checkpoint
-# Decided by a training, unless given.
+# Chosen by each training unless given.
 LEFT_OPEN = (
     *("lora_rank", "lora_matrices", "closing", "epochs", "learning_rate", "distill", "hidden_weight", "rotate_heads"),
 )
 GRID = ("methods", "sparsities", "seeds")  # may grow; the rest of a training must stay for figures to be comparable
-TIMING = ("target", "batch_sizes", "seq_lens", "repetitions", "threads")  # may change: all is timed anew
+TIMING = ("target", "batch_sizes", "seq_lens", "repetitions", "threads")  # may change: everything is timed anew
 KEPT = (
     *("task", "metric_name", "metric_value", "examples", "closed_fraction", "encoder_macs_removed"),
     *("total_params", "trainable_params", "train_seconds", "peak_memory_bytes"),
@@ -94,12 +94,12 @@ def run(  # noqa: PLR0913 - every option of the command is one
 ) -> dict[str, Any]:
     """Train methods x sparsities x seeds, time what can be deployed of them, write it all to `output`.
 
-    A method without gates is trained once a seed; seeds count up from `settings.seed`, whose method and
-    sparsity do not matter. What `output` holds of the same sweep is kept and not done again: methods, sparsities
-    and seeds are added to it; `force` starts over. A training that fails is told of in its cell, but for the
-    first, whose error is raised. `plot` None: where matplotlib is installed. Returns what `sweep.json`
-    holds; docs/json-contract.md lists it. Raises `UsageError` on wrong arguments and on a sweep of other
-    settings, `OutputError` on a directory that is none, and what the steps raise.
+    A method without gates is trained once per seed. Seeds count up from `settings.seed`; the method and sparsity of
+    `settings` do not matter. What `output` holds of the same sweep is kept and not repeated: methods, sparsities and
+    seeds are added to it; `force` starts over. A training that fails is reported in its cell, except the first, whose
+    error is raised. `plot` None: if matplotlib is installed. Returns what `sweep.json` holds; docs/json-contract.md
+    lists it. Raises `UsageError` on wrong arguments and on a sweep with other settings, `OutputError` on a directory
+    that is not a sweep, and what the steps raise.
     """
     progress = progress or NoProgress()
     asked = _cells(settings, methods, sparsities, seeds)
@@ -111,7 +111,7 @@ def run(  # noqa: PLR0913 - every option of the command is one
     }
     endtoend.check(device=TARGETS[target].device, prefix="bench-", **measuring)
     if plot:
-        drawing()  # where matplotlib is missing that is told at once: a sweep takes hours
+        drawing()  # a missing matplotlib is reported at once: a sweep takes hours
     train = {key: value for key, value in settings.absolute().to_json().items() if key not in ("method", "sparsity")}
     grid = {"methods": list(methods), "sparsities": list(sparsities), "seeds": seeds}
     if force:
@@ -136,7 +136,7 @@ def run(  # noqa: PLR0913 - every option of the command is one
                 shutil.rmtree(output / "runs", ignore_errors=True)
             sweep.train(progress)
         except BaseException:
-            if fresh and not any(output.glob(f"runs/*/{RUN_FILE}")):  # nothing that could be gone on with
+            if fresh and not any(output.glob(f"runs/*/{RUN_FILE}")):  # nothing to continue from
                 shutil.rmtree(output, ignore_errors=True)
             raise
         sweep.time(target, measuring, progress)
@@ -147,7 +147,7 @@ def run(  # noqa: PLR0913 - every option of the command is one
 
 @contextlib.contextmanager
 def _claimed(output: Path, *, runs: bool) -> Iterator[None]:
-    """Hold the directory of a sweep; `OutputError` where another process has it, or, with `runs`, one of these."""
+    """Hold the directory of a sweep; `OutputError` if another process holds it or, with `runs`, one of its runs."""
     with explained(output):
         output.mkdir(parents=True, exist_ok=True)
     claim = lock(output)
@@ -160,7 +160,7 @@ def _claimed(output: Path, *, runs: bool) -> Iterator[None]:
 
 
 def _write_summary(output: Path, result: dict[str, Any], *, plot: bool | None) -> None:
-    """Write the table of a sweep, and its pictures where they are asked for or matplotlib is installed."""
+    """Write the table of a sweep, and its pictures if they are asked for or matplotlib is installed."""
     replace_file(output / "sweep.md", markdown(table(result)).encode())
     drawn = plot is not False and find_spec("matplotlib")
     for picture in (output / "sweep.png", output / "sweep.svg"):
@@ -169,12 +169,12 @@ def _write_summary(output: Path, result: dict[str, Any], *, plot: bool | None) -
 
             replace_file(picture, tradeoff.draw(result, picture.suffix[1:]))
         else:
-            picture.unlink(missing_ok=True)  # of other points than the table has
+            picture.unlink(missing_ok=True)  # it shows other points than the table has
 
 
 @dataclass
 class _Sweep:
-    """What is asked, what was asked before and is finished, and what is known of it so far."""
+    """What is asked for, what was asked for before and is finished, and what is known so far."""
 
     output: Path
     wanted: dict[Cell, TrainSettings]
@@ -184,7 +184,7 @@ class _Sweep:
     records: list[Record] = field(default_factory=list)
 
     def run_dir(self, cell: Cell) -> Path:
-        """Return where a cell is trained."""
+        """Return the directory in which a cell is trained."""
         return self.output / "runs" / cell.name
 
     def train(self, progress: Progress) -> None:
@@ -199,7 +199,7 @@ class _Sweep:
                 try:
                     self.reports[cell] = train_apart(self.wanted[cell], self.run_dir(cell))
                 except Exception as error:  # whatever ends one training, the others are not to blame
-                    if not self.reports:  # or are they all: wrong columns, no such model
+                    if not self.reports:  # or all of them fail: wrong columns, no such model
                         raise
                     self.failures[cell] = " ".join(str(error).split()) or type(error).__name__
                     logger.warning("%s failed: %s", cell.name, self.failures[cell])
@@ -209,7 +209,7 @@ class _Sweep:
             progress.finish()
 
     def time(self, target: Target, measuring: dict[str, Any], progress: Progress) -> None:
-        """Time one model for each point against the densest, unless just these are timed already."""
+        """Time one model for each point against the densest, unless exactly these are timed already."""
         points: dict[str, Cell] = {}
         for cell in sorted(filter(self.reports.__contains__, self.wanted), key=density):
             points.setdefault(cell.point, cell)
@@ -219,7 +219,7 @@ class _Sweep:
             progress.start(len(points), "building what is timed")
             try:
                 built = {}
-                with computing_with(measuring["threads"]):  # layouts are chosen for as many as are timed
+                with computing_with(measuring["threads"]):  # layouts are chosen for the threads that are timed
                     for name, cell in points.items():
                         built[name] = _build(self.run_dir(cell), cell, Path(root), target, progress)
                         progress.advance(1, built=name)
@@ -229,11 +229,11 @@ class _Sweep:
         self.save()
 
     def save(self) -> None:
-        """Write `sweep.json` as things stand."""
+        """Write `sweep.json` as things are now."""
         replace_file(self.output / SWEEP_FILE, json_text(self.to_json()).encode())
 
     def to_json(self) -> dict[str, Any]:
-        """Return all that is known as plain JSON values."""
+        """Return everything that is known as plain JSON values."""
         return {
             **SWEEP_FORMAT,
             "settings": self.settings,
@@ -257,8 +257,8 @@ class _Sweep:
 def train_apart(settings: TrainSettings, output: Path) -> dict[str, Any]:
     """Train in a fresh process and return the report; raise what `training.train` raises there.
 
-    Raises `ModelError` where the process dies. Where this one is interrupted, the other ends at once
-    and what it has half written goes.
+    Raises `ModelError` if the process dies. If this one is interrupted, the other ends at once and its
+    half-written output is removed.
     """
     context = multiprocessing.get_context("spawn")
     reports, end = context.Pipe(duplex=False)
@@ -292,9 +292,9 @@ def train_apart(settings: TrainSettings, output: Path) -> dict[str, Any]:
 
 def _train(settings: TrainSettings, output: Path, end: "Connection[Any, Any]") -> None:
     """Train and send the report, or the error; runs in the other process."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a checkpoint is written
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: a checkpoint is written
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    warnings.simplefilter("ignore")  # libraries talk to a terminal that is not theirs
+    warnings.simplefilter("ignore")  # libraries would write to a terminal that is not theirs
     with contextlib.redirect_stdout(sys.stderr):
         try:
             answer: object = train_or_resume(settings, output)
@@ -307,7 +307,7 @@ def _train(settings: TrainSettings, output: Path, end: "Connection[Any, Any]") -
 
 
 def _end_with_parent() -> None:
-    """End this process when the one that asked is gone, killed without a chance to say so."""
+    """End this process if the one that asked is gone, killed without a chance to say so."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -318,11 +318,11 @@ def _end_with_parent() -> None:
 
 @contextlib.contextmanager
 def _deaf_to_interrupts() -> Iterator[None]:
-    """Have a process started in here not hear Ctrl-C or a closed terminal, from its first line on: its parent ends it.
+    """Let a process started in the block ignore Ctrl-C or a closed terminal from its first line on: its parent ends it.
 
-    Blocked signals are inherited; what comes meanwhile reaches this process when the block ends.
+    Blocked signals are inherited; those that arrive meanwhile reach this process when the block ends.
     """
-    resource_tracker.ensure_running()  # else started by the first process, and it unblocks the signal
+    resource_tracker.ensure_running()  # otherwise the first process starts it, and it unblocks the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     try:
         yield
@@ -333,7 +333,7 @@ def _deaf_to_interrupts() -> Iterator[None]:
 def _cells(
     settings: TrainSettings, methods: Sequence[Method], sparsities: Sequence[float], seeds: int
 ) -> dict[Cell, TrainSettings]:
-    """Return the cells that are asked for, seed by seed, each with its training: the first makes a whole picture."""
+    """Return the requested cells, seed by seed, each with its training: the first seed makes a whole picture."""
     refuse_below(1, seeds=seeds)
     refuse([f"--{name} is empty" for name, given in (("method", methods), ("sparsity", sparsities)) if not given])
     wanted = {}
@@ -349,18 +349,18 @@ def _cells(
 
 
 def _trained_as(settings: TrainSettings, cell: Cell) -> TrainSettings:
-    """Return what a cell is trained with."""
+    """Return the settings that a cell is trained with."""
     own: dict[str, Any] = {"method": cell.method, "sparsity": cell.sparsity, "seed": cell.seed}
     return replace(settings, **_meaningless(cell.method, settings), **own).absolute()
 
 
 def _located(settings: TrainSettings) -> Path:
-    """Return the directory of the dense model, that below a run too; raises as `locate_model`."""
+    """Return the directory of the dense model, also below a run; raises what `locate_model` raises."""
     return dense_base(settings, located)
 
 
 def _meaningless(method: Method, settings: TrainSettings) -> dict[str, Any]:
-    """Return what a method has no use for, unset: the methods of a sweep share one set of options."""
+    """Return unset values for what means nothing to a method: the methods of a sweep share one set of options."""
     spec = METHODS.get(method)
     unset: dict[str, Any] = {}
     if spec and not spec.gated:
@@ -380,20 +380,20 @@ def _meaningless(method: Method, settings: TrainSettings) -> dict[str, Any]:
 
 
 def _finished(directory: Path, wanted: TrainSettings) -> RunManifest | None:
-    """Return the manifest of a finished run; `UsageError` where it was trained with other settings."""
+    """Return the manifest of a finished run; `UsageError` if it was trained with other settings."""
     try:
         manifest = read_run(directory)
     except ArtifactError:
         return None  # not there, or broken: it is trained again
     there = _as_json(manifest.settings.to_json())
-    unasked = {name: there[name] for name in LEFT_OPEN if getattr(wanted, name) is None}  # a run says what it took
-    unasked["match_shares"] = wanted.matches(manifest.task.metric)  # figures would not compare
+    unasked = {name: there[name] for name in LEFT_OPEN if getattr(wanted, name) is None}  # a run says what it chose
+    unasked["match_shares"] = wanted.matches(manifest.task.metric)  # otherwise figures would not compare
     _refuse_other(directory, there, {**_as_json(wanted.to_json()), **unasked})
     return manifest if manifest.status == "finished" else None
 
 
 def _refuse_changed(runs: dict[Path, RunManifest]) -> None:
-    """Raise `ArtifactError` where rows or base are no longer those of finished runs: what is added must compare."""
+    """Raise `ArtifactError` if rows or base have changed since runs finished: what is added must be comparable."""
     fingerprint = functools.cache(lambda data, embed: load_rows(data, embeds=embed).fingerprint)
     weights = functools.cache(lambda model, revision: model_files(locate_model(model, revision)))
     for directory, run in runs.items():
@@ -412,7 +412,7 @@ def train_or_resume(settings: TrainSettings, output: Path) -> dict[str, Any]:
 
 
 def _before(output: Path, settings: dict[str, Any], *, force: bool) -> dict[str, Any]:
-    """Return what the sweep in `output` says of itself, {}: there is none; refuse the place of another one."""
+    """Return what the sweep in `output` says about itself, or {} if there is none; refuse the place of another one."""
     if not output.exists():
         check_output(output, force=False)
         return {}
@@ -426,14 +426,14 @@ def _before(output: Path, settings: dict[str, Any], *, force: bool) -> dict[str,
 
 
 def _finished_cells(before: dict[str, Any], path: Path) -> list[Cell]:
-    """Return the cells that the sweep in the manifest at `path` says are finished."""
+    """Return the cells that are finished according to the sweep manifest at `path`."""
     with understood(path):
         cells = [one for one in before.get("cells") or () if one["status"] == "finished" and one["method"] in METHODS]
         return [Cell(one["method"], float(one["sparsity"]), int(one["seed"])) for one in cells]
 
 
 def _timed(before: dict[str, Any], settings: dict[str, Any]) -> list[Record]:
-    """Return the measurements that a sweep holds, none where others are asked for."""
+    """Return the measurements that a sweep holds, or none if others are asked for."""
     there = before.get("settings", {})
     if any(there.get(key) != settings.get(key) for key in TIMING):
         return []
@@ -446,7 +446,7 @@ def _timed(before: dict[str, Any], settings: dict[str, Any]) -> list[Record]:
 def _refuse_other(where: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
     """Raise `UsageError` naming the first setting that differs.
 
-    One that a release did not have yet is its default; where that leaves the choice to each run, the runs say.
+    One that a release did not have yet has its default; if that leaves the choice to each run, the runs say it.
     """
     found, asked = dict(_flat(there)), dict(_flat(here))
     for key in [*asked, *found]:

@@ -1,6 +1,6 @@
 """From a model in torch to a graph in an ONNX file, with free batch and length.
 
-Why torch's graph exporter writes it, with attention as plain products and without intermediate shapes:
+For why torch's graph exporter writes it, with attention as plain products and without intermediate shapes, see
 `benchmarks/notes/onnx-exporters.md`.
 """
 
@@ -28,25 +28,25 @@ from gatepress.runners import LOGITS, VECTORS, Batch, input_names
 
 logger = logging.getLogger(__name__)
 
-EXTERNAL_DATA_BYTES = 1_500_000_000  # a protobuf file ends at 2 GiB: above this, weights get their own file
-# What ONNX Runtime makes of several operators, and whole operators that exporters may take apart.
+EXTERNAL_DATA_BYTES = 1_500_000_000  # a protobuf file ends at 2 GiB: above this, weights get a file of their own
+# Operators that ONNX Runtime fuses several into, and whole operators that exporters may split.
 FUSED = (
     *("Attention", "MultiHeadAttention", "BiasSoftmax"),
     *("BiasGelu", "FastGelu", "Gelu", "QuickGelu"),
     *("FusedGemm", "FusedMatMul", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"),
     *("LayerNormalization", "SkipLayerNormalization", "EmbedLayerNormalization"),
 )
-EXAMPLE = (2, 7)  # the shape that torch exports with; none of those that are checked afterwards
+EXAMPLE = (2, 7)  # the shape that torch exports with; it is none of those that are checked afterwards
 
 
 def write_onnx(model: PreTrainedModel, file: Path, *, opset: int | None = None) -> None:
-    """Write a model's logits as a graph with free batch and length; `ModelError` where torch cannot."""
+    """Write a model's logits as a graph with free batch and length; `ModelError` if torch cannot."""
     names = input_names(model)
     example = random_rows(model, *EXAMPLE, padded=True)
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
     size = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
     try:
-        # Plain attention: the fused call is taken apart into more nodes.
+        # Plain attention: the fused call is split into more nodes.
         with plain_attention(model), shortcuts.all_of_them(model), _silence(), torch.no_grad():
             torch.onnx.export(
                 _Logits(model, names).eval(),
@@ -63,7 +63,7 @@ def write_onnx(model: PreTrainedModel, file: Path, *, opset: int | None = None) 
     except (OSError, MemoryError, KeyboardInterrupt):
         raise
     except Exception as error:  # the exporter's stages raise what they like
-        reason = reason_of(_root_of(error), lines=1)  # the rest tells of its stages and of how to report bugs
+        reason = reason_of(_root_of(error), lines=1)  # the rest is about its stages and how to report bugs
         raise ModelError(
             f"{type(model).__name__}: torch cannot export it to ONNX ({reason}); --debug shows all of it"
         ) from error
@@ -79,7 +79,7 @@ def _root_of(error: BaseException) -> BaseException:
 
 @contextlib.contextmanager
 def plain_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Compute attention as two products and a softmax for as long as the block runs."""
+    """Compute attention as two products and a softmax while the block runs."""
     before = model.config._attn_implementation  # noqa: SLF001 - transformers has no public reader
     try:
         model.set_attn_implementation("eager")
@@ -93,9 +93,9 @@ def plain_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def operators(file: Path, batch: Batch) -> dict[str, int]:
-    """Return what ONNX Runtime makes of a graph: how many of each operator it runs, its own ones among them.
+    """Return what ONNX Runtime makes of a graph: how many of each operator it runs, including its own ones.
 
-    Read from its profile of one run: saving the optimized graph would write all weights once more.
+    Read from its profile of one run, because saving the optimized graph would write all weights once more.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -108,7 +108,7 @@ def operators(file: Path, batch: Batch) -> dict[str, int]:
         profile = Path(session.end_profiling())
         try:
             events = json.loads(profile.read_text(encoding="utf-8"))
-        except ValueError:  # it was cut short, which ONNX Runtime does not tell
+        except ValueError:  # it was cut short, which ONNX Runtime does not report
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(profile)) from None
     ran = Counter(one["args"]["op_name"] for one in events if one["name"].endswith("_kernel_time"))
     return dict(sorted(ran.items()))
@@ -130,7 +130,7 @@ class _Logits(torch.nn.Module):
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Keep back what the exporter warns of: its own deprecations, packages that nobody asked for."""
+    """Hold back the exporter's warnings: about its own deprecations, and packages that nobody asked for."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [one.level for one in loggers]
     try:
@@ -148,7 +148,7 @@ def slim(file: Path) -> None:
     """Drop what the exporter notes beside the graph.
 
     Its notes hold source paths of the machine that exported. Its intermediate shapes let ONNX Runtime
-    see that a residual sum can be fused with the layer norm behind it, and on a CPU that fused
+    see that a residual sum can be fused with the layer norm after it, and on a CPU that fused
     operator is slower than the two it replaces.
     """
     model = onnx.load(file, load_external_data=False)

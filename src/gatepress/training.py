@@ -1,4 +1,4 @@
-"""The training loop, read from top to bottom: step, measure, save. What it begins with: preparing.py."""
+"""The training loop, to be read from top to bottom: step, measure, save. preparing.py sets it up."""
 
 import contextlib
 import logging
@@ -35,7 +35,7 @@ from gatepress.shares import last_bias, match_
 logger = logging.getLogger(__name__)
 
 MAX_GRADIENT_NORM = 1.0
-LOSS_EVERY = 5  # steps: reading the loss waits for the device
+LOSS_EVERY = 5  # steps; reading the loss waits for the device
 
 
 def train(
@@ -43,9 +43,9 @@ def train(
 ) -> dict[str, Any]:
     """Train gates, biases, layer norms, low rank and head on a frozen base; write a run directory.
 
-    The asked sparsity is delivered exactly, part of the way (`settings.closing`), and in the rest of the steps what is
-    left recovers. After every epoch the metric is measured and a checkpoint written; Ctrl-C writes one more. Returns
-    the report, whose keys docs/json-contract.md lists. Raises leaves of `GatepressError`.
+    The requested sparsity is reached exactly, after a part of the steps (`settings.closing`); in the rest, what is left
+    recovers. After every epoch the metric is measured and a checkpoint written; Ctrl-C writes one more. Returns the
+    report, whose keys docs/json-contract.md lists. Raises leaves of `GatepressError`.
     """
     settings = settings.absolute()
     check_output(output, force=force, reads=(*settings.reads, *stands_on(settings)))
@@ -53,10 +53,10 @@ def train(
 
 
 def resume(output: Path, *, progress: Progress | None = None) -> dict[str, Any]:
-    """Go on with a run that was stopped, from its last checkpoint to the end it would have come to; return the report.
+    """Continue a run that was stopped, from its last checkpoint to the end it would have reached; return the report.
 
-    On a CPU in float32 every number is the same as without the stop. A run that is finished is left as it is.
-    Raises `ArtifactError` where there is nothing to go on from, or where rows or base model have changed.
+    On a CPU in float32, every number is the same as without the stop. A finished run is left as it is.
+    Raises `ArtifactError` if there is nothing to continue from, or if rows or base model have changed.
     """
     manifest = read_run(output)
     if manifest.status == "finished":
@@ -75,16 +75,16 @@ def resume(output: Path, *, progress: Progress | None = None) -> dict[str, Any]:
 
 
 def _run(job: Job, output: Path, progress: Progress, *, force: bool) -> dict[str, Any]:
-    """Take the epochs that are left and keep what comes out; return the report."""
+    """Train the epochs that are left and keep the result; return the report."""
     with _writer(job, output, force=force) as writer:
         progress.start(job.steps - job.step, "training")
         try:
-            if _unmeasured(job):  # stopped while the pass before was measured
+            if _unmeasured(job):  # stopped while the last epoch was measured
                 _end_epoch(job, writer)
             for epoch in range(job.step // job.steps_per_epoch, job.steps // job.steps_per_epoch):
                 _one_epoch(job, epoch, writer, progress)
                 _end_epoch(job, writer)
-        except (KeyboardInterrupt, ProcessError):  # what another process died of, this one has not
+        except (KeyboardInterrupt, ProcessError):  # whatever ended another process, this one can still save
             if job.step > job.manifest.step:
                 _checkpoint(job, writer, "interrupted", job.manifest.report)
             raise
@@ -94,14 +94,14 @@ def _run(job: Job, output: Path, progress: Progress, *, force: bool) -> dict[str
 
 
 def _writer(job: Job, output: Path, *, force: bool) -> contextlib.AbstractContextManager[RunWriter | None]:
-    """Return what writes the run; None in all processes but the first."""
+    """Return the writer of the run; None in all processes but the first."""
     if not job.processes.main:
         return contextlib.nullcontext()
     return RunWriter(output, tokenizer=job.tokenizer, probe=job.probe, force=force, resumed=job.step > 0)
 
 
 def _one_epoch(job: Job, epoch: int, writer: RunWriter | None, progress: Progress) -> None:
-    """Take every step that is left of one pass over the training rows."""
+    """Take all remaining steps of one pass over the training rows."""
     if job.step == job.open_steps and job.settings.distill and job.teacher is None:
         job.teacher = Teacher(job.gated)
     if job.teacher:
@@ -117,13 +117,13 @@ def _one_epoch(job: Job, epoch: int, writer: RunWriter | None, progress: Progres
 
 
 def _unmeasured(job: Job) -> bool:
-    """Say whether a pass is through whose end was not measured."""
+    """Return whether a pass is complete but not yet measured."""
     measured = [point["step"] for point in job.manifest.report["curve"]]
     return job.step > 0 and job.step % job.steps_per_epoch == 0 and job.step not in measured
 
 
 def _end_epoch(job: Job, writer: RunWriter | None) -> None:
-    """Measure and count the model behind a pass over the rows, and write it."""
+    """Measure and count the model after a pass over the rows, and write it."""
     with _matched(job) as offsets:
         report = _measured(job) | offsets
         _checkpoint(job, writer, "finished" if job.step == job.steps else "training", report)
@@ -134,9 +134,9 @@ def _end_epoch(job: Job, writer: RunWriter | None) -> None:
 
 @contextlib.contextmanager
 def _matched(job: Job) -> Iterator[dict[str, Any]]:
-    """Move the head behind the last step, where that was asked for, and yield by how much.
+    """Move the head after the last step, if asked for, and yield by how much.
 
-    Where what follows does not come to its end it is moved back: who goes on does it anew.
+    If what follows fails, the head is moved back: whoever continues the run moves it again.
     """
     if job.matching is None or job.step < job.steps:
         yield {}
@@ -165,7 +165,7 @@ def _step(job: Job, batch: dict[str, Tensor]) -> Tensor:
     closing = job.budget if job.step >= job.open_steps else None
     penalty = closing.penalty(job.step - job.open_steps) if closing else None
     batches: Any = job.loader.batch_sampler
-    part = loss * batches.share(job.step % job.steps_per_epoch)  # a mean over the rows of all processes
+    part = loss * batches.share(job.step % job.steps_per_epoch)  # summed over processes: a mean over all rows
     (part if penalty is None else part + penalty / job.processes.count).backward()
     job.processes.sum_(parameter.grad for parameter in job.parameters.values())
     job.step += 1
@@ -179,16 +179,16 @@ def _step(job: Job, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _seed_step(job: Job) -> None:
-    """Seed the random numbers of one step: a run that goes on draws what it would have drawn.
+    """Seed the random numbers of one step, so that a resumed run draws what it would have drawn.
 
-    The noise of gates is the same in all processes, as gates are; dropout is each one's own.
+    The noise of gates is the same in all processes, as gates are; each process has its own dropout.
     """
     job.noise.manual_seed(seed_of(job.settings.seed, job.step))
     torch.manual_seed(seed_of(job.settings.seed, job.step, job.processes.index))
 
 
 def _figures(job: Job, loss: Tensor) -> dict[str, float]:
-    """Return what the bar shows; `ModelError` where the loss is no number any more."""
+    """Return what the bar shows; `ModelError` if the loss is no longer a number."""
     value = loss.item()
     if not math.isfinite(value):
         raise ModelError(f"the loss is {value} at step {job.step}; try a smaller --learning-rate")
@@ -197,14 +197,14 @@ def _figures(job: Job, loss: Tensor) -> dict[str, float]:
 
 @uninterrupted()
 def _checkpoint(job: Job, writer: RunWriter | None, status: str, report: dict[str, Any]) -> None:
-    """Write the run as it is, with what was measured last."""
+    """Write the run as it is, with the latest measurements."""
     job.manifest = job.manifest_at(status, report)
     if writer:
         writer.save(job.gated, job.manifest, job.state() if job.manifest.resume else None)
 
 
 def _measured(job: Job) -> dict[str, Any]:
-    """Measure and count the model as it is; return the report with one point more of the curve."""
+    """Measure and count the model as it is; return the report with one more point on the curve."""
     report: dict[str, Any] = {
         **job.manifest.report,
         **evaluate_model(job.gated, job.validation, job.manifest.task, processes=job.processes),
@@ -217,7 +217,7 @@ def _measured(job: Job) -> dict[str, Any]:
 
 
 def _counts(job: Job) -> dict[str, Any]:
-    """Return what is closed, and what of the encoder closure removes with it."""
+    """Return how many gates are closed and how much of the encoder their closure removes."""
     if job.budget is None:
         nothing = ("closed_fraction", "removed_of_budget", "encoder_weights_removed", "encoder_macs_removed")
         return {"closed_gates": 0, **dict.fromkeys(nothing, 0.0), "total_params": job.manifest.report["dense_params"]}

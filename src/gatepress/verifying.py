@@ -1,4 +1,4 @@
-"""Whether a directory still is what its manifest says: files, shapes, the base model, finite logits. No network."""
+"""Whether a directory still matches its manifest: files, shapes, the base model, finite logits. No network."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ from gatepress.ondisk import base_of, offline
 from gatepress.runners import COUNTED_TOKEN
 from gatepress.runtime import open_runner
 
-TRIED = (2, 8)  # rows and tokens that a model is run on
+TRIED = (2, 8)  # rows and tokens that a model is tried on
 _TRIED = f"logits of {TRIED[0]} x {TRIED[1]} tokens: finite"
 
 
@@ -40,7 +40,7 @@ class Findings:
     skipped: list[str] = field(default_factory=list)
 
     def check(self, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call `function` and note how that went; return its result, None where it found a fault."""
+        """Call `function` and note the outcome; return its result, or None if it found a fault."""
         try:
             result = function(*arguments)
         except GatepressError as error:
@@ -60,7 +60,7 @@ class Findings:
 def verify(path: Path) -> dict[str, Any]:
     """Check a run, a pruned directory, an ONNX directory or an .onnx file; return the `Findings` as JSON values.
 
-    What is run is run only where the files hold. Raises `ArtifactError` where it is none of these.
+    A model is run only if its files hold. Raises `ArtifactError` if it is none of these.
     """
     form = written_form(path)
     found = Findings()
@@ -88,7 +88,7 @@ def _run(path: Path, found: Findings) -> None:
 
 
 def _has_base(run: RunManifest) -> bool:
-    """Say whether all that a run stands on is on this disk; what is broken of it is a fault of loading."""
+    """Return whether everything that a run is built on is on this disk; what is broken there is a fault of loading."""
     try:
         return dense_base(run.settings, base_of) is not None
     except ArtifactError:
@@ -151,7 +151,7 @@ def _onnx(path: Path, found: Findings) -> None:
 
 
 def _graph(file: Path, manifest: dict[str, Any] | None) -> None:
-    """Compare a graph with its manifest, if it has one; `ArtifactError` where they differ."""
+    """Compare a graph with its manifest, if it has one; `ArtifactError` if they differ."""
     model = read_graph(file)
     beside = check_graph(model, file.parent)
     if manifest is None:

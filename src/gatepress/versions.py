@@ -1,11 +1,11 @@
-"""What is installed: what is measured or written says on what it hangs."""
+"""What is installed: measurements and results record what they depend on."""
 
 import platform
 from importlib import metadata
 
 from gatepress import __version__
 
-MADE_WITH = ("torch", "transformers", "datasets", "safetensors", "numpy")  # what a result hangs on
+MADE_WITH = ("torch", "transformers", "datasets", "safetensors", "numpy")  # what a result depends on
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -1,8 +1,8 @@
-"""How long whole models take, one against another: the paper's figure 3(b) (arXiv 2412.12951).
+"""How long whole models take, compared with each other: the paper's figure 3(b) (arXiv 2412.12951).
 
-Every target answers the same inputs in turns. Either a grid of batch sizes and lengths is filled
-with tokens, or, with `data`, one call is a whole pass over a task's validation rows. Times are
-those of inputs that are on the device already until the result is there.
+All targets answer the same inputs in turns. Either a grid of batch sizes and lengths is filled
+with tokens or, with `data`, one call is a whole pass over a task's validation rows. Times run from
+inputs that are already on the device to the result.
 """
 
 import itertools
@@ -31,27 +31,27 @@ from gatepress.runtime import open_runner, torch_device
 from gatepress.tasks.sources import Rows, load_rows
 from gatepress.versions import versions
 
-REPETITIONS = 20  # of one batch
-EPOCH_REPETITIONS = 10  # of one pass over the validation rows, as in the paper
+REPETITIONS = 20  # timed calls of a batch
+EPOCH_REPETITIONS = 10  # timed passes over the validation rows, as in the paper
 WARMUP = 3
 EPOCH_WARMUP = 1
 SEQ_LENS = (32, 128)  # tokens
-LARGEST = 2**20  # rows of a batch, and tokens of a row: more fit into no memory
+LARGEST = 2**20  # rows of a batch, and tokens of a row: more do not fit into any memory
 BLOCK = 5  # batches in a row
-SETTLE_MS = 20.0  # of untimed batches before them, see timing.py
-# Any ids do: how long a model takes does not hang on them. These are in every vocabulary and none
-# of them stands for padding.
+SETTLE_MS = 20.0  # untimed batches before them, see timing.py
+# Any ids will do: the time of a model does not depend on them. These are in every vocabulary, and none
+# of them is padding.
 TOKEN_IDS = (5, 30)
 
 Batch = dict[str, NDArray[np.int64]]  # input_ids, attention_mask, ... each [batch, length]
-Tokenizers = dict[Path | None, PreTrainedTokenizerBase]  # by the directory that they lie in
+Tokenizers = dict[Path | None, PreTrainedTokenizerBase]  # by the directory that holds them
 
 
-Targets = Sequence[str | Path] | Mapping[str, str | Path]  # with the names that tables give them, or without
+Targets = Sequence[str | Path] | Mapping[str, str | Path]  # with or without the names that tables give them
 
 
 def _as_read(rows: Rows, data: DataSettings, runners: Collection[Runner]) -> Rows:
-    """Return the rows as these models read them, embedders one text at a time; `ModelError` where some are not."""
+    """Return the rows as these models read them (embedders one text at a time); `ModelError` if they disagree."""
     embedders = [one.name for one in runners if one.embeds]
     if not embedders:
         return rows
@@ -104,15 +104,15 @@ def run(  # noqa: PLR0913 - every knob of a measurement is named
     trust_remote_code: bool = False,
     seed: int = 0,
 ) -> list[Record]:
-    """Time every target (what `open_runner` opens) in each cell; the first one is the baseline.
+    """Time every target (whatever `open_runner` opens) in each cell; the first one is the baseline.
 
-    Without `data` the cells are `batch_sizes` x `seq_lens`, full rows without padding. With it they
-    are `batch_sizes`, each a pass over the validation rows, sorted by length, cut at `max_length`
+    Without `data`, the cells are `batch_sizes` x `seq_lens`, full rows without padding. With it, they
+    are `batch_sizes`, each a pass over the validation rows, sorted by length, truncated to `max_length`
     tokens (or what the shortest of the targets takes) and padded to the longest of a batch.
     Torch models are timed once in each of `precisions`, ONNX files in what they were exported in.
     `None` for repetitions and warm-up: 20 and 3 batches, or 10 and 1 passes; for threads: torch's
     own number, for every runtime.
-    Raises `UsageError`, `DeviceError`, and `ModelError` where a target cannot run a cell.
+    Raises `UsageError`, `DeviceError`, and `ModelError` if a target cannot run a cell.
     """
     refuse([] if targets else ["nothing to time: give a directory, an .onnx file or a model"])
     place = check(
@@ -178,7 +178,7 @@ def run(  # noqa: PLR0913 - every knob of a measurement is named
     return records
 
 
-def check(  # noqa: PLR0913 - those of `run` that can be wrong by themselves
+def check(  # noqa: PLR0913 - the parameters of `run` that can be wrong by themselves
     *,
     device: str = "cpu",
     batch_sizes: Sequence[int] = (1,),
@@ -191,7 +191,7 @@ def check(  # noqa: PLR0913 - those of `run` that can be wrong by themselves
     prefix: str = "",
     **_others: Any,
 ) -> torch.device:
-    """Raise what `run` raises on wrong arguments, before anything is opened; return where it computes.
+    """Raise what `run` raises on wrong arguments, before anything is opened; return the device to compute on.
 
     `prefix` stands before the names of sizes on the command line that took them.
     """
@@ -208,7 +208,7 @@ def check(  # noqa: PLR0913 - those of `run` that can be wrong by themselves
 
 
 def _open(targets: Targets, precisions: Sequence[Arithmetic], opening: Callable[..., Runner]) -> dict[str, Runner]:
-    """Open all targets at once (they take turns later), under their names or under such that tell them apart."""
+    """Open all targets at once (they take turns later), under their names or others that tell them apart."""
     pairs = list(targets.items()) if isinstance(targets, Mapping) else [(None, target) for target in targets]
     opened = [(given, target, opening(target, precision=precisions[0])) for given, target in pairs]
     if set(precisions) != {"fp32"} and all(runner.runtime != "torch" for _, _, runner in opened):
@@ -226,7 +226,7 @@ def _open(targets: Targets, precisions: Sequence[Arithmetic], opening: Callable[
 
 
 def _free(name: str, taken: Mapping[str, Runner]) -> str:
-    """Return the name, numbered where it is taken: the same target twice shows how much of a difference is noise."""
+    """Return the name, numbered if it is taken: the same target twice shows how much of a difference is noise."""
     numbered = (f"{name} ({again})" for again in itertools.count(2))
     return next(one for one in itertools.chain([name], numbered) if one not in taken)
 
@@ -238,7 +238,7 @@ def refuse_longer(name: str, max_tokens: int | None, seq_len: int) -> None:
 
 
 def _timed(name: str, runner: Runner, cell: _Cell) -> _Timed:
-    """Return what is timed: all batches of the cell through one runner, on the device before."""
+    """Return what is timed: all batches of the cell through one runner, already on the device."""
     refuse_longer(name, runner.max_tokens, cell.seq_len or 0)
     batches = cell.batches(runner)
     prepared = [runner.prepare(batch) for batch in batches]
@@ -262,7 +262,7 @@ def _timed(name: str, runner: Runner, cell: _Cell) -> _Timed:
 
 
 def _grid(batch_sizes: Sequence[int], seq_lens: Sequence[int], seed: int) -> Iterator[_Cell]:
-    """Yield one cell for each batch size and length, its rows full of the same random tokens."""
+    """Yield one cell per batch size and length, its rows full of the same random tokens."""
     random = np.random.default_rng(seed)
     for batch_size in dict.fromkeys(batch_sizes):
         for seq_len in dict.fromkeys(seq_lens):
@@ -276,7 +276,7 @@ def _same(batches: list[Batch], _runner: Runner) -> list[Batch]:
 
 
 def _tokenizers(runners: Iterable[Runner], *, trust_remote_code: bool) -> Tokenizers:
-    """Return the tokenizers of all targets by their directories; `ModelError` where one has none."""
+    """Return the tokenizers of all targets by their directories; `ModelError` if one has none."""
     tokenizers: Tokenizers = {}
     for runner in runners:
         if runner.tokenizer_dir is None:
@@ -289,7 +289,7 @@ def _tokenizers(runners: Iterable[Runner], *, trust_remote_code: bool) -> Tokeni
 
 
 def _passes(batch_sizes: Sequence[int], rows: Rows, max_length: int, tokenizers: Tokenizers) -> Iterator[_Cell]:
-    """Yield one cell for each batch size: all validation rows, each target with its own tokenizer."""
+    """Yield one cell per batch size: all validation rows, each target with its own tokenizer."""
     facts = {
         "task": rows.spec.name,
         "examples": sum(map(len, rows.validation.values())),

@@ -1,4 +1,4 @@
-"""Benchmark records as figures: lines over sparsity, or a bar for each target. Needs matplotlib."""
+"""Benchmark records as figures: lines over sparsity, or one bar per target. Needs matplotlib."""
 
 import io
 import textwrap
@@ -14,10 +14,10 @@ from matplotlib.ticker import MaxNLocator
 from gatepress.bench.record import Record
 from gatepress.bench.tables import cell, conditions, groups, shortened, three_digits
 
-CHARACTERS_PER_INCH = 15  # of a caption
-LABEL_ROOM = 0.07  # of the axis' height: what a label below a point takes
+CHARACTERS_PER_INCH = 15  # in a caption
+LABEL_ROOM = 0.07  # fraction of the axis' height that a label below a point takes
 INK, QUIET, FAINT = "#24292f", "#6e7781", "#d8dee4"  # text, secondary text, grid
-BLUE, ORANGE = "#0072b2", "#d55e00"  # told apart by every kind of eye (Okabe and Ito)
+BLUE, ORANGE = "#0072b2", "#d55e00"  # distinguishable with every kind of colour vision (Okabe and Ito)
 HATCHES = {"int8": "////", "bfloat16": "\\\\\\\\", "float16": "xxxx"}  # dots make large files
 # Behind labels, so that they stay readable where they cross a line.
 PATCH = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.6}
@@ -50,7 +50,7 @@ def draw(records: Sequence[Record], suffix: str) -> bytes:
 
 
 def drawn(suffix: str, draw_on: Callable[[Figure], None]) -> bytes:
-    """Return what `draw_on` makes of an empty figure as the bytes of a `png` or `svg` file."""
+    """Return what `draw_on` draws on an empty figure as the bytes of a `png` or `svg` file."""
     file = io.BytesIO()
     with rc_context(STYLE):
         figure = Figure()
@@ -63,7 +63,7 @@ def drawn(suffix: str, draw_on: Callable[[Figure], None]) -> bytes:
 
 
 def _lines(figure: Figure, cells: list[list[Record]]) -> None:
-    """Draw time over sparsity, a panel for each weight, each point labelled with what it saves."""
+    """Draw time over sparsity, one panel per weight, each point labelled with what it saves."""
     figure.set_size_inches(6.8 * len(cells), 5.2)
     panels = _panels(figure, 1, len(cells))
     for axes, group in zip(panels, cells, strict=True):
@@ -89,7 +89,7 @@ def _lines(figure: Figure, cells: list[list[Record]]) -> None:
             ylabel="time of one product (ms)",
             title=cell(dense),
             xlim=(-5, max(95, *(100 * (record.sparsity or 0) + 3 for record in group))),
-            # A rare slow call must not flatten the picture: the bands may be cut off above.
+            # A rare slow call must not flatten the picture, so the bands may be cut off above.
             ylim=(0, top),
             xticks=range(0, 100, 10),
         )
@@ -100,7 +100,7 @@ def _lines(figure: Figure, cells: list[list[Record]]) -> None:
 
 
 def _label_point(axes: Axes, record: Record, group: list[Record], color: str, top: float) -> None:
-    """Write what a point saves: above the upper line, below the lower one where there is room."""
+    """Write what a point saves: above the upper line, below the lower one if there is room."""
     rivals = [one for one in group if one.sparsity == record.sparsity and one.kind not in ("dense", record.kind)]
     upper = all((record.latency_ms_median, record.kind) > (rival.latency_ms_median, rival.kind) for rival in rivals)
     cramped = min(one.latency_ms_median for one in [record, *rivals]) < LABEL_ROOM * top
@@ -119,7 +119,7 @@ def _label_point(axes: Axes, record: Record, group: list[Record], color: str, to
 
 
 def _bars(figure: Figure, cells: list[list[Record]]) -> None:
-    """Draw a bar for each target, a panel for each batch size and length, labelled with its factor."""
+    """Draw one bar per target, one panel per batch size and length, labelled with its factor."""
     width = min(2, len(cells))
     height = -(-len(cells) // width)
     most = max(map(len, cells))
@@ -179,7 +179,7 @@ def _color(record: Record) -> str:
 
 
 def _legend(figure: Figure, records: list[Record]) -> None:
-    """Say what color and hatching mean, where there is more than one of them."""
+    """Explain colours and hatching if there is more than one of them."""
     handles = []
     if len({record.runtime for record in records}) > 1:
         handles += [Patch(color=BLUE, label="torch"), Patch(color=ORANGE, label="ONNX Runtime")]
@@ -194,7 +194,7 @@ def _all(cells: list[list[Record]]) -> list[Record]:
 
 
 def caption(figure: Figure, records: Sequence[Record], legend: str) -> None:
-    """Say below the panels what was measured where, and what the marks mean."""
+    """Write below the panels what was measured where, and what the marks mean."""
     width = int(CHARACTERS_PER_INCH * figure.get_figwidth())
     text = f"{textwrap.fill(conditions(records), width)}\n{textwrap.fill(legend, width)}"
     figure.supxlabel(text, fontsize=8, color=QUIET, x=0.01, ha="left")

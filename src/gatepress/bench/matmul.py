@@ -1,7 +1,7 @@
 """What removing columns of one weight gains, in time rather than in multiply-accumulates.
 
 The paper's figure 3(a) (arXiv 2412.12951): with `W [out, in]`, `x [tokens, in]` and a fraction
-`s` of the columns closed, three products of the same function are timed beside each other:
+`s` of the columns closed, three products of the same function are timed side by side:
 
     dense     x W^T                    nothing removed
     index     x[:, kept] W[:, kept]^T  the paper's: select the columns of x, then multiply
@@ -26,7 +26,7 @@ from gatepress.versions import versions
 SPARSITIES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 REPETITIONS = 2_000  # the paper: 100,000
 WARMUP = 10
-BLOCK = 20  # calls in a row: short against a machine's drift, long against the cost of taking turns
+BLOCK = 20  # calls in a row: short compared with a machine's drift, long compared with the cost of taking turns
 
 Kind = Literal["dense", "index", "closure"]
 
@@ -52,8 +52,8 @@ def run(  # noqa: PLR0913 - every knob of a measurement is named
 ) -> list[Record]:
     """Time the three products for each `(out, in)` of `shapes` and each sparsity in [0, 1).
 
-    `tokens` is the number of rows of x, `threads` None leaves torch's own number. Returns, for each
-    shape, the dense product first; the others refer to it. Raises `UsageError`, `DeviceError`.
+    `tokens` is the number of rows of x; `threads` None keeps torch's own number. For each shape, returns
+    the dense product first; the others refer to it. Raises `UsageError`, `DeviceError`.
     """
     _check(shapes, sparsities)
     refuse_below(1, repetitions=repetitions, tokens=tokens, threads=threads)

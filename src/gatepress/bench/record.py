@@ -1,4 +1,4 @@
-"""What one measurement says: a single schema for every benchmark, its statistics and its JSON.
+"""One measurement as a record: a single schema for every benchmark, its statistics and its JSON.
 
 All latencies are wall-clock milliseconds of one call (one product, one batch, or one pass over a
 validation split). `None` always means "does not apply" or "not known", never zero.
@@ -16,14 +16,14 @@ from gatepress.errors import ArtifactError
 from gatepress.schema import check_fields
 
 FORMAT_VERSION = 1
-MAX_SAMPLES = 1_000  # kept in a record; the statistics are always of all of them
-MAX_NUMBER = 1e300  # what a file may hold: an integer of a thousand digits is none of ours
+MAX_SAMPLES = 1_000  # kept in a record; the statistics always cover all of them
+MAX_NUMBER = 1e300  # limit for numbers in a file: an integer of a thousand digits is not ours
 What = Literal["matmul", "endtoend"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One thing that was timed, with every knob that shaped the figure."""
+    """One thing that was timed, with every setting that affects the figure."""
 
     what: What
     name: str  # unique within one benchmark
@@ -45,14 +45,14 @@ class Record:
     baseline: str | None = None  # name of the record that the two factors refer to
     relative_time_factor: float | None = None  # baseline / this: above 1 is faster
     relative_reduction_percent: float | None = None  # 100 (1 - this / baseline)
-    sparsity: float | None = None  # fraction of the columns (matmul) that is gone
+    sparsity: float | None = None  # fraction of the columns (matmul) that is removed
     shape: tuple[int, int] | None = None  # [out, in] of the dense weight
     macs: int | None = None  # multiply-accumulates of one call
     size_bytes: int | None = None  # of the weights or of the model's files
     parameters: int | None = None
-    task: str | None = None  # given where a call is one pass over a validation split
+    task: str | None = None  # set if a call is one pass over a validation split
     examples: int | None = None  # rows in that pass
-    max_length: int | None = None  # tokens at which that pass cuts a row
+    max_length: int | None = None  # tokens that this pass truncates a row to
     seed: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
     timestamp: str = ""  # UTC, ISO 8601, when the measurement ended
@@ -69,7 +69,7 @@ class Record:
 
     @classmethod
     def from_json(cls, value: Any) -> "Record":
-        """Read a record back; `ArtifactError` where it is malformed or of a newer version."""
+        """Read a record back; `ArtifactError` if it is malformed or of a newer version."""
         if not isinstance(value, dict):
             raise ArtifactError(f"benchmark record: expected a JSON object, got {type(value).__name__}")
         found = value.get("format_version")
@@ -104,7 +104,7 @@ def latencies(samples_ms: Sequence[float]) -> dict[str, Any]:
 
 
 def relative_to(record: Record, baseline: Record) -> Record:
-    """Return `record` with its factor and reduction against the median of `baseline`."""
+    """Return `record` with its factor and reduction relative to the median of `baseline`."""
     share = record.latency_ms_median / baseline.latency_ms_median
     return replace(
         record,
@@ -120,11 +120,11 @@ def now() -> str:
 
 
 def _nanoseconds(milliseconds: float) -> float:
-    return round(milliseconds, 6)  # the clock knows no more
+    return round(milliseconds, 6)  # the clock is no more precise
 
 
 def _first_problem(value: dict[str, Any]) -> str | None:
-    """Name the first field that is unknown or not of the type its readers rely on."""
+    """Name the first field that is unknown or does not have the type its readers rely on."""
     hints = get_type_hints(Record)
     for name, found in value.items():
         if name not in hints:
@@ -135,7 +135,7 @@ def _first_problem(value: dict[str, Any]) -> str | None:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Say whether a JSON value can stand where `hint` is declared."""
+    """Return whether a JSON value fits what `hint` declares."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is UnionType:
         return any(_fits(value, one) for one in inner)
@@ -147,7 +147,7 @@ def _fits(value: Any, hint: Any) -> bool:
     plain: dict[Any, Callable[[], bool]] = {
         Literal: lambda: value in inner,
         dict: lambda: isinstance(value, dict) and all(isinstance(one, str) for one in value.values()),
-        float: lambda: type(value) in (int, float) and -MAX_NUMBER < value < MAX_NUMBER,  # no NaN either
-        int: lambda: type(value) is int,  # True is no number here
+        float: lambda: type(value) in (int, float) and -MAX_NUMBER < value < MAX_NUMBER,  # refuses NaN too
+        int: lambda: type(value) is int,  # True is not a number here
     }
     return plain.get(origin or hint, lambda: isinstance(value, hint))()

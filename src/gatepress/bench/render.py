@@ -1,4 +1,4 @@
-"""Benchmark records as files: JSON, JSON lines, CSV, Markdown by suffix, and as a plot (PNG or SVG)."""
+"""Benchmark records as files: JSON, JSON lines, CSV or Markdown by suffix, and as a plot (PNG or SVG)."""
 
 import csv
 import io
@@ -17,7 +17,7 @@ PLOT_SUFFIXES = (".png", ".svg")
 
 
 def check_file(path: Path, suffixes: Sequence[str], option: str, *, force: bool) -> None:
-    """Refuse a name that does not end as expected, a directory, a file that exists and not `force`, or cannot be."""
+    """Refuse a wrong suffix, a directory, a file that exists unless `force`, and a file that cannot be written."""
     if path.suffix.lower() not in suffixes:
         raise UsageError(f"{option} is {path}, expected a name that ends in {', '.join(suffixes)}")
     if path.is_dir():
@@ -28,12 +28,12 @@ def check_file(path: Path, suffixes: Sequence[str], option: str, *, force: bool)
 
 
 def check_report(path: Path, *, force: bool = False) -> None:
-    """Refuse an unknown suffix or a file that exists; to be called before anything is timed."""
+    """Refuse an unknown suffix or a file that exists; call it before anything is timed."""
     check_file(path, tuple(WRITERS), "--output", force=force)
 
 
 def check_plot(path: Path, *, force: bool = False) -> None:
-    """Refuse what `plot` would refuse, matplotlib missing included, before anything is timed."""
+    """Refuse what `plot` would refuse, including a missing matplotlib, before anything is timed."""
     check_file(path, PLOT_SUFFIXES, "--plot", force=force)
     drawing()
 
@@ -41,16 +41,16 @@ def check_plot(path: Path, *, force: bool = False) -> None:
 def write(records: Sequence[Record], path: Path, *, force: bool = False) -> None:
     """Write the records in the format that the suffix of `path` names, whole or not at all.
 
-    Raises `UsageError` on an unknown suffix, `OutputError` where the file exists and not `force`.
+    Raises `UsageError` on an unknown suffix, `OutputError` if the file exists and not `force`.
     """
     check_report(path, force=force)
     replace_file(path, WRITERS[path.suffix.lower()](records).encode())
 
 
 def plot(records: Sequence[Record], path: Path, *, force: bool = False) -> None:
-    """Draw the records into a `.png` or `.svg`: lines over sparsity, or a bar for each target.
+    """Draw the records into a `.png` or `.svg`: lines over sparsity, or one bar per target.
 
-    Raises `UsageError` on another suffix or on mixed records, `OutputError` where the file exists
+    Raises `UsageError` on another suffix or on mixed records, `OutputError` if the file exists
     and not `force`, `MissingExtraError` without matplotlib.
     """
     check_plot(path, force=force)
@@ -60,7 +60,7 @@ def plot(records: Sequence[Record], path: Path, *, force: bool = False) -> None:
 
 
 def read(path: Path) -> list[Record]:
-    """Read records back from `.json` or `.jsonl`; `ArtifactError` where they are not understood."""
+    """Read records back from `.json` or `.jsonl`; `ArtifactError` if they are not understood."""
     if path.suffix.lower() == ".json":
         values = read_json(path).get("records")
         if not isinstance(values, list):
@@ -85,7 +85,7 @@ def json_object(records: Sequence[Record], *, samples: bool = True) -> dict[str,
 
 
 def drawing() -> ModuleType:
-    """Return the part that draws; `MissingExtraError` without matplotlib."""
+    """Return the module that draws; `MissingExtraError` without matplotlib."""
     try:
         from gatepress.bench import figures  # noqa: PLC0415 - matplotlib is an extra, not always there
     except ImportError:
@@ -102,7 +102,7 @@ def _json_lines(records: Sequence[Record]) -> str:
 
 
 def _csv(records: Sequence[Record]) -> str:
-    """One row a record; raw samples are left out, what is nested is written as `a=b` or `axb`."""
+    """Return one row per record; raw samples are left out, nested values are written as `a=b` or `axb`."""
     file = io.StringIO()
     rows = [record.to_json(samples=False) for record in records]
     names = list(rows[0]) if rows else [name for name in Record.__dataclass_fields__ if name != "samples_ms"]
@@ -120,7 +120,7 @@ def _markdown(records: Sequence[Record]) -> str:
 
 
 def markdown(table: Table) -> str:
-    """Return a table in Markdown, its title above it."""
+    """Return a table in Markdown, with its title above it."""
     marks = ["---"] * table.left + ["--:"] * (len(table.columns) - table.left)
     rows = [_markdown_row(row) for row in (table.columns, marks, *table.rows)]
     return "\n".join([f"{table.title}.", "", *rows, ""])

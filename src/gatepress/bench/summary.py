@@ -1,4 +1,4 @@
-"""What a sweep comes to: a row for each method and sparsity, the knee, and the table that people read."""
+"""The outcome of a sweep: a row for each method and sparsity, the knee, and the table that people read."""
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -28,22 +28,22 @@ class Cell:
 
     @property
     def point(self) -> str:
-        """What all seeds share: a method, and its sparsity where it has one."""
+        """What all seeds share: a method, and its sparsity if it has one."""
         return f"{self.method} {self.sparsity:g}" if self.gated else self.method
 
     @property
     def name(self) -> str:
-        """The name of its run directory."""
+        """Name of its run directory."""
         return f"{self.method}-s{self.sparsity:g}-seed{self.seed}"
 
 
 def density(cell: Cell) -> tuple[bool, bool, str, float]:
-    """Order as people compare: what is deployed without gates, the best known first, then each curve."""
+    """Return a key that sorts as people compare: methods without gates, the best known first, then each curve."""
     return cell.method != "full", cell.gated, cell.method, cell.sparsity
 
 
 def summarize(reports: dict[Cell, dict[str, Any]], records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Return one row for each method and sparsity, medians over its seeds; the knee of each curve is marked.
+    """Return one row for each method and sparsity, medians over its seeds, with the knee of each curve marked.
 
     Latency is that of the largest batch and length that was timed.
     """
@@ -68,9 +68,9 @@ def summarize(reports: dict[Cell, dict[str, Any]], records: Sequence[Record]) ->
 def knee(x: Sequence[float], y: Sequence[float]) -> int | None:
     """Return the index of the point farthest above the chord between the ends of a curve.
 
-    The idea of Satopaa et al. 2011, "Finding a 'Kneedle' in a Haystack": with both axes scaled to 0..1,
-    the knee is where the curve leaves the straight line most. The points come in any order; `y` may
-    rise or fall with `x`. None with fewer than three points, on a flat curve, and where none is above.
+    The idea is from Satopaa et al. 2011, "Finding a 'Kneedle' in a Haystack": with both axes scaled to 0..1,
+    the knee is where the curve is farthest from the straight line. Points may be in any order; `y` may
+    rise or fall with `x`. None with fewer than three points, on a flat curve, and if none is above.
     """
     if len(x) < KNEE_POINTS or min(x) == max(x) or min(y) == max(y):
         return None
@@ -144,7 +144,7 @@ def table(result: dict[str, Any]) -> Table:
 
 
 def caption(result: dict[str, Any]) -> str:
-    """Return what the figures of a sweep are and under what they were measured, as one line of text."""
+    """Return what the figures of a sweep are and how they were measured, as one line of text."""
     row = result["summary"][0]
     seeds = sorted({row["seeds"] for row in result["summary"]})
     runs = " to ".join(map(str, dict.fromkeys([seeds[0], seeds[-1]])))

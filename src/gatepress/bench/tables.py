@@ -1,4 +1,4 @@
-"""Benchmark records as text: one table for each comparison, with what was measured where."""
+"""Benchmark records as text: one table per comparison, with what was measured where."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ def tables(records: Sequence[Record]) -> list[Table]:
 
 
 def conditions(records: Sequence[Record]) -> str:
-    """Return under what the figures were measured, as one line of text."""
+    """Return the conditions under which the figures were measured, as one line of text."""
     one = records[0]
     threads = f", {one.threads} thread{'s' if one.threads != 1 else ''}" if one.threads else ""
     numbers = sorted({record.repetitions for record in records})
@@ -67,7 +67,7 @@ def _endtoend_table(records: Sequence[Record]) -> Table:
         "factor": lambda record: _factors(record)[1],
     }
     if len({record.dtype for record in records}) == 1:
-        del columns["dtype"]  # the title says it
+        del columns["dtype"]  # it is in the title
     if all(record.macs is None for record in records):
         del columns["GMACs"]
     return Table(
@@ -85,7 +85,7 @@ def _factors(record: Record) -> list[str]:
 
 
 def groups(records: Sequence[Record]) -> list[list[Record]]:
-    """Return the records that refer to one baseline side by side, in their order."""
+    """Return the records grouped by common baseline, in their order."""
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
         key = (record.what, record.shape, record.task, record.device_name, record.batch_size, record.seq_len)
@@ -110,11 +110,11 @@ def cell(record: Record) -> str:
 
 
 def shortened(text: str) -> str:
-    """Return a text with its middle left out where it is too long: names differ at their ends."""
+    """Return a text without its middle if it is too long: names differ at their ends."""
     half = (LONGEST_NAME - 1) // 2
     return text if len(text) <= LONGEST_NAME else f"{text[:half]}…{text[-half:]}"
 
 
 def three_digits(value: float) -> str:
-    """Return a number with three digits that count, larger ones in full."""
+    """Return a number with three significant digits, larger ones in full."""
     return f"{value:#.3g}" if round(value, 1) < 100 else f"{value:,.0f}"  # noqa: PLR2004 - three digits

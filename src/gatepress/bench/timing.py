@@ -1,13 +1,13 @@
-"""Timing several calls so that the figures can be compared: interleaved, warm, undisturbed.
+"""Time several calls so that the figures can be compared: interleaved, warm, undisturbed.
 
-The calls take turns in short blocks (A A A B B B, then B B B A A A, ...), so that a machine that
-slows down meanwhile slows all of them. Each block opens with untimed calls: they bring the weights
-back into the caches and outlast the threads that the previous call left spinning.
+The calls take turns in short blocks (A A A B B B, then B B B A A A, ...), so a machine that slows down
+in the meantime slows all of them. Each block begins with untimed calls: they bring the weights back into
+the caches and outlast the threads that the previous call left spinning.
 
 Measured on two cores with encoders of MiniLM's size, dense, pruned and int8, in torch and in ONNX
-Runtime, by turns: with 20 ms of untimed calls, and ONNX Runtime told to stop spinning when a run
+Runtime, interleaved: with 20 ms of untimed calls, and ONNX Runtime told to stop spinning when a run
 returns (runners.py), medians are those of each model alone in a process of its own (1 x 32 tokens:
-int8 1.19 ms by turns and 1.14 ms alone, dense 5.02 and 5.20 ms). Without both, they come out up to 2.8
+int8 1.19 ms interleaved and 1.14 ms alone, dense 5.02 and 5.20 ms). Without both, they are up to 2.8
 times as long; a runtime that never spins is itself 5 to 45 % slower.
 """
 
@@ -27,7 +27,7 @@ Measure = Callable[[Call, int], list[float]]  # call, times -> milliseconds of e
 
 @contextlib.contextmanager
 def computing_with(threads: int | None) -> Iterator[int]:
-    """Set torch's threads, None: leave them; yield how many there are."""
+    """Set torch's threads (None: leave them) and yield how many there are."""
     before = torch.get_num_threads()
     try:
         if threads is not None:
@@ -39,7 +39,7 @@ def computing_with(threads: int | None) -> Iterator[int]:
 
 @contextlib.contextmanager
 def undisturbed(threads: int | None) -> Iterator[int]:
-    """Hold off garbage collection and autograd, and set torch's threads; yield how many there are."""
+    """Suspend garbage collection and autograd, set torch's threads, and yield how many there are."""
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -64,8 +64,8 @@ def interleave(  # noqa: PLR0913 - every knob of a measurement is named
 ) -> dict[str, list[float]]:
     """Time every call `repetitions` times in blocks that take turns; return milliseconds by name.
 
-    A block opens with untimed calls for `settle_ms` milliseconds, one at least. With `block` 1 there is
-    none before each timed one: that is for calls so long that nothing of the previous one is left.
+    A block begins with untimed calls for `settle_ms` milliseconds, at least one. With `block` 1 there are none
+    before each timed call: this is for calls so long that nothing of the previous one is left.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     progress.start(repetitions * len(calls), description)
@@ -81,7 +81,7 @@ def interleave(  # noqa: PLR0913 - every knob of a measurement is named
                     _settle(calls[name], settle_ms)
                 samples[name] += measure(calls[name], times)
                 progress.advance(times, last=f"{name}: {samples[name][-1]:.3g} ms")
-            order.reverse()  # whoever came last comes first, so nobody always follows the same one
+            order.reverse()  # the last one goes first, so no call always follows the same one
             left -= times
     finally:
         progress.finish()
@@ -96,7 +96,7 @@ def _settle(call: Call, milliseconds: float) -> None:
 
 
 def wall_clock(call: Call, times: int) -> list[float]:
-    """Time calls that are over when they return, in milliseconds."""
+    """Time calls that are finished when they return, in milliseconds."""
     clock, samples = time.perf_counter_ns, []
     for _ in range(times):
         start = clock()
@@ -106,7 +106,7 @@ def wall_clock(call: Call, times: int) -> list[float]:
 
 
 def cuda_events(device: torch.device) -> Measure:
-    """Return a measure by the card's own clock, in which the host's overhead does not count."""
+    """Return a measure that uses the card's own clock, so the host's overhead does not count."""
 
     def measure(call: Call, times: int) -> list[float]:
         with torch.cuda.device(device):

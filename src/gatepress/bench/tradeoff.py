@@ -14,12 +14,12 @@ from gatepress.config import METHODS
 
 SIZE_INCHES = (6.8, 5.0)
 LOGARITHMIC_FROM = 4.0  # slowest over fastest
-# In the order of Okabe and Ito, told apart by every kind of eye; markers tell the same once more.
+# In the order of Okabe and Ito, distinguishable with every kind of colour vision; markers say the same again.
 LOOKS = ((BLUE, "o"), (ORANGE, "s"), ("#009e73", "D"), ("#cc79a7", "^"), ("#e69f00", "v"), ("#56b4e9", "P"), (INK, "X"))
 
 
 def draw(sweep: dict[str, Any], suffix: str) -> bytes:
-    """Return the figure of what `sweep.json` holds, latency included, as the bytes of a `png` or `svg` file."""
+    """Return the figure of a `sweep.json`, latency included, as the bytes of a `png` or `svg` file."""
     return drawn(suffix, partial(_picture, sweep))
 
 
@@ -41,7 +41,7 @@ def _picture(sweep: dict[str, Any], figure: Figure) -> None:
 
 
 def _method(axes: Axes, points: Sequence[dict[str, Any]], color: str, marker: str) -> None:
-    """Draw the points of one method with their whiskers, joined and labelled where they are a curve."""
+    """Draw the points of one method with their whiskers, joined and labelled if they form a curve."""
     points = sorted(points, key=lambda row: row["latency_ms_median"])
     gated = METHODS[points[0]["method"]].gated
     at, values = ([row[key] for row in points] for key in ("latency_ms_median", "metric_median"))
@@ -77,7 +77,7 @@ def _method(axes: Axes, points: Sequence[dict[str, Any]], color: str, marker: st
 
 
 def _frame(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
-    """Name the axes; latency is logarithmic where it spans far."""
+    """Name the axes; latency is logarithmic if it spans a wide range."""
     times = [row["latency_ms_median"] for row in rows]
     one = rows[0]
     axes.set(

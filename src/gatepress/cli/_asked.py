@@ -1,6 +1,6 @@
-"""What a command line asks for: the options that were given (`_options.py`), read as settings, rows and lists.
+"""Read the options that were given (`_options.py`) as settings, rows and lists.
 
-What cannot be read, or means nothing beside the rest, is one `UsageError`, before anything slow is imported.
+Whatever cannot be read, or means nothing beside the rest, raises one `UsageError` before any slow import.
 """
 
 from collections.abc import Callable
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from gatepress.cli._options import Base, Gating, Machine, Rows, Schedule, TrainingRows
 
 T = TypeVar("T")
-ASKS_NOTHING = {"sparsity": 0, "open_epochs": 0}  # of a method without gates
-MATRICES = ("matrices", "lora_matrices")  # lists of them
+ASKS_NOTHING = {"sparsity": 0, "open_epochs": 0}  # asks nothing of a method without gates
+MATRICES = ("matrices", "lora_matrices")  # lists of matrices
 ROWS = {"task", "validation_file"}  # options that say which rows; the others say how
 
 
 def train_settings(rows: "TrainingRows", *groups: "Base | Gating | Schedule | Machine", **others: Any) -> TrainSettings:
-    """Return what groups of options ask of a training, with `others` of its settings."""
+    """Return the settings of a training from groups of options and `others` of its settings."""
     given = {name: value for group in groups for name, value in vars(group).items()} | others
     for name in MATRICES:
         if given[name] is not None:
@@ -33,7 +33,7 @@ def train_settings(rows: "TrainingRows", *groups: "Base | Gating | Schedule | Ma
 
 
 def data_settings(rows: "Rows | TrainingRows") -> DataSettings:
-    """Return where rows come from; an unknown task is told at once, before anything slow is imported."""
+    """Return where rows come from; an unknown task is reported at once, before any slow import."""
     settings = DataSettings(**vars(rows))
     if settings.task is not None:
         task_named(settings.task)
@@ -41,7 +41,7 @@ def data_settings(rows: "Rows | TrainingRows") -> DataSettings:
 
 
 def asked_data(rows: "Rows") -> DataSettings | None:
-    """Return where rows come from, or None where no option speaks of data at all."""
+    """Return where rows come from, or None if no option is about data."""
     found = rows_of(rows)
     if found["changes"]:
         options = ", ".join(map(spelled, found["changes"]))
@@ -51,7 +51,7 @@ def asked_data(rows: "Rows") -> DataSettings | None:
 
 
 def rows_of(rows: "Rows") -> dict[str, Any]:
-    """Return `data`, where options say which rows, or else the `changes` that they make to what a manifest says."""
+    """Return `data` if options say which rows, otherwise the `changes` they make to what a manifest says."""
     changes = said_of(vars(rows))
     data = data_settings(rows) if ROWS & set(changes) else None
     return {"data": data, "changes": None if data else changes}
@@ -70,7 +70,7 @@ def refuse_beside(option: str, context: "typer.Context") -> None:
 
 
 def refuse_unused(settings: TrainSettings, context: "typer.Context") -> None:
-    """Raise `UsageError` naming the settings that were given and mean nothing beside the others."""
+    """Raise `UsageError` naming the settings that were given but mean nothing beside the others."""
     given = _given(context)
     asked: dict[str, list[str]] = {}
     for name, to_what in unused_by(settings).items():
@@ -80,7 +80,7 @@ def refuse_unused(settings: TrainSettings, context: "typer.Context") -> None:
 
 
 def _given(context: "typer.Context") -> dict[str, str]:
-    """Return the parameters that came from the command line, and how their options are spelled."""
+    """Return the parameters given on the command line, each with the spelling of its option."""
     return {
         str(one.name): (one.secondary_opts if context.params.get(str(one.name)) is False else one.opts)[0]
         for one in context.command.params
@@ -106,7 +106,7 @@ def _listed(option: str, text: str, kind: Callable[[str], T], kinds: str) -> lis
 
 
 def arithmetics(option: str, text: str) -> list[Arithmetic]:
-    """Return the kinds of a comma-separated list, e.g. of `--precision fp32,bf16`, each once."""
+    """Return the kinds in a comma-separated list, e.g. of `--precision fp32,bf16`, each once."""
     known: dict[str, Arithmetic] = {kind: kind for kind in get_args(Arithmetic)}
     asked = dict.fromkeys(words(text))
     if not asked or not asked.keys() <= known.keys():

@@ -1,6 +1,6 @@
 """What every command shares: where output goes, how errors end, how results are shown.
 
-stdout is data (one JSON object with --json, else a table), stderr is progress, notes and errors.
+stdout is data (one JSON object with --json, otherwise tables); stderr is progress, notes and errors.
 Exit codes: 0 done, 1 could not, 2 wrong usage, 129 hung up, 130 interrupted, 143 terminated.
 """
 
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 
     from gatepress.cli._progress import BarProgress, LineProgress
 
-Titled = tuple[str, "Table"]  # rich is not imported before something is shown
+Titled = tuple[str, "Table"]  # rich is imported only when something is shown
 
-SIGNALS: list[int] = []  # received: some libraries swallow what a handler raises while they are imported
-DELIVERED = threading.Event()  # the one JSON object: from then on a signal has nothing to tell
-OF_SIGNALS = 128  # and the signal's number make an exit code, as shells count
+SIGNALS: list[int] = []  # received signals: some libraries swallow what a handler raises while they are imported
+DELIVERED = threading.Event()  # whether the one JSON object was written: from then on a signal has nothing to report
+OF_SIGNALS = 128  # plus the signal's number is the exit code, as in shells
 NOTHING_WRITTEN = "nothing was written"
 PIPE_WIDTH = 120  # columns of a table that goes into a file or a pipe
 
-# Read by the libraries when they are first imported, so they must stand before any command imports one.
+# Libraries read these when they are first imported, so they must be set before a command imports one.
 QUIET_LIBRARIES = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
@@ -69,7 +69,7 @@ class Screen:
     """The two streams of one running command."""
 
     def __init__(self, stdout: TextIO, stderr: TextIO, *, as_json: bool, quiet: bool) -> None:
-        """Write results to `stdout` and all else to `stderr`."""
+        """Write results to `stdout` and everything else to `stderr`."""
         self.stdout = stdout
         self.stderr = stderr
         self.as_json = as_json
@@ -90,19 +90,19 @@ class Screen:
         return self._drawing
 
     def note(self, text: str) -> None:
-        """Tell something by the way; not data, so it goes to stderr."""
+        """Print a remark; it is not data, so it goes to stderr."""
         if not self.quiet:
             self.say(text)
 
     def say(self, line: str) -> None:
-        """Print a line on stderr, above the bars where there are any."""
+        """Print a line on stderr, above the bars if there are any."""
         if self._drawing is not None:
             self._drawing.say(line)
         else:
             print(line, file=self.stderr, flush=True)
 
     def result(self, value: dict[str, Any], view: Callable[[dict[str, Any]], Sequence[Titled]]) -> None:
-        """Print the result: as it is with --json, else as the tables that `view` makes of it."""
+        """Print the result: as it is with --json, otherwise as the tables that `view` makes of it."""
         self.close()
         if self.as_json:
             self._write_json(plain(value))
@@ -126,10 +126,10 @@ class Screen:
                 self._write_json(told)
                 self.stdout.flush()
             except (OSError, ValueError):
-                leave(self.stdout)  # it was told on stderr, and stdout takes nothing
+                leave(self.stdout)  # stdout takes nothing, but stderr has the error
 
     def _write_json(self, value: dict[str, Any]) -> None:
-        """Write one object, in ASCII where stdout knows no more."""
+        """Write one object, in ASCII if the encoding of stdout has no more."""
         DELIVERED.set()
         text = json_text(value)
         try:
@@ -145,13 +145,13 @@ class Screen:
 
 
 def leave(stream: TextIO) -> None:
-    """Let what is still to be written to a stream that takes nothing more go nowhere."""
+    """Discard what is still to be written to a stream that accepts nothing more."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def mend_streams() -> None:
-    """Make stdout and stderr take any text: one that is closed leads nowhere, letters it does not know are escaped."""
+    """Make stdout and stderr accept any text: a closed one leads nowhere, characters it does not know are escaped."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -177,7 +177,7 @@ def plain(value: Any) -> Any:
 def session(*, as_json: bool, quiet: bool, debug: bool, launched: bool = False) -> Iterator[Screen]:
     """Run the body of a command: the one place where exceptions become lines and exit codes.
 
-    Of one that is `launched` in several processes only the first prints.
+    If a command was `launched` in several processes, only the first one prints.
     """
     with contextlib.ExitStack() as stack:
         first = not launched or is_first()
@@ -197,10 +197,10 @@ def session(*, as_json: bool, quiet: bool, debug: bool, launched: bool = False) 
         except typer.Exit:
             raise
         except BrokenPipeError:
-            # The reader of stdout went away, as `| head` does: there is nobody left to tell.
+            # The reader of stdout went away, as `| head` does: nobody is left to tell.
             leave(screen.stdout)
             raise typer.Exit(1) from None
-        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - a user never meets a traceback unasked
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - users see tracebacks only with --debug
             screen.close()
             kind, message, exit_code = explain(error, screen.interrupt_note)
             if debug:
@@ -228,7 +228,7 @@ def explain(error: BaseException, note: str = NOTHING_WRITTEN) -> tuple[str, str
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether memory ran out; torch has its own classes for it, which are not imported here."""
+    """Return whether memory ran out; torch has its own exceptions for that, which are not imported here."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)
@@ -245,7 +245,7 @@ def _os_error_text(error: OSError) -> str:
 
 
 class _Said(logging.Handler):
-    """Shows log records as notes of the command, above live bars where there are any."""
+    """Show log records as notes of the command, above live bars if there are any."""
 
     def __init__(self, screen: Screen, *, debug: bool) -> None:
         super().__init__()
@@ -253,7 +253,7 @@ class _Said(logging.Handler):
         self.debug = debug
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print the record: with its origin for --debug, else as plain text or `warning: ...`."""
+        """Print the record: with its origin with --debug, otherwise as plain text or `warning: ...`."""
         text = record.getMessage()
         if self.debug:
             text = f"{record.levelname} {record.name}: {text}"
@@ -264,7 +264,7 @@ class _Said(logging.Handler):
 
 @contextlib.contextmanager
 def _logging_to(screen: Screen, *, debug: bool) -> Iterator[None]:
-    """Show gatepress's log, and with --debug everyone's, for as long as the command runs."""
+    """Show gatepress's log, and with --debug that of all libraries, while the command runs."""
     logger = logging.getLogger() if debug else logging.getLogger("gatepress")
     handler = _Said(screen, debug=debug)
     before = logger.level, logger.propagate
@@ -304,7 +304,7 @@ def grid(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, l
 
 
 def percent(fraction: float) -> str:
-    """Return a fraction as per cent."""
+    """Return a fraction as a percentage."""
     return f"{100 * fraction:.2f} %"
 
 
@@ -319,7 +319,7 @@ def megabytes(size_bytes: float) -> str:
 
 
 def milliseconds(value: float) -> str:
-    """Return milliseconds with at least three digits that count."""
+    """Return milliseconds with at least three significant digits."""
     return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"  # noqa: PLR2004 - three digits
 
 

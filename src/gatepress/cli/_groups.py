@@ -1,4 +1,4 @@
-"""Options that commands take together: a dataclass in a command's signature stands for its fields."""
+"""Options that commands take together: a dataclass in the signature of a command stands for its fields."""
 
 import functools
 import inspect
@@ -8,9 +8,9 @@ from typing import Any, get_type_hints
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
-    """Return `command` as typer should see it: in place of a parameter that is a dataclass, one option for each field.
+    """Return `command` as typer should see it: one option per field in place of each parameter that is a dataclass.
 
-    The command gets the dataclass, with the values that were given.
+    The command receives the dataclass, with the values that were given.
     """
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}

@@ -1,4 +1,4 @@
-"""The options that commands share: one annotated type each, so that `--help` says the same everywhere."""
+"""The options that commands share: one annotated type for each, so that `--help` says the same everywhere."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -22,9 +22,9 @@ from gatepress.config import (
 )
 
 Device = Literal["auto", "cpu", "cuda"]
-Context = Annotated[typer.Context, typer.Option(help="What typer knows of this call: no option.")]
+Context = Annotated[typer.Context, typer.Option(help="The call as typer sees it; not an option.")]
 
-# An option, in the group of a help page that it stands in.
+# Options by the group of the help page that shows them.
 DATA = partial(typer.Option, rich_help_panel="Data")
 MODEL = partial(typer.Option, rich_help_panel="Model")
 GATES = partial(typer.Option, rich_help_panel="Gates")
@@ -35,17 +35,17 @@ OUTPUT = partial(typer.Option, rich_help_panel="Output")
 
 
 def output_option(metavar: str, text: str) -> Any:
-    """Return the option that names what a command writes."""
+    """Return the option that names the output of a command."""
     return OUTPUT("--output", "-o", metavar=metavar, help=text)
 
 
 def force_option(text: str) -> Any:
-    """Return the option that lets a command replace what exists; `text` says when that goes."""
+    """Return the option that lets a command replace an existing output; `text` says when that one is removed."""
     return OUTPUT(help=text, show_default=False)
 
 
 def examples(*lines: str) -> str:
-    """Return the end of a help page: commands to copy, one a line."""
+    """Return the end of a help page: commands to copy, one per line."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
@@ -55,51 +55,54 @@ Task = Annotated[
     str | None,
     DATA(
         metavar="NAME",
-        help="A named task: cola, stsb, mrpc, rte, sst2, mnli, qnli or qqp of GLUE, or demo (tweets in "
-        "three classes that come with gatepress[demo] and need no network).",
+        help="Named task: cola, stsb, mrpc, rte, sst2, mnli, qnli or qqp of GLUE, or demo. The demo data (tweets "
+        "in three classes) comes with gatepress[demo] and needs no network.",
     ),
 ]
 DataDir = Annotated[
     str | None,
     DATA(
-        metavar="DIR", help="Read a GLUE task from DIR/NAME/train.tsv and DIR/NAME/validation.tsv instead of the hub."
+        metavar="DIR",
+        help="Read a GLUE task from DIR/NAME/train.tsv and DIR/NAME/validation.tsv instead of from the hub.",
     ),
 ]
 TrainFile = Annotated[
     str | None,
-    DATA(metavar="FILE", help="Your own training rows, as .csv, .tsv, .jsonl or .parquet, in place of --task."),
+    DATA(metavar="FILE", help="Your own training rows (.csv, .tsv, .jsonl or .parquet), instead of --task."),
 ]
 ValidationFile = Annotated[
-    str | None, DATA(metavar="FILE", help="Your own validation rows; the metric (--metric) is measured on these.")
+    str | None, DATA(metavar="FILE", help="Your own validation rows, on which the metric (--metric) is measured.")
 ]
 UnlabelledFile = Annotated[
     str | None,
     DATA(
         metavar="FILE",
-        help="Texts without labels, in columns named as those of the training rows: a finetuned --model answers for "
-        "them, and the model whose gates close learns its answers (--distill).",
+        help="Texts without labels, in columns named like those of the training rows. A finetuned --model "
+        "answers for them, and the model whose gates close learns its answers (--distill).",
     ),
 ]
 TextColumn = Annotated[
-    str | None, DATA(metavar="NAME", help="Column with the text; guessed from usual names if absent.")
+    str | None, DATA(metavar="NAME", help="Column with the text. Default: guessed from common names.")
 ]
 TextPairColumn = Annotated[
-    str | None, DATA(metavar="NAME", help="Column with a second text, for tasks on pairs of texts.")
+    str | None, DATA(metavar="NAME", help="Column with the second text, for tasks on pairs of texts.")
 ]
 LabelColumn = Annotated[
     str | None,
     DATA(
         metavar="NAME",
-        help="Column with the label. Texts and whole numbers are classes, numbers with a point are regression targets.",
+        help="Column with the label. Text and whole numbers are classes; numbers with a decimal point are "
+        "regression targets.",
     ),
 ]
 MetricOption = Annotated[
     Metric | None,
     DATA(
-        help="What is measured on validation rows. Unless given: the task's own; of own rows accuracy of classes, the "
-        "Pearson correlation of numbers. f1: of the second of two classes, the mean over more. average_precision: how "
-        "far rows of the second of two classes stand above the others. mrr@10, ndcg@10: how high the relevant passages "
-        "of a query rank, as rerankers are measured; pairs with the same first text are those of one query.",
+        help="Metric to measure on the validation rows. Default: the task's own; for your own rows, accuracy for "
+        "classes and the Pearson correlation for numbers. f1: of the second of two classes; with more "
+        "classes, the mean over all of them. average_precision: how far rows of the second of two classes "
+        "rank above the others. mrr@10, ndcg@10: how high the relevant passages of a query rank, the usual "
+        "metrics of rerankers; pairs with the same first text belong to one query.",
         show_default=False,
     ),
 ]
@@ -112,25 +115,26 @@ Model = Annotated[
     str,
     MODEL(
         metavar="NAME|DIR",
-        help="The encoder, pretrained or finetuned: a hub id, a local directory, a run of another --method, or demo "
-        "(MiniLM, 6 layers of 384, from gatepress[demo]).",
+        help="Encoder to start from, pretrained or finetuned: a hub id, a local directory, a run of another "
+        "--method, or demo (MiniLM, 6 layers of 384, from gatepress[demo]).",
     ),
 ]
 Revision = Annotated[str | None, MODEL(metavar="REV", help="Branch, tag or commit of the model on the hub.")]
 Embed = Annotated[
     bool,
     MODEL(
-        help="Make an embedder smaller: each text is read on its own and becomes one vector, pooled as "
-        "sentence-transformers says beside the model. The model as it is teaches, so training rows need no labels; "
-        "validation rows are pairs, measured by the cosine of their two vectors.",
+        help="Make an embedder smaller. Each text is read on its own and becomes one vector, pooled as the "
+        "sentence-transformers files beside the model say. The model itself, unpruned, is the teacher, so "
+        "training rows need no labels. Validation rows are pairs, scored by the cosine of their two "
+        "vectors.",
         show_default=False,
     ),
 ]
 TrustRemoteCode = Annotated[
     bool,
     MODEL(
-        help="Allow Python code that comes with a model, in its directory or on the hub, to run on this machine. Off "
-        "unless you have read it.",
+        help="Allow Python code that comes with a model, in its directory or on the hub, to run on this machine. "
+        "Off by default; read the code before you allow it.",
         show_default=False,
     ),
 ]
@@ -143,31 +147,32 @@ Sparsity = Annotated[
         "--sparsity",
         "-s",
         metavar="FRACTION",
-        help="Fraction to remove, of the gates or of what --budget names, from 0 up to but not including 1. With "
+        help="Fraction to remove, of the gates or of what --budget names: at least 0 and below 1. With "
         "structured gates, 0.5 halves the work of the encoder.",
     ),
 ]
 GranularityOption = Annotated[
     Granularity,
     GATES(
-        help="Where gates sit. structured: one for each inner dimension, shared by the matrices that meet "
-        "there, so all that is closed also makes the model smaller. heads: the same, but attention heads go "
-        "whole or stay. matrix: in and out of each matrix, as in the paper."
+        help="Where gates sit. structured: one gate for each inner dimension, shared by the matrices that meet "
+        "there, so every closed gate makes the model smaller. heads: the same, but an attention head goes "
+        "as a whole or stays. matrix: gates on the inputs and outputs of each matrix, as in the paper."
     ),
 ]
 ControllerOption = Annotated[
     Controller,
     GATES(
-        help="What decides which gates close. importance: the least useful, step by step. penalty: the "
-        "paper's sparsity loss."
+        help="What decides which gates close. importance: the least useful gates close, step by step. penalty: "
+        "the paper's sparsity loss."
     ),
 ]
 RotateHeads = Annotated[
     bool | None,
     GATES(
         "--rotate-heads/--no-rotate-heads",
-        help="Let gates of heads stand on the singular basis of query with key and of value with output, which leaves "
-        "the model what it is: a closed gate takes away less. Unless given: yes with structured gates.",
+        help="Before training, turn each head into the singular basis of query with key and of value with "
+        "output. The model computes the same, but a gate that closes takes less away. Default: on with "
+        "structured gates.",
         show_default=False,
     ),
 ]
@@ -175,7 +180,7 @@ LoraRank = Annotated[
     int | None,
     GATES(
         metavar="RANK",
-        help="Rank of the low-rank update. Unless given: 8, with gates in a finetuned model 32; for vera 256, for "
+        help="Rank of the low-rank update. Default: 8; with gates in a finetuned model 32; for vera 256; for "
         "lora-xs 25.",
     ),
 ]
@@ -183,89 +188,94 @@ LoraMatrices = Annotated[
     str | None,
     GATES(
         metavar="ROLE,...",
-        help="Which of --matrices have a low-rank update beside their gates; fewer make steps quicker. Unless given: "
-        "all.",
+        help="Which of --matrices get a low-rank update in addition to their gates. Fewer make steps faster. "
+        "Default: all.",
     ),
 ]
 MethodOption = Annotated[
     Method,
     GATES(
-        help="What is trained. gates+lora: gates, with a low-rank update inside them. gates: without one. full, lora, "
-        "lora-fa, vera, lora-xs: what one would do instead, in the same loop; nothing is closed."
+        help="What to train. gates+lora: gates, with a low-rank update inside them. gates: gates alone. full, "
+        "lora, lora-fa, vera, lora-xs: the alternatives to gates, trained in the same loop; nothing is "
+        "closed."
     ),
 ]
 BudgetOption = Annotated[
     BudgetUnit | None,
     GATES(
-        help="What --sparsity is a fraction of. gates: those closed. weights: those removed. macs: "
-        "multiply-accumulates at the longest input, attention among them. latency: time of the matrix products by "
-        "built-in estimates; nothing is measured. All of these over the whole encoder, so that layers share the loss; "
-        "vectors: gates, in each vector alike, as in the paper. gates unless given, with --controller penalty vectors.",
+        help="What --sparsity is a fraction of. gates: closed gates. weights: removed weights. macs: "
+        "multiply-accumulates at the longest input, including those of attention. latency: time of the "
+        "matrix products by built-in estimates; nothing is measured. These four count over the whole "
+        "encoder, so that layers share the loss. vectors: closed gates, in each vector alike, as in the "
+        "paper. Default: gates; with --controller penalty, vectors.",
         show_default=False,
     ),
 ]
 GateAxesOption = Annotated[
     GateAxes,
-    GATES(help="With --granularity matrix: gates on both sides of a matrix, on its inputs or on its outputs only."),
+    GATES(
+        help="With --granularity matrix: put gates on both sides of a matrix, on its inputs only (in) or on its "
+        "outputs only (out)."
+    ),
 ]
 ALL_MATRICES = ",".join(TrainSettings.matrices)
 Matrices = Annotated[
     str,
     GATES(
         metavar="ROLE,...",
-        help="Which matrices of a layer get gates, low rank and trained biases: some of q, k, v (query, key, value), "
-        "o (attention output), up, down (first and second of the feed-forward block). Structured gates stand on q, o, "
-        "down.",
+        help="Which matrices of a layer get gates, a low-rank update and trained biases: some of q, k, v (query, "
+        "key, value), o (attention output), up and down (first and second matrix of the feed-forward "
+        "block). Structured gates sit on q, o and down.",
     ),
 ]
 Distill = Annotated[
     bool | None,
     TRAINING(
-        help="Let what the model knows with open gates, logits and hidden states, teach the one whose gates close, for "
-        "one more forward pass a step. Unless given: where a model was finetuned for the task and has a low-rank "
-        "update. A pretrained one that is to teach learns the task first."
+        help="Let the model with open gates teach the one whose gates close, with its logits and hidden states. "
+        "This costs one more forward pass per step. A pretrained model learns the task first, then teaches. "
+        "Default: on if the model was finetuned for the task and there is a low-rank update."
     ),
 ]
 Start = Annotated[
     str | None,
     TRAINING(
         metavar="RUN",
-        help="Go on from a run of the same --model, --method and gates: they are closed to --sparsity at once, by the "
-        "scores that the run keeps, and in all epochs the rest recovers. A finetuned --model is the teacher, unless "
-        "--no-distill.",
+        help="Continue from a run of the same --model, --method and gates. Its gates are closed to --sparsity at "
+        "once, by the scores that the run keeps, and all epochs are left for recovery. A finetuned --model "
+        "is the teacher, unless --no-distill is given.",
     ),
 ]
 HiddenWeight = Annotated[
     float | None,
     TRAINING(
         metavar="WEIGHT",
-        help="What a teacher's hidden states count for, where its logits and the labels have 1 each. Unless given: "
-        f"{HIDDEN_WEIGHT:g}.",
+        help="Weight of the teacher's hidden states in the loss. Its logits and the labels have weight 1 each. "
+        f"Default: {HIDDEN_WEIGHT:g}.",
     ),
 ]
 OpenEpochs = Annotated[
     int | None,
     TRAINING(
         metavar="N",
-        help="Of the epochs, how many pass with all gates open before closing begins. Unless given: none; with "
-        "--distill a third, but none where the model was finetuned for the task already.",
+        help="How many of the epochs pass with all gates open before closing begins. Default: none; with "
+        "--distill a third of them, unless the model was already finetuned for the task.",
     ),
 ]
 Closing = Annotated[
     float | None,
     TRAINING(
         metavar="FRACTION",
-        help="Part of the steps by which the gates have closed; in the rest what is left recovers, in steps that are "
-        "the quicker the less is left. Unless given: 0.6; 0.35 with low rank in a model that was finetuned for "
-        "the task.",
+        help="Fraction of the steps after which the gates have closed. In the rest of the steps the model "
+        "recovers, and steps get faster the less is left. Default: 0.6; with a low-rank update in a model "
+        "that was finetuned for the task, 0.35.",
     ),
 ]
-TrainBiases = Annotated[bool, GATES(help="Train the biases of gated matrices too.")]
-TrainLayerNorms = Annotated[bool, GATES(help="Train the layer norms too.")]
+TrainBiases = Annotated[bool, GATES(help="Also train the biases of gated matrices.")]
+TrainLayerNorms = Annotated[bool, GATES(help="Also train the layer norms.")]
 PenaltyWeight = Annotated[
     float,
     GATES(
-        metavar="WEIGHT", help="Weight of the sparsity loss (lambda of the paper); only --controller penalty has one."
+        metavar="WEIGHT", help="Weight of the sparsity loss (lambda in the paper). Only --controller penalty has one."
     ),
 ]
 
@@ -275,14 +285,15 @@ Epochs = Annotated[
     int | None,
     TRAINING(
         metavar="N",
-        help="Passes over the training rows. Unless given: enough for about 1,500 steps, at least 3 and at most 20.",
+        help="Passes over the training rows. Default: enough for about 1,500 steps, at least 3 and at most 20.",
     ),
 ]
-BatchSize = Annotated[int, TRAINING(metavar="N", help="Rows in a batch, of all processes together.")]
+BatchSize = Annotated[int, TRAINING(metavar="N", help="Rows per batch, over all processes together.")]
 MaxLength = Annotated[
     int,
     TRAINING(
-        metavar="TOKENS", help="Cut texts after this many tokens, without a message; of a pair the longer one first."
+        metavar="TOKENS",
+        help="Truncate texts to this many tokens, without a warning. Of a pair, the longer text is truncated first.",
     ),
 ]
 LearningRate = Annotated[
@@ -291,17 +302,19 @@ LearningRate = Annotated[
         "--learning-rate",
         "--lr",
         metavar="RATE",
-        help="Learning rate of all that is trained but gates. Unless given: gates+lora 3e-4 (in a finetuned model "
-        "5e-4, from a sparsity of 0.8 on 1e-3); gates, lora, lora-fa and lora-xs 1e-3; vera 4e-3; full 5e-5.",
+        help="Learning rate of everything that is trained except gates. Default: gates+lora 3e-4 (in a finetuned "
+        "model 5e-4, from a sparsity of 0.8 on 1e-3); gates, lora, lora-fa and lora-xs 1e-3; vera 4e-3; "
+        "full 5e-5.",
     ),
 ]
 MatchShares = Annotated[
     bool | None,
     TRAINING(
         "--match-shares/--no-match-shares",
-        help="At the end move the biases of the head until each class is named among training rows as often as it "
-        "occurs: what knows little of a task names the larger class too often. Unless given: where the metric is "
-        "Matthews correlation, which hangs on that. Accuracy may fall a little.",
+        help="At the end, move the biases of the head until each class is predicted on the training rows as "
+        "often as it occurs there. A model that knows little of a task predicts the larger class too often. "
+        "Accuracy may fall a little. Default: on if the metric is the Matthews correlation, which depends "
+        "on these shares.",
     ),
 ]
 GateLearningRate = Annotated[
@@ -311,69 +324,77 @@ WeightDecay = Annotated[
     float,
     TRAINING(
         metavar="RATE",
-        help="AdamW weight decay of the task's head, with --method full of the whole model; all else has none.",
+        help="AdamW weight decay of the task's head; with --method full, of the whole model. Nothing else has any.",
     ),
 ]
 WarmupRatio = Annotated[
     float,
     TRAINING(
-        metavar="FRACTION", help="Fraction of the steps in which learning rates rise; then they fall linearly to 0."
+        metavar="FRACTION",
+        help="Fraction of the steps in which learning rates rise. After that they fall linearly to 0.",
     ),
 ]
 SaveEvery = Annotated[
     int | None,
     TRAINING(
         metavar="STEPS",
-        help="Write a checkpoint every so many steps too, from which --resume goes on. Unless given: after each epoch.",
+        help="Also write a checkpoint every STEPS steps, from which --resume can continue. Default: only after "
+        "each epoch.",
     ),
 ]
 Resume = Annotated[
     Path | None,
     TRAINING(
         metavar="RUN",
-        help="Go on with a run that was stopped, with its own settings, to the end that it would have come to. Only "
-        "--json, --quiet and --debug go with it.",
+        help="Continue a run that was stopped, with its own settings, to the end that it would have reached. "
+        "Only --json, --quiet and --debug can be given with it.",
     ),
 ]
-Seed = Annotated[int, TRAINING(metavar="N", help="Seed of all that is random; the same seed gives the same run.")]
-MeasuringSeed = Annotated[int, MEASURING("--seed", metavar="N", help="Seed of the made-up inputs.")]
+Seed = Annotated[
+    int, TRAINING(metavar="N", help="Seed of everything that is random. The same seed gives the same run.")
+]
+MeasuringSeed = Annotated[int, MEASURING("--seed", metavar="N", help="Seed of the generated inputs.")]
 PrecisionOption = Annotated[Precision, TRAINING(help="Arithmetic of the forward and backward pass.")]
 
 # --- what gatepress wrote ------------------------------------------------------------------------
 
 Written = Annotated[
     Path,
-    typer.Argument(metavar="DIR", help="A run, a pruned or an ONNX directory, or an .onnx file.", show_default=False),
+    typer.Argument(metavar="DIR", help="A run, pruned or ONNX directory, or an .onnx file.", show_default=False),
 ]
 
 # --- where and how --------------------------------------------------------------------------------
 
-DeviceOption = Annotated[Device, TRAINING(help="Where to compute; auto takes a CUDA GPU where there is one.")]
-MeasuringDevice = Annotated[Device, MEASURING(help="Where to compute; auto takes a CUDA GPU where there is one.")]
-Threads = Annotated[int | None, MEASURING(metavar="N", help="CPU threads to compute with; all cores unless given.")]
+DeviceOption = Annotated[Device, TRAINING(help="Where to compute. auto uses a CUDA GPU if there is one.")]
+MeasuringDevice = Annotated[Device, MEASURING(help="Where to compute. auto uses a CUDA GPU if there is one.")]
+Threads = Annotated[int | None, MEASURING(metavar="N", help="CPU threads to compute with. Default: all cores.")]
 LayoutOption = Annotated[
     Layout,
     OUTPUT(
-        help="How smaller matrices are stored. auto: what should be fastest on the runtime of --for. inner: without "
-        "closed neurons, dimensions of heads and heads, no index operation at run time. index: also without zero "
-        "inputs and outputs on the residual side, which an index operation picks (matrix gates only gain). paper: each "
-        "matrix by its own indices, as in the paper; slow, to compare. stock: only what the original model class can "
-        "hold, so that plain transformers loads it with no extra code."
+        help="How the smaller matrices are stored. auto: what should be fastest on the runtime that --for names. "
+        "inner: without closed neurons, head dimensions and heads; no index operation at run time. index: "
+        "also without zero inputs and outputs on the residual side, which an index operation skips (only "
+        "matrix gates gain from it). paper: each matrix by its own indices, as in the paper; slow, for "
+        "comparison. stock: only what the original model class can hold, so that plain transformers loads "
+        "it with no extra code."
     ),
 ]
 
 TargetOption = Annotated[
     Target,
-    OUTPUT("--for", help="Runtime that the layout auto is chosen for. The result runs anywhere, it is fastest there."),
+    OUTPUT(
+        "--for",
+        help="Runtime that the layout auto is chosen for. The result runs on any runtime; it is fastest on this one.",
+    ),
 ]
 
 LatencyTable = Annotated[
     str | None,
     OUTPUT(
         metavar="FILE",
-        help="Times that the layout auto is chosen by, from another machine (gatepress bench --latency-table); "
-        "analytic: built-in estimates, the same everywhere. Unless given, this machine is measured once, in "
-        "some twenty seconds, where a choice hangs on it.",
+        help="Times that the layout auto is chosen by, from another machine (written by gatepress bench "
+        "--latency-table). analytic: use built-in estimates, which are the same everywhere. Default: "
+        "measure this machine once, in some twenty seconds, when a choice depends on it.",
     ),
 ]
 
@@ -381,19 +402,26 @@ Tokens = Annotated[
     int | None,
     OUTPUT(
         metavar="N",
-        help="Tokens of one call that the layout auto is chosen for, batch size times sequence length: 1024 for "
-        "batches of 8 x 128. Unless given, calls of 32 to 1,024 tokens count alike.",
+        help="Tokens per call that the layout auto is chosen for, batch size times sequence length, e.g. 1024 "
+        "for batches of 8 x 128. Default: calls of 32 to 1,024 tokens count alike.",
     ),
 ]
 
-Force = Annotated[bool, force_option("Replace an output that exists. It goes only when the new one is complete.")]
+Force = Annotated[
+    bool, force_option("Replace an output that exists. The old one is removed only when the new one is complete.")
+]
 TrainForce = Annotated[
-    bool, force_option("Replace an output that exists. It goes when the first checkpoint of the new run is complete.")
+    bool,
+    force_option(
+        "Replace an output that exists. The old one is removed when the first checkpoint of the new run is complete."
+    ),
 ]
 Json = Annotated[
     bool,
     OUTPUT(
-        "--json/--no-json", help="Print one JSON object on stdout, errors too, in place of tables.", show_default=False
+        "--json/--no-json",
+        help="Print one JSON object on stdout instead of tables, for errors too.",
+        show_default=False,
     ),
 ]
 Quiet = Annotated[
@@ -401,24 +429,24 @@ Quiet = Annotated[
     OUTPUT(
         "--quiet/--no-quiet",
         "-q",
-        help="No progress and no notes, only result, warnings and errors.",
+        help="Print only the result, warnings and errors: no progress, no notes.",
         show_default=False,
     ),
 ]
 Debug = Annotated[
     bool,
     OUTPUT(
-        "--debug/--no-debug", help="Show tracebacks, and what the libraries underneath have to say.", show_default=False
+        "--debug/--no-debug", help="Show tracebacks and the messages of the underlying libraries.", show_default=False
     ),
 ]
 
 
-# --- groups: what several commands take together (_groups.py) ---------------------------------------
+# --- groups: options that several commands take together (_groups.py) -------------------------------
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Which rows a model is measured on."""
+    """The rows that a model is measured on."""
 
     task: Task = None
     data_dir: DataDir = None
@@ -431,14 +459,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class MeasuredRows(Rows):
-    """Which rows a model is measured on, and by which metric."""
+    """The rows that a model is measured on, and the metric."""
 
     metric: MetricOption = None
 
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """Which rows a model learns from and is measured on: the fields of `DataSettings`."""
+    """The rows that a model learns from and is measured on: the fields of `DataSettings`."""
 
     task: Task = None
     data_dir: DataDir = None
@@ -455,7 +483,7 @@ class TrainingRows:
 
 @dataclass(frozen=True)
 class Base:
-    """What is trained."""
+    """The model that is trained."""
 
     model: Model = TrainSettings.model
     revision: Revision = TrainSettings.revision
@@ -464,7 +492,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Gating:
-    """Which gates there are and how they close."""
+    """Which gates there are, and how they close."""
 
     budget: BudgetOption = TrainSettings.budget
     granularity: GranularityOption = TrainSettings.granularity
@@ -478,7 +506,7 @@ class Gating:
 
 @dataclass(frozen=True)
 class Schedule:
-    """For how long, how fast, and behind which teacher."""
+    """How long to train, at which rates, and with which teacher."""
 
     distill: Distill = TrainSettings.distill
     hidden_weight: HiddenWeight = TrainSettings.hidden_weight
@@ -493,7 +521,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where it is trained, in which arithmetic, from which seed."""
+    """Where to train, in which arithmetic, and from which seed."""
 
     seed: Seed = TrainSettings.seed
     device: DeviceOption = "auto"

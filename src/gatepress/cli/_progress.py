@@ -21,7 +21,7 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 LINES_PER_TASK = 10  # one line every 10 %: enough to see life in a log, too few to drown it
-SECONDS_PER_LINE = 2.0  # at least, but for the last line: short work needs no account of itself
+SECONDS_PER_LINE = 2.0  # at least, except before the last line: short work needs no progress lines
 
 
 def figures_text(figures: dict[str, float | str]) -> str:
@@ -33,7 +33,7 @@ def figures_text(figures: dict[str, float | str]) -> str:
 
 
 def rate_text(units_per_second: float | None) -> str:
-    """Return a speed that stays readable from hours a step to thousands a second."""
+    """Return a speed that is readable from hours per step to thousands per second."""
     if not units_per_second:
         return ""
     if units_per_second < 1:
@@ -49,15 +49,15 @@ def clock_text(seconds: float) -> str:
 
 
 class SpeedColumn(ProgressColumn):
-    """Units done in a second, over the last half minute."""
+    """Units done per second, over the last half minute."""
 
     def render(self, task: Task) -> Text:
-        """Return the speed of `task`, or of all of it once it is done."""
+        """Return the speed of `task`, over all of it once it is done."""
         return Text(rate_text(task.finished_speed or task.speed), style="progress.data.speed")
 
 
 class BarProgress:
-    """Draws nested pieces of work as live bars; each stays on the screen when it is done."""
+    """Draw nested pieces of work as live bars; each stays on the screen when it is done."""
 
     def __init__(self, stream: TextIO) -> None:
         """Draw on `stream`, which must be a terminal."""
@@ -80,7 +80,7 @@ class BarProgress:
         self._open.append(self._bars.add_task(description, total=total, figures=""))
 
     def advance(self, steps: int = 1, **figures: float | str) -> None:
-        """Move the innermost bar and renew its figures."""
+        """Move the innermost bar and update its figures."""
         if not self._open:
             return
         if figures:
@@ -89,7 +89,7 @@ class BarProgress:
             self._bars.update(self._open[-1], advance=steps)
 
     def finish(self) -> None:
-        """End the innermost bar; the last one gives the terminal back."""
+        """End the innermost bar; the last one releases the terminal."""
         if not self._open:
             return
         self._bars.stop_task(self._open.pop())
@@ -101,7 +101,7 @@ class BarProgress:
         self._bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Give the terminal back, also in the middle of work: an error line must not meet a live bar."""
+        """Release the terminal, even in the middle of work: an error line must not meet a live bar."""
         self._open.clear()
         self._bars.stop()
         for task in self._bars.task_ids:
@@ -109,7 +109,7 @@ class BarProgress:
 
 
 class LineProgress:
-    """Prints a plain line at the start and at tenths of the work, for logs and pipes."""
+    """Print a plain line at the start and at each tenth of the work, for logs and pipes."""
 
     def __init__(self, stream: TextIO) -> None:
         """Print to `stream`."""

@@ -1,4 +1,4 @@
-"""The `gatepress` command: its verbs, its version, and what happens when the request is not understood."""
+"""The `gatepress` command: its verbs, its version, and what happens when a command line is not understood."""
 
 import contextlib
 import signal
@@ -19,7 +19,7 @@ from gatepress.cli._options import examples
 
 
 class StoppedError(Exception):
-    """A signal came outside of a session; of a KeyboardInterrupt typer makes a silent end."""
+    """Raised for a signal outside of a session: on a KeyboardInterrupt typer would end silently."""
 
 
 @contextlib.contextmanager
@@ -31,10 +31,10 @@ def _stoppable() -> Iterator[None]:
 
 
 class Verbs(TyperGroup):
-    """Ends wrong usage like every other error: one line, exit code 2, JSON where JSON was asked for."""
+    """End wrong usage like every other error: one line, exit code 2, JSON if JSON was asked for."""
 
     def make_context(self, *given: Any, **settings: Any) -> Any:
-        """Read what stands before the verb."""
+        """Read what precedes the verb."""
         with _stoppable():
             return super().make_context(*given, **settings)
 
@@ -58,7 +58,7 @@ class Verbs(TyperGroup):
             if not isinstance(error, BrokenPipeError):
                 typer.echo(f"error: {message}", err=True)
         except Exception as error:
-            # typer has carried click inside, renamed, since 0.20-odd: its errors are known by their shape.
+            # typer has bundled click, renamed, since 0.20-odd, so its errors are recognised by their shape.
             if not hasattr(error, "format_message"):
                 raise
             exit_code = _wrong_usage(error, arguments)
@@ -79,7 +79,7 @@ def _wrong_usage(error: Any, arguments: Sequence[str]) -> int:
     verbs = [word for word in arguments[:1] if word in VERBS]
     command = context.command_path if context is not None else " ".join(["gatepress", *verbs])
     text = error.format_message().strip().rstrip(".").replace("Value error, ", "")
-    if "Input should be" in text:  # pydantic leaves out what it got
+    if "Input should be" in text:  # pydantic does not say what it got
         options = getattr(getattr(error, "param", None), "opts", ())
         text += "".join(f", got {value!r}" for option, value in pairwise(arguments) if option in options)
     message = f"{text[:1].lower()}{text[1:]}{' See' if text.endswith('?') else '; see'} '{command} --help'"
@@ -88,7 +88,7 @@ def _wrong_usage(error: Any, arguments: Sequence[str]) -> int:
 
 
 class Verb(TyperCommand):
-    """A command whose help page shows its options in the groups they belong to."""
+    """A command whose help page shows its options in the groups that they belong to."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write one section for each group, in the order of the parameters."""
@@ -104,7 +104,7 @@ class Verb(TyperCommand):
                     formatter.write_dl(records)
 
 
-def _print_version(asked: bool) -> None:  # noqa: FBT001 - typer hands the flag over like this
+def _print_version(asked: bool) -> None:  # noqa: FBT001 - typer passes the flag like this
     if asked:
         typer.echo(f"gatepress {gatepress.__version__}")
         raise typer.Exit
@@ -136,10 +136,11 @@ def root(
         typer.Option("--version", "-V", help="Print the version and exit.", callback=_print_version, is_eager=True),
     ] = False,
 ) -> None:
-    """Make a pretrained encoder smaller while it learns your task.
+    """Make a transformer encoder smaller while it learns your task.
 
-    Gates over its inner dimensions are trained with the task; those that close are then cut out of the
-    weights. What remains is an ordinary, smaller model that computes exactly what training produced.
+    gatepress trains gates over the inner dimensions of an encoder together with the task, then cuts the
+    closed ones out of the weights. What remains is an ordinary, smaller model that computes exactly what
+    training produced.
     """
 
 
@@ -160,16 +161,16 @@ def _stop(number: int, _frame: object) -> None:
 
 def main() -> NoReturn:
     """Run the command line."""
-    signal.signal(signal.SIGTERM, _stop)  # what is half written goes, as with Ctrl-C
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # a terminal that was closed; nohup asks to ignore it
+    signal.signal(signal.SIGTERM, _stop)  # removes half-written output, as with Ctrl-C
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # the terminal was closed; nohup asks to ignore it
         signal.signal(signal.SIGHUP, _stop)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is to be ignored, as shells ask for
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # otherwise shells asked to ignore it
         signal.signal(signal.SIGINT, _stop)
     mend_streams()
     try:
         app(prog_name="gatepress")  # also when started as `python -m gatepress`
     finally:
-        if SIGNALS:  # all is told; a second Ctrl-C would only break into the end of the process
+        if SIGNALS:  # everything is reported; a second Ctrl-C would only disturb the end of the process
             signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.exit(0)
 

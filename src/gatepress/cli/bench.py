@@ -1,4 +1,4 @@
-"""`gatepress bench`: how long it takes, one weight or whole models against each other."""
+"""`gatepress bench`: time one weight, or whole models against each other."""
 
 import math
 from pathlib import Path
@@ -35,89 +35,92 @@ def bench(  # noqa: PLR0913 - every option is a parameter
         list[str] | None,
         typer.Argument(
             metavar="MODEL",
-            help="Models to time end to end: directories that gatepress wrote, .onnx files, transformers "
-            "directories, hub ids (owner/name or owner/name@REV) or demo. The first one is what the others are "
-            "compared with. None: time one weight.",
+            help="Models to time end to end: directories written by gatepress, .onnx files, transformers "
+            "directories, hub ids (owner/name or owner/name@REV) or demo. The others are compared with the "
+            "first. With no model, one weight is timed.",
             show_default=False,
         ),
     ] = None,
     *,
     batch_size: Annotated[
-        str | None, opt.MEASURING(metavar="N,...", help="With models: batch sizes; 1,8 unless given.")
+        str | None, opt.MEASURING(metavar="N,...", help="With models: batch sizes. Default: 1,8.")
     ] = None,
     seq_len: Annotated[
         str | None,
-        opt.MEASURING(metavar="TOKENS,...", help="With models: sequence lengths in tokens; 32,128 unless given."),
+        opt.MEASURING(metavar="TOKENS,...", help="With models: sequence lengths in tokens. Default: 32,128."),
     ] = None,
     shape: Annotated[
         str | None,
-        opt.MEASURING(metavar="OUTxIN,...", help="Without models: sizes of the weight; 768x768 unless given."),
+        opt.MEASURING(metavar="OUTxIN,...", help="Without models: sizes of the weight. Default: 768x768."),
     ] = None,
     sparsity: Annotated[
         str | None,
         opt.MEASURING(
             metavar="FRACTION,...",
-            help="Without models: fractions of the columns removed; 0 to 0.9 in tenths unless given.",
+            help="Without models: fractions of the columns that are removed. Default: 0 to 0.9 in tenths.",
         ),
     ] = None,
     tokens: Annotated[
         int | None,
-        opt.MEASURING(metavar="N", help="Without models: rows the weight is multiplied with; 128 unless given."),
+        opt.MEASURING(
+            metavar="N", help="Without models: number of rows that the weight is multiplied with. Default: 128."
+        ),
     ] = None,
     repetitions: Annotated[
         int | None,
         opt.MEASURING(
             metavar="N",
-            help="Timed calls of each. Unless given: 2,000 of a weight (the paper: 100,000), 20 of a "
-            "batch, 10 of a pass over a task's rows.",
+            help="Timed calls of each. Default: 2,000 of a weight (the paper: 100,000), 20 of a batch, 10 of a pass "
+            "over a task's rows.",
         ),
     ] = None,
     warmup: Annotated[
         int | None,
         opt.MEASURING(
             metavar="N",
-            help="Untimed calls before the timed ones. Unless given: 3 of a batch, 1 of a pass over a task's "
-            "rows, 10 of a weight.",
+            help="Untimed calls before the timed ones. Default: 10 of a weight, 3 of a batch, 1 of a pass over a "
+            "task's rows.",
         ),
     ] = None,
     alternatives: Annotated[
         bool,
         opt.ALTERNATIVES(
             "--alternatives",
-            help="With one run directory: time it against what could be deployed in its place. Builds, for the "
-            "moment, the dense model, its 8-bit form, the paper's layout and the forms of gatepress, in torch "
-            "and ONNX Runtime; takes a few minutes.",
+            help="With one run directory: time it against what you could deploy instead. Temporarily builds the "
+            "dense model, its 8-bit form, the paper's layout and the forms of gatepress, in torch and ONNX "
+            "Runtime. Takes a few minutes.",
         ),
     ] = False,
     for_target: Annotated[
         Target | None,
         opt.ALTERNATIVES(
             "--for",
-            help="With --alternatives: prune the ONNX forms for this target; each for its own runtime unless given.",
+            help="With --alternatives: prune the ONNX forms for this target. Default: each for its own runtime.",
         ),
     ] = None,
     baseline: Annotated[
         str | None,
         opt.ALTERNATIVES(
             metavar="NAME",
-            help="With --alternatives: what the others are compared with: dense torch, masked torch, dense ORT, dense "
-            "ORT int8, paper layout ORT, paper layout torch, gatepress torch, gatepress ORT or gatepress ORT int8; "
-            "dense ORT unless given.",
+            help="With --alternatives: the form that the others are compared with. One of dense torch, masked torch, "
+            "dense ORT, dense ORT int8, paper layout ORT, paper layout torch, gatepress torch, gatepress ORT "
+            "and gatepress ORT int8. Default: dense ORT.",
         ),
     ] = None,
     latency_table: Annotated[
         Target | None,
         opt.MEASURING(
-            help="Instead: measure what products and index operations of a runtime cost on this machine, for "
-            "gatepress prune --latency-table on another one; write it with --output."
+            help="Instead of timing models or a weight: measure what matrix products and index operations of a "
+            "runtime cost on this machine, for gatepress prune --latency-table on another one. Write it to a "
+            "file with --output."
         ),
     ] = None,
     fail_under: Annotated[
         float | None,
         opt.MEASURING(
             metavar="FACTOR",
-            help="With models: exit with 1 where the last one is not at least FACTOR times as fast as the first in "
-            "every table. Results are shown and written all the same.",
+            help="With models: exit with code 1 unless the last one is at least FACTOR times as fast as the first in "
+            "every table. Results are shown and written in either case.",
         ),
     ] = None,
     threads: opt.Threads = None,
@@ -126,36 +129,37 @@ def bench(  # noqa: PLR0913 - every option is a parameter
         str | None,
         opt.MEASURING(
             metavar="KIND,...",
-            help="With models: fp32, bf16 or fp16, in which torch models compute, each of them once in each; fp32 "
-            "unless given. ONNX files compute in what they were exported in.",
+            help="With models: arithmetic of torch models, some of fp32, bf16 and fp16; each model is timed once in "
+            "each. ONNX files compute in what they were exported in. Default: fp32.",
         ),
     ] = None,
     seed: opt.MeasuringSeed = 0,
     rows: opt.Rows,
     max_length: Annotated[
         int | None,
-        opt.DATA(metavar="TOKENS", help="With rows of a task: cut texts after this many tokens; 128 unless given."),
+        opt.DATA(metavar="TOKENS", help="With rows of a task: truncate texts to this many tokens. Default: 128."),
     ] = None,
     trust_remote_code: opt.TrustRemoteCode = False,
     output: Annotated[
         Path | None,
         opt.output_option(
-            "FILE", "Also write the records, as .json or .jsonl (with up to 1,000 raw samples of each), .csv or .md."
+            "FILE",
+            "Also write the records to FILE, as .json or .jsonl (with up to 1,000 raw samples of each), .csv or .md.",
         ),
     ] = None,
     plot: Annotated[
-        Path | None, opt.OUTPUT(metavar="FILE", help="Also draw a figure, as .png or .svg; needs gatepress[plot].")
+        Path | None, opt.OUTPUT(metavar="FILE", help="Also draw a figure, as .png or .svg. Needs gatepress[plot].")
     ] = None,
     force: opt.Force = False,
     shown: opt.Shown,
 ) -> None:
-    """Time models against each other, or one weight.
+    """Time models against each other, or time one weight.
 
-    With models, the first is what the others are compared with. Without, one weight is multiplied with
-    all and with some of its columns: what removing them gains. All that is compared takes turns on the
-    same inputs, so that a machine that slows down slows everything. Batches are made up; with --task or
-    --validation-file the passes are over those rows. Shown are medians with their spread; a time factor
-    of 2.00x means twice as fast as the first.
+    With models, the others are compared with the first. Without, one weight is multiplied with all of its
+    columns and with some of them, which shows what removing the others gains. Everything that is compared
+    takes turns on the same inputs, so a machine that slows down slows all of it. Batches are generated; with
+    --task or --validation-file, whole passes over those rows are timed. The tables show medians with their
+    spread. A time factor of 2.00x means twice as fast as the first.
     """
     with session(**vars(shown)) as screen:
         weights = {"shape": shape, "sparsity": sparsity, "tokens": tokens}
@@ -210,7 +214,7 @@ def bench(  # noqa: PLR0913 - every option is a parameter
 def _deliver(
     screen: Screen, records: "Sequence[Record]", files: dict[str, Path | None], factor: float | None, *, force: bool
 ) -> None:
-    """Write and show the records; exit with 1 where the last model is not `factor` times as fast as the first."""
+    """Write and show the records; exit with 1 if the last model is not `factor` times as fast as the first."""
     from gatepress.bench import render
     from gatepress.bench.tables import too_slow
 
@@ -240,7 +244,7 @@ def tables(records: "Sequence[Record]") -> list[Titled]:
 
 
 def _records(targets: list[str] | None, *, alternatives: bool, **asked: Any) -> "list[Record]":
-    """Measure what the request is about."""
+    """Measure what the command line asks for."""
     if targets and alternatives:
         from gatepress import alternatives as building
 
@@ -257,7 +261,7 @@ def _records(targets: list[str] | None, *, alternatives: bool, **asked: Any) -> 
 def _latency_table(  # noqa: PLR0913 - each is an option of the command
     screen: Screen, target: Target, models: list[str] | None, output: Path | None, threads: int | None, *, force: bool
 ) -> None:
-    """Measure a latency table, write and show it."""
+    """Measure, write and show a latency table."""
     if models:
         raise UsageError(f"--latency-table times single products; leave out {', '.join(models)}")
 
@@ -298,13 +302,13 @@ def _check_factor(factor: float | None, *, enough: bool) -> None:
 
 
 def _missed(record: "Record") -> dict[str, Any]:
-    """Return one table in which --fail-under was missed."""
+    """Return one cell in which --fail-under was missed."""
     keys = ("name", "baseline", "task", "batch_size", "seq_len", "relative_time_factor")
     return {key: getattr(record, key) for key in keys}
 
 
 def _say_missed(screen: Screen, missed: "Sequence[Record]", factor: float | None) -> None:
-    """Say in one line where the last model is too slow."""
+    """Print one line that says where the last model is too slow."""
     from gatepress.bench.tables import cell
 
     places = ", ".join(f"{record.relative_time_factor:.2f}x at {cell(record)}" for record in missed)
@@ -313,7 +317,7 @@ def _say_missed(screen: Screen, missed: "Sequence[Record]", factor: float | None
 
 
 def _asked(**lists: str | None) -> dict[str, Any]:
-    """Return the lists that options give; the library knows the defaults of the others."""
+    """Return the lists that options give; the library knows the defaults of those that are absent."""
     read: dict[str, Callable[[str], Any]] = {
         "batch_sizes": lambda text: whole_numbers("--batch-size", text),
         "seq_lens": lambda text: whole_numbers("--seq-len", text),
@@ -325,7 +329,7 @@ def _asked(**lists: str | None) -> dict[str, Any]:
 
 
 def _refuse_given(options: dict[str, Any], reason: str) -> None:
-    """Refuse options that would be silently without effect."""
+    """Refuse options that would silently have no effect."""
     given = list(map(spelled, said_of(options)))
     if given:
         raise UsageError(f"{', '.join(given)} {reason}")

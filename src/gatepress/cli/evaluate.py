@@ -1,4 +1,4 @@
-"""`gatepress evaluate`: the same metric on the same rows, whatever form the model has."""
+"""`gatepress evaluate`: the same metric on the same rows, in whatever form the model is."""
 
 import math
 from typing import Annotated, Any
@@ -27,46 +27,47 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A run directory, a pruned directory, an ONNX directory or file, or any model with a task head: a "
-            "directory or a hub id (owner/name or owner/name@REV).",
+            help="A run, pruned or ONNX directory, an .onnx file, or any model with a task head: a directory or a "
+            "hub id (owner/name or owner/name@REV).",
             show_default=False,
         ),
     ],
     *,
     rows: opt.MeasuredRows,
-    batch_size: Annotated[int, opt.MEASURING(metavar="N", help="Rows in a batch.")] = 32,
+    batch_size: Annotated[int, opt.MEASURING(metavar="N", help="Rows per batch.")] = 32,
     max_length: Annotated[
         int | None,
-        opt.MEASURING(metavar="TOKENS", help="Cut texts after this many tokens; as in training unless given."),
+        opt.MEASURING(metavar="TOKENS", help="Truncate texts to this many tokens. Default: as in training."),
     ] = None,
     against: Annotated[
         str | None,
         opt.MEASURING(
             metavar="MODEL",
-            help="Measure this model too, on the same rows, and tell how far the metric dropped from it: what was "
-            "finetuned before it was pressed, or the release before. It computes in float32 whatever --precision says.",
+            help="Also measure this model on the same rows, and show how far the metric dropped from it: the "
+            "finetuned model before it was pressed, for example, or the previous release. It computes in "
+            "float32 whatever --precision says.",
         ),
     ] = None,
     max_metric_drop: Annotated[
         float | None,
         opt.MEASURING(
             metavar="LIMIT",
-            help="With --against: exit with 1 where the metric dropped by more, e.g. 0.01 for one point of accuracy. "
-            "The result is shown all the same.",
+            help="With --against: exit with code 1 if the metric dropped by more than this, e.g. 0.01 for one point "
+            "of accuracy. The result is shown in either case.",
         ),
     ] = None,
     device: opt.MeasuringDevice = "auto",
     precision: Annotated[
-        Arithmetic, opt.MEASURING(help="In which a torch model computes; ONNX files do in what they were exported in.")
+        Arithmetic, opt.MEASURING(help="Arithmetic of a torch model. ONNX files compute in what they were exported in.")
     ] = "fp32",
     trust_remote_code: opt.TrustRemoteCode = False,
     shown: opt.Shown,
 ) -> None:
     """Measure the metric on the validation rows.
 
-    Directories that gatepress wrote know their task and its rows; give data options to measure on others
-    (--task, --validation-file) or on some of them (--max-validation-samples). A run, what was pruned from it
-    and what was exported from that all score the same.
+    Directories written by gatepress know their task and its rows. Use the data options to measure on other
+    rows (--task, --validation-file) or on some of them (--max-validation-samples). A run, its pruned form
+    and its ONNX form all score the same.
     """
     with session(**vars(shown)) as screen:
         measured_on = rows_of(rows)
@@ -90,7 +91,7 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
         )
         limit = {} if max_metric_drop is None else {"max_metric_drop": max_metric_drop}
         screen.result({**result, **limit}, tables)
-        # not "drop > limit": a metric that is no number has dropped
+        # not "drop > limit": a NaN must count as a drop
         if max_metric_drop is not None and not (result["metric_drop"] <= max_metric_drop + METRIC_ROUNDING):
             name, value, drop = (result[key] for key in ("metric_name", "metric_value", "metric_drop"))
             screen.say(

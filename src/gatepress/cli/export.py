@@ -33,23 +33,23 @@ def export(  # noqa: PLR0913 - every option is a parameter
     ],
     *,
     opset: Annotated[
-        int | None, opt.OUTPUT(metavar="N", help="ONNX operator set; the exporter's own choice unless given.")
+        int | None, opt.OUTPUT(metavar="N", help="ONNX operator set. Default: chosen by the exporter.")
     ] = None,
     max_diff: Annotated[
         float,
         opt.OUTPUT(
             metavar="LIMIT",
-            help="Refuse to write when a logit of ONNX Runtime and torch differs by more than this, of the largest "
-            "logit where that is above 1.",
+            help="Write nothing if a logit differs between ONNX Runtime and torch by more than this. If the largest "
+            "logit is above 1, the limit is relative to it.",
         ),
     ] = MAX_LOGIT_DIFF,
     quantize: Annotated[
         Literal["int8"] | None,
         opt.OUTPUT(
-            help="int8: store the encoder's matrices and the word embeddings in 8 bits and multiply in 8 bits. A "
-            "quarter of the size and, on CPUs with VNNI, 1.1 to 3.4 times as fast (two pruned encoders); the "
-            "logits move a little, so the metric is measured before and after, on the run's validation rows or those "
-            "of the data options.",
+            help="int8: store the encoder's matrices and the word embeddings in 8 bits and multiply in 8 bits. The "
+            "result is a quarter of the size and, on CPUs with VNNI, 1.1 to 3.4 times as fast (two pruned "
+            "encoders). The logits move a little, so the metric is measured before and after, on the run's "
+            "validation rows or on those that the data options name.",
             show_default=False,
         ),
     ] = None,
@@ -57,25 +57,25 @@ def export(  # noqa: PLR0913 - every option is a parameter
         float | None,
         opt.OUTPUT(
             metavar="LIMIT",
-            help="With --quantize: write nothing and exit with 1 when the metric drops by more than this, "
-            "e.g. 0.01 for one point of accuracy; 0 allows no loss at all.",
+            help="With --quantize: write nothing and exit with code 1 if the metric drops by more than this, e.g. "
+            "0.01 for one point of accuracy. 0 allows no loss at all.",
         ),
     ] = None,
     rows: opt.MeasuredRows,
     trust_remote_code: opt.TrustRemoteCode = False,
     output: Annotated[
         Path | None,
-        opt.output_option("DIR", "Directory of the ONNX model; onnx/MODEL unless given."),
+        opt.output_option("DIR", "Directory of the ONNX model. Default: onnx/MODEL."),
     ] = None,
     force: opt.Force = False,
     shown: opt.Shown,
 ) -> None:
     """Write a model as ONNX, checked against torch.
 
-    The file takes any batch size and any length; the tokenizer lies beside it. It is run in ONNX
-    Runtime on shapes it has not seen, padded ones among them, and compared with torch. Where they
-    disagree, nothing is written. With --quantize int8 that checked file is then made smaller and faster,
-    and what it costs is measured on the rows that the run was validated on, or on those that data options name.
+    The file takes any batch size and any length; the tokenizer is stored beside it. The graph is run in
+    ONNX Runtime on shapes that it has not seen, some of them padded, and compared with torch. If they
+    disagree, nothing is written. With --quantize int8, the checked graph is then made smaller and faster.
+    What that costs is measured on the run's validation rows, or on those that the data options name.
     """
     with session(**vars(shown)) as screen:
         measured_on = rows_of(rows)

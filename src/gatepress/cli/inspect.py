@@ -17,7 +17,7 @@ EXAMPLES = opt.examples(
 BAR = 6  # columns of a full bar
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 HEIGHTS = "▁▂▃▄▅▆▇█"
-SAID = ("model", "revision", "seed", "method", "sparsity")  # stand in another row already
+SAID = ("model", "revision", "seed", "method", "sparsity")  # shown in another row already
 HASH = 12  # characters of a sha256 that a person compares
 
 Bar = Callable[[float], str]
@@ -30,8 +30,8 @@ def inspect(
 ) -> None:
     """Show what a directory is and where it comes from.
 
-    Base model, data, seed, versions, the settings that took effect, the commands that make it again, the
-    metric, and what is left of each layer. Read from manifests, headers and gates; no model is loaded.
+    Shows the base model, data, seed, versions, the settings that took effect, the commands that rebuild it,
+    the metric, and what is left of each layer. Reads manifests, headers and gates; loads no model.
     """
     with session(**vars(shown)) as screen:
         from gatepress import inspecting
@@ -41,12 +41,12 @@ def inspect(
 
 
 def draws(stream: TextIO) -> bool:
-    """Say whether bars can be drawn there: on a terminal that knows the characters."""
+    """Return whether bars can be drawn on the stream: on a terminal that has the characters."""
     return stream.isatty() and (stream.encoding or "").lower().startswith("utf")
 
 
 def tables(result: dict[str, Any], *, drawn: bool) -> list[Titled]:
-    """Return what it is, where it comes from, how to make it again, and what each layer keeps."""
+    """Return what the directory is, where it comes from, how to rebuild it, and what each layer keeps."""
     shown = [facts(f"{result['kind']}: {result['directory']}", _about(result, drawn=drawn))]
     if result.get("provenance"):
         shown.append(facts("Where it comes from", _origin(result["provenance"])))
@@ -158,7 +158,7 @@ def blocks(fraction: float) -> str:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """Return one block a value, between the least and the greatest."""
+    """Return one block per value, between the lowest and the highest."""
     low, high = min(values), max(values)
     span = (high - low) or 1.0
     return "".join(HEIGHTS[round((value - low) / span * (len(HEIGHTS) - 1))] for value in values)

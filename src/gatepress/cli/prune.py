@@ -27,7 +27,7 @@ KEPT = ("heads", "query/key width", "value/output width", "neurons", "by index",
 def prune(  # noqa: PLR0913 - every option is a parameter
     run: Annotated[
         Path,
-        typer.Argument(metavar="RUN", help="Run directory that gatepress train wrote.", show_default=False),
+        typer.Argument(metavar="RUN", help="Run directory written by gatepress train.", show_default=False),
     ],
     *,
     layout: opt.LayoutOption = DEFAULT_LAYOUT,
@@ -41,39 +41,40 @@ def prune(  # noqa: PLR0913 - every option is a parameter
             "-s",
             metavar="FRACTION,...",
             help="Close the gates anew, by the scores that the run keeps, to another fraction of its budget. Several "
-            "fractions give one directory each, named after it.",
+            "fractions give one directory each, named after the fraction.",
         ),
     ] = None,
     recover_epochs: Annotated[
         int,
         opt.GATES(
             metavar="N",
-            help="With --sparsity: train each on for N passes over the run's rows before it is pruned, gates fixed.",
+            help="With --sparsity: train each size for N more passes over the run's rows before it is pruned, with "
+            "gates fixed.",
         ),
     ] = 0,
     refit: Annotated[
         bool,
         opt.GATES(
             "--refit",
-            help="With --sparsity: fit what is left to what the run was pressed from by least squares, on a "
-            "few thousand of its rows. Nothing is trained and no label is read.",
+            help="With --sparsity: fit what is left by least squares to the model that the run was pressed from, on "
+            "a few thousand of its rows. Nothing is trained and no labels are read.",
         ),
     ] = False,
     dry_run: Annotated[
-        bool, opt.OUTPUT(help="Only tell what would go, per layer, and what it should gain; write nothing.")
+        bool, opt.OUTPUT(help="Only show what would be removed, per layer, and what it should gain. Write nothing.")
     ] = False,
     output: Annotated[
         Path | None,
-        opt.output_option("DIR", "Directory of the smaller model; pruned/RUN unless given."),
+        opt.output_option("DIR", "Directory of the smaller model. Default: pruned/RUN."),
     ] = None,
     force: opt.Force = False,
     shown: opt.Shown,
 ) -> None:
     """Cut the closed gates out of the weights.
 
-    Nothing is approximated: a neuron, a head dimension or a head goes only where every path through it
-    is shut, and the result is compared with the gated model on real validation rows before it is
-    written (--refit then moves what is left, and tells how near it came). It loads with
+    Nothing is approximated: a neuron, a head dimension or a head is removed only if every path through it
+    is closed. The result is compared with the gated model on real validation rows before it is written.
+    (--refit then changes what is left, and reports how close it came.) Load the result with
     gatepress.load_pruned(DIR) or with plain transformers. Next step: gatepress export.
     """
     with session(**vars(shown)) as screen:
@@ -82,7 +83,7 @@ def prune(  # noqa: PLR0913 - every option is a parameter
         outputs = _outputs(directory, asked)
         if not dry_run:
             for path in outputs.values():
-                check_output(path, force=force)  # at once: what follows takes seconds to import
+                check_output(path, force=force)  # before the slow imports
         elif recover_epochs or refit or len(outputs) > 1:
             raise UsageError(
                 "--dry-run plans one size of what is trained; "
@@ -98,7 +99,7 @@ def prune(  # noqa: PLR0913 - every option is a parameter
         if recover_epochs or refit or len(outputs) > 1:
             if len(outputs) > 1:
                 screen.interrupt_note = "sizes that were complete by then, if any, are written"
-            from gatepress import recovery  # with all that trains: seconds that pruning alone need not wait for
+            from gatepress import recovery  # loads all of training, which pruning alone need not wait for
 
             reports = recovery.prune_each(
                 run, outputs, recover_epochs=recover_epochs, refit=refit, progress=screen.progress, **options
@@ -116,7 +117,7 @@ def prune(  # noqa: PLR0913 - every option is a parameter
 
 
 def _outputs(directory: Path, asked: list[float] | None) -> dict[float, Path]:
-    """Return where each sparsity goes: one to `directory` itself, several beside each other."""
+    """Return where each sparsity is written: a single one to `directory` itself, several side by side."""
     fractions = list(dict.fromkeys(asked or [0.0]))
     if len(fractions) == 1:
         return {fractions[0]: directory}
@@ -129,7 +130,7 @@ def _outputs(directory: Path, asked: list[float] | None) -> dict[float, Path]:
 
 
 def tables(result: dict[str, Any]) -> list[Titled]:
-    """Return what went and how exactly the rest agrees with the gated model."""
+    """Return what was removed and how exactly the rest agrees with the gated model."""
     rows = metric_rows(result.get("recovery", result))
     if refit := result.get("refit"):
         far = (f"{refit[key]:.3f}" for key in ("hidden_distance_before", "hidden_distance"))
@@ -156,7 +157,7 @@ def tables(result: dict[str, Any]) -> list[Titled]:
 
 
 def _layers(plan: dict[str, Any]) -> list[list[str]]:
-    """Return one row a layer: heads, widths, neurons, matrices that keep an index, what is left."""
+    """Return one row per layer: heads, widths, neurons, matrices that keep an index, what is left."""
     return [
         [
             str(number),

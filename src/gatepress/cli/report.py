@@ -20,7 +20,8 @@ def report(  # noqa: PLR0913 - every option is a parameter
         list[Path],
         typer.Argument(
             metavar="DIR...",
-            help="What gatepress train, prune, export or sweep wrote, in the order that the page shows.",
+            help="Directories written by gatepress train, prune, export or sweep, in the order in which the page "
+            "shows them.",
             show_default=False,
         ),
     ],
@@ -29,24 +30,25 @@ def report(  # noqa: PLR0913 - every option is a parameter
         list[Path] | None,
         opt.MEASURING(
             metavar="FILE",
-            help="Latencies to show beside them, as gatepress bench --output FILE.json writes; may be given again.",
+            help="Latencies to show beside them, as written by gatepress bench --output FILE.json. Can be given more "
+            "than once.",
         ),
     ] = None,
     title: Annotated[
-        str | None, opt.OUTPUT(metavar="TEXT", help="Title of the page; made from the tasks unless given.")
+        str | None, opt.OUTPUT(metavar="TEXT", help="Title of the page. Default: made from the tasks.")
     ] = None,
     output: Annotated[
         Path,
-        opt.output_option("FILE", "The page, as .html."),
+        opt.output_option("FILE", "The page to write, as .html."),
     ] = Path("report.html"),
     force: opt.Force = False,
     shown: opt.Shown,
 ) -> None:
-    """Write one HTML page to look at, to print and to send.
+    """Write one HTML page to look at, print or send.
 
-    It shows metric, sizes, latency, how training went, what each layer keeps, where all of it comes from
-    and the commands that make it again. The file is complete in itself: it asks no other host for
-    anything, and needs no script. Only manifests are read, so it takes a moment.
+    The page shows the metric, sizes, latency, the course of training, what each layer keeps, where all of it
+    comes from, and the commands that rebuild it. The file is self-contained: it loads nothing from other
+    hosts and needs no script. Only manifests are read, so it takes a moment.
     """
     with session(**vars(shown)) as screen:
         from gatepress.report import build
@@ -57,7 +59,7 @@ def report(  # noqa: PLR0913 - every option is a parameter
 
 
 def tables(result: dict[str, Any]) -> list[Titled]:
-    """Return what the page says first, and the models that it is about."""
+    """Return the first sentence of the page, and the models that it is about."""
     columns = ["model", "kind", "task", "metric", "removed"]
     rows = [
         [

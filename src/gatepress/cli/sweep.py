@@ -28,16 +28,16 @@ def sweep(  # noqa: PLR0913 - every option is a parameter
             "--sparsity",
             "-s",
             metavar="FRACTION,...",
-            help="Sparsities of each method that trains gates: the points of its curve. With 0 the curve starts "
-            "at the whole model; three points or more have a knee.",
+            help="Sparsities of each method that trains gates: the points of its curve. With 0, the curve starts at "
+            "the whole model. A knee needs three points or more.",
         ),
     ] = "0,0.3,0.5,0.7",
     method: Annotated[
         str,
         opt.GATES(
             metavar="NAME,...",
-            help="What is trained, as in gatepress train --method. Those without gates (full, lora, ...) are one "
-            "point each, what would be deployed instead.",
+            help="What to train, as in gatepress train --method. Each method without gates (full, lora, ...) gives "
+            "one point: what would be deployed instead.",
         ),
     ] = TrainSettings.method,
     gating: opt.Gating,
@@ -46,41 +46,43 @@ def sweep(  # noqa: PLR0913 - every option is a parameter
         opt.TRAINING(
             metavar="N",
             help="Trainings of each point, with seeds counted up from --seed. The picture shows the median and, as "
-            "whiskers, the least and the most: with one seed, luck looks like a result.",
+            "whiskers, the lowest and highest. With a single seed, luck looks like a result.",
         ),
     ] = 1,
     schedule: opt.Schedule,
     machine: opt.Machine,
     target: opt.TargetOption = DEFAULT_TARGET,
     bench_batch_size: Annotated[
-        str, opt.MEASURING(metavar="N,...", help="Batch sizes to time; the picture shows the largest.")
+        str, opt.MEASURING(metavar="N,...", help="Batch sizes to time. The picture shows the largest.")
     ] = "1,8",
     bench_seq_len: Annotated[
-        str, opt.MEASURING(metavar="TOKENS,...", help="Lengths to time; the picture shows the largest.")
+        str, opt.MEASURING(metavar="TOKENS,...", help="Sequence lengths to time. The picture shows the largest.")
     ] = "32,128",
     threads: opt.Threads = None,
     plot: Annotated[
         bool | None,
         opt.OUTPUT(
-            help="Draw sweep.png and sweep.svg; unless given, where gatepress[plot] is installed.", show_default=False
+            help="Draw sweep.png and sweep.svg. Default: on if gatepress[plot] is installed.", show_default=False
         ),
     ] = None,
     output: Annotated[
         Path | None,
         opt.output_option(
-            "DIR", "Directory of the sweep; sweeps/TASK-MODEL unless given. One that exists is gone on with."
+            "DIR", "Directory of the sweep. If it exists, the sweep continues there. Default: sweeps/TASK-MODEL."
         ),
     ] = None,
-    force: Annotated[bool, opt.force_option("Start over: a sweep that lies in the directory goes at once.")] = False,
+    force: Annotated[bool, opt.force_option("Start over. A sweep in the directory is removed at once.")] = False,
     shown: opt.Shown,
 ) -> None:
     """Find the sparsity that pays.
 
-    Trains every sparsity with every seed, and what one would use instead of gates. Then prunes, exports
-    and times one model of each point, all by turns, and shows metric against latency. The knee is
+    Trains every sparsity with every seed, and the methods you would use instead of gates. Then prunes,
+    exports and times one model of each point, interleaved, and shows metric against latency. The knee is
     where the metric is still high for how fast the model has become: a first guess, not a verdict.
-    Interrupt it at any time: the same command goes on with what is missing, and one with other sparsities,
-    methods or more seeds adds them to what is there. All runs stay in DIR/runs, each as gatepress train leaves it.
+
+    You can interrupt it at any time: the same command continues with what is missing. With other sparsities
+    or methods, or with more seeds, it adds them to what is there. All runs stay in DIR/runs, each as
+    gatepress train leaves it.
     """
     with session(**vars(shown)) as screen:
         settings = train_settings(rows, base, gating, schedule, machine)
@@ -90,7 +92,7 @@ def sweep(  # noqa: PLR0913 - every option is a parameter
             "batch_sizes": whole_numbers("--bench-batch-size", bench_batch_size),
             "seq_lens": whole_numbers("--bench-seq-len", bench_seq_len),
         }
-        directory = output or Path("sweeps") / default_run_name(settings).rpartition("-")[0]  # no one sparsity
+        directory = output or Path("sweeps") / default_run_name(settings).rpartition("-")[0]  # without the sparsity
 
         from gatepress import sweep as sweeping
 
@@ -117,7 +119,7 @@ def sweep(  # noqa: PLR0913 - every option is a parameter
 
 
 def tables(result: dict[str, Any]) -> list[Titled]:
-    """Return the summary, one row for each point of the picture."""
+    """Return the summary, one row per point of the picture."""
     from gatepress.bench.summary import table
 
     shown = table(result)
@@ -125,7 +127,7 @@ def tables(result: dict[str, Any]) -> list[Titled]:
 
 
 def _say_failed(screen: Screen, result: dict[str, Any]) -> None:
-    """Exit with 1 where a training failed, and say which."""
+    """Exit with 1 if a training failed, and say which."""
     failed = [cell for cell in result["cells"] if cell["status"] == "failed"]
     if failed:
         names = ", ".join(f"{cell['method']} {cell['sparsity']:g} seed {cell['seed']}" for cell in failed)

@@ -48,21 +48,23 @@ def train(  # noqa: PLR0913 - every option is a parameter
     output: Annotated[
         Path | None,
         opt.output_option(
-            "DIR", "Directory of the run; runs/TASK-MODEL-sFRACTION unless given, and -METHOD where no gates close."
+            "DIR",
+            "Directory of the run. Default: runs/TASK-MODEL-sFRACTION, or runs/TASK-MODEL-METHOD if no gates close.",
         ),
     ] = None,
     force: opt.TrainForce = False,
     resume: opt.Resume = None,
     shown: opt.Shown,
 ) -> None:
-    """Learn a task while gates close.
+    """Train a model on a task while its gates close.
 
-    Gates are put over a pretrained encoder. Its weights stay as they are; gates, biases, layer norms, a
-    low-rank update and the task's head learn. Gates close until exactly the asked fraction is shut, then the
-    rest recovers. The run directory holds what was learnt (a few megabytes) and a note of the encoder it
-    belongs to. Stopped at any moment, a run goes on with --resume. Next step: gatepress prune. Other
-    --method close no gates: full finetuning and adapters, to compare with, or to press afterwards. With --embed
-    an embedder learns from itself, without labels.
+    Gates are put over an encoder whose own weights stay frozen. Gates, biases, layer norms, a low-rank
+    update and the task's head are trained. Gates close until exactly the requested fraction is closed;
+    then the rest recovers. The run directory holds what was trained (a few megabytes) and a reference to
+    the encoder. A run can be stopped at any moment and continued with --resume. Next step: gatepress prune.
+
+    The other values of --method close no gates: full finetuning and adapters, to compare with or to press
+    afterwards. With --embed, an embedder learns from itself, without labels.
     """
     with session(**vars(shown), launched=True) as screen:
         if resume is not None:
@@ -91,7 +93,7 @@ def train(  # noqa: PLR0913 - every option is a parameter
         )
         refuse_unused(settings, context)
         target = output or Path("runs") / default_run_name(settings)
-        check_output(target, force=force)  # at once: what follows takes seconds to import
+        check_output(target, force=force)  # before the slow imports
 
         from gatepress import training
 
@@ -99,7 +101,7 @@ def train(  # noqa: PLR0913 - every option is a parameter
 
 
 def _work(screen: Screen, target: Path, training: Callable[..., dict[str, Any]]) -> None:
-    """Train, show what came out, and say how to go on."""
+    """Train, show the result, and say what to do next."""
     before = _stamp(target)
     try:
         result = training(progress=screen.progress)
@@ -119,7 +121,7 @@ def _work(screen: Screen, target: Path, training: Callable[..., dict[str, Any]])
 
 
 def _stamp(target: Path) -> tuple[int, int] | None:
-    """Return what tells one writing of a run's manifest from the next; None where there is none."""
+    """Return what tells one version of a run's manifest from the next; None if there is no manifest."""
     try:
         found = (target / RUN_FILE).stat()
     except OSError:
@@ -128,7 +130,7 @@ def _stamp(target: Path) -> tuple[int, int] | None:
 
 
 def _hint(target: Path) -> str:
-    """Return how a run that was stopped goes on; an earlier result that is finished, or no run, has no such end."""
+    """Return how to continue a run that was stopped; empty if there is no run to continue or it is finished."""
     manifest = target / RUN_FILE
     try:
         stopped = manifest.is_file() and "resume" in read_json(manifest)
@@ -161,7 +163,7 @@ def tables(result: dict[str, Any]) -> list[Titled]:
 
 
 def metric_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the metric with the number of examples it stands on, then that of each split."""
+    """Return the metric with the number of examples it is computed on, then that of each split."""
     if result.get("metric_value") is None:
         return []
     on = f"  (on {count(result['examples'])} examples)" if result.get("examples") is not None else ""

@@ -1,4 +1,4 @@
-"""`gatepress verify`: whether a directory still is what its manifest says."""
+"""`gatepress verify`: whether a directory still matches its manifest."""
 
 from typing import Any
 
@@ -21,9 +21,9 @@ def verify(
 ) -> None:
     """Check that a directory is whole.
 
-    Every file that the manifest names is there with its sha256, headers hold what they claim, shapes fit
-    the configuration, a run's base model is the one it was trained on, logits are finite. Needs no
-    network. Exit code 1 with one line for each fault.
+    Checks that every file the manifest names is there and has its sha256, that files hold what their headers
+    claim, that shapes fit the configuration, that a run's base model is the one it was trained on, and that
+    logits are finite. Needs no network. If there are faults, prints one line for each and exits with code 1.
     """
     with session(**vars(shown)) as screen:
         from gatepress import verifying

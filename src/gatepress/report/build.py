@@ -23,7 +23,7 @@ def report(
     """Write the page of runs, pruned and ONNX directories and sweeps, with the records of `benches` beside them.
 
     Returns what was written and what it says; docs/json-contract.md lists it. Raises `UsageError` on a name
-    that is no page's, `OutputError` where `output` exists and not `force`, `ArtifactError` on what is not
+    that is not a page's, `OutputError` if `output` exists and not `force`, `ArtifactError` on input that is not
     understood.
     """
     if not directories:
@@ -31,7 +31,7 @@ def report(
     render.check_file(output, SUFFIXES, "--output", force=force)
     sheet = facts.read(directories, [(path, render.read(path)) for path in benches])
     drawn = page.render(sheet, title)
-    # Names are hostile: a lone surrogate is no UTF-8, but it is a character reference.
+    # Names are hostile: a lone surrogate is not UTF-8, but it can be a character reference.
     replace_file(output, drawn.html.encode("utf-8", "xmlcharrefreplace"))
     return {
         "output": str(output),

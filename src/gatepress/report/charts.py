@@ -1,7 +1,7 @@
 """Charts as inline SVG, by hand: bars, lines and points, a heat map.
 
-Across, all places are per cent of the width, down they are pixels: a chart fills a phone or a wide screen, and its
-letters stay as large as those of the text. Colours are CSS classes of the page, so dark mode is the page's.
+Horizontal places are a percentage of the width, vertical ones are pixels. So a chart fills a phone or a wide screen,
+and its letters stay as large as those of the text. Colours are CSS classes of the page, so dark mode is the page's.
 """
 
 import math
@@ -13,11 +13,11 @@ from typing import Any
 
 from gatepress.bench.tables import shortened
 
-LOGARITHMIC_FROM = 4.0  # most over least
+LOGARITHMIC_FROM = 4.0  # ratio of most to least
 STEPS = (1, 2, 2.5, 5, 10)  # between ticks, times a power of ten
 LOGARITHMIC_STEPS = (1, 1.5, 2, 3, 5, 7)
 HUES = 6  # classes h0 to h5 of the page
-# Around the origin, about 9 px wide: what colour tells, shape tells once more.
+# Around the origin, about 9 px wide: shapes repeat what colours say.
 SHAPES = (
     "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z",
     "M-4 -4h8v8h-8z",
@@ -29,14 +29,14 @@ SHAPES = (
 )
 BAR_ROW, BAR_TOP, BAR_HEIGHT = 44, 20, 10  # px
 PLOT_HEIGHT, PLOT_TOP, PLOT_BOTTOM = 300, 12, 44
-LABEL_BELOW, LABEL_ABOVE = 16, -8  # baseline of a point's label, from the point
+LABEL_BELOW, LABEL_ABOVE = 16, -8  # baseline of a point's label, relative to the point
 HEAT_ROW, HEAT_TOP = 30, 26
 DEEP_FROM = 0.8  # fraction from which letters in the colour of ink are hard to read
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar; `low` and `high` are the ends of its whisker, `quiet` what others are compared with."""
+    """One bar; `low` and `high` are the ends of its whisker; `quiet` marks what others are compared with."""
 
     label: str
     value: float
@@ -48,7 +48,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Point:
-    """One point of a plot, with a word beside it, a ring around it, a whisker through it."""
+    """One point of a plot, with a word beside it, a ring around it and a whisker through it."""
 
     x: float
     y: float
@@ -70,12 +70,12 @@ class Series:
 
 @dataclass(frozen=True)
 class Axis:
-    """What an axis shows and how its ticks are spelled; `logarithmic` only where the values span far."""
+    """What an axis shows and how its ticks are spelled; `logarithmic` only if the values span a wide range."""
 
     name: str
     percent: bool = False  # of fractions
     logarithmic: bool = False
-    least: float | None = None  # the axis reaches at least from here
+    least: float | None = None  # the axis begins here or lower
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Square:
 
 
 def bars(name: str, rows: Sequence[Bar]) -> str:
-    """Return horizontal bars from zero, longest value the whole width."""
+    """Return horizontal bars from zero; the longest value takes the whole width."""
     ends = [end for row in rows for end in (row.value, row.low, row.high, 0.0) if end is not None]
     place = _Scale(min(ends), max(ends), 0, 100)
     drawn = [_bar(row, index * BAR_ROW, place) for index, row in enumerate(rows)]
@@ -96,7 +96,7 @@ def bars(name: str, rows: Sequence[Bar]) -> str:
 
 
 def plot(name: str, series: Sequence[Series], x: Axis, y: Axis) -> str:
-    """Return lines or points over two axes, with a legend where there is more than one series."""
+    """Return lines or points over two axes, with a legend if there is more than one series."""
     points = [point for one in series for point in one.points]
     across = _scale(x, [point.x for point in points], 0, 100)
     heights = [end for point in points for end in (point.y, point.low, point.high) if end is not None]
@@ -112,7 +112,7 @@ def plot(name: str, series: Sequence[Series], x: Axis, y: Axis) -> str:
 
 
 def heat(name: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Square]]]) -> str:
-    """Return a map of one row of squares for each (label, squares), the deeper the colour the larger the fraction."""
+    """Return a heat map, a row of squares for each (label, squares): the larger the fraction, the deeper the colour."""
     width = 100 / len(columns)
     parts = [_text(_percent((index + 0.5) * width), 14, column, "name middle") for index, column in enumerate(columns)]
     for number, (label, squares) in enumerate(rows):
@@ -127,7 +127,7 @@ def heat(name: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[S
 
 @dataclass(frozen=True)
 class _Scale:
-    """From values to places, straight or by logarithms."""
+    """Map values to places, linearly or by logarithms."""
 
     least: float
     most: float
@@ -202,7 +202,7 @@ def _line(kind: str, start: tuple[str, float], end: tuple[str, float]) -> str:
 
 
 def _bar(row: Bar, top: float, place: Callable[[float], float]) -> str:
-    """Return label and number on one line, the bar below them."""
+    """Return label and number on one line, with the bar below them."""
     start, end = sorted((place(0.0), place(row.value)))
     middle = top + BAR_TOP + BAR_HEIGHT / 2
     whisker = ""
@@ -243,13 +243,13 @@ def _series(one: Series, index: int, across: _Scale, up: _Scale) -> list[str]:
 
 
 def _mark(point: Point, place: tuple[str, float], index: int, up: _Scale) -> str:
-    """Return a mark with all that belongs to it, drawn around its place."""
+    """Return a mark with everything that belongs to it, drawn around its place."""
     x, y = place
     whisker = ""
     if point.low is not None and point.high is not None:
         whisker = _line(f"path h{index % HUES}", ("0", up(point.low) - y), ("0", up(point.high) - y))
     ring = '<circle class="ring" r="11"/>' if point.ring else ""
-    fits_below = y + LABEL_BELOW < PLOT_HEIGHT - PLOT_BOTTOM  # else it would stand on the ticks
+    fits_below = y + LABEL_BELOW < PLOT_HEIGHT - PLOT_BOTTOM  # otherwise it would stand on the ticks
     down = LABEL_BELOW if fits_below else LABEL_ABOVE
     label = _text("9" if not point.ring else "15", down, point.label, "tick") if point.label else ""
     parts = f"{_title(point.title)}{whisker}{_shape(index)}{ring}{label}"

@@ -29,7 +29,7 @@ from gatepress.manifests import (
 
 BYTES_A_PARAMETER = 4  # float32
 SHORT = 12  # characters of a hash that people compare
-# Numbers of an item -> the keys that other commands give them under.
+# Numbers of an item -> their keys in the output of other commands.
 COUNTED = {
     "asked": "asked_sparsity",
     "closed": "closed_fraction",
@@ -52,7 +52,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Kept:
-    """What one layer keeps, each beside what the dense layer has."""
+    """What one layer keeps, each number beside that of the dense layer."""
 
     heads: tuple[int, int]
     qk_width: tuple[int, int]  # of a head
@@ -63,7 +63,7 @@ class Kept:
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One model that the page speaks of; `None` is what its manifest does not say."""
+    """One model that the page is about; `None` is what its manifest does not say."""
 
     kind: str  # run, pruned, onnx, sweep
     name: str
@@ -71,8 +71,8 @@ class Item:
     task: str | None = None
     metric_name: str | None = None
     metric: float | None = None
-    spread: tuple[float, float] | None = None  # least and most over seeds
-    before: float | None = None  # the metric before, whatever `before_is` says
+    spread: tuple[float, float] | None = None  # lowest and highest over seeds
+    before: float | None = None  # the metric before, in the sense of `before_is`
     before_is: str = "gates open"
     asked: float | None = None  # sparsity
     closed: float | None = None  # fraction of the gates, counted
@@ -89,22 +89,22 @@ class Item:
 
     @property
     def label(self) -> str:
-        """What tells it apart where a run and what became of it share a name."""
+        """Text that distinguishes it if a run and its later forms share a name."""
         words = [self.kind] if self.kind not in ("sweep", self.name) else []
         return " ".join([*words, self.name, *([self.dtype] if self.dtype != "float32" else [])])
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """All that one page is made of."""
+    """Everything that one page is made of."""
 
     items: tuple[Item, ...]
-    sweeps: tuple[tuple[Item, ...], ...]  # those of the items that are points of one picture
+    sweeps: tuple[tuple[Item, ...], ...]  # the items that are points of one picture
     records: tuple[tuple[Record, ...], ...]  # of each sweep and file, end to end
 
 
 def read(directories: Iterable[Path], benches: Iterable[tuple[Path, Sequence[Record]]] = ()) -> Sheet:
-    """Read every directory and put what was timed beside it.
+    """Read every directory and attach what was timed.
 
     Raises `ArtifactError` on a directory of no known kind, and on a manifest or measurement that is not understood.
     """
@@ -128,12 +128,12 @@ def read(directories: Iterable[Path], benches: Iterable[tuple[Path, Sequence[Rec
 
 
 def number(value: Any) -> float | None:
-    """Return a JSON value that is a finite number, else None."""
+    """Return a JSON value if it is a finite number, otherwise None."""
     return value if type(value) in (int, float) and -MAX_NUMBER < value < MAX_NUMBER else None
 
 
 def _directory(path: Path) -> tuple[tuple[Item, ...], tuple[Record, ...]]:
-    """Return the models of one directory, and what was timed of them."""
+    """Return the models of one directory, and their timings."""
     if (path / SWEEP_FILE).is_file():
         with understood(path / SWEEP_FILE):
             return _of_sweep(read_manifest(path / SWEEP_FILE), path)
@@ -147,10 +147,10 @@ def _directory(path: Path) -> tuple[tuple[Item, ...], tuple[Record, ...]]:
 
 
 def _with_time(item: Item, path: str, records: Sequence[Record], *, alone: bool) -> Item:
-    """Return the item with what was timed of it: a sweep names its points, a benchmark its directories.
+    """Return the item with its timing: a sweep names its points, a benchmark its directories.
 
-    A benchmark names them by their last part, by the whole path where two have the same. Where several may be meant,
-    of the records or of the items (this one is not `alone`), none is believed.
+    A benchmark names them by their last part, or by the whole path if two have the same. If several could be meant, of
+    the records or of the items (this one is not `alone`), none is used.
     """
     own = [record for record in records if item.kind in ("sweep", record.kind)]
     meant = [record for record in own if record.name == path]
@@ -169,7 +169,7 @@ def _named_apart(item: Item, taken: set[str]) -> Item:
 
 
 def _end_to_end(path: Path, records: Sequence[Record]) -> tuple[Record, ...]:
-    """Return the records of whole models; `ArtifactError` where there are none."""
+    """Return the records of whole models; `ArtifactError` if there are none."""
     models = tuple(record for record in records if record.what == "endtoend")
     if not models:
         raise ArtifactError(
@@ -246,7 +246,7 @@ def _of_sweep(manifest: Manifest, path: Path) -> tuple[tuple[Item, ...], tuple[R
 
 
 def _point(row: dict[str, Any], finished: list[dict[str, Any]], path: Path) -> Item:
-    """Return one point: medians from its row, curve and origin from the run of its first seed where that is there."""
+    """Return one point: medians from its row, curve and origin from the run of its first seed if that is there."""
     cells = [cell for cell in finished if all(cell[key] == row[key] for key in ("method", "sparsity"))]
     first = Cell(row["method"], row["sparsity"], cells[0]["seed"])
     run = path / "runs" / first.name
@@ -263,7 +263,7 @@ def _point(row: dict[str, Any], finished: list[dict[str, Any]], path: Path) -> I
         metric_name=str(row["metric_name"]),
         metric=number(row["metric_median"]),
         spread=(least, most) if least is not None and most is not None and row["seeds"] > 1 else None,
-        before=None,  # of one seed: the points without gates are what a sweep compares with
+        before=None,  # of one seed: a sweep is compared with its points without gates
         asked=number(row["sparsity"]),
         closed=number(cells[0].get("closed_fraction")),
         removed=number(row["encoder_macs_removed"]),
@@ -273,14 +273,14 @@ def _point(row: dict[str, Any], finished: list[dict[str, Any]], path: Path) -> I
 
 
 _READERS: dict[Form, Callable[[Manifest, Path], Item]] = {"run": _of_run, "pruned": _of_pruned, "onnx": _of_onnx}
-_SOURCES = {RUN_FORMAT["format"]: _of_run, PRUNED_FORMAT["format"]: _of_pruned}  # of what is exported
+_SOURCES = {RUN_FORMAT["format"]: _of_run, PRUNED_FORMAT["format"]: _of_pruned}  # of exported models
 
 
 # --- parts of a manifest --------------------------------------------------------------------------
 
 
 def _trained(manifest: Manifest, report: dict[str, Any]) -> dict[str, Any]:
-    """Return what training tells: the task, and the metric on its way."""
+    """Return what training reports: the task, and the metric along the way."""
     curve = tuple(
         Measured(step, number(point.get("metric_value")), number(point.get("closed_fraction")))
         for point in report.get("curve") or ()
@@ -308,7 +308,7 @@ def _size(path: Path, name: Any) -> int | None:
 
 
 def _kept(plan: dict[str, Any], path: Path) -> tuple[Kept, ...]:
-    """Return what each layer keeps; empty where no configuration lies there."""
+    """Return what each layer keeps; empty if there is no configuration."""
     layers, config = plan.get("layers") or (), path / "config.json"
     if not layers or not config.is_file():
         return ()

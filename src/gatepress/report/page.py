@@ -1,4 +1,4 @@
-"""The page: what is said of the facts, section by section. All text that comes from files is escaped here."""
+"""The page: what it says about the facts, section by section. All text from files is escaped here."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Section(NamedTuple):
 
 @dataclass(frozen=True)
 class Finding:
-    """What the page says first: of which model, in one sentence, and the two numbers that matter."""
+    """What the page says first: about which model, in one sentence, and the two numbers that matter."""
 
     item: Item
     sentence: str
@@ -38,7 +38,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Page:
-    """What was drawn, and what of it a command tells."""
+    """What was drawn, and the part of it that a command reports."""
 
     html: str
     title: str
@@ -47,7 +47,7 @@ class Page:
 
 
 def render(sheet: Sheet, title: str | None = None) -> Page:
-    """Draw the page; `title` names its tasks unless given. Sections that there is nothing to say in are left out."""
+    """Draw the page; `title` names its tasks unless given. Sections with nothing to say are left out."""
     title = title or f"gatepress on {_and(dict.fromkeys(map(_task, sheet.items)))}"
     found = _finding(sheet)
     sections = [section for part in _PARTS for section in part(sheet) if section.body]
@@ -64,7 +64,7 @@ def render(sheet: Sheet, title: str | None = None) -> Page:
 
 
 def _finding(sheet: Sheet) -> Finding:
-    """Return what matters most: the knee of a sweep, else the last form that was given of a model."""
+    """Return what matters most: the knee of a sweep, or else the last form of a model that was given."""
     item = max(sheet.items, key=lambda one: (one.knee, _LATE.index(one.kind), one.closed or 0.0))
     record = item.timed
     numbers = []
@@ -85,14 +85,14 @@ def _finding(sheet: Sheet) -> Finding:
     return Finding(item, f"{sentence}.", tuple(numbers))
 
 
-_LATE = ("run", "sweep", "pruned", "onnx")  # the later form is nearer to what is deployed
+_LATE = ("run", "sweep", "pruned", "onnx")  # later forms are nearer to what is deployed
 
 
 # --- sections -------------------------------------------------------------------------------------
 
 
 def _models(sheet: Sheet) -> Iterable[Section]:
-    """Yield the table of what was given."""
+    """Yield the table of the models that were given."""
     chosen = _finding(sheet).item
     columns: dict[str, Callable[[Item], str]] = {
         "model": lambda item: item.label,
@@ -105,7 +105,7 @@ def _models(sheet: Sheet) -> Iterable[Section]:
         "on disk": lambda item: _or(item.size_bytes, _megabytes),
     }
     if len(set(map(_task, sheet.items))) == 1:
-        del columns["task"]  # the heading says it
+        del columns["task"]  # it is in the heading
     columns = {name: show for name, show in columns.items() if any(show(item) != UNKNOWN for item in sheet.items)}
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
     rows = [_row(item, columns.values(), chosen=item is chosen) for item in sheet.items]
@@ -124,7 +124,7 @@ def _row(item: Item, columns: Iterable[Callable[[Item], str]], *, chosen: bool) 
 
 
 def _tradeoff(sheet: Sheet) -> Iterable[Section]:
-    """Yield the picture of each sweep: metric over latency, or over what is removed where nothing was timed."""
+    """Yield the picture of each sweep: metric over latency, or over what is removed if nothing was timed."""
     for number, points in enumerate(points for points in sheet.sweeps if len(points) > 1):
         one, records = points[0], [point.timed for point in points if point.timed]
         timed = len(records) == len(points)
@@ -166,7 +166,7 @@ def _scattered(points: Sequence[Item], method: Method, *, timed: bool) -> Iterab
 
 
 def _traded(points: Sequence[Item]) -> str:
-    """Return what the knee, or else the sparsest point, gains and loses against the densest one."""
+    """Return what the knee, or else the sparsest point, gains and loses compared with the densest one."""
     first, best = points[0], next((point for point in points if point.knee), points[-1])
     gain = f"does {_share(best.removed or 0.0)} less work than"
     if best.timed and best.timed.relative_time_factor and best.timed.baseline == first.name:
@@ -176,7 +176,7 @@ def _traded(points: Sequence[Item]) -> str:
 
 
 def _change(before: Item, after: Item) -> str:
-    """Return how the metric differs, in its own unit."""
+    """Return the change of the metric, in its own unit."""
     if before.metric is None or after.metric is None:
         return f"its {_metric_name(after)} is not known"
     lost = before.metric - after.metric
@@ -209,7 +209,7 @@ def _bars_explained(rows: Sequence[Bar]) -> str:
 
 
 def _before_and_after(item: Item) -> Iterable[tuple[Any, Bar]]:
-    """Yield (key, bar): a run and what became of it share one before."""
+    """Yield (key, bar): a run and its later forms share one before."""
     low, high = item.spread or (None, None)
     text = _metric(item.metric)
     if item.before is not None:
@@ -221,7 +221,7 @@ def _before_and_after(item: Item) -> Iterable[tuple[Any, Bar]]:
 
 
 def _moved(items: Sequence[Item]) -> str:
-    """Return what became of the metric."""
+    """Return a sentence on the change of the metric."""
     measured = [item for item in items if item.metric is not None]
     told = next((item for item in reversed(measured) if item.before is not None), None)
     name = _metric_name(items[0]).capitalize()
@@ -258,7 +258,7 @@ def _sizes(sheet: Sheet) -> Iterable[Section]:
 
 
 def _latency(sheet: Sheet) -> Iterable[Section]:
-    """Yield bars of what was timed, one picture for each batch and length."""
+    """Yield bars of the timings, one picture for each batch size and length."""
     timed = [group for records in sheet.records for group in groups(records)]
     if not timed:
         return
@@ -288,7 +288,7 @@ def _timed(record: Record) -> Bar:
 
 
 def _curves(sheet: Sheet) -> Iterable[Section]:
-    """Yield metric and closed gates over the steps of each training; what a run became has the same curve once."""
+    """Yield metric and closed gates over the steps of each training; forms of one run share a curve, drawn once."""
     trained = {(item.curve, item.commands[:1]): item for item in reversed(sheet.items) if item.curve}
     items = list(reversed(trained.values()))
     if not items:
@@ -317,7 +317,7 @@ def _curves(sheet: Sheet) -> Iterable[Section]:
 
 
 def _closed_in_training(item: Item) -> float:
-    """Return the fraction of gates that its training closed; what was pruned to another size has more or fewer."""
+    """Return the fraction of gates that its training closed; a model pruned to another size has more or fewer."""
     return item.curve[-1].closed or 0.0
 
 
@@ -367,7 +367,7 @@ def _origin(sheet: Sheet) -> Iterable[Section]:
 
 
 def _commands(sheet: Sheet) -> Iterable[Section]:
-    """Yield the command lines, those that several models share once."""
+    """Yield the command lines; lines that several models share appear once."""
     lines = dict.fromkeys(line for item in sheet.items for line in item.commands)
     several = f"{len(lines)} commands make" if len(lines) > 1 else "One command makes"
     blocks = "".join(f"<pre>{escape(line)}</pre>" for line in lines)

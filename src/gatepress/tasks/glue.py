@@ -11,7 +11,7 @@ _WAYS = "use --data-dir with a GLUE directory, --train-file and --validation-fil
 
 
 def glue_columns(directory: Path, task: str, split: str) -> tuple[str, Columns]:
-    """Return the path and the columns of one split in `--data-dir`; `DataError` where it is not there."""
+    """Return the path and the columns of one split in `--data-dir`; `DataError` if it is not there."""
     path = directory / task / f"{split}.tsv"
     if not path.is_file():
         raise DataError(f"{path}: no such file; {_remedy(directory, task, split)}")
@@ -19,7 +19,7 @@ def glue_columns(directory: Path, task: str, split: str) -> tuple[str, Columns]:
 
 
 def _remedy(directory: Path, task: str, split: str) -> str:
-    """Return what to do about a missing file; GLUE's own archives have other names (SST-2/dev.tsv)."""
+    """Return what to do about a missing file; GLUE's own archives use other names (SST-2/dev.tsv)."""
     expected = f"--data-dir is expected to hold {task}/{split}.tsv"
     there = sorted(directory.iterdir()) if directory.is_dir() else []
     others = [one.name for one in there if one.is_dir() and one.name != task and _plain(one.name) == _plain(task)]
@@ -35,8 +35,8 @@ def _plain(name: str) -> str:
 def hub_columns(task: str, split: str) -> tuple[str, Columns]:
     """Return the address and the columns of one split on the hub, or from its local cache.
 
-    The parquet files are read as they are: `datasets.load_dataset` retries for half a minute where
-    there is no network. Raises `HubError` that names the ways out where the hub is out of reach.
+    The parquet files are read directly, because `datasets.load_dataset` retries for half a minute if
+    there is no network. Raises `HubError` that names the ways out if the hub is out of reach.
     """
     pattern = f"{task}/{split}-*.parquet"
     directory = download(HUB_ID, "dataset", (pattern,), ways_out=_WAYS)

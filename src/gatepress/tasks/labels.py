@@ -1,4 +1,4 @@
-"""From the values of a label column to ids or numbers, and to what kind of task they make."""
+"""From the values of a label column to ids or numbers, and to the kind of task they make."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -8,16 +8,16 @@ from gatepress.errors import DataError
 from gatepress.schema import is_sound
 from gatepress.tasks.spec import MIN_CLASSES
 
-MAX_SCORE = 3.4e38  # float32 holds hardly more
+MAX_SCORE = 3.4e38  # float32 holds little more
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
-MAX_CLASSES = 1000  # more distinct values than that are ids or texts: the wrong column
+MAX_CLASSES = 1000  # more distinct values are ids or texts: the wrong column
 
 
 def infer_names(values: list[Any], where: str) -> tuple[str, ...] | None:
-    """Return the class names that `values` hold, in id order, or None where they are scores.
+    """Return the class names that `values` hold, in id order, or None if they are scores.
 
     Numbers with a decimal point are scores, unless there are only two of them and both are whole
-    (0.0 and 1.0, as pandas writes classes). Raises `DataError` where there are too many classes, or words among scores.
+    (0.0 and 1.0, as pandas writes classes). Raises `DataError` if there are too many classes, or words among scores.
     """
     spelled: dict[str, int] = {}  # label -> the first row that has it
     for row, value in enumerate(values, start=1):
@@ -40,7 +40,7 @@ def infer_names(values: list[Any], where: str) -> tuple[str, ...] | None:
 
 
 def _refuse_mixed(spelled: Mapping[str, int], where: str) -> None:
-    """Raise `DataError` where words stand among scores, or all scores are written with a decimal comma."""
+    """Raise `DataError` if there are words among scores, or if all scores have a decimal comma."""
     words = [text for text in spelled if _number(text) is None]
     parts = [text for text in spelled if (number := _number(text)) is not None and number % 1]
     if all(_DECIMAL_COMMA.fullmatch(text) for text in words):
@@ -53,27 +53,27 @@ def _refuse_mixed(spelled: Mapping[str, int], where: str) -> None:
 
 
 def in_order(id2label: Mapping[Any, Any]) -> tuple[str, ...]:
-    """Return what a configuration calls the outputs of a head, in the order of their ids."""
+    """Return a configuration's names for the outputs of a head, in the order of their ids."""
     return tuple(str(id2label[key]) for key in sorted(id2label, key=int))
 
 
 def named(names: Sequence[str]) -> tuple[dict[int, str], dict[str, int]]:
-    """Return what a configuration holds of the outputs of a head: id -> name, and name -> id."""
+    """Return what a configuration holds about the outputs of a head: id -> name, and name -> id."""
     return dict(enumerate(names)), {name: index for index, name in enumerate(names)}
 
 
 def are_numbered(names: Sequence[str]) -> bool:
-    """Say whether classes are only counted (LABEL_0, ...), as transformers calls them where nobody else named them."""
+    """Return whether classes are only numbered (LABEL_0, ...), as transformers names them by default."""
     return folded(names) == tuple(f"label_{number}" for number in range(len(names)))
 
 
 def folded(names: Sequence[str]) -> tuple[str, ...]:
-    """Return names as they are compared where models from elsewhere may spell them in other cases."""
+    """Return names in the form in which they are compared: models from elsewhere may differ in case."""
     return tuple(name.lower() for name in names)
 
 
 def class_ids(values: list[Any], names: tuple[str, ...], where: str, *, ids_too: bool) -> list[int]:
-    """Return the id of each class name; with `ids_too` a value may also be the id itself.
+    """Return the id of each class name; with `ids_too`, a value may also be the id itself.
 
     Raises `DataError` that names the first row whose label is none of `names`.
     """
@@ -94,14 +94,14 @@ def scores(values: list[Any], where: str) -> list[float]:
     result = []
     for row, value in enumerate(values, start=1):
         number = _number(label_text(value, where, row))
-        if number is None or not abs(number) <= MAX_SCORE:  # no NaN either
+        if number is None or not abs(number) <= MAX_SCORE:  # refuses NaN too
             raise DataError(f"{where}, row {row}: label {str(value)!r} is not a finite number")
         result.append(number)
     return result
 
 
 def label_text(value: Any, where: str, row: int) -> str:
-    """Return the one spelling of a label; `DataError` where there is none or it is a structure."""
+    """Return the one spelling of a label; `DataError` if there is none or it is a structure."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int | float):
@@ -126,6 +126,6 @@ def _is_int(text: str) -> bool:
 
 
 def some(names: Sequence[str], limit: int = 10) -> str:
-    """Return the first of the names, and how many there are where that is not all."""
+    """Return the first of the names, and how many there are if those are not all."""
     more = f", ... ({len(names)} in all)" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

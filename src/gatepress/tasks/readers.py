@@ -1,7 +1,7 @@
 """One file of rows into columns: csv, tsv, jsonl, parquet. Whatever is wrong is one `DataError`.
 
-csv is read with quotes, as spreadsheets write it; tsv without, as GLUE is kept on people's disks
-(its texts hold unbalanced quotes).
+csv is read with quotes, as spreadsheets write it; tsv without, like the GLUE files on people's disks
+(their texts hold unbalanced quotes).
 """
 
 import csv
@@ -21,7 +21,7 @@ Columns = Mapping[str, list[Any]]  # column name -> values, all of one length; r
 
 
 def read_columns(path: Path) -> Columns:
-    """Read a whole file by its suffix; `DataError` where it is missing, empty or not what it says."""
+    """Read a whole file by its suffix; `DataError` if it is missing, empty or not what it says."""
     kinds = ", ".join(_READERS)
     if path.is_dir():
         raise DataError(f"{path}: is a directory, expected a file of rows ({kinds})")
@@ -56,7 +56,7 @@ def _text(path: Path) -> str:
 
 
 def _table(path: Path, rows: Any, advice: str) -> Columns:
-    """Turn an iterator over lists of fields, the first being the header, into columns."""
+    """Turn an iterator over lists of fields, of which the first is the header, into columns."""
     usual = csv.field_size_limit(sys.maxsize)  # texts may be long
     try:
         header = [name.strip() for name in next(rows)]
@@ -136,7 +136,7 @@ class _Parquet(Mapping[str, list[Any]]):
             raise KeyError(name)
         try:
             values: list[Any] = self.table.column(name).to_pylist()
-        # UnicodeDecodeError is a ValueError; of a time zone that nobody knows some releases raise a KeyError
+        # UnicodeDecodeError is a ValueError; for an unknown time zone, some releases raise a KeyError
         except (ValueError, OverflowError, KeyError, pa.ArrowException) as error:
             raise DataError(f"{self.path}: column {name!r} cannot be read ({reason_of(error)})") from None
         return values

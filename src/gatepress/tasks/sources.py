@@ -28,20 +28,20 @@ Splits = Literal["all", "validation"]
 class Rows:
     """The rows of one task: columns `text`, `text_pair` (pairs only) and `label` (id or number).
 
-    For an embedder each text is a row: all first texts of pairs, and behind them the second ones.
+    For an embedder each text is a row: all first texts of pairs, followed by the second ones.
     """
 
     spec: TaskSpec
-    train: datasets.Dataset | None  # None where only validation was asked for
+    train: datasets.Dataset | None  # None if only validation was asked for
     validation: dict[str, datasets.Dataset]  # by split name
-    unlabelled: datasets.Dataset | None  # with `TaskSpec.no_label`; None where there are none, or only validation
+    unlabelled: datasets.Dataset | None  # with `TaskSpec.no_label`; None if there are none, or only validation
     fingerprint: str  # sha256 over all rows above, in order
 
 
 @dataclass(frozen=True)
 class _Split:
     name: str
-    where: str  # what an error calls it: a path, or a hub address
+    where: str  # its name in errors: a path, or a hub address
     columns: Columns
 
 
@@ -53,15 +53,15 @@ def load_rows(
     classes: tuple[str, ...] | None = None,
     embeds: bool = False,
 ) -> Rows:
-    """Load, check and cut the rows that `data` asks for; `embeds`: of an embedder, which learns without labels.
+    """Load, check and cut the rows that `data` asks for; `embeds`: for an embedder, which learns without labels.
 
-    `spec` (from the manifest of a run with a head) fixes columns and label ids; without it they come from the task's
-    row or from the training file; `classes` (of a model from elsewhere) are those of own rows that hold no others.
-    Raises `UsageError` on an unknown task, `DataError` on unusable
-    rows, `HubError` where a hub is out of reach, `MissingExtraError` without the demo package.
+    `spec` (from the manifest of a run with a head) fixes columns and label ids; without it, they come from the task's
+    row or from the training file. `classes` (of a model from elsewhere) are those of own rows, if these hold no others.
+    Raises `UsageError` on an unknown task, `DataError` on unusable rows, `HubError` if a hub is out of reach,
+    `MissingExtraError` without the demo package.
     """
     if embeds:
-        spec = None  # without a head any labels will do: rows say themselves what they are
+        spec = None  # without a head any labels will do: the rows themselves say what they are
     if data.task is None:
         train, validation = _own_splits(data, splits, classes_known=embeds or spec is not None)
         labelled = validation[0] if embeds or train is None else train
@@ -154,7 +154,7 @@ def _infer_spec(data: DataSettings, split: _Split, classes: tuple[str, ...] | No
 
 
 def _trained_for(spec: TaskSpec | None, task: TaskSpec) -> TaskSpec:
-    """Return the row to read `task` by; `UsageError` where a model trained for `spec` has other labels."""
+    """Return the row to read `task` by; `UsageError` if a model trained for `spec` has other labels."""
     if spec is None or spec.name == task.name:
         return spec or task
     if spec.label_names != task.label_names:
@@ -166,7 +166,7 @@ def _trained_for(spec: TaskSpec | None, task: TaskSpec) -> TaskSpec:
 
 
 def _as_asked(spec: TaskSpec, data: DataSettings) -> TaskSpec:
-    """Return `spec` with the columns and the metric that the user named in place of its own."""
+    """Return `spec` with the columns and the metric that the user named instead of its own."""
     first, second = (*spec.text_columns, None)[:PAIR]
     pair = data.text_pair_column or second
     texts = (data.text_column or first or "", *([pair] if pair else []))
@@ -175,7 +175,7 @@ def _as_asked(spec: TaskSpec, data: DataSettings) -> TaskSpec:
 
 
 def _embedding(spec: TaskSpec, data: DataSettings) -> TaskSpec:
-    """Return the spec of an embedder over the same pairs; `UsageError` where there is nothing to compare vectors by.
+    """Return the spec of an embedder over the same pairs; `UsageError` if there is nothing to compare vectors by.
 
     Unless a metric is asked for, classes are measured by average precision.
     """
@@ -221,7 +221,7 @@ def _refuse_unfit_columns(spec: TaskSpec) -> None:
 
 
 def _table(split: _Split, spec: TaskSpec, data: DataSettings) -> Columns:
-    """Return the checked columns of one split, cut to the first rows as asked."""
+    """Return the checked columns of one split, cut to the requested first rows."""
     limit = data.max_train_samples if split.name == "train" else data.max_validation_samples
     table = _text_columns(split, spec, data, limit)
     values = require_column(split.columns, spec.label_column, "--label-column", split.where)[:limit]
@@ -249,13 +249,13 @@ def _text_columns(split: _Split, spec: TaskSpec, data: DataSettings, limit: int 
     options = ("--text-column", "--text-pair-column")
     for key, name, option in zip(("text", "text_pair"), spec.text_columns, options, strict=False):
         values = require_column(split.columns, name, option, split.where)[:limit]
-        # GLUE has a few empty texts; in own data one is more likely a mistake.
+        # GLUE has a few empty texts; in own data, one is more likely a mistake.
         table[key] = _texts(values, f"{split.where}, column {name!r}", empty_allowed=data.task is not None)
     return table
 
 
 def _texts(values: list[Any], where: str, *, empty_allowed: bool) -> list[str]:
-    """Return the values as they are; `DataError` that names the first row with no text in it."""
+    """Return the values unchanged; `DataError` that names the first row without text."""
     for row, value in enumerate(values, start=1):
         if not isinstance(value, str):
             got = "missing" if value is None else type(value).__name__
@@ -276,7 +276,7 @@ def _refuse_one_class(ids: list[int], spec: TaskSpec, where: str, *, cut: bool) 
 
 
 def _refuse_unrankable(table: Columns, spec: TaskSpec, where: str, *, cut: bool) -> None:
-    """Raise `DataError` where a metric of ranks has nothing to rank, or labels that are no grades."""
+    """Raise `DataError` if a metric of ranks has nothing to rank, or labels that are not grades."""
     least = min(table["label"])
     if least < 0:
         raise DataError(f"{where}: a label is {least:g}, expected 0 or more, which --metric {spec.metric} weighs by")

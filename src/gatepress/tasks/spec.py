@@ -1,4 +1,4 @@
-"""One row a task: its columns, its labels, its metric, its validation splits."""
+"""One row per task: its columns, its labels, its metric, its validation splits."""
 
 import difflib
 import math
@@ -10,13 +10,13 @@ from gatepress.config import Metric
 from gatepress.errors import ArtifactError, UsageError
 
 _OF_CLASSES, _OF_TWO, _OF_NUMBERS = ("two classes", "classes"), ("two classes",), ("numbers",)
-METRICS: dict[Metric, tuple[str, ...]] = {  # each with the labels that it can be taken of
+METRICS: dict[Metric, tuple[str, ...]] = {  # each with the labels that it can be computed for
     **dict.fromkeys(("accuracy", "matthews", "f1"), _OF_CLASSES),
     **dict.fromkeys(("average_precision", "mrr@10"), _OF_TWO),
     "ndcg@10": (*_OF_TWO, *_OF_NUMBERS),
     **dict.fromkeys(("pearson", "spearman"), _OF_NUMBERS),
 }
-RANKS = ("mrr@10", "ndcg@10")  # of pairs alone: rows whose first text is the same are those of one query
+RANKS = ("mrr@10", "ndcg@10")  # of pairs alone: rows with the same first text belong to one query
 ONE_TEXT, PAIR = 1, 2  # text columns a row can have
 MIN_CLASSES = 2
 NO_CLASS = -100
@@ -32,7 +32,7 @@ class TaskSpec:
     metric: Metric
     validation_splits: tuple[str, ...] = ("validation",)
     label_column: str = "label"
-    embeds: bool = False  # each text is read on its own, and how alike the vectors of a pair are is measured
+    embeds: bool = False  # each text is read on its own, and the similarity of a pair's vectors is measured
 
     @property
     def num_labels(self) -> int:
@@ -41,24 +41,24 @@ class TaskSpec:
 
     @property
     def names_classes(self) -> bool:
-        """Whether a model of this task names a class of each row, where others give a number or a vector."""
+        """Whether a model of this task names a class for each row; others give a number or a vector."""
         return not (self.embeds or self.label_names is None)
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Widths that the head of a finetuned model may have: of two classes one output may tell, as rerankers have."""
+        """Widths that the head of a finetuned model may have: one output can stand for two classes, as in rerankers."""
         return (self.num_labels, 1) if self.second_fits else (self.num_labels,)
 
     @property
     def second_fits(self) -> bool:
-        """Whether the second of two classes is what scores and cosines are high for; of entailment it is the first."""
+        """Whether scores and cosines are high for the second of two classes; in entailment it is the first."""
         return self.num_labels == MIN_CLASSES and self.label_names != _ENTAILMENT
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
         """The metrics that rows of this kind can be measured by.
 
-        How alike vectors are names no class, so of an embedder not those that any number of classes can have.
+        The similarity of vectors names no class, so an embedder has none of those that work with any number of classes.
         """
         kind = "numbers" if self.label_names is None else "two classes" if self.num_labels == MIN_CLASSES else "classes"
         pairs = len(self.text_columns) == PAIR
@@ -70,7 +70,7 @@ class TaskSpec:
 
     @property
     def no_label(self) -> int | float:
-        """What stands for the label of a row that has none: the id that torch ignores, or no number."""
+        """The label of a row that has none: the id that torch ignores, or NaN."""
         return math.nan if self.label_names is None else NO_CLASS
 
     def to_json(self) -> dict[str, Any]:
@@ -79,10 +79,10 @@ class TaskSpec:
 
     @classmethod
     def from_json(cls, value: Any) -> "TaskSpec":
-        """Read a row back from a manifest; `ArtifactError` where a field is missing, unknown or malformed."""
+        """Read a row back from a manifest; `ArtifactError` if a field is missing, unknown or malformed."""
         if not isinstance(value, dict):
             raise ArtifactError(f"task in the manifest is {type(value).__name__}, expected an object")
-        value = {"embeds": False, **value}  # before 0.27 nothing did
+        value = {"embeds": False, **value}  # before 0.27 nothing was an embedder
         known = [field.name for field in fields(cls)]
         if set(value) != set(known):
             got = ", ".join(map(str, value)) or "nothing"
@@ -103,7 +103,7 @@ def _is_text(value: object) -> bool:
 
 
 def _are_texts(value: object) -> bool:
-    """Tell whether this is a list of texts that are all different."""
+    """Return whether this is a list of texts that are all different."""
     return isinstance(value, list) and value != [] and all(map(_is_text, value)) and len(set(value)) == len(value)
 
 
