@@ -382,6 +382,8 @@ def trained(
     for texts in (word for word in words if isinstance(word, Texts)):
         words = tuple(texts.file(task, options) if word is texts else word for word in words)
         epochs = epochs and texts.epochs(epochs, task, options)
+    if options.size == "paper":  # these epochs are for small encoders: train for as long as gatepress does by default
+        epochs = None
     words = ("--task", task, AS_TRAINED, *experiment.words, *words, "--seed", seed, *common(options, epochs))
     run = place_of(name, key, options)
     told = train(run, *start, words, options)

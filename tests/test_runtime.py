@@ -255,10 +255,13 @@ def test_changed_onnx_directory_is_refused(forms, tmp_path: Path) -> None:
             open_runner(broken)
 
 
-def test_pruned_directory_without_its_manifest_is_refused(forms, tmp_path: Path) -> None:
+def test_pruned_directory_without_its_manifest_is_a_bare_model(forms, tmp_path: Path) -> None:
+    """As a bare `.onnx` file is: nothing is known about it, and whoever asks for the manifest is told."""
     shutil.copytree(forms.pruned, tmp_path / "pruned", ignore=shutil.ignore_patterns("gatepress_pruned.json"))
+    runner = open_runner(tmp_path / "pruned")
+    assert (runner.kind, runner.manifest) == ("model", None)
     with pytest.raises(ArtifactError, match=r"gatepress_pruned\.json"):
-        open_runner(tmp_path / "pruned")
+        load_pruned(tmp_path / "pruned")
 
 
 def test_run_that_was_cut_short_is_refused(forms, tmp_path: Path) -> None:

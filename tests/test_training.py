@@ -263,6 +263,25 @@ def test_rows_without_padding_are_compared_too(
         prune(run, tmp_path / "pruned", layout="inner")
 
 
+def test_padding_is_compared_even_if_all_rows_have_one_length(
+    tiny_model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, _ = next(tiny.made_up_rows(1))
+    rows = [(text, label) for label in ("calm", "wild") * 32]
+    file = tiny.write_table(tmp_path / "rows.csv", ("text", "label"), rows)
+    run = save_run(tmp_path / "run", tiny_model_dir("bert"), TaskFiles(file, file))
+    assert load_file(run / PROBE_FILE)["attention_mask"].all()
+    prune(run, tmp_path / "right", layout="inner")
+    forward = PrunedAttention.forward
+
+    def wrong(self: Any, states: Any, attention_mask: Any = None, *rest: Any, **options: Any) -> Any:  # noqa: ARG001 - ignored
+        return forward(self, states, None, *rest, **options)
+
+    monkeypatch.setattr(PrunedAttention, "forward", wrong)
+    with pytest.raises(ParityError, match="gated and reloaded logits"):
+        prune(run, tmp_path / "pruned", layout="inner")
+
+
 def test_what_a_tokenizer_emits_and_the_model_does_not_take_is_left_out(
     family: str, tiny_model_dir: ModelDir, tiny_regression_files: TaskFiles, tmp_path: Path
 ) -> None:

@@ -181,10 +181,9 @@ def ship_code(config: dict[str, Any], directory: Path) -> None:
     shutil.copyfile(source, directory / source.name)
     class_name = str(config["architectures"][0])
     kind = next(kind for kind in ("ForSequenceClassification", "Model") if class_name.endswith(kind))
-    config["auto_map"] = {
-        "AutoConfig": f"{source.stem}.{class_name.removesuffix(kind)}Config",
-        f"AutoModel{kind.removeprefix('Model')}": f"{source.stem}.{class_name}",
-    }
+    family = f"{source.stem}.{class_name.removesuffix(kind)}"
+    config["auto_map"] = {"AutoConfig": f"{family}Config", "AutoModel": f"{family}Model"}
+    config["auto_map"][f"AutoModel{kind.removeprefix('Model')}"] = f"{family}{kind}"
 
 
 def parameters_of(model: nn.Module) -> int:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from gatepress.agreement import compare, quantized_difference, random_batches
 from gatepress.checkpoint import PROBE_FILE, read_probe, read_run
 from gatepress.config import MAX_LOGIT_DIFF, METRIC_ROUNDING, DataSettings
+from gatepress.embedding import as_saved
 from gatepress.errors import ArtifactError, GatepressError, MetricDropError, UsageError
 from gatepress.evaluation import Basis, basis_of, evaluate_runner, probe_rows
 from gatepress.families import dense_type
@@ -253,5 +254,5 @@ def _config(model: PreTrainedModel) -> dict[str, Any]:
     if values.get("id2label"):  # whatever type they have, tools read texts and counts
         values["id2label"], values["label2id"] = named(in_order(values["id2label"]))
     values["model_type"] = dense_type(model.config.model_type)
-    values["architectures"] = [type(model).__name__.removeprefix("Gatepress")]
+    values["architectures"] = [type(as_saved(model)).__name__.removeprefix("Gatepress")]
     return values

@@ -16,6 +16,7 @@ from gatepress.tasks.labels import are_numbered, folded, in_order, named
 logger = logging.getLogger(__name__)
 
 HEAD = "classifier"  # its name in all families; a configuration may describe one that the weights lack
+AS_IT_IS = "torch.nn.modules.linear.Identity"  # of a number; sentence-transformers would make a sigmoid of it
 OTHER_CLASSES = "%s: the classes of its head are %s; they are taken for %s, in this order"
 OTHER_HEAD = "%s: outputs of its head: %d, the rows have %s; a new head is trained, and the model counts as pretrained"
 
@@ -36,7 +37,10 @@ def set_labels_(config: Any, directory: Path, spec: TaskSpec) -> None:
     else:  # a single output for two classes keeps its own name
         names = in_order(config.id2label or {0: "LABEL_0"})
     config.id2label, config.label2id = named(names)
-    if kept_head and (activation := activation_of(directory)):  # sentence-transformers looks for it there too
+    activation = activation_of(directory) if kept_head else None
+    if activation is None and spec.label_names is None:
+        activation = AS_IT_IS
+    if activation:  # sentence-transformers looks for it there too
         config.sentence_transformers = {"activation_fn": activation} | getattr(config, "sentence_transformers", {})
 
 

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
@@ -58,6 +59,8 @@ from transformers import (
 )
 
 VERSIONS = (1, 2)
+# Releases of transformers before 5 call the attention of these otherwise.
+SINCE_5 = ("gatepress_mpnet", "gatepress_distilbert", "gatepress_modernbert")
 GATHER_FROM = 3  # threads; index_select uses only one, on which it takes less than half of gather's time
 
 
@@ -385,6 +388,8 @@ def shrink_(model: Any, gatepress: dict[str, Any]) -> None:
     if gatepress.get("version") not in VERSIONS:
         known = " and ".join(map(str, VERSIONS))
         raise ValueError(f"config.gatepress has version {gatepress.get('version')!r}, this file reads {known}")
+    if model.config.model_type in SINCE_5 and transformers.__version__.startswith("4."):
+        raise ValueError(f"{model.config.model_type} needs transformers 5 or later, this is {transformers.__version__}")
     base = model.base_model
     for path in gatepress["attentions"]:
         split_(_submodule(base, path))

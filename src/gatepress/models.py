@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from gatepress.embedding import as_saved, embedder_class, is_embedder
 from gatepress.errors import ArtifactError, GatepressError, ModelError, reason_of
 from gatepress.families import FAMILIES
-from gatepress.files import PRUNED_FILE, read_json, sha256_of
+from gatepress.files import PRUNED_FILE, json_text, read_json, sha256_of
 from gatepress.hub import locate_model
 from gatepress.manifests import (
     check_beside,
@@ -31,6 +31,7 @@ from gatepress.resolve import family_named, model_class
 SENTENCEPIECE_FILES = ("spm.model", "spiece.model", "sentencepiece.bpe.model")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", *SENTENCEPIECE_FILES, "vocab.txt", "vocab.json")
 PANIC = "PanicException"  # of tokenizers, written in Rust: not an Exception, and not importable by name
+BACKEND = "TokenizersBackend"  # what transformers 5 calls tokenizers without a class of their own; 4 does not know it
 SHOWN = 3  # number of tensors to name that do not fit
 
 
@@ -80,7 +81,10 @@ def load_pruned(directory: str | Path) -> PreTrainedModel:
     if not path.exists():
         path = locate_model(str(directory))
     if not (path / PRUNED_FILE).is_file():
-        raise ArtifactError(f"{path}: has no {PRUNED_FILE}, expected a directory written by `gatepress prune`")
+        raise ArtifactError(
+            f"{path}: has no {PRUNED_FILE}, expected a directory written by `gatepress prune`; what transformers saved "
+            "anew opens with its Auto classes after `import gatepress.auto`"
+        )
     manifest = read_manifest(path / PRUNED_FILE)
     hashes = hashes_of(manifest, path / PRUNED_FILE, ("config.json", "model.safetensors"), "prune again")
     check_files(path, hashes.items(), "prune again")
@@ -198,4 +202,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> dict[
     # Otherwise they follow from the class, which some releases pick by model type, and they do not know ours.
     tokenizer.init_kwargs["model_input_names"] = list(tokenizer.model_input_names)
     written = {Path(name).name for name in tokenizer.save_pretrained(directory)}
+    settings = directory / "tokenizer_config.json"
+    if settings.is_file() and (config := read_json(settings)).get("tokenizer_class") == BACKEND:
+        settings.write_text(json_text({**config, "tokenizer_class": "PreTrainedTokenizerFast"}), encoding="utf-8")
     return {name: sha256_of(directory / name) for name in sorted(written) if (directory / name).is_file()}

@@ -293,7 +293,7 @@ def _rotate_heads_(model: Any, rows: Any, tokenizer: PreTrainedTokenizerBase, pr
         before = model(**batches[0]).logits
         turn_(model, bases)
         after = model(**batches[0]).logits
-    agree(before, after, "logits before and behind turning heads", "train with --no-rotate-heads, and please report it")
+    agree(before, after, "logits before and after turning heads", "train with --no-rotate-heads, and please report it")
 
 
 def _open_epochs(settings: TrainSettings, epochs: int, *, finetuned: bool) -> int:

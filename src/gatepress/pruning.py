@@ -189,6 +189,12 @@ def _write(pruned: PreTrainedModel, staged: Path, layout: Layout) -> list[Path]:
 
 @torch.inference_mode()
 def _logits(model: PreTrainedModel, probe: dict[str, Tensor]) -> Tensor:
-    """Return the logits of the rows, and again those of the longest row alone, which needs no padding and no mask."""
-    whole = {name: value[:1] for name, value in probe.items()}
-    return torch.cat([model(**rows).logits.float() for rows in (probe, whole)])
+    """Return the logits of the rows, of the longest row alone, and of the first half of each row with the rest masked.
+
+    The longest row alone needs no padding. If all rows of a probe have one length, only masking shows it.
+    """
+    forms = [probe, {name: value[:1] for name, value in probe.items()}]
+    if (mask := probe.get("attention_mask")) is not None:
+        first_half = mask.cumsum(1) <= (mask.sum(1, keepdim=True) + 1) // 2
+        forms.append({**probe, "attention_mask": mask * first_half})
+    return torch.cat([model(**rows).logits.float() for rows in forms])

@@ -28,7 +28,7 @@ from gatepress.manifests import (
     read_config,
     read_manifest,
 )
-from gatepress.models import has_tokenizer, load_pruned, model_errors, refuse_missing
+from gatepress.models import has_tokenizer, load_pruned, model_errors, open_pruned, refuse_missing
 from gatepress.runners import INPUTS, Kind, OnnxRunner, Runner, TorchRunner, session_options
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def device_here(name: str) -> str:
     try:
         torch_device(name)
     except DeviceError:
-        logger.warning("the run was trained on %s, which is not here: it goes on on what there is", name)
+        logger.warning("the run was trained on %s, which is not here: it goes on with what there is", name)
         return "auto"
     return name
 
@@ -120,8 +120,6 @@ def _kind_of(target: str, path: Path) -> Kind:
             f"{PRUNED_FILE} (gatepress prune), {ONNX_MODEL} (gatepress export), "
             "or config.json with *.safetensors (transformers)"
         )
-    if str(read_json(path / "config.json").get("model_type", "")).startswith("gatepress_"):
-        return "pruned"  # its manifest is missing, which its loader explains
     return "model"
 
 
@@ -135,7 +133,12 @@ def _weights(directory: Path) -> list[Path]:
 
 
 def _load_model(target: str, path: Path, *, trust_remote_code: bool) -> tuple[PreTrainedModel, bool]:
-    """Return a plain model, and whether its head was drawn at random: from a fixed seed, so that two openings agree."""
+    """Return a model without a manifest, and whether its head was drawn at random.
+
+    A random head is drawn from a fixed seed, so that two openings agree.
+    """
+    if str(read_json(path / "config.json").get("model_type", "")).startswith("gatepress_"):
+        return open_pruned(path), False  # transformers saved it anew, after training it on for example
     kind: Any = AutoModelForSequenceClassification
     own: dict[str, Any] = {}
     if is_embedder(path):

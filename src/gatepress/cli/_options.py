@@ -233,7 +233,7 @@ Distill = Annotated[
     TRAINING(
         help="Let the model with open gates teach the one whose gates close, with its logits and hidden states. "
         "This costs one more forward pass per step. A pretrained model learns the task first, then teaches. "
-        "Default: on if the model was finetuned for the task and there is a low-rank update."
+        "Default: on with --embed, and if the model was finetuned for the task and there is a low-rank update."
     ),
 ]
 Start = Annotated[
@@ -258,7 +258,7 @@ OpenEpochs = Annotated[
     TRAINING(
         metavar="N",
         help="How many of the epochs pass with all gates open before closing begins. Default: none; with "
-        "--distill a third of them, unless the model was already finetuned for the task.",
+        "--distill a third of them, at least one, unless the model was already finetuned for the task.",
     ),
 ]
 Closing = Annotated[

@@ -37,7 +37,7 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
     batch_size: Annotated[int, opt.MEASURING(metavar="N", help="Rows per batch.")] = 32,
     max_length: Annotated[
         int | None,
-        opt.MEASURING(metavar="TOKENS", help="Truncate texts to this many tokens. Default: as in training."),
+        opt.MEASURING(metavar="TOKENS", help="Truncate texts to this many tokens. Default: as in training, else 128."),
     ] = None,
     against: Annotated[
         str | None,
