@@ -182,8 +182,12 @@ def ship_code(config: dict[str, Any], directory: Path) -> None:
     class_name = str(config["architectures"][0])
     kind = next(kind for kind in ("ForSequenceClassification", "Model") if class_name.endswith(kind))
     family = f"{source.stem}.{class_name.removesuffix(kind)}"
-    config["auto_map"] = {"AutoConfig": f"{family}Config", "AutoModel": f"{family}Model"}
-    config["auto_map"][f"AutoModel{kind.removeprefix('Model')}"] = f"{family}{kind}"
+    headed = f"AutoModel{kind.removeprefix('Model')}"  # of an embedder, AutoModel itself
+    config["auto_map"] = {
+        "AutoConfig": f"{family}Config",
+        "AutoModel": f"{family}Model",
+        headed: f"{family}{kind}",
+    }
 
 
 def parameters_of(model: nn.Module) -> int:

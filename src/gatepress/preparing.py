@@ -28,6 +28,7 @@ from gatepress.gates import gates_of
 from gatepress.heads import is_finetuned, tell_of_head
 from gatepress.hub import locate_model
 from gatepress.inject import mark_trainable_
+from gatepress.manifests import read_manifest
 from gatepress.methods import Kinds, prepare_, refuse_rank, trained
 from gatepress.models import model_files, open_tokenizer
 from gatepress.narrowing import quicken_
@@ -85,13 +86,13 @@ def prepared(settings: TrainSettings, *, resumed: bool = False) -> Job:
     base = locate_model(settings.model, settings.revision)
     finetuned = is_finetuned(base, rows.spec)
     settings = settings.resolved(rows.spec.metric, finetuned=finetuned)
-    base_sha256 = model_files(base)
-    model, layers, kinds, dense_params, before = _wrapped(settings, rows.spec, base, base_sha256, start)
+    model, base_sha256, layers, kinds, dense_params, before = _wrapped(settings, rows.spec, base, start)
     if processes.main and not resumed:
         tell_of_head(base, rows.spec)
     tokenizer = _tokenizer_of(base, model)
     tokens = fitting(settings.max_length, max_tokens(model.config.to_dict()), tokenizer)
-    labelled, every = _present(rows.train), _with_unlabelled(rows)
+    labelled = _present(rows.train)
+    every = labelled if rows.unlabelled is None else concatenate_datasets([labelled, rows.unlabelled])
     train_rows = tokenize(every, tokenizer, tokens)
     validation_rows = {name: tokenize(split, tokenizer, tokens) for name, split in rows.validation.items()}
     loader = make_loader(
@@ -189,15 +190,14 @@ class _Wrapped(NamedTuple):
     """A model with everything that its method adds, and what is known about it."""
 
     model: Any
+    base_sha256: dict[str, str]  # of each file of its weights
     layers: list[Layer]
     kinds: Kinds  # what is trained
     dense_params: int
     before: dict[str, Tensor]  # the numbers that a start replaced, by name
 
 
-def _wrapped(
-    settings: TrainSettings, spec: TaskSpec, base: Path, base_sha256: dict[str, str], start: Path | None
-) -> _Wrapped:
+def _wrapped(settings: TrainSettings, spec: TaskSpec, base: Path, start: Path | None) -> _Wrapped:
     """Open the base model and add what is trained, with the values of the run `start` if there is one."""
     model: Any = open_base(base, spec)
     _refuse_unfit(model, settings)
@@ -207,12 +207,13 @@ def _wrapped(
     layers = prepare_(model, settings)
     if settings.gated:
         quicken_(model, layers, first_token=not reads_all(model))
+    base_sha256 = model_files(base)  # after all that may be refused: it reads every weight
     before = load_start_(model, settings, spec, base, base_sha256) if start else {}
     if start and settings.match_shares:
         _as_trained_(model, start)
     kinds = trained(model, settings)
     mark_trainable_(kinds)
-    return _Wrapped(model, layers, kinds, dense_params, before)
+    return _Wrapped(model, base_sha256, layers, kinds, dense_params, before)
 
 
 def _rows(settings: TrainSettings) -> Rows:
@@ -276,7 +277,8 @@ def _as_trained_(model: Any, directory: Path) -> None:
     """
     if not (directory / RUN_FILE).is_file():
         return
-    if moved := read_run(directory).report.get("class_offsets"):
+    manifest = read_manifest(directory / RUN_FILE)  # not `read_run`: the tensors were compared when they were loaded
+    if moved := manifest["report"].get("class_offsets"):
         move_(model, -np.array(moved, dtype=np.float64))
 
 
@@ -327,9 +329,3 @@ def _present(rows: Any) -> Any:
     if rows is None:
         raise TypeError("load_rows returned no training rows")
     return rows
-
-
-def _with_unlabelled(rows: Rows) -> Any:
-    """Return the training rows, followed by those without a label."""
-    labelled = _present(rows.train)
-    return labelled if rows.unlabelled is None else concatenate_datasets([labelled, rows.unlabelled])
