@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 import gatepress
 from gatepress import errors
 from gatepress.cli import demo as demo_verb
+from gatepress.cli import sweep as sweep_verb
 from gatepress.cli import train as train_verb
 from gatepress.cli._console import Terminated
 from gatepress.cli._groups import spread
@@ -216,6 +217,13 @@ def test_every_setting_has_an_option_with_its_default():
             if field.name != "data":
                 default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
                 assert parameters[field.name].default == default, field.name
+
+
+def test_a_sweep_takes_what_a_training_takes_but_what_only_one_run_can_have():
+    def options(verb):
+        return set(inspect.signature(spread(verb)).parameters)
+
+    assert options(train_verb.train) - options(sweep_verb.sweep) == {"start", "save_every", "resume"}
 
 
 @pytest.mark.parametrize("schedule", [{"open_epochs": 1, "closing": 0.5}, {"open_epochs": 0, "start": "runs/x"}])
@@ -499,6 +507,10 @@ def test_debug_shows_the_traceback_before_the_line(library):
         ),
         (
             ["train", "--task", "demo", "--penalty-weight", "3"],
+            "--penalty-weight means nothing to --controller importance, which has no penalty; drop it",
+        ),
+        (
+            ["sweep", "--task", "demo", "--penalty-weight", "3"],
             "--penalty-weight means nothing to --controller importance, which has no penalty; drop it",
         ),
         (

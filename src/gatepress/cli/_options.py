@@ -502,6 +502,9 @@ class Gating:
     rotate_heads: RotateHeads = TrainSettings.rotate_heads
     lora_rank: LoraRank = TrainSettings.lora_rank
     lora_matrices: LoraMatrices = None
+    train_biases: TrainBiases = TrainSettings.train_biases
+    train_layer_norms: TrainLayerNorms = TrainSettings.train_layer_norms
+    penalty_weight: PenaltyWeight = TrainSettings.penalty_weight
 
 
 @dataclass(frozen=True)
@@ -516,6 +519,9 @@ class Schedule:
     batch_size: BatchSize = TrainSettings.batch_size
     max_length: MaxLength = TrainSettings.max_length
     learning_rate: LearningRate = TrainSettings.learning_rate
+    gate_learning_rate: GateLearningRate = TrainSettings.gate_learning_rate
+    weight_decay: WeightDecay = TrainSettings.weight_decay
+    warmup_ratio: WarmupRatio = TrainSettings.warmup_ratio
     match_shares: MatchShares = TrainSettings.match_shares
 
 

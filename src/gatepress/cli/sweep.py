@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from gatepress.cli import _options as opt
-from gatepress.cli._asked import numbers, train_settings, whole_numbers, words
+from gatepress.cli._asked import numbers, refuse_unused, train_settings, whole_numbers, words
 from gatepress.cli._console import Screen, Titled, grid, session
 from gatepress.config import DEFAULT_TARGET, TrainSettings, default_run_name
 from gatepress.manifests import SWEEP_FILE
@@ -20,6 +20,7 @@ EXAMPLES = opt.examples(
 
 def sweep(  # noqa: PLR0913 - every option is a parameter
     *,
+    context: opt.Context,
     rows: opt.TrainingRows,
     base: opt.Base,
     sparsity: Annotated[
@@ -86,6 +87,7 @@ def sweep(  # noqa: PLR0913 - every option is a parameter
     """
     with session(**vars(shown)) as screen:
         settings = train_settings(rows, base, gating, schedule, machine)
+        refuse_unused(settings, context)
         asked: dict[str, Any] = {
             "methods": list(words(method)),
             "sparsities": numbers("--sparsity", sparsity),

@@ -35,14 +35,8 @@ def train(  # noqa: PLR0913 - every option is a parameter
     method: opt.MethodOption = TrainSettings.method,
     sparsity: opt.Sparsity = TrainSettings.sparsity,
     gating: opt.Gating,
-    train_biases: opt.TrainBiases = TrainSettings.train_biases,
-    train_layer_norms: opt.TrainLayerNorms = TrainSettings.train_layer_norms,
-    penalty_weight: opt.PenaltyWeight = TrainSettings.penalty_weight,
     start: opt.Start = TrainSettings.start,
     schedule: opt.Schedule,
-    gate_learning_rate: opt.GateLearningRate = TrainSettings.gate_learning_rate,
-    weight_decay: opt.WeightDecay = TrainSettings.weight_decay,
-    warmup_ratio: opt.WarmupRatio = TrainSettings.warmup_ratio,
     save_every: opt.SaveEvery = TrainSettings.save_every,
     machine: opt.Machine,
     output: Annotated[
@@ -82,13 +76,7 @@ def train(  # noqa: PLR0913 - every option is a parameter
             machine,
             method=method,
             sparsity=sparsity,
-            train_biases=train_biases,
-            train_layer_norms=train_layer_norms,
-            penalty_weight=penalty_weight,
             start=start,
-            gate_learning_rate=gate_learning_rate,
-            weight_decay=weight_decay,
-            warmup_ratio=warmup_ratio,
             save_every=save_every,
         )
         refuse_unused(settings, context)
