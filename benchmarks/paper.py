@@ -60,6 +60,7 @@ PAPER_RANK = ("--lora-rank", 8)
 WITHOUT_FFN = ("--matrices", "q,k,v,o", "--gate-axes", "out")
 FACTORS = {"2x": 0.5, "4x": 0.75, "8x": 0.875}  # fewer multiply-accumulates of the encoder -> fraction removed
 SEEDS = 5
+SPREAD = 3  # seeds from which on a table tells the lowest and the highest
 FINETUNED = "full"  # the arm that others are measured by
 FROM_FINETUNED = "<full>"  # among the words of an arm: it starts from what that arm trained
 PRESSED = (FROM_FINETUNED, "--distill")
@@ -273,8 +274,20 @@ def render(experiment: Experiment, cells: list[dict[str, Any]]) -> str:
         "validation rows; seconds with measuring and whatever else ran. "
         f"{LEFT if 'cola' in tasks and MATCHED not in experiment.words else ''}"
         "Peak memory is that of trainings whose command sets no environment. Commands, curves and versions stand in "
-        f"the JSON.{_turned(cells)}\n"
+        f"the JSON.{_turned(cells)}{WHISKERS if experiment.line else ''}\n{_spread(experiment, cells, tasks)}"
     )
+
+
+def _spread(experiment: Experiment, cells: list[dict[str, Any]], tasks: list[str]) -> str:
+    """Return a table of the lowest and highest metric over seeds; empty where no cell has enough of them."""
+    text = ""
+    for encoder, arm in itertools.product(sorted({c["encoder"] for c in cells}), experiment.arms):
+        found = [sorted(_values(cells, encoder, task, arm).values()) for task in tasks]
+        if any(len(values) >= SPREAD for values in found):
+            ends = (f"{values[0]:.4f} to {values[-1]:.4f}" if len(values) >= SPREAD else "" for values in found)
+            text += f"| {' | '.join((encoder, arm, *ends))} |\n"
+    head = f"| {' | '.join(('encoder', 'arm', *tasks))} |\n" + "|---" * (len(tasks) + 2) + "|\n"
+    return text and f"\nLowest to highest over seeds, where there are {SPREAD} or more:\n\n{head}{text}"
 
 
 def _peak(rows: list[dict[str, Any]], *, told: bool) -> str:
@@ -322,6 +335,7 @@ def _paired(cells: list[dict[str, Any]], encoder: str, task: str, arm: str) -> f
 
 AVERAGES = {"kept on average": _part, "seed by seed": _paired}
 LEFT = f"CoLA's decisions lie where training left them (`{AS_TRAINED}`). "
+WHISKERS = " In the figure, whiskers reach from the lowest seed to the highest."
 AVERAGED = (
     "*kept on average*: the mean of these over tasks; *seed by seed*: of the mean over seeds of each seed's part of "
     "full finetuning with it, which some cells of older releases began with another training of. "
@@ -355,14 +369,15 @@ def _range(rows: list[dict[str, Any]], key: str, form: str = "{:,.0f}") -> str:
 
 
 def draw(experiment: Experiment, cells: list[dict[str, Any]], figure: Any) -> None:
-    """Draw the metric over the arms on a figure: a panel for each task, a line for each encoder."""
+    """Draw the metric over the arms: a panel for each task, a line for each encoder, whiskers to the farthest seeds."""
     tasks = sorted({c["task"] for c in cells}, key=[*PAPER_TASKS].index)
     figure.set_size_inches(4 * len(tasks), 3.2)
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         for encoder in sorted({c["encoder"] for c in cells}):
             values = {arm: _values(cells, encoder, task, arm).values() for arm in experiment.arms}
             medians = {arm: statistics.median(found) for arm, found in values.items() if found}
-            axes.plot(list(medians), list(medians.values()), marker="o", label=encoder)
+            spread = [[abs(end(values[arm]) - medians[arm]) for arm in medians] for end in (min, max)]
+            axes.errorbar(list(medians), list(medians.values()), spread, marker="o", capsize=3, label=encoder)
         axes.set(title=task, xlabel=experiment.line, ylabel=cells[0]["metric_name"] if len(tasks) == 1 else "metric")
         axes.legend()
         axes.grid(alpha=0.3)
