@@ -9,9 +9,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -30,7 +31,7 @@ from gatepress.checkpoint import load_run, open_base
 from gatepress.config import DataSettings, Layout, TrainSettings
 from gatepress.distill import Lesson
 from gatepress.embedding import embedding_of, is_embedder, write_modules
-from gatepress.errors import ArtifactError, DataError, ModelError, UsageError
+from gatepress.errors import ArtifactError, DataError, ModelError, OutputError, UsageError
 from gatepress.evaluation import evaluate
 from gatepress.export import export
 from gatepress.losses import batch_loss
@@ -41,6 +42,7 @@ from gatepress.runtime import open_runner
 from gatepress.tasks import TASKS, TaskSpec
 from gatepress.tasks.sources import load_rows
 from gatepress.training import resume, train
+from gatepress.verifying import verify
 
 TEXTS = ("anda boro belu", "cito duma efra fuli gano krat", "hilu", "ivo jela kapo lumi mado neri opal peta")
 NORMALIZED = ("Transformer", "Pooling", "Normalize")
@@ -505,3 +507,32 @@ def test_how_vectors_are_compared_is_handed_on(embedder: Make, tmp_path: Path) -
     (tmp_path / "out").mkdir()
     assert "config_sentence_transformers.json" in write_modules(tmp_path / "out", embedding, 8)
     assert json.loads((tmp_path / "out/config_sentence_transformers.json").read_text()) == {"similarity_fn_name": "dot"}
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_graph_has_the_tokens_that_others_pool_themselves(
+    trained: Path, tmp_path: Path, quantize: Literal["int8"] | None
+) -> None:
+    export(trained, tmp_path / "onnx", quantize=quantize, measure=False)
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "onnx")(list(TEXTS), padding=True, return_tensors="np")
+    session = onnxruntime.InferenceSession(tmp_path / "onnx/model.onnx")
+    assert [one.name for one in session.get_outputs()] == ["sentence_embedding", "last_hidden_state"]
+    vectors, hidden = session.run(None, {one.name: tokens[one.name] for one in session.get_inputs()})
+    np.testing.assert_array_equal(vectors, vectors_of(tmp_path / "onnx"))
+    # The parts that the directory names, behind the graph's tokens.
+    parts = [part["path"] for part in json.loads((tmp_path / "onnx/modules.json").read_text())]
+    assert parts == ["", "1_Pooling", "2_Normalize"]
+    assert json.loads((tmp_path / "onnx/1_Pooling/config.json").read_text())["pooling_mode_mean_tokens"]
+    mask = tokens["attention_mask"][:, :, None]
+    pooled = (hidden * mask).sum(1) / mask.sum(1)
+    np.testing.assert_allclose(vectors, pooled / np.linalg.norm(pooled, axis=1, keepdims=True), atol=1e-6)
+
+
+def test_what_was_written_before_may_be_replaced(trained: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        prune(trained, tmp_path / "pruned", force=True)
+        export(tmp_path / "pruned", tmp_path / "onnx", force=True)
+    assert verify(tmp_path / "onnx")
+    (tmp_path / "pruned" / "1_Pooling" / "mine.txt").write_text("keep")
+    with pytest.raises(OutputError, match="which gatepress did not write"):
+        prune(trained, tmp_path / "pruned", force=True)

@@ -7,7 +7,7 @@ import gatepress.auto                            # or teach transformers' Auto c
 
 from typing import Any
 
-__version__ = "0.36.0"
+__version__ = "0.37.0"
 __all__ = ["__version__", "load_pruned"]
 
 

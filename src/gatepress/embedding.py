@@ -8,6 +8,7 @@ import functools
 import json
 import logging
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from gatepress.errors import ModelError
 from gatepress.families import row_of
-from gatepress.files import MAX_JSON_BYTES, json_text, read_json
+from gatepress.files import MAX_JSON_BYTES, POOLING_DIR, json_text, read_json
 from gatepress.modeling_gatepress import reads_first_token
 from gatepress.resolve import family_named, model_class
 
 logger = logging.getLogger(__name__)
 
-MODULES_FILE, LENGTH_FILE, POOLING_DIR = "modules.json", "sentence_bert_config.json", "1_Pooling"
+MODULES_FILE, LENGTH_FILE = "modules.json", "sentence_bert_config.json"
 PROMPTS_FILE = "config_sentence_transformers.json"
 # file -> its keys
 _HANDED_ON = {LENGTH_FILE: ("max_seq_length",), PROMPTS_FILE: ("prompts", "default_prompt_name", "similarity_fn_name")}
@@ -32,6 +33,14 @@ POOLINGS = ("mean", "cls")
 _OLD_NAMES = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}  # used before one key named the mode
 _PARTS = (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
 _MODULES = "sentence_transformers.models."
+
+
+@dataclass
+class Embedded(SequenceClassifierOutput):
+    """What an embedder returns: vectors of texts as `logits`, and those of tokens that they are pooled from."""
+
+    last_hidden_state: Tensor | None = None
+
 
 # {"pooling": one of POOLINGS, "normalize": bool}, and what is passed on if a directory says so
 Embedding = dict[str, Any]
@@ -58,7 +67,7 @@ class Embedder(PreTrainedModel):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         output_hidden_states: bool | None = None,  # noqa: FBT001 - as transformers calls it
-    ) -> SequenceClassifierOutput:
+    ) -> Embedded:
         """Map inputs [batch, length] to vectors [batch, hidden], as `logits`; they have length 1 if normalized."""
         given = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         out = self.base_model(input_ids, attention_mask, output_hidden_states=output_hidden_states, **given)
@@ -72,7 +81,7 @@ class Embedder(PreTrainedModel):
             vectors = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
         if self.config.embedding["normalize"]:
             vectors = functional.normalize(vectors, dim=-1)
-        return SequenceClassifierOutput(logits=vectors, hidden_states=out.hidden_states)
+        return Embedded(logits=vectors, hidden_states=out.hidden_states, last_hidden_state=hidden)
 
 
 @functools.cache

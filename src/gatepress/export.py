@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from gatepress.agreement import compare, quantized_difference, random_batches
 from gatepress.checkpoint import PROBE_FILE, read_probe, read_run
 from gatepress.config import MAX_LOGIT_DIFF, METRIC_ROUNDING, DataSettings
-from gatepress.embedding import as_saved
+from gatepress.embedding import as_saved, embeds, write_modules
 from gatepress.errors import ArtifactError, GatepressError, MetricDropError, UsageError
 from gatepress.evaluation import Basis, basis_of, evaluate_runner, probe_rows
 from gatepress.families import dense_type
@@ -93,6 +93,11 @@ def export(  # noqa: PLR0913 - every option of the command is one
             else:
                 bound = save_tokenizer(tokenizer, staged)
         (staged / "config.json").write_text(json_text(_config(runner.model)), encoding="utf-8")
+        if embeds(runner.model):
+            config = runner.model.config
+            bound |= {
+                name: sha256_of(staged / name) for name in write_modules(staged, config.embedding, config.hidden_size)
+            }
         exact = _opened(model_file, opset)
         checked = compare(runner, exact, [*random, *real], max_diff)
         smaller: dict[str, Any] = {}

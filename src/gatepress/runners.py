@@ -25,7 +25,7 @@ from gatepress.families import row_of
 from gatepress.tasks.labels import in_order
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-LOGITS, VECTORS = "logits", "sentence_embedding"  # names of a graph's output
+LOGITS, VECTORS, TOKENS = "logits", "sentence_embedding", "last_hidden_state"  # names of a graph's outputs
 MAC_TERMS = ("token", "pair", "row")
 COUNTED_TOKEN = 5  # an id that is in every vocabulary and is not padding
 

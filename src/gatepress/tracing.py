@@ -24,7 +24,7 @@ from gatepress.agreement import random_rows
 from gatepress.embedding import embeds
 from gatepress.errors import ModelError, reason_of
 from gatepress.files import explained, temporary_directory
-from gatepress.runners import LOGITS, VECTORS, Batch, input_names
+from gatepress.runners import LOGITS, TOKENS, VECTORS, Batch, input_names
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +40,13 @@ EXAMPLE = (2, 7)  # the shape that torch exports with; it is none of those that 
 
 
 def write_onnx(model: PreTrainedModel, file: Path, *, opset: int | None = None) -> None:
-    """Write a model's logits as a graph with free batch and length; `ModelError` if torch cannot."""
+    """Write what a model computes as a graph with free batch and length; `ModelError` if torch cannot.
+
+    Its output is `logits` [batch, labels]; of an embedder `sentence_embedding` [batch, hidden] and, for programs that
+    pool by themselves, the tokens that it is pooled from, `last_hidden_state` [batch, length, hidden].
+    """
     names = input_names(model)
+    outputs = {VECTORS: "logits", TOKENS: TOKENS} if embeds(model) else {LOGITS: "logits"}
     example = random_rows(model, *EXAMPLE, padded=True)
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
     size = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
@@ -49,13 +54,13 @@ def write_onnx(model: PreTrainedModel, file: Path, *, opset: int | None = None) 
         # Plain attention: the fused call is split into more nodes.
         with plain_attention(model), shortcuts.all_of_them(model), _silence(), torch.no_grad():
             torch.onnx.export(
-                _Logits(model, names).eval(),
+                _Outputs(model, names, tuple(outputs.values())).eval(),
                 tuple(torch.from_numpy(example[name]).to(model.device) for name in names),
                 file,
                 dynamo=True,
                 verbose=False,
                 input_names=names,
-                output_names=[VECTORS if embeds(model) else LOGITS],
+                output_names=list(outputs),
                 dynamic_shapes=(tuple({0: batch, 1: length} for _ in names),),
                 external_data=size > EXTERNAL_DATA_BYTES,
                 opset_version=opset,
@@ -114,18 +119,19 @@ def operators(file: Path, batch: Batch) -> dict[str, int]:
     return dict(sorted(ran.items()))
 
 
-class _Logits(torch.nn.Module):
-    """The model as a function from its inputs, in order, to its logits."""
+class _Outputs(torch.nn.Module):
+    """The model as a function from its inputs, in order, to some of its outputs."""
 
-    def __init__(self, model: PreTrainedModel, names: tuple[str, ...]) -> None:
+    def __init__(self, model: PreTrainedModel, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
         super().__init__()
         self.model = model
-        self.names = names
+        self.inputs = inputs
+        self.outputs = outputs
 
-    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """Map inputs [batch, length] to logits [batch, labels]."""
-        logits: torch.Tensor = self.model(**dict(zip(self.names, inputs, strict=True))).logits
-        return logits
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Map inputs [batch, length] to the outputs, in order."""
+        out = self.model(**dict(zip(self.inputs, inputs, strict=True)))
+        return tuple(out[name] for name in self.outputs)
 
 
 @contextlib.contextmanager
