@@ -7,7 +7,7 @@ when a run is opened, so what they trained is an ordinary dense model.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from gatepress.config import TrainSettings
+from gatepress.config import Method, TrainSettings
 from gatepress.errors import UsageError
 from gatepress.families import ROLES
 from gatepress.gates import GatedLinear, gates_of
@@ -73,16 +73,8 @@ def prepare_(model: PreTrainedModel, settings: TrainSettings) -> list[Layer]:
         )
     layers = resolve(model)
     model.requires_grad_(False)
-    base: Any = model.base_model
-    paths = [] if settings.method == "full" else _paths(layers, settings)
-    if settings.method == "lora-xs":
-        for path in paths:
-            replace_module_(base, path, LoraXsLinear(base.get_submodule(path), settings.rank))
-    elif settings.method != "full":
-        _attach_peft_(model, _peft_config(settings, [f"{model.base_model_prefix}.{path}" for path in paths]))
-        for name, parameter in model.named_parameters():
-            if settings.method == "lora-fa" and ".lora_A." in name:
-                parameter.requires_grad_(False)
+    if attach_ := ATTACH[settings.method]:
+        attach_(model, _paths(layers, settings), settings)
     return layers
 
 
@@ -150,10 +142,42 @@ def merge_(model: PreTrainedModel) -> None:
             replace_module_(model, path, module.get_base_layer())
 
 
-def _peft_config(settings: TrainSettings, targets: list[str]) -> PeftConfig:
-    if settings.method == "vera":
-        return VeraConfig(r=settings.rank, target_modules=targets, projection_prng_key=settings.seed)
-    return LoraConfig(r=settings.rank, lora_alpha=int(GatedLinear.LORA_SCALE * settings.rank), target_modules=targets)
+def _lora_(model: PreTrainedModel, paths: list[str], settings: TrainSettings) -> None:
+    alpha = int(GatedLinear.LORA_SCALE * settings.rank)
+    _attach_peft_(model, LoraConfig(r=settings.rank, lora_alpha=alpha, target_modules=_whole(model, paths)))
+
+
+def _lora_fa_(model: PreTrainedModel, paths: list[str], settings: TrainSettings) -> None:
+    _lora_(model, paths, settings)
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name:
+            parameter.requires_grad_(False)
+
+
+def _vera_(model: PreTrainedModel, paths: list[str], settings: TrainSettings) -> None:
+    config = VeraConfig(r=settings.rank, target_modules=_whole(model, paths), projection_prng_key=settings.seed)
+    _attach_peft_(model, config)
+
+
+def _lora_xs_(model: PreTrainedModel, paths: list[str], settings: TrainSettings) -> None:
+    base: Any = model.base_model
+    for path in paths:
+        replace_module_(base, path, LoraXsLinear(base.get_submodule(path), settings.rank))
+
+
+# Method -> what puts its adapters on the matrices at the paths below the encoder; None: the weights themselves train.
+ATTACH: dict[Method, Callable[[PreTrainedModel, list[str], TrainSettings], None] | None] = {
+    "full": None,
+    "lora": _lora_,
+    "lora-fa": _lora_fa_,
+    "vera": _vera_,
+    "lora-xs": _lora_xs_,
+}
+
+
+def _whole(model: PreTrainedModel, paths: list[str]) -> list[str]:
+    """Return the paths as they are seen from the whole model."""
+    return [f"{model.base_model_prefix}.{path}" for path in paths]
 
 
 def _attach_peft_(model: PreTrainedModel, config: PeftConfig) -> None:
