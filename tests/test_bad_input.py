@@ -250,7 +250,7 @@ def widen(key: str) -> Callable[[Path], None]:
             (widen(key), r"weights .*\(bert\.")
             for key in ("vocab_size", "max_position_embeddings", "intermediate_size")
         ),
-        (spoil_config, r"config.json is not readable as JSON"),
+        (spoil_config, r"config.json: not readable as JSON"),
         (drop_config, r"has no config.json"),
         (cut_weights, r"model"),
         (only_pickles, r"pickles, which can run code and are never loaded"),

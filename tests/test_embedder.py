@@ -457,7 +457,7 @@ def test_any_pairs_will_do_to_measure_by(trained: Path, tiny_glue_dir: Path, tmp
     file = tiny.write_table(tmp_path / "dev.csv", ("query", "passage", "relevant"), rows)
     own = evaluate(trained, data=DataSettings(validation_file=str(file)))
     assert (own["metric_name"], own["examples"]) == ("average_precision", 32)
-    ranked = evaluate(trained, changes={"metric": "spearman"})
+    ranked = evaluate(trained, data={"metric": "spearman"})
     assert (ranked["task"], ranked["metric_name"]) == ("train", "spearman")
 
 
@@ -532,7 +532,7 @@ def test_what_was_written_before_may_be_replaced(trained: Path, tmp_path: Path) 
     for _ in range(2):
         prune(trained, tmp_path / "pruned", force=True)
         export(tmp_path / "pruned", tmp_path / "onnx", force=True)
-    assert verify(tmp_path / "onnx")
+    assert verify(tmp_path / "onnx")["ok"]
     (tmp_path / "pruned" / "1_Pooling" / "mine.txt").write_text("keep")
     with pytest.raises(OutputError, match="which gatepress did not write"):
         prune(trained, tmp_path / "pruned", force=True)

@@ -189,10 +189,10 @@ def test_classes_that_are_called_otherwise_are_told(tiny_classifier_dir, tiny_gl
 
 def test_some_of_the_rows_that_a_directory_names(forms, tiny_classifier_dir) -> None:
     whole = evaluate(forms.run)
-    some = evaluate(forms.run, changes={"max_validation_samples": 10})
+    some = evaluate(forms.run, data={"max_validation_samples": 10})
     assert (some["examples"], some["task"]) == (10, whole["task"])
     with pytest.raises(UsageError, match="does not say what to measure on"):
-        evaluate(tiny_classifier_dir("bert", 2), changes={"max_validation_samples": 10})
+        evaluate(tiny_classifier_dir("bert", 2), data={"max_validation_samples": 10})
 
 
 def test_labels_that_differ_in_case_alone_stay_two(tiny_model_dir, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_pickles_are_never_loaded(tmp_path: Path, name: str):
 
 @pytest.mark.parametrize(
     ("config", "expected"),
-    [("{", "not readable as JSON"), ("[]", "holds list"), ("[" * 100_000, "not readable as JSON")],
+    [("{", "not readable as JSON"), ("[]", "got list"), ("[" * 100_000, "not readable as JSON")],
 )
 def test_a_configuration_that_is_none(tmp_path: Path, config: str, expected: str):
     directory = model_directory(tmp_path / "model", config=config)

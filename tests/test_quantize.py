@@ -213,7 +213,7 @@ def test_a_model_that_names_no_rows_is_not_measured(tiny_classifier_dir, tmp_pat
     with pytest.raises(UsageError, match=rows):
         export(source, tmp_path / "limited", quantize="int8", max_metric_drop=0.1)
     with pytest.raises(UsageError, match=rows):
-        export(source, tmp_path / "limited", quantize="int8", changes={"max_validation_samples": 4})
+        export(source, tmp_path / "limited", quantize="int8", data={"max_validation_samples": 4})
     assert not (tmp_path / "limited").exists()
 
 

@@ -211,7 +211,7 @@ def test_what_is_fitted_was_the_gated_model_before(
 
     monkeypatch.setattr(pruning, "cut", wrong)
     with pytest.raises(ParityError, match="gated and pruned logits differ"):
-        prune(run, tmp_path / "pruned", refit=lambda *_: {})
+        prune(run, tmp_path / "pruned", refit_=lambda *_: {})
     assert not (tmp_path / "pruned").exists()
 
 
@@ -221,7 +221,7 @@ def test_the_difference_that_is_told_of_what_was_fitted_is_the_larger_one(
     run = save_run(tmp_path / "run", tiny_model_dir("bert"), tiny_task_files)
     apart = iter([0.25, 0.125])
     monkeypatch.setattr(pruning, "agree", lambda *_: next(apart))
-    assert prune(run, tmp_path / "pruned", refit=lambda *_: {})["max_abs_logit_diff"] == 0.25
+    assert prune(run, tmp_path / "pruned", refit_=lambda *_: {})["max_abs_logit_diff"] == 0.25
 
 
 def test_the_first_token_counts_as_much_as_all_others() -> None:

@@ -61,12 +61,6 @@ def test_what_the_hub_has_of_ours_opens_by_its_name(forms, kind: str, monkeypatc
         assert type(load_pruned("somebody/small@v1")).__name__ == "GatepressBertForSequenceClassification"
 
 
-@pytest.mark.parametrize("threads", [0, -1, 1_025, 5_000_000_000])
-def test_as_many_threads_as_no_machine_starts_are_refused(forms, threads: int) -> None:
-    with pytest.raises(UsageError, match=f"--threads is {threads}, expected 1 to 1,024"):
-        open_runner(forms.onnx, threads=threads)
-
-
 def test_the_size_of_a_graph_is_with_the_weights_that_it_names(forms, tmp_path: Path) -> None:
     model = onnx.load(forms.onnx / "model.onnx")
     beside = {"save_as_external_data": True, "location": "model.onnx_data", "size_threshold": 1_000}
@@ -168,18 +162,6 @@ def test_bare_onnx_file_opens(forms, tmp_path: Path) -> None:
 def test_relative_directory_is_called_by_its_own_name(forms, monkeypatch) -> None:
     monkeypatch.chdir(forms.onnx)
     assert open_runner(".").name == "onnx"
-
-
-def test_threads_are_set(forms) -> None:
-    before = torch.get_num_threads()
-    try:
-        runner = open_runner(forms.onnx, threads=2)
-        assert torch.get_num_threads() == 2
-        assert runner.session.get_session_options().intra_op_num_threads == 2
-    finally:
-        torch.set_num_threads(before)
-    with pytest.raises(UsageError, match="--threads is 0"):
-        open_runner(forms.onnx, threads=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -98,8 +98,8 @@ class DataSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 problems.append(f"{spelled(name)} is {value}, expected 1 or more")
-        if self.metric is not None and self.metric not in get_args(Metric):
-            problems.append(f"--metric is {self.metric!r}, expected one of {', '.join(get_args(Metric))}")
+        if self.metric is not None:
+            problems += unknown_words(metric=(self.metric, Metric))
         if self.task is not None and (self.train_file or self.validation_file):
             problems.append("--task and --train-file/--validation-file exclude each other; give one of them")
         if self.task is None and not (self.train_file or self.validation_file):
@@ -171,19 +171,14 @@ class TrainSettings:
         refuse([*self._unknown_words(), *self._wrong_numbers(), *self._wrong_pairs()])
 
     def _unknown_words(self) -> list[str]:
-        kinds: tuple[tuple[str, Any], ...] = (
-            ("method", Method),
-            ("budget", BudgetUnit),
-            ("granularity", Granularity),
-            ("gate_axes", GateAxes),
-            ("controller", Controller),
-            ("precision", Precision),
+        problems = unknown_words(
+            method=(self.method, Method),
+            budget=(self.budget or self.unit, BudgetUnit),
+            granularity=(self.granularity, Granularity),
+            gate_axes=(self.gate_axes, GateAxes),
+            controller=(self.controller, Controller),
+            precision=(self.precision, Precision),
         )
-        problems = [
-            f"{spelled(name)} is {getattr(self, name)!r}, expected one of {', '.join(get_args(kind))}"
-            for name, kind in kinds
-            if getattr(self, name) not in (*get_args(kind), *([None] if name == "budget" else []))
-        ]
         matrices: dict[str, tuple[Sequence[str] | None, Sequence[str]]] = {
             "matrices": (self.matrices, ROLES),
             "lora_matrices": (self.lora_matrices, self.matrices),
@@ -392,6 +387,11 @@ def _unless_asked(asked: T | None, otherwise: T) -> T:
     return otherwise if asked is None else asked
 
 
+def dropped(drop: float, limit: float) -> bool:
+    """Return whether a metric dropped by more than a limit; one that is no number did."""
+    return not drop <= limit + METRIC_ROUNDING
+
+
 def refuse_below(least: int, **options: int | None) -> None:
     """Raise one `UsageError` naming every given option that is below `least`, or above the most it may be."""
     refuse(
@@ -401,6 +401,15 @@ def refuse_below(least: int, **options: int | None) -> None:
             if value is not None and not least <= value <= MOST.get(name, value)
         ]
     )
+
+
+def unknown_words(**options: tuple[Any, Any]) -> list[str]:
+    """Return a line for each option, (value, `Literal`), that is none of its words."""
+    return [
+        f"{spelled(name)} is {value!r}, expected one of {', '.join(get_args(kind))}"
+        for name, (value, kind) in options.items()
+        if value not in get_args(kind)
+    ]
 
 
 def refuse(problems: Sequence[str]) -> None:

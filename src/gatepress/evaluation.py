@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,11 @@ Predict = Callable[[dict[str, torch.Tensor]], npt.NDArray[np.float32]]  # inputs
 def evaluate(  # noqa: PLR0913 - every option of the command is one
     target: str | Path,
     *,
-    data: DataSettings | None = None,
+    data: DataSettings | Mapping[str, Any] | None = None,
     batch_size: int = 32,
     max_length: int | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     precision: Arithmetic = "fp32",
-    changes: Mapping[str, Any] | None = None,
     against: str | Path | None = None,
     progress: Progress | None = None,
     trust_remote_code: bool = False,
@@ -54,16 +53,17 @@ def evaluate(  # noqa: PLR0913 - every option of the command is one
     A torch model computes in `precision`. `against` is measured on the same rows, in float32 and with its own
     tokenizer, and the difference is reported.
 
-    `data` None: the rows that the directory's manifest names, with `changes` to these settings. `max_length` None: its
-    own, or else 128 tokens. Raises `UsageError` if neither names rows, `ModelError` if the model has no head for the
-    task, `ArtifactError` on a malformed manifest, and what opening and loading raise.
+    `data` as a mapping holds changes to what the directory's manifest says of its rows, such as
+    `{"max_validation_samples": 100}`; None: no changes. `max_length` None: the directory's own, or else 128 tokens.
+    Raises `UsageError` if neither names rows, `ModelError` if the model has no head for the task, `ArtifactError` on a
+    malformed manifest, and what opening and loading raise.
     """
     refuse_below(1, batch_size=batch_size, max_length=max_length)
     runner = open_runner(target, device=device, precision=precision, trust_remote_code=trust_remote_code)
     if precision != "fp32" and runner.runtime != "torch":
         raise UsageError(f"--precision is {precision}, but {target} computes in what it was exported in; leave it out")
     dials: dict[str, Any] = {"max_length": max_length, "trust_remote_code": trust_remote_code}
-    basis = basis_of(runner, target, data=data, changes=changes, **dials)
+    basis = basis_of(runner, target, data=data, **dials)
     rival: tuple[Runner, PreTrainedTokenizerBase] | None = None
     if against is not None:  # opened before anything is measured, so that errors show at once
         other = open_runner(against, device=device, trust_remote_code=trust_remote_code)
@@ -99,19 +99,18 @@ class Basis:
     max_length: int  # tokens
 
 
-def basis_of(  # noqa: PLR0913 - what `evaluate` can be asked about its rows
+def basis_of(
     runner: Runner,
     target: str | Path,
     *,
-    data: DataSettings | None = None,
-    changes: Mapping[str, Any] | None = None,
+    data: DataSettings | Mapping[str, Any] | None = None,
     max_length: int | None = None,
     trust_remote_code: bool = False,
 ) -> Basis:
     """Return the validation rows, tokenizer and length that fit an open model; raises what `evaluate` raises."""
     manifest = runner.manifest or {}
     spec = TaskSpec.from_json(manifest["task"]) if manifest.get("task") else None
-    settings = (data or replace(_settings(manifest.get("data"), target), **(changes or {}))).absolute()
+    settings = (data if isinstance(data, DataSettings) else _said(manifest.get("data"), data or {}, target)).absolute()
     tokenizer = _tokenizer_of(runner, target, trust_remote_code=trust_remote_code)
     rows = load_rows(settings, splits="validation", spec=spec, classes=runner.label_names, embeds=runner.embeds)
     return Basis(settings, rows, tokenizer, max_length or manifest.get("max_length") or MAX_LENGTH)
@@ -270,14 +269,17 @@ def score(
     }
 
 
-def _settings(data: Any, target: str | Path) -> DataSettings:
-    """Return the data settings of the manifest; `UsageError` if there is no manifest to name rows."""
+def _said(data: Any, changes: Mapping[str, Any], target: str | Path) -> DataSettings:
+    """Return the data settings of the manifest with `changes`; `UsageError` if there is no manifest to name rows."""
+    if unknown := changes.keys() - {one.name for one in fields(DataSettings)}:
+        raise UsageError(f"data names {', '.join(sorted(unknown))}, expected fields of DataSettings")
     if data is None:
         raise UsageError(f"{target}: does not say what to measure on; give --task NAME or --validation-file FILE")
     try:
-        return DataSettings(**data)
+        said = DataSettings(**data)
     except (TypeError, UsageError) as error:
         raise ArtifactError(f"{target}: data in the manifest is malformed ({error}); give --task NAME") from None
+    return replace(said, **changes)
 
 
 def _columns(runner: Runner, spec: TaskSpec) -> list[int]:

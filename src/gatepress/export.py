@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from gatepress.agreement import compare, quantized_difference, random_batches
 from gatepress.checkpoint import PROBE_FILE, read_probe, read_run
-from gatepress.config import MAX_LOGIT_DIFF, METRIC_ROUNDING, DataSettings
+from gatepress.config import MAX_LOGIT_DIFF, DataSettings, dropped, refuse
 from gatepress.embedding import as_saved, embeds, write_modules
 from gatepress.errors import ArtifactError, GatepressError, MetricDropError, UsageError
 from gatepress.evaluation import Basis, basis_of, evaluate_runner, probe_rows
@@ -42,7 +42,7 @@ MIN_OPSET = 17  # LayerNormalization as one operator
 
 def export(  # noqa: PLR0913 - every option of the command is one
     source: str | Path,
-    output: Path,
+    output: str | Path,
     *,
     force: bool = False,
     opset: int | None = None,
@@ -50,8 +50,7 @@ def export(  # noqa: PLR0913 - every option of the command is one
     quantize: Literal["int8"] | None = None,
     max_metric_drop: float | None = None,
     measure: bool = True,
-    data: DataSettings | None = None,
-    changes: Mapping[str, Any] | None = None,
+    data: DataSettings | Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
@@ -59,13 +58,18 @@ def export(  # noqa: PLR0913 - every option of the command is one
 
     `opset` None: the exporter's own choice. ONNX Runtime must agree with torch within `max_diff` on random rows of
     several shapes, and on the run's probe rows if there are any; otherwise `ParityError`. With `quantize`, that float32
-    graph is then quantized and, unless `measure` is off, both are measured on the rows of `data`, or on those that the
-    source names, with `changes` to their settings. `MetricDropError` if the metric drops by more than
+    graph is then quantized and, unless `measure` is off, both are measured on the rows of `data`, which means what
+    it does to `evaluation.evaluate`. `MetricDropError` if the metric drops by more than
     `max_metric_drop`. Also raises `UsageError`, `ModelError` if the model cannot be exported or quantized, and what
     `open_runner` raises. Nothing is written unless all of this succeeds.
     """
+    output = Path(output)
     _check(opset, max_diff, quantize, max_metric_drop)
-    rows = {name: value for name, value in (asdict(data) if data else changes or {}).items() if value is not None}
+    rows = {
+        name: value
+        for name, value in (asdict(data) if isinstance(data, DataSettings) else data or {}).items()
+        if value is not None
+    }
     if rows and not quantize:
         raise UsageError("data options say what the metric of --quantize int8 is measured on; give that with them")
     path = now_at(expanded(str(source)))
@@ -77,7 +81,7 @@ def export(  # noqa: PLR0913 - every option of the command is one
     if runner.head_is_random:
         logger.warning("%s: has no task head, so its logits mean nothing; train one first: gatepress train", source)
     needed = bool(rows) or max_metric_drop is not None
-    asked: dict[str, Any] = {"data": data, "changes": changes, "trust_remote_code": trust_remote_code}
+    asked: dict[str, Any] = {"data": data, "trust_remote_code": trust_remote_code}
     basis = _basis(runner, source, needed=needed, **asked) if quantize and measure else None
     kept = runner.kind == "run" and (path / PROBE_FILE).is_file()
     random = random_batches(runner)
@@ -207,7 +211,7 @@ def _metric(
         for one in (before, after)
     )
     name, drop = now["metric_name"], was["metric_value"] - now["metric_value"]
-    if limit is not None and drop > limit + METRIC_ROUNDING:
+    if limit is not None and dropped(drop, limit):
         raise MetricDropError(
             f"{name} is {now['metric_value']:.4f} in int8 and {was['metric_value']:.4f} in float32, a drop of "
             f"{drop:.4f}, expected at most --max-metric-drop {limit:g}; nothing was written; "
@@ -239,8 +243,7 @@ def _check(opset: int | None, max_diff: float, quantize: str | None, max_metric_
         problems.append(f"--max-metric-drop is {max_metric_drop}, expected 0 or a positive number")
     if max_metric_drop is not None and quantize is None:
         problems.append("--max-metric-drop limits what --quantize costs; give --quantize int8 with it")
-    if problems:
-        raise UsageError("; ".join(problems))
+    refuse(problems)
 
 
 def _kept_rows(runner: TorchRunner, run: Path) -> Batch:

@@ -6,7 +6,6 @@ Only configurations, tokenizers and safetensors are fetched: never a pickle, and
 import difflib
 import errno
 import importlib.util
-import json
 import logging
 import os
 from collections.abc import Iterator
@@ -14,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from gatepress.errors import HubError, MissingExtraError, ModelError, OutputError, UsageError
-from gatepress.files import RUN_FILE, expanded, sha256_of
+from gatepress.errors import ArtifactError, HubError, MissingExtraError, ModelError, OutputError, UsageError
+from gatepress.files import RUN_FILE, expanded, read_json, sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -100,15 +99,12 @@ def check_model_directory(directory: Path, shown: str | None = None) -> Path:
         raise ModelError(f"{shown}: is {got}, expected a model directory, a hub id, or demo{way}")
     if (directory / RUN_FILE).is_file():
         return directory
-    config = directory / "config.json"
+    if not (directory / "config.json").is_file():
+        raise ModelError(f"{shown}: has no config.json, expected a transformers model directory")
     try:
-        value = json.loads(config.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{shown}: has no config.json, expected a transformers model directory") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{shown}: config.json is not readable as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{shown}: config.json holds {type(value).__name__}, expected an object")
+        read_json(directory / "config.json")
+    except ArtifactError as error:
+        raise ModelError(str(error)) from None
     if any(directory.glob("*.safetensors")):
         return directory
     if any(path.suffix in _PICKLES for path in directory.iterdir()):

@@ -36,11 +36,12 @@ PRUNED = ("layout", "target", "expected_time_left", "max_abs_logit_diff")
 EXPORTED = ("source", "source_kind", "dtype", "max_abs_logit_diff", "total_params", "fused_operators")
 
 
-def inspect(path: Path) -> Facts:
+def inspect(path: str | Path) -> Facts:
     """Describe a run, a pruned directory, an ONNX directory or an .onnx file; no model is loaded.
 
     The keys are those of docs/json-contract.md. Raises `ArtifactError` if it is none of these or is broken.
     """
+    path = Path(path)
     form = written_form(path)
     with understood(path):
         return {"kind": form, "directory": str(path), **_READERS[form](path)}

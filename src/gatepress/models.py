@@ -1,6 +1,7 @@
 """Open model directories, dense and pruned, and their tokenizers: with suspicion, and never by code in them."""
 
 import contextlib
+import logging
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,7 +60,14 @@ def refuse_missing(shown: Path | str, model: PreTrainedModel, missing: Iterable[
 
 @contextlib.contextmanager
 def model_errors(directory: Path | str) -> Iterator[None]:
-    """Turn what transformers raises on an unreadable model into one `ModelError`."""
+    """Turn what transformers raises on an unreadable model into one `ModelError`.
+
+    Its report of heads that are missing or new is held back: what it asks to train is loaded next, or refused.
+    """
+    own = logging.getLogger("transformers")
+    level = own.level
+    if level == logging.WARNING:  # its default; whoever set another one sees what they asked for
+        own.setLevel(logging.ERROR)
     try:
         yield
     except (GatepressError, MemoryError):
@@ -68,14 +76,23 @@ def model_errors(directory: Path | str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != PANIC:
             raise
         raise ModelError(f"{directory}: cannot be loaded as a model ({reason_of(error)})") from error
+    finally:
+        own.setLevel(level)
 
 
 def load_pruned(directory: str | Path) -> PreTrainedModel:
     """Load a pruned directory, or one on the hub: no registration, no remote code, evaluation mode, float32.
 
-    From then on the Auto classes know pruned models too, so `AutoTokenizer` does not ask to run their code.
-    Raises `ArtifactError` if the directory is incomplete, corrupted or of a newer version, and what
-    `hub.locate_model` raises if there is no such directory.
+    `directory` is what `gatepress prune` wrote, or its name on the hub: `owner/name`, or `owner/name@v1` for a branch,
+    tag or commit. From then on the Auto classes know pruned models too, so `AutoTokenizer` does not ask to run their
+    code:
+
+        model = gatepress.load_pruned("pruned/demo")
+        tokenizer = AutoTokenizer.from_pretrained("pruned/demo")
+        logits = model(**tokenizer(["a text"], return_tensors="pt")).logits  # [batch, labels]
+
+    Raises `ArtifactError` if the directory is incomplete, corrupted or of a newer version, `ModelError` if neither this
+    disk nor the hub has it, or it cannot be run, and `HubError` if the hub is out of reach.
     """
     path = Path(directory)
     if not path.exists():

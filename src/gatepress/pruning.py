@@ -15,7 +15,16 @@ from gatepress.budget import budget_of
 from gatepress.card import CARD_FILE, card
 from gatepress.checkpoint import RunManifest, load_run, read_probe, read_run
 from gatepress.collapse import cut, live_parts, parameters_of, ship_code
-from gatepress.config import DEFAULT_LAYOUT, DEFAULT_TARGET, Layout, Target, TrainSettings, refuse_below
+from gatepress.config import (
+    DEFAULT_LAYOUT,
+    DEFAULT_TARGET,
+    Layout,
+    Target,
+    TrainSettings,
+    refuse,
+    refuse_below,
+    unknown_words,
+)
 from gatepress.costs import Costs, analytic
 from gatepress.embedding import as_saved, embeds, write_modules
 from gatepress.errors import UsageError
@@ -37,15 +46,15 @@ UNCHANGED = "nothing was written, please report it"
 
 
 def prune(  # noqa: PLR0913 - every option of the command is one
-    run_dir: Path,
-    output: Path,
+    run_dir: str | Path,
+    output: str | Path,
     *,
     layout: Layout = DEFAULT_LAYOUT,
     target: Target = DEFAULT_TARGET,
     latency_table: str | Path | None = None,
     tokens: int | None = None,
     sparsity: float | None = None,
-    refit: Callable[[PreTrainedModel, dict[str, Tensor]], dict[str, Any]] | None = None,
+    refit_: Callable[[PreTrainedModel, dict[str, Tensor]], dict[str, Any]] | None = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -55,14 +64,15 @@ def prune(  # noqa: PLR0913 - every option of the command is one
     The layout `auto` is chosen for `target` by the times in `latency_table` (see `latency.for_target`), which are read
     or measured only if the choice depends on them, for calls of `tokens` tokens (batch size times sequence length;
     None: all sizes that there are times for). With `sparsity`, the gates are closed anew, by the scores that the run
-    keeps, to another fraction of its budget. `refit` may then change the remaining weights: it is called with the
+    keeps, to another fraction of its budget. `refit_` may then change the remaining weights: it is called with the
     pruned model and the run's probe rows, and its result goes into the report.
 
     The gated model and what is loaded back from the new directory must agree on the probe rows within
-    `config.MAX_LOGIT_DIFF`; otherwise `ParityError` is raised and nothing is written. With `refit`, gated and pruned
+    `config.MAX_LOGIT_DIFF`; otherwise `ParityError` is raised and nothing is written. With `refit_`, gated and pruned
     model are compared before it, pruned and loaded one after it. With `dry_run`, only plans.
     """
-    refuse_below(1, tokens=tokens)
+    refuse_unusable(layout=layout, target=target, tokens=tokens)
+    run_dir, output = Path(run_dir), Path(output)
     settings = gated_settings(run_dir)
     if not dry_run:
         check_output(output, force=force, reads=(run_dir, *stands_on(settings)))
@@ -99,9 +109,9 @@ def prune(  # noqa: PLR0913 - every option of the command is one
     report["total_params"] = parameters_of(pruned)
     del model
     difference = 0.0
-    if refit:
+    if refit_:
         difference = agree(wanted, _logits(pruned, probe), "gated and pruned logits", UNCHANGED)
-        report["refit"] = refit(pruned, probe)
+        report["refit"] = refit_(pruned, probe)
         wanted = _logits(pruned, probe)
     with new_directory(output, force=force) as staged:
         parts = _write(pruned, staged, layout)
@@ -131,7 +141,7 @@ def prune(  # noqa: PLR0913 - every option of the command is one
                 "target": target,
                 "latency_table": None if latency_table is None else str(latency_table),
                 "tokens": tokens,
-                "refit": refit is not None,
+                "refit": refit_ is not None,
             },
             "sha256": {file.name: sha256_of(file) for file in loaded} | bound,
             "report": report,
@@ -141,6 +151,14 @@ def prune(  # noqa: PLR0913 - every option of the command is one
         (staged / PRUNED_FILE).write_text(json_text(body), encoding="utf-8")
         (staged / CARD_FILE).write_text(card(body, outputs=wanted.shape[1]), encoding="utf-8")
     return {**report, "size_bytes": (output / "model.safetensors").stat().st_size, "output_dir": str(output)}
+
+
+def refuse_unusable(
+    *, layout: Layout = DEFAULT_LAYOUT, target: Target = DEFAULT_TARGET, tokens: int | None = None, **_others: Any
+) -> None:
+    """Raise `UsageError` on options of `prune` that mean nothing, before anything is loaded or trained."""
+    refuse(unknown_words(layout=(layout, Layout), **{"for": (target, Target)}))
+    refuse_below(1, tokens=tokens)
 
 
 def _close_anew_(

@@ -6,7 +6,7 @@ back a part of it without a training.
 """
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from gatepress.latency import for_target
 from gatepress.models import open_tokenizer
 from gatepress.ondisk import stands_on
 from gatepress.progress import Progress
-from gatepress.pruning import gated_settings, prune
+from gatepress.pruning import gated_settings, prune, refuse_unusable
 from gatepress.refit import first_tokens, refit_
 from gatepress.resume import refuse_other
 from gatepress.runtime import device_here
@@ -38,8 +38,8 @@ REFIT_ROWS, REFIT_TOKENS, REFIT_BATCH = 4_096, 32_768, 64  # training rows and t
 
 
 def prune_each(  # noqa: PLR0913 - every option of the command is one
-    run_dir: Path,
-    outputs: dict[float, Path],
+    run_dir: str | Path,
+    outputs: Mapping[float, str | Path],
     *,
     recover_epochs: int = 0,
     refit: bool = False,
@@ -56,13 +56,14 @@ def prune_each(  # noqa: PLR0913 - every option of the command is one
     began with, or to the run as it is (refit.py). Everything else is passed to `pruning.prune`, and its errors are
     raised.
     """
+    run_dir, places = Path(run_dir), {sparsity: Path(output) for sparsity, output in outputs.items()}
     refuse_below(0, recover_epochs=recover_epochs)
     if refit and recover_epochs:
         raise UsageError("--refit is for what is not trained on; leave it out, or --recover-epochs")
     settings = gated_settings(run_dir)
-    for sparsity in outputs:
+    for sparsity in places:
         replace(settings, sparsity=sparsity)  # refuses what is not a fraction
-    refuse_below(1, tokens=pruning.get("tokens"))  # these two now, not after a training
+    refuse_unusable(**pruning)  # these two now, not after a training
     if table := pruning.get("latency_table"):
         for_target(pruning.get("target", DEFAULT_TARGET), table)
     taught = False
@@ -74,12 +75,12 @@ def prune_each(  # noqa: PLR0913 - every option of the command is one
         taught = bool(settings.distill) and finetuned
         if refit:
             teacher = open_base(located(settings), run.task).eval() if finetuned else load_run(run_dir)[0]
-            pruning["refit"] = _refit_to(teacher, rows, run, open_tokenizer(run_dir), progress)
+            pruning["refit_"] = _refit_to(teacher, rows, run, open_tokenizer(run_dir), progress)
     reads = (run_dir, *stands_on(settings))
-    for output in outputs.values():
+    for output in places.values():
         check_output(output, force=force, reads=reads)
     reports = []
-    for sparsity, output in outputs.items():
+    for sparsity, output in places.items():
         options: dict[str, Any] = {"force": force, "progress": progress, **pruning}
         if not recover_epochs:
             reports.append(prune(run_dir, output, sparsity=sparsity, **options))

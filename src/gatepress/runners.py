@@ -19,6 +19,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from gatepress.collapse import parameters_of
 from gatepress.embedding import embeds
 from gatepress.errors import ModelError, reason_of
 from gatepress.families import row_of
@@ -156,7 +157,7 @@ class TorchRunner(Runner):
     @property
     def parameters(self) -> int | None:
         """Number of all parameters, shared ones counted once."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        return parameters_of(self.model)
 
     @cached_property
     def mac_terms(self) -> dict[str, int] | None:

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from gatepress.checkpoint import load_run, located, read_run
-from gatepress.config import Arithmetic, refuse_below
+from gatepress.config import Arithmetic, refuse, unknown_words
 from gatepress.embedding import embedder_class, embedding_of, is_embedder
 from gatepress.errors import ArtifactError, DeviceError, ModelError, UsageError, reason_of
 from gatepress.files import PRUNED_FILE, RUN_FILE, expanded, read_json
@@ -40,21 +40,17 @@ def open_runner(
     target: str | Path,
     *,
     device: str = "cpu",
-    threads: int | None = None,
     precision: Arithmetic = "fp32",
     trust_remote_code: bool = False,
 ) -> Runner:
     """Open what `target` names: a directory of gatepress or transformers, an .onnx file, a hub id, or demo.
 
-    `device` is auto, cpu or cuda[:n]. `threads` sets torch's number for the whole process, and that of
-    an ONNX session; None leaves torch's number, which an ONNX session then takes too. Torch models compute in
+    `device` is auto, cpu or cuda[:n]. An ONNX session takes as many threads as torch has. Torch models compute in
     `precision`, with weights rounded to it; ONNX files in what they were exported in.
     Raises `ArtifactError` on a broken directory, `ModelError` on what is not a model, `DeviceError`,
     and what `hub.locate_model` raises.
     """
-    refuse_below(1, threads=threads)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    refuse(unknown_words(precision=(precision, Arithmetic)))
     here = path = expanded(str(target))
     kind = _kind_of(str(target), path)
     if kind == "onnx":

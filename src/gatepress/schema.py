@@ -1,6 +1,6 @@
 """What the fields of a JSON file may hold, as plain values, and the check of a file against it. No torch here.
 
-A schema is a leaf of `LEAVES`, a list of one schema, an object of schemas ("*": any other key), or
+A schema is a leaf of `LEAVES`, a set of words, a list of one schema, an object of schemas ("*": any other key), or
 (schema,), which may be null. A key may be missing, which its readers find out; unknown keys are ignored,
 because later releases may add some.
 """
@@ -47,7 +47,10 @@ def _schema_of_hint(hint: Any) -> Schema:
     inner = typing.get_args(hint)
     if type(None) in inner:
         return (_schema_of_hint(inner[0]),)
-    return ["text"] if typing.get_origin(hint) is tuple else "text" if inner else _HINTS[hint]
+    if typing.get_origin(hint) in (tuple, dict):
+        inside = _schema_of_hint(inner[-1] if inner[-1] is not ... else inner[0])
+        return {"*": inside} if typing.get_origin(hint) is dict else [inside]
+    return frozenset(inner) if inner else _HINTS[hint]
 
 
 def check_fields(path: Path, value: dict[str, Any], schema: Schema) -> None:
@@ -89,13 +92,17 @@ def _unsound(value: Any, where: str = "it", depth: int = 0) -> Iterator[str]:
         yield f"{where} holds a control character or half of a character"
 
 
+def _one_of(words: frozenset[str]) -> tuple[str, Callable[[Any], bool]]:
+    return f"one of {', '.join(sorted(words))}", lambda value: isinstance(value, str) and value in words
+
+
 def _faults(value: Any, schema: Schema, where: str) -> Iterator[str]:
     """Yield where a value does not fit its schema."""
     if isinstance(schema, tuple):
         if value is not None:
             yield from _faults(value, schema[0], where)
-    elif isinstance(schema, str):
-        name, fits = LEAVES[schema]
+    elif isinstance(schema, str | frozenset):
+        name, fits = LEAVES[schema] if isinstance(schema, str) else _one_of(schema)
         if not fits(value):
             yield f"{where} is {repr(value)[:80]}, expected {name}"
     elif not isinstance(value, type(schema)):

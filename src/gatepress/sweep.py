@@ -32,7 +32,17 @@ from gatepress.bench.render import drawing, markdown
 from gatepress.bench.summary import Cell, density, summarize, table
 from gatepress.bench.timing import computing_with
 from gatepress.checkpoint import RunManifest, dense_base, located, read_run
-from gatepress.config import DEFAULT_TARGET, METHODS, Method, Target, TrainSettings, refuse, refuse_below, spelled
+from gatepress.config import (
+    DEFAULT_TARGET,
+    METHODS,
+    Method,
+    Target,
+    TrainSettings,
+    refuse,
+    refuse_below,
+    spelled,
+    unknown_words,
+)
 from gatepress.costs import TARGETS
 from gatepress.errors import ArtifactError, ModelError, OutputError, UsageError
 from gatepress.export import export
@@ -78,7 +88,7 @@ KEPT = (
 
 def run(  # noqa: PLR0913 - every option of the command is one
     settings: TrainSettings,
-    output: Path,
+    output: str | Path,
     *,
     methods: Sequence[Method],
     sparsities: Sequence[float],
@@ -101,7 +111,8 @@ def run(  # noqa: PLR0913 - every option of the command is one
     lists it. Raises `UsageError` on wrong arguments and on a sweep with other settings, `OutputError` on a directory
     that is not a sweep, and what the steps raise.
     """
-    progress = progress or NoProgress()
+    progress, output = progress or NoProgress(), Path(output)
+    refuse(unknown_words(**{"for": (target, Target)}))
     asked = _cells(settings, methods, sparsities, seeds)
     measuring: dict[str, Any] = {
         "batch_sizes": list(batch_sizes),

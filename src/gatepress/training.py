@@ -39,7 +39,7 @@ LOSS_EVERY = 5  # steps; reading the loss waits for the device
 
 
 def train(
-    settings: TrainSettings, output: Path, *, force: bool = False, progress: Progress | None = None
+    settings: TrainSettings, output: str | Path, *, force: bool = False, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Train gates, biases, layer norms, low rank and head on a frozen base; write a run directory.
 
@@ -47,17 +47,18 @@ def train(
     recovers. After every epoch the metric is measured and a checkpoint written; Ctrl-C writes one more. Returns the
     report, whose keys docs/json-contract.md lists. Raises leaves of `GatepressError`.
     """
-    settings = settings.absolute()
+    settings, output = settings.absolute(), Path(output)
     check_output(output, force=force, reads=(*settings.reads, *stands_on(settings)))
     return _run(prepared(settings), output, progress or NoProgress(), force=force)
 
 
-def resume(output: Path, *, progress: Progress | None = None) -> dict[str, Any]:
+def resume(output: str | Path, *, progress: Progress | None = None) -> dict[str, Any]:
     """Continue a run that was stopped, from its last checkpoint to the end it would have reached; return the report.
 
     On a CPU in float32, every number is the same as without the stop. A finished run is left as it is.
     Raises `ArtifactError` if there is nothing to continue from, or if rows or base model have changed.
     """
+    output = Path(output)
     manifest = read_run(output)
     if manifest.status == "finished":
         clear_(output, manifest)

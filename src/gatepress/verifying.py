@@ -57,11 +57,12 @@ class Findings:
         return {"ok": not self.faults, "checked": self.checked, "faults": self.faults, "skipped": self.skipped}
 
 
-def verify(path: Path) -> dict[str, Any]:
+def verify(path: str | Path) -> dict[str, Any]:
     """Check a run, a pruned directory, an ONNX directory or an .onnx file; return the `Findings` as JSON values.
 
     A model is run only if its files hold. Raises `ArtifactError` if it is none of these.
     """
+    path = Path(path)
     form = written_form(path)
     found = Findings()
     _VERIFIERS[form](path, found)

@@ -128,7 +128,7 @@ def run(  # noqa: PLR0913 - every knob of a measurement is named
     rows = None if data is None else load_rows(data.absolute(), splits="validation")
     records: list[Record] = []
     with timing.undisturbed(threads) as active:
-        opening = partial(open_runner, device=str(place), threads=active, trust_remote_code=trust_remote_code)
+        opening = partial(open_runner, device=str(place), trust_remote_code=trust_remote_code)
         runners = _open(targets, precisions, opening)
         if rows is None or data is None:
             cells = _grid(batch_sizes, seq_lens, seed)

@@ -5,15 +5,14 @@ validation split). `None` always means "does not apply" or "not known", never ze
 """
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from gatepress.errors import ArtifactError
-from gatepress.schema import check_fields
+from gatepress.schema import check_fields, schema_of
 
 FORMAT_VERSION = 1
 MAX_SAMPLES = 1_000  # kept in a record; the statistics always cover all of them
@@ -75,17 +74,12 @@ class Record:
         found = value.get("format_version")
         if found != FORMAT_VERSION:
             raise ArtifactError(f"benchmark record: version {found!r}, this gatepress reads version {FORMAT_VERSION}")
-        if problem := _first_problem(value):
-            raise ArtifactError(f"benchmark record: {problem}")
-        check_fields(Path("benchmark record"), value, {})  # texts that a terminal can show
-        shape = value.get("shape")
-        tuples = {
-            "shape": (shape[0], shape[1]) if shape else None,
-            "samples_ms": tuple(value.get("samples_ms", ())),
-        }
+        check_fields(Path("benchmark record"), value, schema_of(cls))
+        shape, samples = value.get("shape"), value.get("samples_ms", ())
         try:
-            return cls(**{**value, **tuples})
-        except TypeError as error:
+            out, columns = shape or (0, 0)
+            return cls(**{**value, "shape": shape and (out, columns), "samples_ms": tuple(samples)})
+        except (TypeError, ValueError) as error:
             raise ArtifactError(f"benchmark record: not understood ({error})") from None
 
 
@@ -121,33 +115,3 @@ def now() -> str:
 
 def _nanoseconds(milliseconds: float) -> float:
     return round(milliseconds, 6)  # the clock is no more precise
-
-
-def _first_problem(value: dict[str, Any]) -> str | None:
-    """Name the first field that is unknown or does not have the type its readers rely on."""
-    hints = get_type_hints(Record)
-    for name, found in value.items():
-        if name not in hints:
-            return f"unknown field {name!r}"
-        if not _fits(found, hints[name]):
-            return f"field {name!r} is {str(found)[:40]!r}, expected {hints[name]}"
-    return None
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Return whether a JSON value fits what `hint` declares."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin is UnionType:
-        return any(_fits(value, one) for one in inner)
-    if origin is tuple:
-        if not isinstance(value, list):
-            return False
-        wanted = [inner[0]] * len(value) if inner[-1] is ... else list(inner)
-        return len(value) == len(wanted) and all(map(_fits, value, wanted))
-    plain: dict[Any, Callable[[], bool]] = {
-        Literal: lambda: value in inner,
-        dict: lambda: isinstance(value, dict) and all(isinstance(one, str) for one in value.values()),
-        float: lambda: type(value) in (int, float) and -MAX_NUMBER < value < MAX_NUMBER,  # refuses NaN too
-        int: lambda: type(value) is int,  # True is not a number here
-    }
-    return plain.get(origin or hint, lambda: isinstance(value, hint))()

@@ -43,18 +43,18 @@ def data_settings(rows: "Rows | TrainingRows") -> DataSettings:
 def asked_data(rows: "Rows") -> DataSettings | None:
     """Return where rows come from, or None if no option is about data."""
     found = rows_of(rows)
-    if found["changes"]:
-        options = ", ".join(map(spelled, found["changes"]))
+    if isinstance(found, DataSettings):
+        return found
+    if found:
+        options = ", ".join(map(spelled, found))
         raise UsageError(f"{options} does not say which rows; give --task NAME or --validation-file FILE with it")
-    data: DataSettings | None = found["data"]
-    return data
+    return None
 
 
-def rows_of(rows: "Rows") -> dict[str, Any]:
-    """Return `data` if options say which rows, otherwise the `changes` they make to what a manifest says."""
+def rows_of(rows: "Rows") -> DataSettings | dict[str, Any]:
+    """Return where rows come from if options say it, otherwise the changes they make to what a manifest says."""
     changes = said_of(vars(rows))
-    data = data_settings(rows) if ROWS & set(changes) else None
-    return {"data": data, "changes": None if data else changes}
+    return data_settings(rows) if ROWS & set(changes) else changes
 
 
 def said_of(options: dict[str, Any]) -> dict[str, Any]:

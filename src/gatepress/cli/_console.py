@@ -318,11 +318,6 @@ def megabytes(size_bytes: float) -> str:
     return f"{size_bytes / 1e6:.1f} MB"
 
 
-def milliseconds(value: float) -> str:
-    """Return milliseconds with at least three significant digits."""
-    return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"  # noqa: PLR2004 - three digits
-
-
 def pick(result: dict[str, Any], shown: Sequence[tuple[str, str, Callable[[Any], str]]]) -> list[tuple[str, str]]:
     """Return (label, text) for each (key, label, formatter) whose key the result has."""
     return [(label, style(result[key])) for key, label, style in shown if result.get(key) is not None]

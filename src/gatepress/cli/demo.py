@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from gatepress.cli import _options as opt
-from gatepress.cli._console import Screen, Titled, count, grid, megabytes, milliseconds, percent, session
+from gatepress.cli._console import Screen, Titled, count, grid, megabytes, percent, session
 from gatepress.config import DataSettings, TrainSettings
 from gatepress.files import RUN_FILE, check_output
 
@@ -148,6 +148,8 @@ def _measured(in_torch: "Record", in_ort: "Record") -> dict[str, Any]:
 
 def tables(result: dict[str, Any]) -> list[Titled]:
     """Return the one table of the demo: before, after and their ratio."""
+    from gatepress.bench.tables import three_digits
+
     before, after = result["before"], result["after"]
     figures = [
         (str(result["metric_name"]), "metric_value", "{:.4f}".format),
@@ -158,7 +160,7 @@ def tables(result: dict[str, Any]) -> list[Titled]:
     rows = [[label, *_compared(before[key], after[key], style)] for label, key, style in figures]
     for name, label in (("torch", "latency, torch"), ("onnxruntime", "latency, ONNX Runtime")):
         pair = before["latency_ms_median"][name], after["latency_ms_median"][name]
-        rows.append([label, *_compared(*pair, milliseconds)])
+        rows.append([label, *_compared(*pair, lambda value: f"{three_digits(value)} ms")])
     title = (
         f"{percent(result['encoder_macs_removed'])} of the encoder's multiplications removed; "
         f"batch {result['batch_size']} x {result['seq_len']} tokens on {result['device_name']}, "

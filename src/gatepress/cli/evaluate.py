@@ -9,7 +9,7 @@ from gatepress.cli import _options as opt
 from gatepress.cli._asked import rows_of
 from gatepress.cli._console import Titled, count, facts, pick, session
 from gatepress.cli.train import metric_rows
-from gatepress.config import METRIC_ROUNDING, Arithmetic
+from gatepress.config import Arithmetic, dropped
 from gatepress.errors import UsageError
 
 EXAMPLES = opt.examples(
@@ -70,7 +70,7 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
     and its ONNX form all score the same.
     """
     with session(**vars(shown)) as screen:
-        measured_on = rows_of(rows)
+        data = rows_of(rows)
         if max_metric_drop is not None and not 0 <= max_metric_drop < math.inf:
             raise UsageError(f"--max-metric-drop is {max_metric_drop}, expected 0 or a positive number")
         if max_metric_drop is not None and against is None:
@@ -81,7 +81,7 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
         result = evaluation.evaluate(
             target,
             against=against,
-            **measured_on,
+            data=data,
             batch_size=batch_size,
             max_length=max_length,
             device=device,
@@ -91,8 +91,7 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
         )
         limit = {} if max_metric_drop is None else {"max_metric_drop": max_metric_drop}
         screen.result({**result, **limit}, tables)
-        # not "drop > limit": a NaN must count as a drop
-        if max_metric_drop is not None and not (result["metric_drop"] <= max_metric_drop + METRIC_ROUNDING):
+        if max_metric_drop is not None and dropped(result["metric_drop"], max_metric_drop):
             name, value, drop = (result[key] for key in ("metric_name", "metric_value", "metric_drop"))
             screen.say(
                 f"error: {name} is {value:.4f}, {drop:.4f} less than that of {against}, "

@@ -78,7 +78,7 @@ def export(  # noqa: PLR0913 - every option is a parameter
     What that costs is measured on the run's validation rows, or on those that the data options name.
     """
     with session(**vars(shown)) as screen:
-        measured_on = rows_of(rows)
+        data = rows_of(rows)
         target = output or Path("onnx") / name_of(source)
         check_output(target, force=force)  # at once: what follows takes seconds to import
 
@@ -92,7 +92,7 @@ def export(  # noqa: PLR0913 - every option is a parameter
             max_diff=max_diff,
             quantize=quantize,
             max_metric_drop=max_metric_drop,
-            **measured_on,
+            data=data,
             progress=screen.progress,
             trust_remote_code=trust_remote_code,
         )

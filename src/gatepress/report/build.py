@@ -13,10 +13,10 @@ SUFFIXES = (".html", ".htm")
 
 
 def report(
-    directories: Sequence[Path],
-    output: Path,
+    directories: Sequence[str | Path],
+    output: str | Path,
     *,
-    benches: Sequence[Path] = (),
+    benches: Sequence[str | Path] = (),
     title: str | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
@@ -26,10 +26,12 @@ def report(
     that is not a page's, `OutputError` if `output` exists and not `force`, `ArtifactError` on input that is not
     understood.
     """
+    output = Path(output)
     if not directories:
         raise UsageError("nothing to report: give a directory of gatepress train, prune, export or sweep")
     render.check_file(output, SUFFIXES, "--output", force=force)
-    sheet = facts.read(directories, [(path, render.read(path)) for path in benches])
+    measured = [(path, render.read(path)) for path in map(Path, benches)]
+    sheet = facts.read([Path(one) for one in directories], measured)
     drawn = page.render(sheet, title)
     # Names are hostile: a lone surrogate is not UTF-8, but it can be a character reference.
     replace_file(output, drawn.html.encode("utf-8", "xmlcharrefreplace"))

@@ -1,0 +1,89 @@
+"""What the functions behind the commands take: directories as text, words that exist, and no word too many."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gatepress
+from conftest import TaskFiles
+from forms import settings_for
+from gatepress import sweep
+from gatepress.checkpoint import load_run
+from gatepress.errors import GatepressError, UsageError
+from gatepress.evaluation import evaluate
+from gatepress.export import export
+from gatepress.inspecting import inspect
+from gatepress.models import model_errors
+from gatepress.pruning import prune
+from gatepress.recovery import prune_each
+from gatepress.report.build import report
+from gatepress.runtime import open_runner
+from gatepress.training import resume, train
+from gatepress.verifying import verify
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model_dir: Any, tiny_task_files: TaskFiles, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory: Path = tmp_path_factory.mktemp("python") / "run"
+    train(settings_for(tiny_model_dir("bert"), tiny_task_files, sparsity=0.5, epochs=1), str(directory))
+    return directory
+
+
+def test_the_public_names_are_listed() -> None:
+    assert {"load_pruned", "__version__"} <= {*dir(gatepress)}
+    with pytest.raises(AttributeError, match="no attribute 'prune'"):
+        gatepress.prune  # noqa: B018 - that it is looked up is what is tested
+
+
+def test_directories_may_be_text(run: Path, tmp_path: Path) -> None:
+    pruned, onnx, page = (str(tmp_path / name) for name in ("pruned", "onnx", "page.html"))
+    prune(str(run), pruned)
+    prune_each(str(run), {0.6: str(tmp_path / "smaller")})
+    export(pruned, onnx)
+    assert resume(str(run))["output_dir"] == str(run)
+    assert verify(onnx)["ok"]
+    assert inspect(pruned)["kind"] == "pruned"
+    assert report([str(run), pruned], page)["output"] == page
+    assert gatepress.load_pruned(pruned).config.model_type == "gatepress_bert"
+
+
+def test_words_that_do_not_exist_are_refused_before_anything_is_done(run: Path, tmp_path: Path) -> None:
+    output, words = tmp_path / "pruned", {"target": "ort", "layout": "iner"}
+    with pytest.raises(UsageError, match=r"--layout is 'iner', expected one of auto, .*; --for is 'ort', expected one"):
+        prune(run, output, **words)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="--for is 'ort'"):
+        prune_each(run, {0.5: output}, recover_epochs=1, **words)
+    with pytest.raises(UsageError, match="--precision is 'half', expected one of fp32, bf16, fp16"):
+        evaluate(run, precision="half")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="--for is 'ort'"):
+        sweep.run(load_run(run)[1].settings, output, methods=["gates"], sparsities=[0.5], target="ort")  # type: ignore[arg-type]
+    assert not output.exists()
+
+
+def test_changes_to_the_rows_have_the_names_of_settings(run: Path) -> None:
+    assert evaluate(run, data={"max_validation_samples": 8})["examples"] == 8
+    with pytest.raises(UsageError, match="data names max_samples, expected fields of DataSettings"):
+        evaluate(run, data={"max_samples": 8})
+
+
+def test_a_head_that_is_loaded_next_is_not_reported_as_missing(
+    run: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = logging.getLogger("transformers")
+    monkeypatch.setattr(own, "propagate", True)  # for caplog
+    before = own.level
+    try:
+        own.setLevel(logging.WARNING)
+        open_runner(run)
+        assert own.level == logging.WARNING
+        assert "MISSING" not in caplog.text
+        own.setLevel(logging.INFO)  # somebody wants to see it
+        open_runner(run)
+        assert "MISSING" in caplog.text
+        with pytest.raises(GatepressError), model_errors("x"):
+            raise ValueError
+        assert own.level == logging.INFO
+    finally:
+        own.setLevel(before)
