@@ -39,7 +39,6 @@ from gatepress.models import open_tokenizer
 from gatepress.progress import NoProgress
 from gatepress.runners import TorchRunner
 from gatepress.runtime import open_runner
-from gatepress.tracing import plain_attention
 
 SMALL = {"repetitions": 3, "warmup": 1, "threads": 1}
 
@@ -401,17 +400,26 @@ def test_macs_of_a_small_bert_are_those_on_paper(tiny_classifier_dir):
     assert runner.macs(3, 17) == 3 * (17 * token + 17 * 17 * pair + row)
 
 
+ONCE = {
+    "deberta-v2": {tiny.LAYERS * 2 * 16 * tiny.HIDDEN**2},  # queries and keys of 2 x 8 positions
+    "modernbert": {0, 2 * 17 * tiny.HIDDEN // tiny.HEADS // 2},  # angles: products before transformers 5.19
+}
+
+
 def test_macs_are_what_rows_add_to_a_pass(family, tiny_classifier_dir):
     runner = open_runner(tiny_classifier_dir(family))
     runner.model.requires_grad_(False)
+    # not by `plain_attention`: before transformers 5.7 the fused attention of ModernBERT stays, whose products torch
+    # does not count
+    runner.model.config._attn_implementation = "eager"
     counted = {}
     for rows in (2, 5):
-        with plain_attention(runner.model), FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter:
             runner.run(runner.prepare({"input_ids": np.full((rows, 17), 7)}))
         counted[rows] = counter.get_total_flops() // 2
     assert runner.macs(3, 17) == counted[5] - counted[2]
-    once = counted[2] - runner.macs(2, 17)  # whatever the rows: DeBERTa's queries and keys of 2 x 8 positions
-    assert once == (tiny.LAYERS * 2 * 16 * tiny.HIDDEN**2 if family == "deberta-v2" else 0)
+    once = counted[2] - runner.macs(2, 17)  # whatever the rows
+    assert once in ONCE.get(family, {0})
 
 
 def test_macs_of_another_form_are_not_known(tiny_classifier_dir, monkeypatch):

@@ -1,6 +1,7 @@
 """What people do with pruned and exported directories in other programs: load, save anew, serve."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -63,6 +65,25 @@ def test_what_transformers_saved_anew_is_a_model_like_any_other(
     batch = {name: value.numpy() for name, value in tiny.random_batch("bert").items()}
     logits = [torch.from_numpy(open_runner(place).logits(batch)) for place in (pruned, tmp_path / "onnx")]
     torch.testing.assert_close(*logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["bert"], indirect=True)
+def test_norms_may_be_named_as_transformers_before_5_6_saves_them(pruned: Path, tmp_path: Path) -> None:
+    anew, file = tmp_path / "anew", tmp_path / "anew" / "model.safetensors"
+    load_pruned(pruned).save_pretrained(anew)
+    tensors = load_file(pruned / "model.safetensors")
+    names = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    old = {re.sub("|".join(names), lambda found: names[found[0]], name): value for name, value in tensors.items()}
+    assert len(old.keys() - tensors.keys()) == 2 * (1 + 2 * tiny.LAYERS)
+
+    save_file(old, file, metadata={"format": "pt"})
+    batch = {name: value.numpy() for name, value in tiny.random_batch("bert").items()}
+    wanted, got = (open_runner(place).logits(batch) for place in (pruned, anew))
+    assert (got == wanted).all()
+
+    save_file(tensors | {name: value.clone() for name, value in old.items()}, file, metadata={"format": "pt"})
+    with pytest.raises(ArtifactError, match=r"LayerNorm\.beta is \[32\], expected absent"):
+        open_runner(anew)
 
 
 @pytest.mark.parametrize("family", ["bert", "mpnet"], indirect=True)

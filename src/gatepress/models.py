@@ -128,9 +128,10 @@ def open_pruned(path: Path) -> PreTrainedModel:
 def refuse_unfit(path: Path) -> None:
     """Compare the tensors of a pruned directory with its configuration; `ArtifactError` if they differ."""
     file = path / "model.safetensors"
-    got = tensor_shapes(file)
+    found = tensor_shapes(file)
     read_config(path / "config.json")
-    model = empty_model(path, most_layers=len(got))
+    model = empty_model(path, most_layers=len(found))
+    got = {name if _loaded_as(name) in found else _loaded_as(name): shape for name, shape in found.items()}
     wanted = {name: tuple(value.shape) for name, value in as_saved(model).state_dict().items()}
     odd = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))
     if odd:
@@ -138,6 +139,11 @@ def refuse_unfit(path: Path) -> None:
             f"{name} is {_shape(got.get(name))}, expected {_shape(wanted.get(name))}" for name in odd[:SHOWN]
         )
         raise ArtifactError(f"{file}: {len(odd)} tensors do not fit config.json ({told}); prune again")
+
+
+def _loaded_as(name: str) -> str:
+    """Return the name that transformers loads a tensor under; before 5.6 it saved norms under their oldest names."""
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:
