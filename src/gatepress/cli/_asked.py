@@ -51,10 +51,10 @@ def asked_data(rows: "Rows") -> DataSettings | None:
     return None
 
 
-def rows_of(rows: "Rows") -> DataSettings | dict[str, Any]:
-    """Return where rows come from if options say it, otherwise the changes they make to what a manifest says."""
+def rows_of(rows: "Rows") -> DataSettings | dict[str, Any] | None:
+    """Return where rows come from if options say it, otherwise the changes that they make to what a manifest says."""
     changes = said_of(vars(rows))
-    return data_settings(rows) if ROWS & set(changes) else changes
+    return data_settings(rows) if ROWS & set(changes) else changes or None
 
 
 def said_of(options: dict[str, Any]) -> dict[str, Any]:
