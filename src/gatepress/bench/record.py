@@ -16,7 +16,6 @@ from gatepress.schema import check_fields, schema_of
 
 FORMAT_VERSION = 1
 MAX_SAMPLES = 1_000  # kept in a record; the statistics always cover all of them
-MAX_NUMBER = 1e300  # limit for numbers in a file: an integer of a thousand digits is not ours
 What = Literal["matmul", "endtoend"]
 
 
