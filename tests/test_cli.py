@@ -151,6 +151,8 @@ def library(monkeypatch, tmp_path):
     # What takes functions of other modules by name must take the real ones, also where it is imported here first.
     for name in ("alternatives", "recovery", "report", "sweep"):
         importlib.import_module(f"gatepress.{name}")
+    for check in ("run_file", "written_form"):  # no directory that these tests name is there
+        monkeypatch.setattr(f"gatepress.manifests.{check}", lambda _: None)
     monkeypatch.chdir(tmp_path)
     return Library(monkeypatch)
 
@@ -305,6 +307,17 @@ def test_one_size_does_not_wait_for_what_trains(library, monkeypatch, more):
     (_, _, kwargs) = library.only_call()
     assert kwargs["sparsity"] == (0.3 if more else None)
     assert run("prune", "runs/x", "--sparsity", "0.3,0.5").exit_code == 1
+
+
+@pytest.mark.parametrize("line", [["prune", "x"], ["verify", "x"], ["train", "--resume", "x"]])
+def test_a_missing_directory_is_told_before_the_slow_imports(monkeypatch, tmp_path, line):
+    monkeypatch.chdir(tmp_path)
+    for name in ("pruning", "verifying", "training"):
+        monkeypatch.delattr(gatepress, name, raising=False)
+        monkeypatch.setitem(sys.modules, f"gatepress.{name}", None)  # importing it now fails
+    result = run(*line)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: x: is not there, expected a run")
 
 
 def test_dry_run_promises_no_output(library):

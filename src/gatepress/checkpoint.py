@@ -28,7 +28,7 @@ from gatepress.errors import ArtifactError, HubError, ModelError, UsageError
 from gatepress.files import RUN_FILE, read_json
 from gatepress.heads import set_labels_
 from gatepress.hub import locate_model
-from gatepress.manifests import RUN_FORMAT, check_beside, check_files, read_manifest, tensor_shapes
+from gatepress.manifests import RUN_FORMAT, check_beside, check_files, read_manifest, run_file, tensor_shapes
 from gatepress.methods import kept, merge_, prepare_
 from gatepress.models import model_errors, model_files, read_tensors, refuse_missing
 from gatepress.resolve import family_named, family_of
@@ -85,10 +85,7 @@ class RunManifest:
 
 def read_run(directory: Path) -> RunManifest:
     """Read the manifest of a run directory; `ArtifactError` if it is not complete."""
-    path = directory / RUN_FILE
-    if not path.is_file():
-        lacks = f"has no {RUN_FILE}" if directory.exists() else "is not there"
-        raise ArtifactError(f"{directory}: {lacks}, expected a run directory written by `gatepress train`")
+    path = run_file(directory)
     value = read_manifest(path)
     try:
         manifest = RunManifest(

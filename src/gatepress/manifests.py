@@ -149,6 +149,15 @@ def written_form(path: Path) -> Form:
     return form
 
 
+def run_file(directory: Path) -> Path:
+    """Return the manifest of a run directory; `ArtifactError` if it has none."""
+    path = directory / RUN_FILE
+    if not path.is_file():
+        lacks = f"has no {RUN_FILE}" if directory.exists() else "is not there"
+        raise ArtifactError(f"{directory}: {lacks}, expected a run directory written by `gatepress train`")
+    return path
+
+
 def onnx_parts(path: Path) -> tuple[Path, Path, Path | None]:
     """Return directory, graph and manifest of an ONNX directory or .onnx file; None: no manifest names the graph."""
     directory, file = (path, path / ONNX_MODEL) if path.is_dir() else (path.parent, path)

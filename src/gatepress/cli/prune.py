@@ -93,6 +93,9 @@ def prune(  # noqa: PLR0913 - every option is a parameter
             raise UsageError("--recover-epochs trains on at another sparsity; give --sparsity FRACTION with it")
         if refit and asked is None:
             raise UsageError("--refit is for gates that are closed anew; give --sparsity FRACTION with it")
+        from gatepress.manifests import run_file
+
+        run_file(run)  # before the slow imports
         options: dict[str, Any] = {"layout": layout, "target": target, "latency_table": latency_table}
         options |= {"tokens": tokens, "force": force}
 

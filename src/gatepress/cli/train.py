@@ -64,6 +64,10 @@ def train(  # noqa: PLR0913 - every option is a parameter
         if resume is not None:
             refuse_beside("--resume", context)
 
+            from gatepress.manifests import run_file
+
+            run_file(resume)  # before the slow imports
+
             from gatepress import training
 
             _work(screen, resume, partial(training.resume, resume))

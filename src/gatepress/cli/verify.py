@@ -26,6 +26,10 @@ def verify(
     logits are finite. Needs no network. If there are faults, prints one line for each and exits with code 1.
     """
     with session(**vars(shown)) as screen:
+        from gatepress.manifests import written_form
+
+        written_form(directory)  # before the slow imports
+
         from gatepress import verifying
 
         result = verifying.verify(directory)
