@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
@@ -36,8 +35,7 @@ from gatepress.resolve import resolve
 
 GRANULARITIES: list[Granularity] = ["structured", "matrix", "heads"]
 LAYOUTS: list[Layout] = ["auto", "inner", "index", "paper", "stock"]
-RELEASE = tuple(map(int, transformers.__version__.split(".")[:2]))
-TAKE_NO_PAIRS = {"mpnet", "deberta-v2", *(["modernbert"] if RELEASE < (5, 1) else [])}  # no mask of query and key
+TAKE_NO_PAIRS = {"mpnet", "deberta-v2", *(["modernbert"] if tiny.RELEASE < (5, 1) else [])}  # no mask of query and key
 
 
 def gated_model(family: str, granularity: Granularity, closed: float = 0.4, seed: int = 0) -> PreTrainedModel:
@@ -325,7 +323,7 @@ def test_calls_that_read_different_tokens_may_run_at_once_and_after_one_that_fai
     states = pruned.base_model(**inputs)[0]
     assert states.shape[1] == inputs["input_ids"].shape[1]
 
-    apart = RELEASE >= (5, 2)
+    apart = tiny.RELEASE >= (5, 2)
 
     def ask(number: int) -> bool:
         whole = pruned(**inputs, output_hidden_states=number % 2 == 0)

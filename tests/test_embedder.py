@@ -536,3 +536,14 @@ def test_what_was_written_before_may_be_replaced(trained: Path, tmp_path: Path) 
     (tmp_path / "pruned" / "1_Pooling" / "mine.txt").write_text("keep")
     with pytest.raises(OutputError, match="which gatepress did not write"):
         prune(trained, tmp_path / "pruned", force=True)
+
+
+def test_a_pooling_beside_what_is_no_embedder_is_somebody_elses(
+    tiny_model_dir: Callable[[str], Path], tiny_task_files: TaskFiles, tmp_path: Path
+) -> None:
+    run = save_run(tmp_path / "run", tiny_model_dir("bert"), tiny_task_files)
+    prune(run, tmp_path / "pruned")
+    (tmp_path / "pruned" / "1_Pooling").mkdir()
+    (tmp_path / "pruned" / "1_Pooling" / "config.json").write_text("{}")
+    with pytest.raises(OutputError, match="holds 1_Pooling, which gatepress did not write"):
+        prune(run, tmp_path / "pruned", force=True)

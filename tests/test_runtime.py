@@ -164,6 +164,17 @@ def test_relative_directory_is_called_by_its_own_name(forms, monkeypatch) -> Non
     assert open_runner(".").name == "onnx"
 
 
+def test_a_session_takes_the_threads_of_torch(forms) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        runner = open_runner(forms.onnx)
+        assert torch.get_num_threads() == 2
+        assert runner.session.get_session_options().intra_op_num_threads == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_missing_gpu_is_one_line(forms, kind: str, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from transformers import (
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 LAYERS, HIDDEN, HEADS, INTERMEDIATE = 2, 32, 4, 64
+RELEASE = tuple(map(int, transformers.__version__.split(".")[:2]))
 MAX_TOKENS = 160  # longer than the default --max-length, as in real encoders
 
 MARKERS = {

@@ -173,7 +173,7 @@ class TrainSettings:
     def _unknown_words(self) -> list[str]:
         problems = unknown_words(
             method=(self.method, Method),
-            budget=(self.budget or self.unit, BudgetUnit),
+            budget=(_unless_asked(self.budget, self.unit), BudgetUnit),
             granularity=(self.granularity, Granularity),
             gate_axes=(self.gate_axes, GateAxes),
             controller=(self.controller, Controller),

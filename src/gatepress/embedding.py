@@ -19,13 +19,13 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from gatepress.errors import ModelError
 from gatepress.families import row_of
-from gatepress.files import MAX_JSON_BYTES, POOLING_DIR, json_text, read_json
+from gatepress.files import MAX_JSON_BYTES, MODULES_FILE, POOLING_DIR, json_text, read_json
 from gatepress.modeling_gatepress import reads_first_token
 from gatepress.resolve import family_named, model_class
 
 logger = logging.getLogger(__name__)
 
-MODULES_FILE, LENGTH_FILE = "modules.json", "sentence_bert_config.json"
+LENGTH_FILE = "sentence_bert_config.json"
 PROMPTS_FILE = "config_sentence_transformers.json"
 # file -> its keys
 _HANDED_ON = {LENGTH_FILE: ("max_seq_length",), PROMPTS_FILE: ("prompts", "default_prompt_name", "similarity_fn_name")}
@@ -161,6 +161,11 @@ def tell_of_prompt(directory: Path, embedding: Embedding) -> None:
             "%s: has the default prompt %r, which is not put before texts here; let it stand in the rows",
             *(directory, (embedding.get("prompts") or {}).get(name, name)),
         )
+
+
+def write_modules_of(model: PreTrainedModel, directory: Path) -> list[str]:
+    """Write what sentence-transformers reads beside an embedder, and nothing for another model; return the names."""
+    return write_modules(directory, model.config.embedding, model.config.hidden_size) if embeds(model) else []
 
 
 def write_modules(directory: Path, embedding: Embedding, width: int) -> list[str]:

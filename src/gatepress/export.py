@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from gatepress.agreement import compare, quantized_difference, random_batches
 from gatepress.checkpoint import PROBE_FILE, read_probe, read_run
 from gatepress.config import MAX_LOGIT_DIFF, DataSettings, dropped, refuse
-from gatepress.embedding import as_saved, embeds, write_modules
+from gatepress.embedding import as_saved, write_modules_of
 from gatepress.errors import ArtifactError, GatepressError, MetricDropError, UsageError
 from gatepress.evaluation import Basis, basis_of, evaluate_runner, probe_rows
 from gatepress.families import dense_type
@@ -58,18 +58,15 @@ def export(  # noqa: PLR0913 - every option of the command is one
 
     `opset` None: the exporter's own choice. ONNX Runtime must agree with torch within `max_diff` on random rows of
     several shapes, and on the run's probe rows if there are any; otherwise `ParityError`. With `quantize`, that float32
-    graph is then quantized and, unless `measure` is off, both are measured on the rows of `data`, which means what
-    it does to `evaluation.evaluate`. `MetricDropError` if the metric drops by more than
-    `max_metric_drop`. Also raises `UsageError`, `ModelError` if the model cannot be exported or quantized, and what
-    `open_runner` raises. Nothing is written unless all of this succeeds.
+    graph is then quantized and, unless `measure` is off, both are measured on the rows of `data`, which means what it
+    does to `evaluation.evaluate`. `MetricDropError` if the metric drops by more than `max_metric_drop`. Also raises
+    `UsageError`, `ModelError` if the model cannot be exported or quantized, and what `open_runner` raises. Nothing is
+    written unless all of this succeeds.
     """
     output = Path(output)
     _check(opset, max_diff, quantize, max_metric_drop)
-    rows = {
-        name: value
-        for name, value in (asdict(data) if isinstance(data, DataSettings) else data or {}).items()
-        if value is not None
-    }
+    said = asdict(data) if isinstance(data, DataSettings) else data or {}
+    rows = {name: value for name, value in said.items() if value is not None}
     if rows and not quantize:
         raise UsageError("data options say what the metric of --quantize int8 is measured on; give that with them")
     path = now_at(expanded(str(source)))
@@ -97,11 +94,7 @@ def export(  # noqa: PLR0913 - every option of the command is one
             else:
                 bound = save_tokenizer(tokenizer, staged)
         (staged / "config.json").write_text(json_text(_config(runner.model)), encoding="utf-8")
-        if embeds(runner.model):
-            config = runner.model.config
-            bound |= {
-                name: sha256_of(staged / name) for name in write_modules(staged, config.embedding, config.hidden_size)
-            }
+        bound |= {name: sha256_of(staged / name) for name in write_modules_of(runner.model, staged)}
         exact = _opened(model_file, opset)
         checked = compare(runner, exact, [*random, *real], max_diff)
         smaller: dict[str, Any] = {}

@@ -28,7 +28,7 @@ _WRITTEN = (  # beside a manifest and what it names: early releases named no tok
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
     *("*.model", "chat_template.jinja"),
 )
-POOLING_DIR = "1_Pooling"  # of an embedder: it holds one file, which no manifest names
+MODULES_FILE, POOLING_DIR = "modules.json", "1_Pooling"  # of an embedder; no manifest names the file in the folder
 _WRITTEN_WITH_PRUNED = ("README.md", "modeling_gatepress.py")  # elsewhere such files belong to somebody else
 
 
@@ -222,7 +222,8 @@ def _of_others(directory: Path) -> list[str]:
             bound |= {**read_json(directory / name).get("sha256", {})}.keys()
     patterns = [_unfinished(kind) for kind in ("new", "old", "tmp")]
     left = {name for name in names if any(fnmatch(name, one) for one in patterns) and (directory / name).is_dir()}
-    if manifests and (directory / POOLING_DIR).is_dir() and {*os.listdir(directory / POOLING_DIR)} <= {"config.json"}:
+    pooling = directory / POOLING_DIR
+    if MODULES_FILE in bound and pooling.is_dir() and {*os.listdir(pooling)} <= {"config.json"}:
         left.add(POOLING_DIR)
     return [name for name in names if name not in left and not (manifests and _is_ours(name, bound))]
 

@@ -26,7 +26,7 @@ from gatepress.config import (
     unknown_words,
 )
 from gatepress.costs import Costs, analytic
-from gatepress.embedding import as_saved, embeds, write_modules
+from gatepress.embedding import as_saved, write_modules_of
 from gatepress.errors import UsageError
 from gatepress.files import PRUNED_FILE, check_output, json_text, new_directory, read_json, sha256_of
 from gatepress.gates import counted, gates_of
@@ -200,9 +200,7 @@ def _write(pruned: PreTrainedModel, staged: Path, layout: Layout) -> list[Path]:
         config = read_json(staged / "config.json")
         ship_code(config, staged)
         (staged / "config.json").write_text(json_text(config), encoding="utf-8")
-    if not embeds(pruned):
-        return []
-    return [staged / name for name in write_modules(staged, pruned.config.embedding, pruned.config.hidden_size)]
+    return [staged / name for name in write_modules_of(pruned, staged)]
 
 
 @torch.inference_mode()

@@ -1,6 +1,7 @@
 """What the fields of a JSON file may hold, as plain values, and the check of a file against it. No torch here.
 
-A schema is a leaf of `LEAVES`, a set of words, a list of one schema, an object of schemas ("*": any other key), or
+A schema is a leaf of `LEAVES`, a set of words, a list of one schema (for any number of values) or of one for each
+value, an object of schemas ("*": any other key), or
 (schema,), which may be null. A key may be missing, which its readers find out; unknown keys are ignored,
 because later releases may add some.
 """
@@ -16,16 +17,23 @@ from typing import Any
 from gatepress.errors import ArtifactError, UsageError
 
 MAX_DEPTH = 32  # levels of a JSON value
+MAX_NUMBER = 1e300  # an integer of a thousand digits is not ours
 _UNSOUND = re.compile("[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]")  # control characters, halves of characters
 
 Schema = Any
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a JSON value is a number of a size that may be ours; NaN and truth values are not."""
+    return type(value) in (int, float) and -MAX_NUMBER < value < MAX_NUMBER
+
 
 LEAVES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "text": ("a text", lambda value: isinstance(value, str)),
     "bool": ("true or false", lambda value: isinstance(value, bool)),
     "int": ("a whole number", lambda value: type(value) is int),
     "size": ("a whole number from 1 on", lambda value: type(value) is int and value > 0),
-    "number": ("a number", lambda value: type(value) in (int, float)),
+    "number": ("a number", is_number),
     "scalar": ("a text or a number", lambda value: value is None or isinstance(value, str | int | float)),
 }
 _HINTS = {str: "text", bool: "bool", int: "int", float: "number"}
@@ -47,9 +55,10 @@ def _schema_of_hint(hint: Any) -> Schema:
     inner = typing.get_args(hint)
     if type(None) in inner:
         return (_schema_of_hint(inner[0]),)
-    if typing.get_origin(hint) in (tuple, dict):
-        inside = _schema_of_hint(inner[-1] if inner[-1] is not ... else inner[0])
-        return {"*": inside} if typing.get_origin(hint) is dict else [inside]
+    if typing.get_origin(hint) is dict:
+        return {"*": _schema_of_hint(inner[1])}
+    if typing.get_origin(hint) is tuple:
+        return [_schema_of_hint(one) for one in inner if one is not ...]
     return frozenset(inner) if inner else _HINTS[hint]
 
 
@@ -92,8 +101,19 @@ def _unsound(value: Any, where: str = "it", depth: int = 0) -> Iterator[str]:
         yield f"{where} holds a control character or half of a character"
 
 
-def _one_of(words: frozenset[str]) -> tuple[str, Callable[[Any], bool]]:
-    return f"one of {', '.join(sorted(words))}", lambda value: isinstance(value, str) and value in words
+def _leaf(schema: str | frozenset[str]) -> tuple[str, Callable[[Any], bool]]:
+    """Return what a leaf or a set of words expects, and whether a value is that."""
+    if isinstance(schema, str):
+        return LEAVES[schema]
+    return f"one of {', '.join(sorted(schema))}", lambda value: isinstance(value, str) and value in schema
+
+
+def _faults_in_list(value: list[Any], schema: list[Schema], where: str) -> Iterator[str]:
+    each = schema if len(schema) > 1 else schema * len(value)
+    if len(value) != len(each):
+        yield f"{where} has length {len(value)}, expected {len(each)}"
+    for one, inner in zip(value, each, strict=False):
+        yield from _faults(one, inner, where)
 
 
 def _faults(value: Any, schema: Schema, where: str) -> Iterator[str]:
@@ -102,14 +122,13 @@ def _faults(value: Any, schema: Schema, where: str) -> Iterator[str]:
         if value is not None:
             yield from _faults(value, schema[0], where)
     elif isinstance(schema, str | frozenset):
-        name, fits = LEAVES[schema] if isinstance(schema, str) else _one_of(schema)
+        name, fits = _leaf(schema)
         if not fits(value):
             yield f"{where} is {repr(value)[:80]}, expected {name}"
     elif not isinstance(value, type(schema)):
         yield f"{where} is {repr(value)[:80]}, expected {'an object' if isinstance(schema, dict) else 'a list'}"
     elif isinstance(schema, list):
-        for one in value:
-            yield from _faults(one, schema[0], where)
+        yield from _faults_in_list(value, schema, where)
     else:
         for key, one in value.items():
             if (inner := schema.get(key, schema.get("*"))) is not None:

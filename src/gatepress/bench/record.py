@@ -73,12 +73,14 @@ class Record:
         found = value.get("format_version")
         if found != FORMAT_VERSION:
             raise ArtifactError(f"benchmark record: version {found!r}, this gatepress reads version {FORMAT_VERSION}")
-        check_fields(Path("benchmark record"), value, schema_of(cls))
-        shape, samples = value.get("shape"), value.get("samples_ms", ())
+        schema = schema_of(cls)
+        if unknown := sorted(value.keys() - schema.keys()):
+            raise ArtifactError(f"benchmark record: unknown field {unknown[0]!r}")
+        check_fields(Path("benchmark record"), value, schema)
+        tuples = {name: tuple(value[name]) for name in ("shape", "samples_ms") if value.get(name) is not None}
         try:
-            out, columns = shape or (0, 0)
-            return cls(**{**value, "shape": shape and (out, columns), "samples_ms": tuple(samples)})
-        except (TypeError, ValueError) as error:
+            return cls(**{**value, **tuples})
+        except TypeError as error:
             raise ArtifactError(f"benchmark record: not understood ({error})") from None
 
 

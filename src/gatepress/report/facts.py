@@ -26,9 +26,9 @@ from gatepress.manifests import (
     read_manifest,
     understood,
 )
+from gatepress.schema import is_number
 
 BYTES_A_PARAMETER = 4  # float32
-MAX_NUMBER = 1e300  # in a file: an integer of a thousand digits is not ours
 SHORT = 12  # characters of a hash that people compare
 # Numbers of an item -> their keys in the output of other commands.
 COUNTED = {
@@ -130,7 +130,7 @@ def read(directories: Iterable[Path], benches: Iterable[tuple[Path, Sequence[Rec
 
 def number(value: Any) -> float | None:
     """Return a JSON value if it is a finite number, otherwise None."""
-    return value if type(value) in (int, float) and -MAX_NUMBER < value < MAX_NUMBER else None
+    return value if is_number(value) else None
 
 
 def _directory(path: Path) -> tuple[tuple[Item, ...], tuple[Record, ...]]:
