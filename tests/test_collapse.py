@@ -27,6 +27,7 @@ from forms import collapse
 from gatepress.collapse import parameters_of
 from gatepress.config import Granularity, Layout
 from gatepress.errors import ModelError
+from gatepress.families import FAMILIES, ROLES
 from gatepress.gates import GatedLinear, counted, gates_of
 from gatepress.inject import attach_gates_, gated_linear
 from gatepress.modeling_gatepress import GATHER_FROM, pick
@@ -88,7 +89,7 @@ def test_collapsed_and_reloaded_equal_gated_and_hold_what_the_plan_counts(
     assert torch.equal(logits(reloaded, family), logits(pruned, family))
     assert 0 < plan.removed_fraction < 1
     base = pruned.base_model
-    paths = {path for layer in resolve(pruned) for path in layer.paths.values()}
+    paths = {path for layer in resolve(pruned) for role in ROLES for path in layer.held_in(role)}
     held = sum(value.numel() for name, value in base.named_parameters() if name.removesuffix(".weight") in paths)
     assert held == plan.kept_weights
     assert plan.dense_weights == sum(layer.weights for layer in resolve(model))
@@ -101,7 +102,8 @@ def test_open_gates_remove_nothing_and_change_nothing(family: str, granularity: 
     dense = tiny.build_classifier(family, num_labels=3)
     wanted = logits(dense, family)
     attach_gates_(dense, granularity=granularity, controller="importance")
-    assert torch.equal(logits(dense.eval(), family), wanted)
+    rounding = 0 if FAMILIES[family].halves is None else 1e-5  # activations of two joined matrices lie apart in memory
+    torch.testing.assert_close(logits(dense.eval(), family), wanted, atol=rounding, rtol=0)
     pruned, plan = collapse(dense, "inner")
     assert plan.removed_fraction == 0
     torch.testing.assert_close(logits(pruned, family), wanted, atol=1e-5, rtol=0)

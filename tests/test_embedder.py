@@ -120,6 +120,7 @@ def test_a_vector_is_pooled_as_its_directory_says(embedder: Make, parts: tuple[s
     np.testing.assert_allclose(vectors_of(directory), SentenceTransformer(str(directory)).encode(TEXTS), atol=1e-5)
 
 
+@pytest.mark.parametrize("family", tiny.DISTINCT)
 def test_every_form_gives_one_vector(
     family: str, embedder: Make, tiny_regression_files: TaskFiles, tmp_path: Path
 ) -> None:

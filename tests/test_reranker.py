@@ -105,6 +105,7 @@ def test_a_finetuned_model_with_one_output_is_measured_as_that_with_two(
         assert of_one["metric_value"] > (0.2 if name == "matthews" else 0.6)  # it learned something
 
 
+@pytest.mark.parametrize("family", tiny.DISTINCT)
 def test_a_reranker_keeps_its_head_in_all_forms(
     family: str, tiny_task_files: TaskFiles, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

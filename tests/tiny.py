@@ -16,6 +16,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForSequenceClassification,
@@ -46,6 +47,7 @@ class Row:
     sizes: dict[str, Any] = field(default_factory=lambda: SIZES)
     style: Literal["bert", "roberta"] = "bert"
     segments: bool = False  # the tokenizer gives token_type_ids
+    like: str | None = None  # another row whose code in gatepress this one shares: long tests take that one
 
     @property
     def input_names(self) -> list[str]:
@@ -74,6 +76,8 @@ ROWS = (
     Row("bert", segments=True),
     Row("roberta", {**SIZES, "type_vocab_size": 1}, style="roberta"),
     Row("xlm-roberta", {**SIZES, "type_vocab_size": 1}, style="roberta"),
+    Row("camembert", {**SIZES, "type_vocab_size": 1}, style="roberta", like="roberta"),
+    Row("ernie", segments=True, like="bert"),
     Row("electra", {**SIZES, "embedding_size": HIDDEN // 2}, segments=True),
     Row("mpnet", style="roberta"),
     Row(
@@ -99,9 +103,13 @@ ROWS = (
             **dict.fromkeys(("eos_token_id", "sep_token_id"), 3),
         },
     ),
+    Row("gte"),
+    Row("nomic_bert", segments=True, like="gte"),
+    Row("jina_embeddings_v3"),
 )
-BY_FAMILY = {row.family: row for row in ROWS}
+BY_FAMILY = {row.family: row for row in ROWS if row.family in CONFIG_MAPPING}  # those that this transformers has
 FAMILIES = tuple(BY_FAMILY)
+DISTINCT = tuple(name for name, row in BY_FAMILY.items() if row.like is None)
 
 
 def special_tokens(style: str) -> dict[str, tuple[str, int]]:

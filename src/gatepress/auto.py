@@ -6,9 +6,9 @@ This registration is the only side effect that importing a gatepress module has.
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from gatepress.families import FAMILIES
-from gatepress.resolve import model_class
+from gatepress.resolve import known, model_class
 
-for _family in FAMILIES.values():
+for _family in filter(known, FAMILIES.values()):
     _config = model_class(_family).config_class
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     _config.register_for_auto_class()

@@ -51,7 +51,7 @@ def cut(model: PreTrainedModel, plan: PrunePlan, *, consume: bool = False) -> Pr
         pruned: PreTrainedModel = pruned_class(config)
     state = _pruned_state(model, layers, plan, consume=consume)
     if plan.layout == "stock":
-        _put_together_(state, model, layers)
+        _as_stock_(state, model, layers)
     pruned.load_state_dict(state, strict=True, assign=True)
     pruned.eval()
     return pruned
@@ -137,19 +137,22 @@ def _pruned_state(model: PreTrainedModel, layers: list[Layer], plan: PrunePlan, 
     return state
 
 
-def _put_together_(state: dict[str, Tensor], model: PreTrainedModel, layers: list[Layer]) -> None:
-    """Join queries, keys and values into one matrix again if the family's own class has one, in place."""
+def _as_stock_(state: dict[str, Tensor], model: PreTrainedModel, layers: list[Layer]) -> None:
+    """Give the state the matrices of the family's own class again, in place: one of q, k and v, two of `up`."""
     family = family_of(model.config)
-    if family.qkv is None:
-        return
     base = f"{model.base_model_prefix}."
     for layer in layers:
         state.pop(f"{base}{layer.attention}.pairs", None)
         for kind in ("weight", "bias"):
-            names = [f"{base}{layer.paths[role]}.{kind}" for role in ("q", "k", "v")]
-            parts = [state.pop(name) for name in names if name in state]
-            if parts:
-                state[f"{base}{layer.path}.{family.qkv}.{kind}"] = torch.cat(parts)
+            parts = [f"{base}{layer.paths[role]}.{kind}" for role in ("q", "k", "v")]
+            if family.qkv and parts[0] in state:
+                joined = torch.cat([state.pop(name) for name in parts])
+                state[f"{base}{layer.path}.{family.qkv}.{kind}"] = joined
+            up = f"{base}{layer.paths['up']}.{kind}"
+            if family.halves and up in state:
+                halves = state.pop(up).chunk(2)
+                for path, half in zip(family.halves, halves, strict=True):
+                    state[f"{base}{layer.path}.{path}.{kind}"] = half.clone()
 
 
 def _index(positions: list[int]) -> Tensor:

@@ -57,7 +57,7 @@ class Embedder(PreTrainedModel):
         if config.embedding["pooling"] not in POOLINGS:
             raise ModelError(f"pools tokens by {config.embedding['pooling']}, expected one of {', '.join(POOLINGS)}")
         encoder = self.encoder_class(config)
-        encoder.register_module("pooler", None)
+        encoder.pooler = None
         setattr(self, self.base_model_prefix, encoder)
         self.post_init()  # type: ignore[no-untyped-call]
 

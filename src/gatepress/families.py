@@ -31,6 +31,7 @@ class FamilySpec:
     position_scores: str | None = None  # on the config: products with positions that scores also sum
     activation_attribute: str = "hidden_act"  # on the config
     qkv: str | None = None  # one matrix that holds the rows of q, k and v; once split, they lie beside it
+    halves: tuple[str, str] | None = None  # two matrices, the activated one first; `up` is both, once they are joined
     paired: tuple[str, ...] = ()  # roles whose rows come in pairs: half a head apart in q and k, half of up
 
     def path(self, role: str) -> str:
@@ -63,6 +64,8 @@ BERT = FamilySpec(
 )
 ROBERTA = replace(BERT, model_type="roberta", class_prefix="Roberta", positions_behind="padding")
 XLM_ROBERTA = replace(BERT, model_type="xlm-roberta", class_prefix="XLMRoberta", positions_behind="padding")
+CAMEMBERT = replace(ROBERTA, model_type="camembert", class_prefix="Camembert")
+ERNIE = replace(BERT, model_type="ernie", class_prefix="Ernie")
 ELECTRA = replace(BERT, model_type="electra", class_prefix="Electra")
 MPNET = replace(
     BERT,
@@ -117,15 +120,44 @@ MODERNBERT = FamilySpec(
     paired=("q", "k", "up"),  # positions turn two dimensions together; one half of `up` is multiplied by the other
 )
 
+JINA_V3 = replace(
+    BERT,
+    model_type="jina_embeddings_v3",
+    class_prefix="JinaEmbeddingsV3",
+    layers="layers",
+    attention="self_attn",
+    q="self_attn.q_proj",
+    k="self_attn.k_proj",
+    v="self_attn.v_proj",
+    o="self_attn.o_proj",
+    up="mlp.fc1",
+    down="mlp.fc2",
+    paired=("q", "k"),
+)
+GTE = replace(
+    JINA_V3,
+    model_type="gte",
+    class_prefix="Gte",
+    up="mlp.up",
+    down="mlp.down_proj",
+    halves=("mlp.gate_proj", "mlp.up_proj"),
+    paired=("q", "k", "up"),
+)
+NOMIC = replace(GTE, model_type="nomic_bert", class_prefix="NomicBert")
+
 FAMILIES: dict[str, FamilySpec] = {
     family.model_type: family
-    for family in (BERT, ROBERTA, XLM_ROBERTA, ELECTRA, MPNET, DEBERTA, DISTILBERT, MODERNBERT)
+    for family in (
+        *(BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, ERNIE, ELECTRA, MPNET, DEBERTA, DISTILBERT),
+        *(MODERNBERT, GTE, NOMIC, JINA_V3),
+    )
 }
+_PRUNED = {f"gatepress_{name.replace('-', '_')}": name for name in FAMILIES}
 
 
 def dense_type(model_type: object) -> str:
     """Return the `model_type` of the dense model for a dense or pruned `model_type`."""
-    return str(model_type).removeprefix("gatepress_").replace("_", "-")
+    return _PRUNED.get(str(model_type), str(model_type))
 
 
 def row_of(model_type: object) -> FamilySpec | None:

@@ -18,7 +18,7 @@ from gatepress.config import Controller, GateAxes, Granularity
 from gatepress.errors import UsageError
 from gatepress.families import ROLES
 from gatepress.gates import Gate, GatedLinear
-from gatepress.modeling_gatepress import narrow_attention_, split_
+from gatepress.modeling_gatepress import join_, narrow_attention_, split_
 from gatepress.resolve import Layer, family_of, resolve
 
 Site = tuple[str, str]  # (role, "in" or "out")
@@ -68,11 +68,11 @@ def attach_gates_(  # noqa: PLR0913 - each is a dial of the gates
 
     `matrices` names the roles that get gates, and those of them in `lora_matrices` get low rank too; `axes` are the
     sides of matrix gates. With `rotate_heads`, gates of heads keep a basis for `rotation.turn_`. A joint matrix of
-    queries, keys and values is split first. Everything is frozen afterwards; `mark_trainable_` then opens what a run
-    trains.
+    queries, keys and values is split first, and `up` in two halves is joined. Everything is frozen afterwards;
+    `mark_trainable_` then opens what a run trains.
     """
     base: Any = model.base_model
-    layers = _taken_apart(model)
+    layers = _brought_into_form(model)
     model.requires_grad_(False)
     sites = sites_of(granularity, axes, matrices)
 
@@ -91,16 +91,21 @@ def attach_gates_(  # noqa: PLR0913 - each is a dial of the gates
     return layers
 
 
-def _taken_apart(model: Any) -> list[Layer]:
-    """Return the layers, with separate matrices for queries, keys and values; splits a joint one in place."""
-    layers = resolve(model)
-    if family_of(model.config).qkv:
-        base = model.base_model
+def _brought_into_form(model: Any) -> list[Layer]:
+    """Return the layers with one matrix for each role: splits and joins those that are otherwise, in place."""
+    family, base, layers = family_of(model.config), model.base_model, resolve(model)
+    if family.halves:
+        for layer in layers:
+            join_(base, layer.halves[0].rpartition(".")[0])
+    if family.qkv:
         if "flash" in model.config._attn_implementation:  # noqa: SLF001 - transformers has no public reader
             model.config._attn_implementation = "sdpa"  # noqa: SLF001 - flash attention gives layers all rows as one
         for layer in layers:
             split_(base.get_submodule(layer.attention))
-        layers = resolve(model)
+    if not (family.qkv or family.halves):
+        return layers
+    layers = resolve(model)
+    if family.qkv:
         for layer in layers:
             narrow_attention_(base.get_submodule(layer.attention), layer.whole_attention)
     return layers

@@ -81,9 +81,10 @@ def prepare_(model: PreTrainedModel, settings: TrainSettings) -> list[Layer]:
 def _paths(layers: list[Layer], settings: TrainSettings) -> list[str]:
     """Return the paths of the matrices that take part; `UsageError` if one of them holds others too."""
     roles = {
-        layer.paths[role]: [other for other in ROLES if layer.paths[other] == layer.paths[role]]
+        path: [other for other in ROLES if path in layer.held_in(other)]
         for layer in layers
         for role in settings.matrices
+        for path in layer.held_in(role)
     }
     for path, held in roles.items():
         if not set(held) <= set(settings.matrices):

@@ -30,33 +30,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    BertModel,
-    DebertaV2Config,
-    DebertaV2ForSequenceClassification,
-    DebertaV2Model,
-    DistilBertConfig,
-    DistilBertForSequenceClassification,
-    DistilBertModel,
-    ElectraConfig,
-    ElectraForSequenceClassification,
-    ElectraModel,
-    ModernBertConfig,
-    ModernBertForSequenceClassification,
-    ModernBertModel,
-    MPNetConfig,
-    MPNetForSequenceClassification,
-    MPNetModel,
-    PreTrainedModel,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-    RobertaModel,
-    XLMRobertaConfig,
-    XLMRobertaForSequenceClassification,
-    XLMRobertaModel,
-)
+from transformers import PreTrainedModel
 
 VERSIONS = (1, 2)
 # Releases of transformers before 5 call the attention of these otherwise.
@@ -300,7 +274,7 @@ def _skewed(x: Tensor, columns: int) -> Tensor:
 
 
 class PrunedRotaryAttention(PrunedAttention):
-    """Self-attention in which positions turn queries and keys, two dimensions at a time (ModernBERT).
+    """Self-attention in which positions turn queries and keys, two dimensions at a time (ModernBERT and others).
 
     The two are half a head apart, also in what is left of a head. `pairs [heads * qk_width / 2]` says which pair of the
     dense head each one was.
@@ -344,7 +318,7 @@ class PrunedRotaryAttention(PrunedAttention):
             placed=placed,
             weights_asked=bool(kwargs.get("output_attentions")),
         )
-        return self.out_drop(given), weights
+        return (self.out_drop(given) if hasattr(self, "out_drop") else given), weights
 
     def _of_pairs(self: Any, values: Tensor) -> Tensor:
         """Return [batch or 1, length, head width] as [batch or 1, heads, length, qk_width / 2]."""
@@ -358,6 +332,33 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
+class GatedFeedForward(nn.Module):
+    """A feed-forward part whose two matrices on the way in are one: `up`, with the rows that are activated first."""
+
+    def __init__(self, dense: Any) -> None:
+        super().__init__()
+        parts = (dense.gate_proj, dense.up_proj)
+        biases = [part.bias for part in parts if part.bias is not None]
+        self.up = _linear(torch.cat([part.weight for part in parts]), torch.cat(biases) if biases else None)
+        self.down_proj = dense.down_proj
+        self.act_fn = dense.act_fn
+        self.dropout = getattr(dense, "dropout", nn.Identity())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map hidden states [batch, length, hidden] to the same shape."""
+        activated, factors = self.up(x).chunk(2, dim=-1)
+        given: Tensor = self.down_proj(self.dropout(self.act_fn(activated) * factors))
+        return given
+
+
+def join_(base: nn.Module, path: str) -> None:
+    """Make one matrix, `up`, of the two on the way into the feed-forward part at `path`, in place, if it has two."""
+    parent, _, name = path.rpartition(".")
+    dense = _submodule(base, path)
+    if hasattr(dense, "gate_proj") and hasattr(dense, "up_proj"):
+        setattr(base.get_submodule(parent), name, GatedFeedForward(dense))
+
+
 def split_(attention: Any) -> None:
     """Split the joint matrix of queries, keys and values, in place, if a self-attention has one.
 
@@ -369,15 +370,20 @@ def split_(attention: Any) -> None:
     del attention.Wqkv
     attention._is_hf_initialized = True  # noqa: SLF001 - otherwise transformers looks for that matrix to initialise it
     biases = (None,) * 3 if fused.bias is None else fused.bias.detach().chunk(3)
-    for name, weight, bias in zip("qkv", fused.weight.detach().chunk(3), biases, strict=True):
-        rows, columns = weight.shape
-        kind = {"bias": bias is not None, "device": weight.device, "dtype": weight.dtype}
-        part: Any = nn.utils.skip_init(nn.Linear, columns, rows, **kind)
-        with torch.no_grad():
-            part.weight.copy_(weight)
-            if bias is not None:
-                part.bias.copy_(bias)
-        setattr(attention, name, part)
+    for name, weight, bias in zip("qkv", fused.weight.chunk(3), biases, strict=True):
+        setattr(attention, name, _linear(weight, bias))
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """Return a linear of a weight [rows, columns] and a bias [rows], both copied."""
+    rows, columns = weight.shape
+    kind = {"bias": bias is not None, "device": weight.device, "dtype": weight.dtype}
+    made: Any = nn.utils.skip_init(nn.Linear, columns, rows, **kind)
+    with torch.no_grad():
+        made.weight.copy_(weight)
+        if bias is not None:
+            made.bias.copy_(bias)
+    return made  # type: ignore[no-any-return]
 
 
 def shrink_(model: Any, gatepress: dict[str, Any]) -> None:
@@ -393,6 +399,10 @@ def shrink_(model: Any, gatepress: dict[str, Any]) -> None:
     base = model.base_model
     for path in gatepress["attentions"]:
         split_(_submodule(base, path))
+    for path in gatepress["linears"]:
+        whole, _, name = path.rpartition(".")
+        if name == "up":
+            join_(base, whole)
     for path, part in gatepress["linears"].items():
         dense = _submodule(base, path)
         rows, columns = part["rows"], part["columns"]
@@ -446,7 +456,9 @@ def _narrowed(dense: Any) -> Any:
     return type("Pruned" + dense.__name__, (form, dense), {})
 
 
-_FORMS = {"Disentangled": PrunedDisentangledAttention, "ModernBert": PrunedRotaryAttention}  # part of the name -> form
+_ROTARY = ("ModernBert", "Gte", "NomicBert", "JinaEmbeddingsV3")
+# Part of a self-attention's name -> its pruned form.
+_FORMS = {"Disentangled": PrunedDisentangledAttention, **dict.fromkeys(_ROTARY, PrunedRotaryAttention)}
 
 
 def _blank(dense: Any) -> Any:
@@ -564,148 +576,49 @@ class _Headless(PreTrainedModel):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        self.register_module("pooler", None)
-
-
-class GatepressBertConfig(BertConfig):
-    """BERT with pruned layers."""
-
-    model_type = "gatepress_bert"
-
-
-class GatepressBertForSequenceClassification(_Pruned, BertForSequenceClassification):
-    """BERT with pruned layers and a classification or regression head."""
-
-    config_class = GatepressBertConfig
-
-
-class GatepressBertModel(_Headless, _Pruned, BertModel):
-    """BERT with pruned layers, without a head: what an embedder is made of."""
-
-    config_class = GatepressBertConfig
-
-
-class GatepressRobertaConfig(RobertaConfig):
-    """RoBERTa with pruned layers."""
-
-    model_type = "gatepress_roberta"
-
-
-class GatepressRobertaForSequenceClassification(_Pruned, RobertaForSequenceClassification):
-    """RoBERTa with pruned layers and a classification or regression head."""
-
-    config_class = GatepressRobertaConfig
-
-
-class GatepressRobertaModel(_Headless, _Pruned, RobertaModel):
-    """RoBERTa with pruned layers, without a head: what an embedder is made of."""
-
-    config_class = GatepressRobertaConfig
-
-
-class GatepressXLMRobertaConfig(XLMRobertaConfig):
-    """XLM-R with pruned layers."""
-
-    model_type = "gatepress_xlm_roberta"
-
-
-class GatepressXLMRobertaForSequenceClassification(_Pruned, XLMRobertaForSequenceClassification):
-    """XLM-R with pruned layers and a classification or regression head."""
-
-    config_class = GatepressXLMRobertaConfig
-
-
-class GatepressXLMRobertaModel(_Headless, _Pruned, XLMRobertaModel):
-    """XLM-R with pruned layers, without a head: what an embedder is made of."""
-
-    config_class = GatepressXLMRobertaConfig
-
-
-class GatepressElectraConfig(ElectraConfig):
-    """ELECTRA with pruned layers."""
-
-    model_type = "gatepress_electra"
-
-
-class GatepressElectraForSequenceClassification(_Pruned, ElectraForSequenceClassification):
-    """ELECTRA with pruned layers and a classification or regression head."""
-
-    config_class = GatepressElectraConfig
-
-
-class GatepressElectraModel(_Headless, _Pruned, ElectraModel):
-    """ELECTRA with pruned layers, without a head: what an embedder is made of."""
-
-    config_class = GatepressElectraConfig
-
-
-class GatepressMPNetConfig(MPNetConfig):
-    """MPNet with pruned layers."""
-
-    model_type = "gatepress_mpnet"
-
-
-class GatepressMPNetForSequenceClassification(_Pruned, MPNetForSequenceClassification):
-    """MPNet with pruned layers and a classification or regression head."""
-
-    config_class = GatepressMPNetConfig
-
-
-class GatepressMPNetModel(_Headless, _Pruned, MPNetModel):
-    """MPNet with pruned layers, without a head: what an embedder is made of."""
-
-    config_class = GatepressMPNetConfig
-
-
-class GatepressDebertaV2Config(DebertaV2Config):
-    """DeBERTa-v2 or v3 with pruned layers."""
-
-    model_type = "gatepress_deberta_v2"
-
-
-class GatepressDebertaV2ForSequenceClassification(_Pruned, DebertaV2ForSequenceClassification):
-    """DeBERTa-v2 or v3 with pruned layers and a classification or regression head."""
-
-    config_class = GatepressDebertaV2Config
-
-
-class GatepressDebertaV2Model(_Headless, _Pruned, DebertaV2Model):
-    """DeBERTa-v2 or v3 with pruned layers, without a head: what an embedder is made of."""
-
-    config_class = GatepressDebertaV2Config
-
-
-class GatepressDistilBertConfig(DistilBertConfig):
-    """DistilBERT with pruned layers."""
-
-    model_type = "gatepress_distilbert"
-
-
-class GatepressDistilBertForSequenceClassification(_Pruned, DistilBertForSequenceClassification):
-    """DistilBERT with pruned layers and a classification or regression head."""
-
-    config_class = GatepressDistilBertConfig
-
-
-class GatepressDistilBertModel(_Headless, _Pruned, DistilBertModel):
-    """DistilBERT with pruned layers, without a head: what an embedder is made of."""
-
-    config_class = GatepressDistilBertConfig
-
-
-class GatepressModernBertConfig(ModernBertConfig):
-    """ModernBERT with pruned layers."""
-
-    model_type = "gatepress_modernbert"
-
-
-class GatepressModernBertForSequenceClassification(_Pruned, ModernBertForSequenceClassification):
-    """ModernBERT with pruned layers and a classification or regression head."""
-
-    config_class = GatepressModernBertConfig
-
-
-class GatepressModernBertModel(_Headless, _Pruned, ModernBertModel):
-    """ModernBERT with pruned layers, without a head: what an embedder is made of."""
-
-    config_class = GatepressModernBertConfig
+        self.pooler: Any = None
+
+
+# The stock classes that pruned ones are made of begin with these.
+PREFIXES = (
+    *("Bert", "Roberta", "XLMRoberta", "Camembert", "Ernie", "Electra", "MPNet", "DebertaV2", "DistilBert"),
+    *("ModernBert", "Gte", "NomicBert", "JinaEmbeddingsV3"),
+)
+
+
+# Kinds of stock classes, what is added to each, and what it becomes by that.
+_KINDS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "Config": ((), "with pruned layers"),
+    "Model": ((_Headless, _Pruned), "with pruned layers, without a head: what an embedder is made of"),
+    "ForSequenceClassification": ((_Pruned,), "with pruned layers and a classification or regression head"),
+}
+
+
+def _classes(prefix: str) -> dict[str, Any]:
+    """Return a family's pruned classes by name; none if this release of transformers does not have the family."""
+    classes: dict[str, Any] = {}
+    config: Any = None
+    for kind, (added, told) in _KINDS.items():
+        stock: Any = getattr(transformers, prefix + kind, None)
+        if stock is None:
+            return {}
+        name = f"Gatepress{prefix}{kind}"
+        own = {"config_class": config}
+        if config is None:
+            own = {"model_type": f"gatepress_{stock.model_type.replace('-', '_')}"}
+        own |= {"__module__": __name__, "__doc__": f"{prefix} {told}."}
+        classes[name] = type(name, (*added, stock), own)
+        config = config or classes[name]
+    return classes
+
+
+for _prefix in PREFIXES:
+    globals().update(_classes(_prefix))
+
+
+def __getattr__(name: str) -> Any:
+    """Tell which stock classes a pruned one is made of if this release of transformers does not have them."""
+    if any(name == f"Gatepress{prefix}{kind}" for prefix in PREFIXES for kind in _KINDS):
+        stock = name.removeprefix("Gatepress")
+        raise ImportError(f"{name} needs a release of transformers with {stock}, this is {transformers.__version__}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

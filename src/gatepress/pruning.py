@@ -195,7 +195,8 @@ def _write(pruned: PreTrainedModel, staged: Path, layout: Layout) -> list[Path]:
 
     Returns the additional files at the top level that an embedder needs.
     """
-    as_saved(pruned).save_pretrained(staged, max_shard_size="100GB")  # one file: the manifest binds one hash
+    # One file, because the manifest binds one hash; of some families a hub's names differ from those of their classes.
+    as_saved(pruned).save_pretrained(staged, max_shard_size="100GB", save_original_format=False)
     if layout != "stock":
         config = read_json(staged / "config.json")
         ship_code(config, staged)

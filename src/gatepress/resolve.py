@@ -1,5 +1,6 @@
 """From a family's row to the bound matrices of a real model: the only code that walks module trees."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,11 @@ class Layer:
     heads: int
     scores: int  # number of products whose sum is a score
     paired: tuple[str, ...]  # roles whose rows come in pairs
+    halves: tuple[str, ...] = ()  # the two matrices that hold the rows of `up` until they are joined
+
+    def held_in(self, role: str) -> tuple[str, ...]:
+        """Return the paths of the matrices that hold the rows of a role: one, or two that are not joined yet."""
+        return self.halves if role == "up" and self.halves else (self.paths[role],)
 
     @property
     def scale(self) -> float:
@@ -85,15 +91,26 @@ def family_of(config: Any) -> FamilySpec:
 
 
 def model_class(family: FamilySpec, *, stock: bool = False, head: bool = True) -> Any:
-    """Return the family's pruned class, or its stock class, with a classification head or without one."""
+    """Return the family's pruned class, or its stock class, with a classification head or without one.
+
+    `ModelError` if this release of transformers does not have the family.
+    """
     name = family.class_prefix + ("ForSequenceClassification" if head else "Model")
+    if not known(family):
+        raise ModelError(f"{family.model_type} needs a newer release of transformers than {transformers.__version__}")
     return getattr(transformers, name) if stock else getattr(modeling_gatepress, f"Gatepress{name}")
+
+
+def known(family: FamilySpec) -> bool:
+    """Return whether this release of transformers has the family."""
+    return hasattr(transformers, f"{family.class_prefix}Model")
 
 
 def resolve(model: nn.Module) -> list[Layer]:
     """Bind the family's row to `model` (a transformers model with its head, gated or not).
 
-    If queries, keys and values still share one matrix, all three are found at its path. Raises `ModelError` if a named
+    If queries, keys and values still share one matrix, all three are found at its path; if `up` is still two matrices,
+    it has the rows of both (`Layer.held_in`). Raises `ModelError` if a named
     matrix is missing, or if a 2-D weight inside a layer has no role: a matrix without gates would silently stay dense.
     """
     family = family_of(model.config)
@@ -105,8 +122,13 @@ def resolve(model: nn.Module) -> list[Layer]:
         paths = {role: family.path(role) for role in ROLES}
         if family.qkv and hasattr(_submodule(layer, family.attention), family.qkv.rpartition(".")[2]):
             paths |= dict.fromkeys(("q", "k", "v"), family.qkv)
+        halves = _halves(layer, family)
         shapes = {}
         for role, path in paths.items():
+            if role == "up" and halves:
+                rows, columns = _submodule(layer, halves[0]).weight.shape
+                shapes[role] = (2 * int(rows), int(columns))
+                continue
             module = _submodule(layer, path)
             if module is None:
                 shapes[role] = (0, 0)
@@ -116,7 +138,7 @@ def resolve(model: nn.Module) -> list[Layer]:
                 weight = module.base.weight
             rows, columns = weight.shape
             shapes[role] = (int(rows) // (3 if path == family.qkv else 1), int(columns))
-        _refuse_uncovered(layer, paths, prefix)
+        _refuse_uncovered(layer, [*paths.values(), *halves], prefix)
         layers.append(
             Layer(
                 index=index,
@@ -127,6 +149,7 @@ def resolve(model: nn.Module) -> list[Layer]:
                 heads=heads,
                 scores=family.scores(model.config),
                 paired=family.paired,
+                halves=tuple(f"{prefix}.{path}" for path in halves),
             )
         )
     return layers
@@ -144,8 +167,16 @@ def _submodule(root: nn.Module, path: str) -> Any:
         ) from None
 
 
-def _refuse_uncovered(layer: nn.Module, paths: dict[str, str], prefix: str) -> None:
-    covered = tuple(f"{path}." for path in paths.values())
+def _halves(layer: Any, family: FamilySpec) -> tuple[str, ...]:
+    """Return the paths of the two matrices that `up` is joined from, if the layer still has them."""
+    if family.halves is None:
+        return ()
+    parent, _, name = family.halves[0].rpartition(".")
+    return family.halves if hasattr(_submodule(layer, parent), name) else ()
+
+
+def _refuse_uncovered(layer: nn.Module, paths: Iterable[str], prefix: str) -> None:
+    covered = tuple(f"{path}." for path in paths)
     left = [
         name for name, parameter in layer.named_parameters() if parameter.dim() > 1 and not name.startswith(covered)
     ]
