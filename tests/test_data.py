@@ -270,7 +270,7 @@ BROKEN = {
     "number.jsonl": (b'{"text": 3, "label": "a"}\n{"text": "b", "label": "c"}\n', "row 1: the text is int"),
     "gap.jsonl": (b'{"text": "a", "label": "a"}\n{"label": "b"}\n', "row 2: the text is missing"),
     "nolabel.csv": (b"text,label\na,x\nb,\n", r"column 'label', row 2: the label is missing"),
-    "nested.jsonl": (b'{"text": "a", "label": ["x"]}\n', "row 1: the label is list"),
+    "nested.jsonl": (b'{"text": "a", "label": {"x": 1}}\n', "row 1: the label is dict"),
     "one.csv": (b"text,label\na,x\nb,x\n", "every row has the label 'x', expected two classes"),
     "nan.csv": (b"text,label\na,1.5\nb,nan\nc,2.0\n", "row 2: label 'nan' is not a finite number"),
     "cr.csv": (b'text,label\na,"very\ncalm"\nb,x\n', r"row 1: the label 'very\\ncalm' holds a line break"),

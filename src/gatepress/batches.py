@@ -20,6 +20,7 @@ from gatepress.processes import ALONE, Processes
 from gatepress.runners import INPUTS
 
 PROBE_ROWS = 32
+_LABELS = {int: pa.int64(), float: pa.float32(), list: pa.list_(pa.float32())}  # ids, numbers, or 1 and 0 by class
 _CHUNK_ROWS = 4096  # rows tokenised at a time: limits the memory that Python lists take
 _GROUP_BATCHES = 50  # batches whose rows are sorted together: little padding, still well shuffled
 
@@ -53,8 +54,7 @@ def tokenize(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_len
         columns = {name: pa.array(encoded[name], pa.list_(pa.int32())) for name in INPUTS if name in encoded}
         queries = [numbers.setdefault(text, len(numbers)) for text in chunk["text"]]
         columns["query"] = pa.array(queries, pa.int64())
-        kind = pa.int64() if isinstance(chunk["label"][0], int) else pa.float32()
-        tables.append(pa.table({**columns, "label": pa.array(chunk["label"], kind)}))
+        tables.append(pa.table({**columns, "label": pa.array(chunk["label"], _LABELS[type(chunk["label"][0])])}))
     return datasets.Dataset(pa.concat_tables(tables))
 
 
@@ -129,7 +129,9 @@ class TokenRows(Dataset[Row]):
                 self._flat[name] = column.flatten().to_numpy(zero_copy_only=False)
                 ends = np.cumsum(column.value_lengths().to_numpy(zero_copy_only=False), dtype=np.int64)
         self._bounds = np.concatenate([np.zeros(1, np.int64), ends])
-        self._labels = table.column("label").to_numpy()
+        labels = table.column("label").combine_chunks()
+        sets = pa.types.is_list(labels.type)  # as many numbers for each row
+        self._labels = labels.flatten().to_numpy().reshape(len(labels), -1) if sets else labels.to_numpy()
         self.queries = table.column("query").to_numpy()  # query of each row, a number below that of rows
 
     @property
@@ -165,7 +167,7 @@ class PadToLongest:
         self._most = most
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
-        """Return the batch, with `labels` as int64 ids or float32 numbers."""
+        """Return the batch, with `labels` as int64 ids [batch], float32 numbers [batch] or sets [batch, classes]."""
         longest = max(len(row["input_ids"]) for row in rows)
         width = min(self._most, math.ceil(longest / self._multiple_of) * self._multiple_of)
         batch: Batch = {}

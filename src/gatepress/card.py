@@ -12,7 +12,12 @@ from gatepress.tasks import TASKS
 CARD_FILE = "README.md"
 GLUE = "nyu-mll/glue"
 DEMO_BASE = "sentence-transformers/all-MiniLM-L6-v2"  # the model behind --model demo
-HUB_METRICS = {"matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr"}  # others alike
+HUB_METRICS = {  # those that the hub calls otherwise
+    "matthews": "matthews_correlation",
+    "pearson": "pearsonr",
+    "spearman": "spearmanr",
+    "f1_micro": "f1",
+}
 OWN_CODE = """With gatepress, no registration and no remote code:
 
 ```python
@@ -163,6 +168,8 @@ def _about(manifest: dict[str, Any], outputs: int | None) -> str:
     task, base, report = manifest["task"], manifest["base"], manifest["report"]
     labels = task["label_names"]
     kind = f"Classes: {', '.join(labels)}." if labels else "It predicts a number."
+    if task.get("multi_label"):
+        kind = f"A text has any number of the classes {', '.join(labels)}: those whose output is above 0."
     if labels and outputs == 1:
         kind = f"One output, whose sigmoid is the probability of `{labels[1]}` against `{labels[0]}`."
     revision = f" at revision `{base['revision']}`" if base["revision"] else ""

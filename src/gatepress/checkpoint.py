@@ -192,7 +192,7 @@ def _open_run_as_base(directory: Path, spec: TaskSpec, above: frozenset[Path]) -
         raise ModelError(f"{directory}: was trained with a head, expected an embedder; give the model it was made of")
     if manifest.status != "finished":
         raise ModelError(f"{directory}: is not finished; end it first: gatepress train --resume {directory}")
-    if manifest.task.label_names != spec.label_names:
+    if manifest.task.labels != spec.labels:
         there, here = (some(one.label_names or ["numbers"]) for one in (manifest.task, spec))
         raise ModelError(f"{directory}: was trained for the labels {there}, these rows have {here}; train again")
     model.train()
@@ -273,7 +273,7 @@ def load_start_(
     _tell_unfinished(directory, manifest)
     refuse_unlike(directory, manifest.settings, settings, "rank", "lora_matrices", "rotate_heads")
     _refuse_other_weights(directory, manifest, base, base_sha256)
-    if manifest.task.label_names != spec.label_names:
+    if manifest.task.labels != spec.labels:
         raise UsageError(
             f"{directory}: was trained for other labels than these rows have; name its rows, or train again"
         )

@@ -23,7 +23,9 @@ BudgetUnit = Literal["gates", "weights", "macs", "latency", "vectors"]
 Layout = Literal["auto", "inner", "index", "paper", "stock"]
 Target = Literal["ort-cpu", "ort-int8", "torch-cpu", "cuda"]
 Precision = Literal["fp32", "bf16"]  # of training; what is trained stays in float32
-Metric = Literal["accuracy", "matthews", "f1", "average_precision", "mrr@10", "ndcg@10", "pearson", "spearman"]
+Metric = Literal[
+    "accuracy", "matthews", "f1", "f1_micro", "average_precision", "mrr@10", "ndcg@10", "pearson", "spearman"
+]
 Arithmetic = Literal["fp32", "bf16", "fp16"]  # that a torch model is served in, weights included
 
 ROTATED: tuple[Granularity, ...] = ("structured", "matrix")  # these have gates of single head dimensions

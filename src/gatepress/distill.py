@@ -149,17 +149,20 @@ def balanced(teacher: Any, labels: Tensor, known: Tensor, same: Tensor, lesson: 
 def logit_distances(student: Any, teacher: Any, spec: TaskSpec) -> Tensor:
     """Return the distance of each row's logits from a teacher's [batch].
 
-    Kullback-Leibler divergence for classes, at a temperature; squared error for numbers.
+    Kullback-Leibler divergence for classes, at a temperature; squared error for numbers. If a row has any number of
+    classes, each is there or not: the mean of their divergences.
     """
     if spec.label_names is None:
         apart: Tensor = student.logits.float() - teacher.logits.float()
         return apart.square().mean(-1)
-    soft, wanted = ((of_classes(one.logits) / TEMPERATURE).log_softmax(-1) for one in (student, teacher))
-    return TEMPERATURE**2 * functional.kl_div(soft, wanted, log_target=True, reduction="none").sum(-1)
+    split = (lambda logits: of_classes(logits[..., None])) if spec.multi_label else of_classes
+    soft, wanted = ((split(one.logits) / TEMPERATURE).log_softmax(-1) for one in (student, teacher))
+    apart = TEMPERATURE**2 * functional.kl_div(soft, wanted, log_target=True, reduction="none").sum(-1)
+    return apart.mean(-1) if spec.multi_label else apart
 
 
 def of_classes(logits: Tensor) -> Tensor:
-    """Return float32 logits of all classes [batch, classes]; of two from a single output, the first is 0.
+    """Return float32 logits of all classes [..., classes]; of two from a single output, the first is 0.
 
     Its cross entropy is the binary one of its sigmoid.
     """

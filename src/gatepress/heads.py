@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 HEAD = "classifier"  # its name in all families; a configuration may describe one that the weights lack
 AS_IT_IS = "torch.nn.modules.linear.Identity"  # of a number; sentence-transformers would make a sigmoid of it
 OTHER_CLASSES = "%s: the classes of its head are %s; they are taken for %s, in this order"
+_MULTI = "multi_label_classification"
 OTHER_HEAD = "%s: outputs of its head: %d, the rows have %s; a new head is trained, and the model counts as pretrained"
 
 
@@ -33,7 +34,7 @@ def set_labels_(config: Any, directory: Path, spec: TaskSpec) -> None:
     outputs, kept_head = _head_of(directory, spec)
     if not kept_head or outputs == spec.num_labels:
         config.num_labels = spec.num_labels
-        config.problem_type = "regression" if spec.label_names is None else "single_label_classification"
+        config.problem_type = _problem(spec)
     else:  # a single output for two classes keeps its own name
         names = in_order(config.id2label or {0: "LABEL_0"})
     config.id2label, config.label2id = named(names)
@@ -42,6 +43,13 @@ def set_labels_(config: Any, directory: Path, spec: TaskSpec) -> None:
         activation = AS_IT_IS
     if activation:  # sentence-transformers looks for it there too
         config.sentence_transformers = {"activation_fn": activation} | getattr(config, "sentence_transformers", {})
+
+
+def _problem(spec: TaskSpec) -> str:
+    """Return what transformers calls a task."""
+    if spec.label_names is None:
+        return "regression"
+    return f"{'multi' if spec.multi_label else 'single'}_label_classification"
 
 
 def is_finetuned(directory: Path, spec: TaskSpec) -> bool:
@@ -64,8 +72,10 @@ def _head_of(directory: Path, spec: TaskSpec) -> tuple[int, bool]:
     shapes = {name: shape for file in directory.glob("*.safetensors") for name, shape in tensor_shapes(file).items()}
     if not any(HEAD in name and shape[:1] == (outputs,) for name, shape in shapes.items()):
         return 0, False
-    numbers = config.get("problem_type") == "regression"
-    return outputs, outputs == spec.num_labels or (outputs in spec.widths and not numbers)
+    problem = config.get("problem_type")
+    if spec.multi_label or problem == _MULTI:  # an output for each class that knows nothing of the others
+        return outputs, outputs == spec.num_labels and problem == _problem(spec)
+    return outputs, outputs == spec.num_labels or (outputs in spec.widths and problem != "regression")
 
 
 def tell_of_head(directory: Path, spec: TaskSpec) -> None:

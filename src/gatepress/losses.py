@@ -20,7 +20,7 @@ from gatepress.tasks.spec import NO_CLASS
 
 
 def batch_loss(model: Any, batch: dict[str, Tensor], spec: TaskSpec, teacher: Teacher | None, lesson: Lesson) -> Tensor:
-    """Return the loss of a batch of inputs [batch, length] and `labels` [batch].
+    """Return the loss of a batch of inputs [batch, length] and `labels` [batch], or [batch, classes] with several each.
 
     With a teacher, some words are exchanged. Labels count where there are any and they still hold; the distances of
     logits and hidden states from the teacher's count everywhere. An embedder has no labels: its logits are its vectors.
@@ -34,15 +34,21 @@ def batch_loss(model: Any, batch: dict[str, Tensor], spec: TaskSpec, teacher: Te
     of_hidden = hidden_distances(outputs, answers, inputs["attention_mask"], whole=lesson.all_tokens)
     if spec.embeds:
         return relative_distance(outputs.logits, answers.logits) + lesson.hidden_weight * of_hidden.mean()
-    known = labels.isfinite() if spec.label_names is None else labels != NO_CLASS
-    losses = task_losses(outputs.logits, labels.where(known, 0), spec) * (known & same)
+    there = labels.isfinite() if labels.is_floating_point() else labels != NO_CLASS
+    known = there.all(-1) if spec.multi_label else there
+    losses = task_losses(outputs.logits, labels.where(there, 0), spec) * (known & same)
     weights = balanced(answers, labels, known, same, lesson)
     of_logits = logit_distances(outputs, answers, spec) * weights
     return losses.mean() + of_logits.mean() + lesson.hidden_weight * of_hidden.mean()
 
 
 def task_losses(logits: Tensor, labels: Tensor, spec: TaskSpec) -> Tensor:
-    """Return the loss of each row [batch] from `logits` [batch, outputs]: squared error or cross entropy."""
+    """Return the loss of each row [batch] from `logits` [batch, outputs]: squared error or cross entropy.
+
+    If a row has any number of classes, the cross entropy is that of each class against its absence, a mean over them.
+    """
+    if spec.multi_label:
+        return functional.binary_cross_entropy_with_logits(logits.float(), labels, reduction="none").mean(-1)
     if spec.label_names is None:
         return functional.mse_loss(logits[:, 0].float(), labels.float(), reduction="none")
     return functional.cross_entropy(of_classes(logits), labels, reduction="none")

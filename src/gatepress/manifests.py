@@ -56,7 +56,7 @@ _TASK = {
     **every("name metric label_column", "text"),
     **every("text_columns validation_splits", ["text"]),
     "label_names": (["text"],),
-    "embeds": "bool",
+    **every("embeds multi_label", "bool"),
 }
 _FILE = every("file sha256", "text")
 _SETTINGS = schema_of(TrainSettings)

@@ -21,7 +21,9 @@ def compute_metric(name: Metric, logits: Numbers, labels: Numbers, queries: Numb
 
     `logits` are `[rows, classes]`; for two classes also `[rows, 1]`, how much likelier the second is; for numbers
     `[rows, 1]`. `labels` are `[rows]`, ids or numbers. `queries [rows]` number the queries that rows are passages of;
-    unless given, each row has its own. F1 is that of the second of two classes; with more classes, the mean over all. A
+    unless given, each row has its own. F1 is that of the second of two classes; with more classes, the mean over all.
+    If a row has any number of classes, `labels` are `[rows, classes]`, 1 or 0; a model names those whose logit is above
+    0, and accuracy is the part of rows whose classes are all right, and average precision the mean over classes. A
     correlation with constant predictions or labels is 0.0, and so is the average precision if no row is of the second
     class. Ranks are means over the queries whose passages do not all have the same label, 0.0 if there are none. Raises
     `ModelError` on logits that are not finite: a diverged model has no metric.
@@ -30,6 +32,8 @@ def compute_metric(name: Metric, logits: Numbers, labels: Numbers, queries: Numb
         raise ModelError(
             "the model's outputs are not finite numbers; a smaller --learning-rate, or --precision fp32, may help"
         )
+    if labels.ndim > 1:
+        return float(OF_SETS[name](labels > 0, logits))
     single = logits.shape[1] == 1
     if name in OF_CLASSES:
         if single:
@@ -64,6 +68,16 @@ def _f1(labels: Numbers, predicted: Numbers, classes: int) -> float:
     return float(f1_score(labels, predicted, average="binary" if two else "macro", zero_division=0.0))
 
 
+def _f1_of_sets(average: str) -> Callable[[Numbers, Numbers], float]:
+    return lambda wanted, logits: f1_score(wanted, logits > 0, average=average, zero_division=0.0)
+
+
+def _mean_precision(wanted: Numbers, logits: Numbers) -> float:
+    """Return the mean over the classes that some row has."""
+    there = wanted.any(0)
+    return average_precision_score(wanted[:, there], logits[:, there], average="macro") if there.any() else 0.0
+
+
 def _constant(values: Numbers) -> bool:
     return bool((values == values[0]).all())
 
@@ -91,4 +105,10 @@ OF_CLASSES: dict[str, Callable[[Numbers, Numbers, int], float]] = {
     "accuracy": lambda labels, predicted, _: accuracy_score(labels, predicted),
     "matthews": _matthews,
     "f1": _f1,
+}
+OF_SETS: dict[str, Callable[[Numbers, Numbers], float]] = {
+    "accuracy": lambda wanted, logits: accuracy_score(wanted, logits > 0),
+    "f1": _f1_of_sets("macro"),
+    "f1_micro": _f1_of_sets("micro"),
+    "average_precision": _mean_precision,
 }

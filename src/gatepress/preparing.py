@@ -217,10 +217,11 @@ def _wrapped(settings: TrainSettings, spec: TaskSpec, base: Path, start: Path | 
 
 
 def _rows(settings: TrainSettings) -> Rows:
-    """Return the rows of a run; `UsageError` if --match-shares is given but there are no classes."""
+    """Return the rows of a run; `UsageError` if --match-shares is given but no row has one class."""
     rows = load_rows(settings.data, embeds=settings.embed)
     if settings.match_shares and not rows.spec.names_classes:
-        raise UsageError(f"--match-shares is about classes, and {rows.spec.name} has none; leave it out")
+        got = "any number of them in a row" if rows.spec.multi_label else "none"
+        raise UsageError(f"--match-shares is about classes, and {rows.spec.name} has {got}; leave it out")
     refuse_unsound({"settings": settings.to_json(), "task": rows.spec.to_json()})
     return rows
 

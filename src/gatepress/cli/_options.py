@@ -92,17 +92,19 @@ LabelColumn = Annotated[
     DATA(
         metavar="NAME",
         help="Column with the label. Text and whole numbers are classes; numbers with a decimal point are "
-        "regression targets.",
+        "regression targets; lists (jsonl, parquet) name any number of classes for a row. FIRST,SECOND,...: a column "
+        "of 1 and 0 for each of these classes.",
     ),
 ]
 MetricOption = Annotated[
     Metric | None,
     DATA(
         help="Metric to measure on the validation rows. Default: the task's own; for your own rows, accuracy for "
-        "classes and the Pearson correlation for numbers. f1: of the second of two classes; with more "
-        "classes, the mean over all of them. average_precision: how far rows of the second of two classes "
-        "rank above the others. mrr@10, ndcg@10: how high the relevant passages of a query rank, the usual "
-        "metrics of rerankers; pairs with the same first text belong to one query.",
+        "classes, f1_micro where a row has any number of them, and the Pearson correlation for numbers. f1: of the "
+        "second of two classes; with more classes, the mean over all of them. f1_micro: of all classes of all rows "
+        "together. average_precision: how far rows of the second of two classes rank above the others. mrr@10, "
+        "ndcg@10: how high the relevant passages of a query rank, the usual metrics of rerankers; pairs with the "
+        "same first text belong to one query.",
         show_default=False,
     ),
 ]

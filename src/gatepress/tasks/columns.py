@@ -1,5 +1,7 @@
 """Which columns of a user's own file hold the texts and the labels."""
 
+from collections.abc import Collection
+
 from gatepress.config import DataSettings
 from gatepress.errors import DataError
 from gatepress.tasks.labels import some
@@ -29,18 +31,25 @@ def choose_columns(data: DataSettings, names: list[str], where: str) -> tuple[tu
     Raises `DataError` that lists the columns there are.
     """
     label = data.label_column or _first(_LABELS, names)
+    labels = label_columns(label or "", names)
     if label is None:
         raise DataError(
             f"{where}: no column has a usual label name; choose one of {some(names, SHOWN)} with --label-column"
         )
     texts = tuple(filter(None, [data.text_column, data.text_pair_column]))
     if not data.text_column:
-        texts = _guess_texts(data.text_pair_column, [name for name in names if name != label])
+        texts = _guess_texts(data.text_pair_column, [name for name in names if name not in labels])
     if not texts:
         raise DataError(
             f"{where}: no column has a usual text name; choose one of {some(names, SHOWN)} with --text-column"
         )
     return texts, label
+
+
+def label_columns(name: str, columns: Collection[str]) -> list[str]:
+    """Return the columns that hold the labels: that of this `name`, or one for each class if it lists several."""
+    several = [part.strip() for part in name.split(",")]
+    return [name] if name in columns or len(several) == 1 else several
 
 
 def require_column(columns: Columns, name: str, option: str, where: str) -> list[object]:

@@ -1,7 +1,7 @@
 """From the values of a label column to ids or numbers, and to the kind of task they make."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from gatepress.errors import DataError
@@ -9,6 +9,7 @@ from gatepress.schema import is_sound
 from gatepress.tasks.spec import MIN_CLASSES
 
 MAX_SCORE = 3.4e38  # float32 holds little more
+_YES, _NO = {"1", "1.0", "true"}, {"0", "0.0", "false"}
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 MAX_CLASSES = 1000  # more distinct values are ids or texts: the wrong column
 
@@ -87,6 +88,67 @@ def class_ids(values: list[Any], names: tuple[str, ...], where: str, *, ids_too:
             raise DataError(f"{where}, row {row}: label {text!r} is not one of {some(names)}{or_id}")
         result.append(ids[text])
     return result
+
+
+def infer_set_names(values: list[Any], where: str) -> tuple[str, ...]:
+    """Return the names of all classes that the lists in `values` hold, in id order."""
+    spelled = {name for row, value in enumerate(values, start=1) for name in _set_of(value, where, row)}
+    if len(spelled) > MAX_CLASSES:
+        raise DataError(f"{where} has {len(spelled):,} distinct classes, expected at most {MAX_CLASSES:,}")
+    return in_id_order(spelled)
+
+
+def in_id_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of classes by their ids: whole numbers by value, others by the alphabet."""
+    names = list(names)
+    whole = all(map(_is_int, names))
+    return tuple(sorted(names, key=lambda text: (float(text) if whole else 0.0, text)))
+
+
+def class_sets(values: list[Any], names: tuple[str, ...], where: str) -> list[list[float]]:
+    """Return for each list of class names 1 for the classes in it and 0 for all others, in the order of `names`.
+
+    Raises `DataError` that names the first row that is no such list, or holds a class that is none of `names`.
+    """
+    ids = {name: number for number, name in enumerate(names)}
+    result = []
+    for row, value in enumerate(values, start=1):
+        held = [0.0] * len(names)
+        for name in _set_of(value, where, row):
+            if name not in ids:
+                raise DataError(
+                    f"{where}, row {row}: label {name!r} is not one of {some(names)}, the labels of training"
+                )
+            held[ids[name]] = 1.0
+        result.append(held)
+    return result
+
+
+def sets_of_columns(columns: Mapping[str, list[Any]], where: str) -> list[list[str]]:
+    """Return the names of the columns in which a row holds 1 or true; `DataError` if others hold no 0 or false."""
+    result: list[list[str]] = [[] for _ in next(iter(columns.values()))]
+    for name, values in columns.items():
+        for row, value in enumerate(values, start=1):
+            text = label_text(value, f"{where}, column {name!r}", row).lower()
+            if text not in _YES | _NO:
+                raise DataError(f"{where}, column {name!r}, row {row}: is {text!r}, expected 1 or 0 for each class")
+            if text in _YES:
+                result[row - 1].append(name)
+    return result
+
+
+def _set_of(value: Any, where: str, row: int) -> list[str]:
+    """Return the classes of a row; `DataError` if they are no list, or one occurs twice."""
+    if not isinstance(value, list):
+        got = "missing" if value is None else type(value).__name__
+        raise DataError(f"{where}, row {row}: the labels are {got}, expected a list of classes, as in other rows")
+    names = [label_text(one, where, row) for one in value]
+    if len(set(names)) < len(names):
+        raise DataError(
+            f"{where}, row {row}: a class is twice in {', '.join(names)[:80]}; a list names the classes of its row; "
+            "if it holds 1 and 0 for every class, give each class a column: --label-column FIRST,SECOND"
+        )
+    return names
 
 
 def scores(values: list[Any], where: str) -> list[float]:

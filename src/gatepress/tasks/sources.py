@@ -12,10 +12,18 @@ import datasets
 from gatepress.config import DataSettings, Metric
 from gatepress.errors import DataError, UsageError
 from gatepress.schema import is_sound
-from gatepress.tasks.columns import choose_columns, require_column
+from gatepress.tasks.columns import choose_columns, label_columns, require_column
 from gatepress.tasks.demo import demo_rows
 from gatepress.tasks.glue import glue_columns, hub_columns
-from gatepress.tasks.labels import class_ids, infer_names, scores
+from gatepress.tasks.labels import (
+    class_ids,
+    class_sets,
+    in_id_order,
+    infer_names,
+    infer_set_names,
+    scores,
+    sets_of_columns,
+)
 from gatepress.tasks.readers import Columns, read_columns
 from gatepress.tasks.spec import METRICS, MIN_CLASSES, PAIR, RANKS, TASKS, TaskSpec, task_named
 
@@ -26,7 +34,7 @@ Splits = Literal["all", "validation"]
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one task: columns `text`, `text_pair` (pairs only) and `label` (id or number).
+    """The rows of one task: columns `text`, `text_pair` (pairs only) and `label` (id, number, or 1 and 0 by class).
 
     For an embedder each text is a row: all first texts of pairs, followed by the second ones.
     """
@@ -140,24 +148,36 @@ def _columns(rows: list[tuple[str, str]], task: TaskSpec) -> Columns:
 def _infer_spec(data: DataSettings, split: _Split, classes: tuple[str, ...] | None) -> TaskSpec:
     """Return the spec that the user's own rows make; the training rows name the classes."""
     texts, label = choose_columns(data, list(split.columns), split.where)
-    values = require_column(split.columns, label, "--label-column", split.where)
-    names = infer_names(values, f"{split.where}, column {label!r}")
+    values = _labels(split, label)
+    apart = label_columns(label, split.columns)
+    where = f"{split.where}, column {label!r}"
+    multi_label = any(isinstance(value, list) for value in values)
+    names = in_id_order(apart) if len(apart) > 1 else (infer_set_names if multi_label else infer_names)(values, where)
     if names and classes and set(names) <= set(classes):
         names = classes
+    if multi_label and len(names or ()) < MIN_CLASSES:
+        raise DataError(f"{where}: the lists hold {len(names or ())} classes, expected two or more")
     if names is not None and len(names) < MIN_CLASSES:
         raise DataError(f"{split.where}: every row has the label {names[0]!r}, expected two classes or more")
     if names is None and len(set(map(str, values))) == 1:
         raise DataError(f"{split.where}: every row has the label {values[0]}, expected numbers that differ")
-    metric: Metric = data.metric or ("pearson" if names is None else "accuracy")
+    metric: Metric = data.metric or ("f1_micro" if multi_label else "pearson" if names is None else "accuracy")
     name = Path(data.train_file or data.validation_file or "own").stem
-    return TaskSpec(name, texts, names, metric, label_column=label)
+    return TaskSpec(name, texts, names, metric, label_column=label, multi_label=multi_label)
+
+
+def _labels(split: _Split, column: str) -> list[Any]:
+    """Return the values of the label column or, if there is one for each class, the names of those that hold 1."""
+    several = label_columns(column, split.columns)
+    found = {name: require_column(split.columns, name, "--label-column", split.where) for name in several}
+    return sets_of_columns(found, split.where) if len(several) > 1 else found[column]
 
 
 def _trained_for(spec: TaskSpec | None, task: TaskSpec) -> TaskSpec:
     """Return the row to read `task` by; `UsageError` if a model trained for `spec` has other labels."""
     if spec is None or spec.name == task.name:
         return spec or task
-    if spec.label_names != task.label_names:
+    if spec.labels != task.labels:
         raise UsageError(
             f"--task is {task.name}, but the model was trained for {spec.name}, whose labels are others; "
             "drop --task, or name a task with the same labels"
@@ -184,23 +204,29 @@ def _embedding(spec: TaskSpec, data: DataSettings) -> TaskSpec:
             f"an embedder is measured by how alike the two texts of a pair are, and {spec.name} has single texts; name "
             "the second with --text-pair-column, or give another --task"
         )
-    if spec.label_names is not None and len(spec.label_names) != MIN_CLASSES:
+    if spec.label_names is not None and (spec.multi_label or len(spec.label_names) != MIN_CLASSES):
         raise UsageError(
             f"an embedder is measured on pairs with numbers, or of two classes, and {spec.name} has "
-            f"{len(spec.label_names)} classes; name another --label-column, or give another --task"
+            f"{_kind(spec)}; name another --label-column, or give another --task"
         )
     spec = replace(spec, embeds=True)
     return spec if data.metric or spec.metric in spec.metrics else replace(spec, metric=spec.metrics[0])
 
 
+def _kind(spec: TaskSpec) -> str:
+    """Say what labels are."""
+    if spec.label_names is None:
+        return "numbers"
+    return f"{'any number of ' if spec.multi_label else ''}{len(spec.label_names)} classes"
+
+
 def _refuse_unfit_metric(spec: TaskSpec) -> None:
     if spec.metric not in spec.metrics:
-        kind = "numbers" if spec.label_names is None else f"{len(spec.label_names)} classes"
         of = "pairs of texts" if len(spec.text_columns) == PAIR else "single texts"
         raise UsageError(
-            f"--metric is {spec.metric}, expected one of {', '.join(spec.metrics)}: labels are {kind} of {of}"
+            f"--metric is {spec.metric}, expected one of {', '.join(spec.metrics)}: labels are {_kind(spec)} of {of}"
         )
-    if spec.label_names and not spec.second_fits and "classes" not in METRICS[spec.metric]:
+    if spec.label_names and not (spec.second_fits or spec.multi_label) and "classes" not in METRICS[spec.metric]:
         raise UsageError(
             f"{spec.name} would be measured by {spec.metric}, which looks for rows of the second class, "
             f"{spec.label_names[1]!r}, and the first is the positive one; give rows whose labels are 0 and 1, the "
@@ -209,7 +235,8 @@ def _refuse_unfit_metric(spec: TaskSpec) -> None:
 
 
 def _refuse_unfit_columns(spec: TaskSpec) -> None:
-    columns = (*spec.text_columns, spec.label_column)
+    apart = label_columns(spec.label_column, ()) if spec.multi_label else [spec.label_column]
+    columns = (*spec.text_columns, *apart)
     if len(set(columns)) < len(columns):
         raise UsageError(
             f"the columns are {', '.join(columns)}, expected another one for each text and for the label; "
@@ -224,9 +251,11 @@ def _table(split: _Split, spec: TaskSpec, data: DataSettings) -> Columns:
     """Return the checked columns of one split, cut to the requested first rows."""
     limit = data.max_train_samples if split.name == "train" else data.max_validation_samples
     table = _text_columns(split, spec, data, limit)
-    values = require_column(split.columns, spec.label_column, "--label-column", split.where)[:limit]
+    values = _labels(split, spec.label_column)[:limit]
     where = f"{split.where}, column {spec.label_column!r}"
-    if spec.label_names is None:
+    if spec.multi_label:
+        table["label"] = class_sets(values, spec.label_names or (), where)
+    elif spec.label_names is None:
         table["label"] = scores(values, where)
     else:
         known = TASKS.get(spec.name)
@@ -267,10 +296,12 @@ def _texts(values: list[Any], where: str, *, empty_allowed: bool) -> list[str]:
     return values
 
 
-def _refuse_one_class(ids: list[int], spec: TaskSpec, where: str, *, cut: bool) -> None:
-    if spec.label_names is None or len(set(ids)) >= MIN_CLASSES:
+def _refuse_one_class(ids: list[Any], spec: TaskSpec, where: str, *, cut: bool) -> None:
+    if spec.label_names is None or any(one != ids[0] for one in ids):
         return
     remedy = "; raise --max-train-samples" if cut else ""
+    if spec.multi_label:
+        raise DataError(f"{where}: every row used has the same classes, expected rows that differ{remedy}")
     only = spec.label_names[ids[0]]
     raise DataError(f"{where}: every row used has the label {only!r}, expected two classes or more{remedy}")
 
@@ -292,8 +323,10 @@ def _refuse_unrankable(table: Columns, spec: TaskSpec, where: str, *, cut: bool)
 
 
 def _dataset(table: Columns, spec: TaskSpec) -> datasets.Dataset:
-    kinds = {key: datasets.Value("string") for key in table}
-    kinds["label"] = datasets.Value("float32" if spec.label_names is None else "int64")
+    kinds: dict[str, Any] = {key: datasets.Value("string") for key in table}
+    kinds["label"] = datasets.Value("float32" if spec.label_names is None or spec.multi_label else "int64")
+    if spec.multi_label:
+        kinds["label"] = datasets.List(kinds["label"])
     if spec.embeds:
         texts = [text for key in ("text", "text_pair") for text in table.get(key, [])]
         table = {"text": texts, "label": [*table["label"]] * (len(texts) // len(table["label"]))}

@@ -9,10 +9,13 @@ from typing import Any, get_args
 from gatepress.config import Metric
 from gatepress.errors import ArtifactError, UsageError
 
-_OF_CLASSES, _OF_TWO, _OF_NUMBERS = ("two classes", "classes"), ("two classes",), ("numbers",)
+_OF_CLASSES, _OF_TWO, _OF_SETS, _OF_NUMBERS = ("two classes", "classes"), ("two classes",), ("sets",), ("numbers",)
 METRICS: dict[Metric, tuple[str, ...]] = {  # each with the labels that it can be computed for
-    **dict.fromkeys(("accuracy", "matthews", "f1"), _OF_CLASSES),
-    **dict.fromkeys(("average_precision", "mrr@10"), _OF_TWO),
+    "matthews": _OF_CLASSES,
+    **dict.fromkeys(("accuracy", "f1"), (*_OF_CLASSES, *_OF_SETS)),
+    "f1_micro": _OF_SETS,
+    "average_precision": (*_OF_TWO, *_OF_SETS),
+    "mrr@10": _OF_TWO,
     "ndcg@10": (*_OF_TWO, *_OF_NUMBERS),
     **dict.fromkeys(("pearson", "spearman"), _OF_NUMBERS),
 }
@@ -33,6 +36,7 @@ class TaskSpec:
     validation_splits: tuple[str, ...] = ("validation",)
     label_column: str = "label"
     embeds: bool = False  # each text is read on its own, and the similarity of a pair's vectors is measured
+    multi_label: bool = False  # a row has any number of the classes, and each class an output of its own
 
     @property
     def num_labels(self) -> int:
@@ -41,8 +45,13 @@ class TaskSpec:
 
     @property
     def names_classes(self) -> bool:
-        """Whether a model of this task names a class for each row; others give a number or a vector."""
-        return not (self.embeds or self.label_names is None)
+        """Whether a model of this task names a class for each row; others name sets, or give a number or a vector."""
+        return not (self.embeds or self.multi_label or self.label_names is None)
+
+    @property
+    def labels(self) -> tuple[tuple[str, ...] | None, bool]:
+        """What two tasks must have in common so that the head of one fits the other."""
+        return self.label_names, self.multi_label
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -52,7 +61,7 @@ class TaskSpec:
     @property
     def second_fits(self) -> bool:
         """Whether scores and cosines are high for the second of two classes; in entailment it is the first."""
-        return self.num_labels == MIN_CLASSES and self.label_names != _ENTAILMENT
+        return self.num_labels == MIN_CLASSES and self.label_names != _ENTAILMENT and not self.multi_label
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
@@ -61,6 +70,7 @@ class TaskSpec:
         The similarity of vectors names no class, so an embedder has none of those that work with any number of classes.
         """
         kind = "numbers" if self.label_names is None else "two classes" if self.num_labels == MIN_CLASSES else "classes"
+        kind = "sets" if self.multi_label else kind
         pairs = len(self.text_columns) == PAIR
         return tuple(
             name
@@ -69,8 +79,10 @@ class TaskSpec:
         )
 
     @property
-    def no_label(self) -> int | float:
-        """The label of a row that has none: the id that torch ignores, or NaN."""
+    def no_label(self) -> int | float | list[float]:
+        """The label of a row that has none: the id that torch ignores, NaN, or a NaN for each class."""
+        if self.multi_label:
+            return [math.nan] * self.num_labels
         return math.nan if self.label_names is None else NO_CLASS
 
     def to_json(self) -> dict[str, Any]:
@@ -82,7 +94,7 @@ class TaskSpec:
         """Read a row back from a manifest; `ArtifactError` if a field is missing, unknown or malformed."""
         if not isinstance(value, dict):
             raise ArtifactError(f"task in the manifest is {type(value).__name__}, expected an object")
-        value = {"embeds": False, **value}  # before 0.27 nothing was an embedder
+        value = {"embeds": False, "multi_label": False, **value}  # before 0.27 and 0.38 nothing was either
         known = [field.name for field in fields(cls)]
         if set(value) != set(known):
             got = ", ".join(map(str, value)) or "nothing"
@@ -92,6 +104,8 @@ class TaskSpec:
                 raise ArtifactError(f"task in the manifest: {name} is malformed ({str(value[name])[:80]!r})")
         row: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in value.items()}
         spec = cls(**row)
+        if spec.multi_label and (spec.label_names is None or spec.embeds):
+            raise ArtifactError("task in the manifest: multi_label is true without classes of a head")
         if spec.metric not in spec.metrics:
             fit = ", ".join(spec.metrics)
             raise ArtifactError(f"task in the manifest: metric is {spec.metric}, expected one of {fit} for its labels")
@@ -114,7 +128,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "metric": lambda v: _is_text(v) and v in get_args(Metric),
     "validation_splits": _are_texts,
     "label_column": _is_text,
-    "embeds": lambda v: isinstance(v, bool),
+    **dict.fromkeys(("embeds", "multi_label"), lambda v: isinstance(v, bool)),
 }
 
 
