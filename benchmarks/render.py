@@ -46,6 +46,7 @@ TIMINGS = (
     "speed_structured_roberta-base",
     "speed_deberta",
     "speed_modernbert",
+    "speed_gte",
     "speed_bf16",
     "paper_figure3b",
 )

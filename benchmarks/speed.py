@@ -7,6 +7,7 @@
     python benchmarks/speed.py structured  # half of the multiply-accumulates gone: how much of that is time
     python benchmarks/speed.py deberta     # the same in DeBERTa-v3-base's shape, and with all gates open
     python benchmarks/speed.py modernbert  # and in ModernBERT-base's
+    python benchmarks/speed.py gte         # and in that of gte-base-en-v1.5
     python benchmarks/speed.py bf16        # the same in torch on a CPU that multiplies bfloat16, against all else
     python benchmarks/speed.py grid        # is the chosen layout ever slower than a fixed one?
     python benchmarks/speed.py fusions     # what ONNX Runtime fuses in dense and in pruned graphs
@@ -34,6 +35,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import transformers
 from cells import parser
 from transformers import (
     AutoTokenizer,
@@ -91,6 +93,9 @@ SHAPES: dict[str, Any] = {
     ),
     "deberta-v3-base": lambda: DebertaV2ForSequenceClassification(DebertaV2Config(**DEBERTA)),
     "modernbert-base": lambda: ModernBertForSequenceClassification(ModernBertConfig(classifier_pooling="mean", **IDS)),
+    "gte-base": lambda: transformers.GteForSequenceClassification(  # which earlier releases of transformers do not have
+        transformers.GteConfig(vocab_size=30528, pad_token_id=0, type_vocab_size=0)
+    ),
 }
 BATCHES, LENGTHS = (1, 8), (32, 128)
 SPARSITIES = (0.1, 0.3, 0.5, 0.7)
@@ -266,6 +271,11 @@ def modernbert(work: Path, results: Path) -> None:
     _own_attention("modernbert-base", work, results / "speed_modernbert.json")
 
 
+def gte(work: Path, results: Path) -> None:
+    """Time GTE alike: its two matrices on the way into the feed-forward part become one."""
+    _own_attention("gte-base", work, results / "speed_gte.json")
+
+
 def _own_attention(shape: str, work: Path, path: Path) -> None:
     """Time a family whose attention is computed by another class as soon as gates stand in it, open ones too."""
     targets: dict[str, Path] = {}
@@ -405,7 +415,7 @@ def _high_water(status: str) -> int:
 
 
 OF_ITS_OWN = {
-    one.__name__: one for one in (table, kernels, structured, deberta, modernbert, bf16, grid, fusions, collapse)
+    one.__name__: one for one in (table, kernels, structured, deberta, modernbert, gte, bf16, grid, fusions, collapse)
 }
 
 

@@ -17,6 +17,7 @@ import gatepress
 import tiny
 from gatepress.cli.app import app
 from gatepress.families import FAMILIES
+from gatepress.modeling_gatepress import PREFIXES
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -119,7 +120,8 @@ def test_every_benchmark_reads_its_command_line():
 
 
 def test_every_family_has_a_tiny_model():
-    assert sorted(FAMILIES) == sorted(tiny.FAMILIES)
+    assert sorted(FAMILIES) == sorted(row.family for row in tiny.ROWS)
+    assert sorted(row.class_prefix for row in FAMILIES.values()) == sorted(PREFIXES)  # and classes beside its weights
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
