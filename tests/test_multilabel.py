@@ -16,23 +16,26 @@ from pyarrow import parquet
 from torch.nn import functional
 
 import tiny
+from gatepress.checkpoint import open_base
 from gatepress.config import DataSettings, TrainSettings
 from gatepress.distill import logit_distances
-from gatepress.errors import ArtifactError, DataError, UsageError
-from gatepress.evaluation import evaluate
+from gatepress.errors import ArtifactError, DataError, ModelError, UsageError
+from gatepress.evaluation import evaluate, evaluate_runner
 from gatepress.export import export
-from gatepress.heads import is_finetuned
+from gatepress.heads import is_finetuned, tell_of_head
 from gatepress.losses import task_losses
 from gatepress.metrics import compute_metric
+from gatepress.models import open_tokenizer
 from gatepress.preparing import prepared
 from gatepress.pruning import prune
 from gatepress.recovery import prune_each
+from gatepress.runtime import open_runner
 from gatepress.tasks.sources import load_rows
 from gatepress.tasks.spec import TaskSpec
 from gatepress.training import train
 
 CLASSES = tuple(sorted(tiny.MARKERS))
-COLUMNS = ",".join(tiny.MARKERS)
+COLUMNS = ",".join(CLASSES)
 SPEC = TaskSpec("own", ("text",), CLASSES, "f1_micro", multi_label=True)
 
 
@@ -121,9 +124,10 @@ def test_a_column_with_a_comma_in_its_name_is_one_column(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("rows", "told"),
     [
-        ([("one", ["x"]), ("two", "y")], "row 2: the labels are str, expected a list of classes"),
+        ([("one", ["x"]), ("two", "y")], "row 2: the labels are str, expected a list of the row's classes"),
         ([("one", ["x", "y"]), ("two", None)], "row 2: the labels are missing, expected a list"),
-        ([("one", [0, 1, 0]), ("two", [1, 0, 0])], "row 1: a class is twice in 0, 1, 0"),
+        ([("one", [0, 1, 0]), ("two", [1, 0, 0])], "row 1: a class is twice in 0, 1, 0; a list names the classes"),
+        ([("one", [0, 1]), ("two", [1, 0])], "every list is of 0 and 1; a list names the classes"),
         ([("one", ["x", ["y"]])], "row 1: the label is list"),
         ([("one", ["x"]), ("two", [])], "the lists hold 1 classes, expected two or more"),
         ([("one", []), ("two", [])], "the lists hold 0 classes, expected two or more"),
@@ -146,6 +150,29 @@ def test_what_is_no_column_of_classes_is_told(files: SimpleNamespace, tmp_path: 
         load_rows(own(odd, odd, label_column="calm,mild"))
     with pytest.raises(UsageError, match="expected another one for each text and for the label"):
         load_rows(replace(files.apart, label_column="calm,wild,calm"))
+    lists = tiny.write_table(tmp_path / "lists.csv", ("text", "label"), [("one", "['x', 'y']"), ("two", "[]")])
+    with pytest.raises(DataError, match=r"every label is a list as text, as \['x', 'y'\]; several classes in a row"):
+        load_rows(own(lists, lists))
+
+
+def test_columns_are_classes_in_the_order_in_which_they_are_named(files: SimpleNamespace) -> None:
+    rows = load_rows(replace(files.apart, label_column="wild, calm,odd"))
+    assert rows.spec.label_names == ("wild", "calm", "odd")
+    assert rows.train is not None
+    assert rows.train["label"][0] == [float(name in files.rows[0][1]) for name in ("wild", "calm", "odd")]
+
+
+def test_every_class_of_a_model_has_a_column(files: SimpleNamespace) -> None:
+    """One that is not named is not one that no row has."""
+    few = replace(files.apart, label_column="calm,wild")
+    assert load_rows(few).spec.label_names == ("calm", "wild")
+    with pytest.raises(DataError, match="--label-column leaves out odd; name a column for each class"):
+        load_rows(few, splits="validation", spec=SPEC)
+    with pytest.raises(DataError, match="--label-column leaves out odd"):
+        load_rows(replace(few, train_file=None), splits="validation", classes=CLASSES)
+    of_one = replace(SPEC, multi_label=False, metric="accuracy")
+    with pytest.raises(DataError, match="--label-column names 2 columns, and a row of own has one label; name one"):
+        load_rows(few, splits="validation", spec=of_one)
 
 
 def test_validation_rows_have_no_classes_that_training_rows_have_not(tmp_path: Path) -> None:
@@ -246,10 +273,12 @@ def test_every_form_has_one_metric(files: SimpleNamespace, finetuned: Path, tmp_
 
 
 def test_a_head_that_was_trained_for_sets_goes_on_and_no_other(
-    files: SimpleNamespace, finetuned: Path, tiny_classifier_dir: Any, tmp_path: Path
+    files: SimpleNamespace, finetuned: Path, tiny_classifier_dir: Any, tmp_path: Path, caplog: Any
 ) -> None:
     spec = load_rows(files.listed).spec
     assert is_finetuned(finetuned, spec)
+    with pytest.raises(ModelError, match="trained for the labels any number of calm, odd, wild, these rows have calm,"):
+        open_base(finetuned, replace(spec, multi_label=False, metric="accuracy"))
     single = tiny_classifier_dir("bert", 3)
     one_each = TaskSpec("own", ("text",), CLASSES, "accuracy")
     assert is_finetuned(single, one_each)
@@ -260,3 +289,27 @@ def test_a_head_that_was_trained_for_sets_goes_on_and_no_other(
     (tmp_path / "config.json").write_text(json.dumps(config | {"problem_type": "multi_label_classification"}))
     assert is_finetuned(tmp_path, spec)
     assert not is_finetuned(tmp_path, one_each)
+    tell_of_head(tmp_path, spec)
+    assert not caplog.messages
+    tell_of_head(single, spec)
+    assert "its configuration says no problem_type, and the rows are of multi_label_classification" in caplog.text
+    assert "its head is only a start" in caplog.text
+    tell_of_head(tmp_path, one_each)
+    assert "says multi_label_classification, and the rows are of single_label_classification" in caplog.text
+
+
+@pytest.mark.parametrize("form", ["run", "onnx"])
+def test_a_model_of_the_other_kind_is_told(
+    form: str, files: SimpleNamespace, finetuned: Path, tmp_path: Path, caplog: Any
+) -> None:
+    rows = tiny.write_table(tmp_path / "v.csv", ("text", "label"), [(text, CLASSES[0]) for text, _ in files.few])
+    model = finetuned
+    if form == "onnx":
+        model = tmp_path / "onnx"
+        export(finetuned, model)
+    given = {"validation_file": str(rows), "train_file": None, "label_column": "label"}
+    runner = open_runner(model)
+    spec = TaskSpec("own", ("text",), CLASSES, "accuracy")
+    loaded = load_rows(DataSettings(**given), splits="validation", spec=spec)
+    evaluate_runner(runner, loaded, open_tokenizer(runner.tokenizer_dir))
+    assert "says multi_label_classification, and the rows are of single_label_classification" in caplog.text

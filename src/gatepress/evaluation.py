@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gatepress.batches import PROBE_ROWS, fitting, make_loader, probe_batch, queries_of, rows_in_order, tokenize
 from gatepress.config import Arithmetic, DataSettings, refuse_below
 from gatepress.errors import ArtifactError, ModelError, UsageError
-from gatepress.heads import OTHER_CLASSES
+from gatepress.heads import MULTI, OTHER_CLASSES, problem_of
 from gatepress.metrics import compute_metric, cosines
 from gatepress.models import open_tokenizer
 from gatepress.processes import ALONE, Processes
@@ -153,6 +153,9 @@ def evaluate_runner(  # noqa: PLR0913 - each is a dial of the measurement
         raise ModelError(f"{runner.name}: is {kinds[0]}, but the rows are those of {kinds[1]}; compare two of a kind")
     if runner.num_labels is not None:  # known before the first batch
         _refuse_other_width(runner, spec, runner.num_labels)
+    problem = None if spec.embeds else runner.problem_type
+    if problem and (problem == MULTI) != spec.multi_label:
+        logger.warning("%s: its configuration says %s, and the rows are of %s", runner.name, problem, problem_of(spec))
     tokens = fitting(max_length, runner.max_tokens, tokenizer)
     loaders = {
         name: make_loader(tokenize(split, tokenizer, tokens), tokenizer, batch_size, shuffle=False, seed=0)

@@ -18,7 +18,11 @@ logger = logging.getLogger(__name__)
 HEAD = "classifier"  # its name in all families; a configuration may describe one that the weights lack
 AS_IT_IS = "torch.nn.modules.linear.Identity"  # of a number; sentence-transformers would make a sigmoid of it
 OTHER_CLASSES = "%s: the classes of its head are %s; they are taken for %s, in this order"
-_MULTI = "multi_label_classification"
+OTHER_PROBLEM = (
+    "%s: its configuration says %s, and the rows are of %s; its head is only a start, and the model counts as "
+    "pretrained; if it was trained for such rows, write that as problem_type into its config.json"
+)
+MULTI = "multi_label_classification"
 OTHER_HEAD = "%s: outputs of its head: %d, the rows have %s; a new head is trained, and the model counts as pretrained"
 
 
@@ -26,15 +30,15 @@ def set_labels_(config: Any, directory: Path, spec: TaskSpec) -> None:
     """Make the head of a configuration that of the task, in place; `ModelError` if classes are in another order."""
     names = spec.label_names or ("score",)
     own, wanted = folded(in_order(config.id2label or {})), folded(names)
-    if own != wanted and sorted(own) == sorted(wanted):
+    outputs, kept_head = _head_of(directory, spec)
+    if own != wanted and sorted(own) == sorted(wanted) and (kept_head or not outputs):
         raise ModelError(
             f"{directory}: its classes are {', '.join(own)}, those of the task {', '.join(names)}; a head whose "
             "classes stand in another order cannot be trained on: order id2label and the head's rows alike"
         )
-    outputs, kept_head = _head_of(directory, spec)
     if not kept_head or outputs == spec.num_labels:
         config.num_labels = spec.num_labels
-        config.problem_type = _problem(spec)
+        config.problem_type = problem_of(spec)
     else:  # a single output for two classes keeps its own name
         names = in_order(config.id2label or {0: "LABEL_0"})
     config.id2label, config.label2id = named(names)
@@ -45,7 +49,7 @@ def set_labels_(config: Any, directory: Path, spec: TaskSpec) -> None:
         config.sentence_transformers = {"activation_fn": activation} | getattr(config, "sentence_transformers", {})
 
 
-def _problem(spec: TaskSpec) -> str:
+def problem_of(spec: TaskSpec) -> str:
     """Return what transformers calls a task."""
     if spec.label_names is None:
         return "regression"
@@ -73,8 +77,8 @@ def _head_of(directory: Path, spec: TaskSpec) -> tuple[int, bool]:
     if not any(HEAD in name and shape[:1] == (outputs,) for name, shape in shapes.items()):
         return 0, False
     problem = config.get("problem_type")
-    if spec.multi_label or problem == _MULTI:  # an output for each class that knows nothing of the others
-        return outputs, outputs == spec.num_labels and problem == _problem(spec)
+    if spec.multi_label or problem == MULTI:  # an output for each class that knows nothing of the others
+        return outputs, outputs == spec.num_labels and problem == problem_of(spec)
     return outputs, outputs == spec.num_labels or (outputs in spec.widths and problem != "regression")
 
 
@@ -89,9 +93,12 @@ def tell_of_head(directory: Path, spec: TaskSpec) -> None:
     if spec.embeds or (directory / RUN_FILE).is_file():
         return
     (outputs, fits), names = _head_of(directory, spec), spec.label_names
-    if outputs and not fits:
+    if outputs == spec.num_labels and not fits:
+        said = read_json(directory / "config.json").get("problem_type")
+        logger.warning(OTHER_PROBLEM, directory, said or "no problem_type", problem_of(spec))
+    elif outputs and not fits:
         logger.warning(OTHER_HEAD, directory, outputs, "numbers" if names is None else f"{len(names)} classes")
-    if names is None or outputs != len(names):
+    if names is None or outputs != len(names) or not fits:
         return
     own = in_order(AutoConfig.from_pretrained(directory, trust_remote_code=False).id2label or {})
     if not are_numbered(own) and folded(own) != folded(names):

@@ -78,6 +78,11 @@ class Runner(ABC):
 
     @property
     @abstractmethod
+    def problem_type(self) -> str | None:
+        """What its configuration says that it was trained for; None: nothing."""
+
+    @property
+    @abstractmethod
     def embeds(self) -> bool:
         """Whether its logits are vectors of texts, as an embedder gives them."""
 
@@ -138,6 +143,11 @@ class TorchRunner(Runner):
     def label_names(self) -> tuple[str, ...] | None:
         """Label names of the configuration."""
         return in_order(self.model.config.id2label or {}) or None
+
+    @property
+    def problem_type(self) -> str | None:
+        """What the configuration says."""
+        return getattr(self.model.config, "problem_type", None)
 
     @property
     def embeds(self) -> bool:
@@ -241,6 +251,11 @@ class OnnxRunner(Runner):
     def label_names(self) -> tuple[str, ...] | None:
         """Label names of the configuration beside it."""
         return in_order((self.config or {}).get("id2label") or {}) or None
+
+    @property
+    def problem_type(self) -> str | None:
+        """What the configuration beside it says."""
+        return (self.config or {}).get("problem_type")
 
     @property
     def num_labels(self) -> int | None:

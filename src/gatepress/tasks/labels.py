@@ -1,7 +1,7 @@
 """From the values of a label column to ids or numbers, and to the kind of task they make."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gatepress.errors import DataError
@@ -9,6 +9,10 @@ from gatepress.schema import is_sound
 from gatepress.tasks.spec import MIN_CLASSES
 
 MAX_SCORE = 3.4e38  # float32 holds little more
+_NAMED = (
+    "a list names the classes of its row; if it holds 1 and 0 for every class, give each class a column: "
+    "--label-column FIRST,SECOND"
+)
 _YES, _NO = {"1", "1.0", "true"}, {"0", "0.0", "false"}
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 MAX_CLASSES = 1000  # more distinct values are ids or texts: the wrong column
@@ -23,6 +27,11 @@ def infer_names(values: list[Any], where: str) -> tuple[str, ...] | None:
     spelled: dict[str, int] = {}  # label -> the first row that has it
     for row, value in enumerate(values, start=1):
         spelled.setdefault(label_text(value, where, row), row)
+    if all(text.startswith("[") and text.endswith("]") for text in spelled):
+        raise DataError(
+            f"{where}: every label is a list as text, as {next(iter(spelled))[:80]}; several classes in a row "
+            "are lists of jsonl or parquet, or a column for each class: --label-column FIRST,SECOND"
+        )
     numbers = [_number(text) for text in spelled]
     if all(number is not None for number in numbers):
         whole = all(number is not None and number.is_integer() for number in numbers)
@@ -92,17 +101,14 @@ def class_ids(values: list[Any], names: tuple[str, ...], where: str, *, ids_too:
 
 def infer_set_names(values: list[Any], where: str) -> tuple[str, ...]:
     """Return the names of all classes that the lists in `values` hold, in id order."""
-    spelled = {name for row, value in enumerate(values, start=1) for name in _set_of(value, where, row)}
+    sets = [_set_of(value, where, row) for row, value in enumerate(values, start=1)]
+    spelled = set().union(*sets)
     if len(spelled) > MAX_CLASSES:
         raise DataError(f"{where} has {len(spelled):,} distinct classes, expected at most {MAX_CLASSES:,}")
-    return in_id_order(spelled)
-
-
-def in_id_order(names: Iterable[str]) -> tuple[str, ...]:
-    """Return the names of classes by their ids: whole numbers by value, others by the alphabet."""
-    names = list(names)
-    whole = all(map(_is_int, names))
-    return tuple(sorted(names, key=lambda text: (float(text) if whole else 0.0, text)))
+    if spelled == {"0", "1"} and all(len(held) == MIN_CLASSES for held in sets):
+        raise DataError(f"{where}: every list is of 0 and 1; {_NAMED}")
+    whole = all(map(_is_int, spelled))
+    return tuple(sorted(spelled, key=lambda text: (float(text) if whole else 0.0, text)))
 
 
 def class_sets(values: list[Any], names: tuple[str, ...], where: str) -> list[list[float]]:
@@ -141,13 +147,13 @@ def _set_of(value: Any, where: str, row: int) -> list[str]:
     """Return the classes of a row; `DataError` if they are no list, or one occurs twice."""
     if not isinstance(value, list):
         got = "missing" if value is None else type(value).__name__
-        raise DataError(f"{where}, row {row}: the labels are {got}, expected a list of classes, as in other rows")
+        raise DataError(
+            f"{where}, row {row}: the labels are {got}, expected a list of the row's classes, or a column "
+            "for each class: --label-column FIRST,SECOND"
+        )
     names = [label_text(one, where, row) for one in value]
     if len(set(names)) < len(names):
-        raise DataError(
-            f"{where}, row {row}: a class is twice in {', '.join(names)[:80]}; a list names the classes of its row; "
-            "if it holds 1 and 0 for every class, give each class a column: --label-column FIRST,SECOND"
-        )
+        raise DataError(f"{where}, row {row}: a class is twice in {', '.join(names)[:80]}; {_NAMED}")
     return names
 
 

@@ -18,11 +18,11 @@ from gatepress.tasks.glue import glue_columns, hub_columns
 from gatepress.tasks.labels import (
     class_ids,
     class_sets,
-    in_id_order,
     infer_names,
     infer_set_names,
     scores,
     sets_of_columns,
+    some,
 )
 from gatepress.tasks.readers import Columns, read_columns
 from gatepress.tasks.spec import METRICS, MIN_CLASSES, PAIR, RANKS, TASKS, TaskSpec, task_named
@@ -152,7 +152,7 @@ def _infer_spec(data: DataSettings, split: _Split, classes: tuple[str, ...] | No
     apart = label_columns(label, split.columns)
     where = f"{split.where}, column {label!r}"
     multi_label = any(isinstance(value, list) for value in values)
-    names = in_id_order(apart) if len(apart) > 1 else (infer_set_names if multi_label else infer_names)(values, where)
+    names = tuple(apart) if len(apart) > 1 else (infer_set_names if multi_label else infer_names)(values, where)
     if names and classes and set(names) <= set(classes):
         names = classes
     if multi_label and len(names or ()) < MIN_CLASSES:
@@ -251,6 +251,9 @@ def _table(split: _Split, spec: TaskSpec, data: DataSettings) -> Columns:
     """Return the checked columns of one split, cut to the requested first rows."""
     limit = data.max_train_samples if split.name == "train" else data.max_validation_samples
     table = _text_columns(split, spec, data, limit)
+    apart = label_columns(spec.label_column, split.columns)
+    if len(apart) > 1:
+        _refuse_other_columns(apart, spec, split.where)
     values = _labels(split, spec.label_column)[:limit]
     where = f"{split.where}, column {spec.label_column!r}"
     if spec.multi_label:
@@ -262,6 +265,17 @@ def _table(split: _Split, spec: TaskSpec, data: DataSettings) -> Columns:
         ids_too = known is not None and known.label_names == spec.label_names
         table["label"] = class_ids(values, spec.label_names, where, ids_too=ids_too)
     return table
+
+
+def _refuse_other_columns(columns: list[str], spec: TaskSpec, where: str) -> None:
+    """Raise `DataError` unless there is a column for each class: one that is not named is not one that no row has."""
+    if not spec.multi_label:
+        raise DataError(
+            f"{where}: --label-column names {len(columns)} columns, and a row of {spec.name} has one label; name one"
+        )
+    missing = [name for name in spec.label_names or () if name not in columns]
+    if missing:
+        raise DataError(f"{where}: --label-column leaves out {some(missing)}; name a column for each class")
 
 
 def _unlabelled(split: _Split, spec: TaskSpec, data: DataSettings, limit: int | None) -> dict[str, list[Any]]:
