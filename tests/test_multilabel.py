@@ -153,6 +153,8 @@ def test_what_is_no_column_of_classes_is_told(files: SimpleNamespace, tmp_path: 
     lists = tiny.write_table(tmp_path / "lists.csv", ("text", "label"), [("one", "['x', 'y']"), ("two", "[]")])
     with pytest.raises(DataError, match=r"every label is a list as text, as \['x', 'y'\]; several classes in a row"):
         load_rows(own(lists, lists))
+    named = tiny.write_table(tmp_path / "named.csv", ("text", "label"), [("one", "[A]"), ("two", "[B]")])
+    assert load_rows(own(named, named)).spec.labels == (("[A]", "[B]"), False)
 
 
 def test_columns_are_classes_in_the_order_in_which_they_are_named(files: SimpleNamespace) -> None:

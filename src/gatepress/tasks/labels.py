@@ -13,6 +13,7 @@ _NAMED = (
     "a list names the classes of its row; if it holds 1 and 0 for every class, give each class a column: "
     "--label-column FIRST,SECOND"
 )
+_LIST = re.compile(r"\[\]|\[.*[,'\"].*\]")  # as pandas writes one; [A] may be the name of a class
 _YES, _NO = {"1", "1.0", "true"}, {"0", "0.0", "false"}
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 MAX_CLASSES = 1000  # more distinct values are ids or texts: the wrong column
@@ -27,7 +28,7 @@ def infer_names(values: list[Any], where: str) -> tuple[str, ...] | None:
     spelled: dict[str, int] = {}  # label -> the first row that has it
     for row, value in enumerate(values, start=1):
         spelled.setdefault(label_text(value, where, row), row)
-    if all(text.startswith("[") and text.endswith("]") for text in spelled):
+    if all(map(_LIST.fullmatch, spelled)):
         raise DataError(
             f"{where}: every label is a list as text, as {next(iter(spelled))[:80]}; several classes in a row "
             "are lists of jsonl or parquet, or a column for each class: --label-column FIRST,SECOND"
