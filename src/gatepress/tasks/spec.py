@@ -11,8 +11,9 @@ from gatepress.errors import ArtifactError, UsageError
 
 _OF_CLASSES, _OF_TWO, _OF_SETS, _OF_NUMBERS = ("two classes", "classes"), ("two classes",), ("sets",), ("numbers",)
 METRICS: dict[Metric, tuple[str, ...]] = {  # each with the labels that it can be computed for
+    "accuracy": (*_OF_CLASSES, *_OF_SETS),
     "matthews": _OF_CLASSES,
-    **dict.fromkeys(("accuracy", "f1"), (*_OF_CLASSES, *_OF_SETS)),
+    "f1": (*_OF_CLASSES, *_OF_SETS),
     "f1_micro": _OF_SETS,
     "average_precision": (*_OF_TWO, *_OF_SETS),
     "mrr@10": _OF_TWO,
