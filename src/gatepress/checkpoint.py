@@ -193,9 +193,10 @@ def _open_run_as_base(directory: Path, spec: TaskSpec, above: frozenset[Path]) -
     if manifest.status != "finished":
         raise ModelError(f"{directory}: is not finished; end it first: gatepress train --resume {directory}")
     if manifest.task.labels != spec.labels:
-        kinds = ("any number of " if one.multi_label else "" for one in (manifest.task, spec))
-        names = (some(one.label_names or ["numbers"]) for one in (manifest.task, spec))
-        there, here = map("".join, zip(kinds, names, strict=True))
+        there, here = (
+            f"{'any number of ' if one.multi_label else ''}{some(one.label_names or ['numbers'])}"
+            for one in (manifest.task, spec)
+        )
         raise ModelError(f"{directory}: was trained for the labels {there}, these rows have {here}; train again")
     model.train()
     return model

@@ -53,7 +53,7 @@ def problem_of(spec: TaskSpec) -> str:
     """Return what transformers calls a task."""
     if spec.label_names is None:
         return "regression"
-    return f"{'multi' if spec.multi_label else 'single'}_label_classification"
+    return MULTI if spec.multi_label else "single_label_classification"
 
 
 def is_finetuned(directory: Path, spec: TaskSpec) -> bool:

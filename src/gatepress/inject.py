@@ -93,21 +93,16 @@ def attach_gates_(  # noqa: PLR0913 - each is a dial of the gates
 
 def _brought_into_form(model: Any) -> list[Layer]:
     """Return the layers with one matrix for each role: splits and joins those that are otherwise, in place."""
-    family, base, layers = family_of(model.config), model.base_model, resolve(model)
-    if family.halves:
-        for layer in layers:
+    family, base = family_of(model.config), model.base_model
+    if family.qkv and "flash" in model.config._attn_implementation:  # noqa: SLF001 - transformers has no public reader
+        model.config._attn_implementation = "sdpa"  # noqa: SLF001 - flash attention gives layers all rows as one
+    for layer in resolve(model):
+        if layer.halves:
             join_(base, layer.halves[0].rpartition(".")[0])
-    if family.qkv:
-        if "flash" in model.config._attn_implementation:  # noqa: SLF001 - transformers has no public reader
-            model.config._attn_implementation = "sdpa"  # noqa: SLF001 - flash attention gives layers all rows as one
-        for layer in layers:
-            split_(base.get_submodule(layer.attention))
-    if not (family.qkv or family.halves):
-        return layers
+        split_(base.get_submodule(layer.attention))
     layers = resolve(model)
-    if family.qkv:
-        for layer in layers:
-            narrow_attention_(base.get_submodule(layer.attention), layer.whole_attention)
+    for layer in layers if family.qkv else ():
+        narrow_attention_(base.get_submodule(layer.attention), layer.whole_attention)
     return layers
 
 

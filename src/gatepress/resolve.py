@@ -110,8 +110,8 @@ def resolve(model: nn.Module) -> list[Layer]:
     """Bind the family's row to `model` (a transformers model with its head, gated or not).
 
     If queries, keys and values still share one matrix, all three are found at its path; if `up` is still two matrices,
-    it has the rows of both (`Layer.held_in`). Raises `ModelError` if a named
-    matrix is missing, or if a 2-D weight inside a layer has no role: a matrix without gates would silently stay dense.
+    it has the rows of both (`Layer.held_in`). Raises `ModelError` if a named matrix is missing, or if a 2-D weight in a
+    layer has no role: a matrix without gates would silently stay dense.
     """
     family = family_of(model.config)
     base: Any = model.base_model

@@ -70,14 +70,21 @@ class TaskSpec:
 
         The similarity of vectors names no class, so an embedder has none of those that work with any number of classes.
         """
-        kind = "numbers" if self.label_names is None else "two classes" if self.num_labels == MIN_CLASSES else "classes"
-        kind = "sets" if self.multi_label else kind
         pairs = len(self.text_columns) == PAIR
         return tuple(
             name
             for name, kinds in METRICS.items()
-            if kind in kinds and (pairs or name not in RANKS) and not (self.embeds and "classes" in kinds)
+            if self._kind in kinds and (pairs or name not in RANKS) and not (self.embeds and "classes" in kinds)
         )
+
+    @property
+    def _kind(self) -> str:
+        """What labels are, in the words of `METRICS`."""
+        if self.label_names is None:
+            return "numbers"
+        if self.multi_label:
+            return "sets"
+        return "two classes" if self.num_labels == MIN_CLASSES else "classes"
 
     @property
     def no_label(self) -> int | float | list[float]:
