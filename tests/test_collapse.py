@@ -130,15 +130,17 @@ def test_closed_heads_leave_with_their_queries_keys_and_values(family: str) -> N
     model = gated_model(family, "heads", closed=0)
     width = tiny.HIDDEN // tiny.HEADS
     for layer in resolve(model):
-        gated_linear(model, layer, "o").gate_in.mask[[0, 3]] = 0
+        gated_linear(model, layer, "o").gate_in.mask[[0, 3] if layer.group == 1 else [0]] = 0
         gated_linear(model, layer, "down").gate_in.mask[::3] = 0
     total, closed = counted(gate for _, gate in gates_of(model))
     pruned, plan = collapse(model, "inner")
     torch.testing.assert_close(logits(pruned, family), logits(model, family), atol=1e-5, rtol=0)
     for layer in plan.layers:
-        assert (layer.heads, layer.qk_width, layer.vo_width) == ([1, 2], width, width)
+        group = layer.matrices["q"].dense_shape[0] // layer.matrices["k"].dense_shape[0]
+        assert (layer.heads, layer.qk_width, layer.vo_width) == ([1, 2] if group == 1 else [2, 3], width, width)
         shapes = {role: matrix.shape for role, matrix in layer.matrices.items()}
-        assert shapes["q"] == shapes["k"] == shapes["v"] == shapes["o"][::-1] == (2 * width, tiny.HIDDEN)
+        assert shapes["q"] == shapes["o"][::-1] == (2 * width, tiny.HIDDEN)
+        assert shapes["k"] == shapes["v"] == (2 * width // group, tiny.HIDDEN)
     assert plan.removed_fraction == pytest.approx(closed / total)  # nothing is padded, nothing stays behind
 
 
@@ -149,7 +151,7 @@ def test_a_head_without_queries_attends_uniformly_and_one_without_values_goes(fa
         gated_linear(model, layer, "q").gate_out.mask[: width // layer.at_once("q")] = 0
         gated_linear(model, layer, "o").gate_in.mask[-width:] = 0
     pruned, plan = collapse(model, "inner")
-    assert all(layer.heads == [0, 1, 2] for layer in plan.layers)
+    assert all(layer.heads == list(range(tiny.HEADS - resolve(model)[0].group)) for layer in plan.layers)
     torch.testing.assert_close(logits(pruned, family), logits(model, family), atol=1e-5, rtol=0)
 
 
@@ -256,9 +258,10 @@ def test_uniform_attention_of_version_1_is_read(family: str) -> None:
     assert config.gatepress["version"] == 2
     part = config.gatepress["attentions"][first.attention]
     width = first.at_once("q")
-    rows = {"rows": width * len(part["heads"]), "columns": tiny.HIDDEN, "gathered": False, "scattered": False}
+    whole = {"columns": tiny.HIDDEN, "gathered": False, "scattered": False}
+    rows = {role: width * len(part["heads"]) * first.sharing(role) // first.group for role in ("q", "k")}
     config.gatepress["version"], part["qk_width"] = 1, width
-    config.gatepress["linears"] |= {first.paths[role]: rows for role in ("q", "k")}
+    config.gatepress["linears"] |= {first.paths[role]: {"rows": rows[role], **whole} for role in ("q", "k")}
     before = type(pruned)(config)
     odd = before.load_state_dict(pruned.state_dict(), strict=False)
     assert not odd.unexpected_keys

@@ -26,7 +26,7 @@ from gatepress.training import train
 ModelDir = Callable[[str], Path]
 CLOSED = 0.6
 EXACT = 1e-12
-ROUNDED = {"deberta-v2": 1e-6}  # transformers scales its scores in float32
+ROUNDED = {"deberta-v2": 1e-6, "eurobert": 1e-6}  # transformers computes its scores, or its norms, in float32
 
 
 def logits_and_gradients(model: torch.nn.Module, family: str) -> tuple[Tensor, dict[str, Tensor]]:

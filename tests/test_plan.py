@@ -103,7 +103,7 @@ def test_without_any_value_dimension_one_head_of_zeros_stands_in(family: str) ->
         gated_linear(model, layer, "o").gate_in.mask.zero_()
     expected = logits(model, family)
     pruned, plan = collapse(model, "inner")
-    assert {(len(layer.heads), layer.qk_width, layer.vo_width) for layer in plan.layers} == {(1, 0, 1)}
+    assert {(len(layer.heads), layer.qk_width, layer.vo_width) for layer in plan.layers} == {(wanted[0].group, 0, 1)}
     torch.testing.assert_close(logits(pruned, family), expected, atol=1e-5, rtol=0)
 
 

@@ -24,6 +24,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from gatepress.resolve import is_norm
+
 LAYERS, HIDDEN, HEADS, INTERMEDIATE = 2, 32, 4, 64
 RELEASE = tuple(map(int, transformers.__version__.split(".")[:2]))
 MAX_TOKENS = 160  # longer than the default --max-length, as in real encoders
@@ -106,6 +108,17 @@ ROWS = (
     Row("gte"),
     Row("nomic_bert", segments=True, like="gte"),
     Row("jina_embeddings_v3"),
+    Row(
+        "eurobert",
+        {
+            **SIZES,
+            "num_key_value_heads": HEADS // 2,
+            "classifier_pooling": "bos",
+            "mask_token_id": 4,
+            **dict.fromkeys(("bos_token_id", "cls_token_id"), 2),
+            **dict.fromkeys(("eos_token_id", "sep_token_id"), 3),
+        },
+    ),
 )
 BY_FAMILY = {row.family: row for row in ROWS if row.family in CONFIG_MAPPING}  # those that this transformers has
 FAMILIES = tuple(BY_FAMILY)
@@ -175,7 +188,7 @@ def widen_(model: nn.Module, seed: int = 0) -> None:
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             noise = torch.randn(parameter.shape, generator=generator)
-            if isinstance(module, nn.LayerNorm):
+            if is_norm(module):
                 parameter.copy_(1 + 0.25 * noise if name == "weight" else 0.25 * noise)
             elif isinstance(module, nn.Embedding):
                 parameter.copy_(0.5 * noise)

@@ -95,12 +95,12 @@ def describe(layers: list[Layer], plan: PrunePlan) -> dict[str, Any]:
 
 
 def pairs_of(layer: Layer, plan: LayerPlan) -> Tensor | None:
-    """Return which pair of the dense head each query/key pair was [heads * qk_width / 2]; None: no pairs."""
-    if layer.apart("q") is None or not plan.qk_width:
+    """Return which pair of the dense head each pair of a key was [heads of keys * qk_width / 2]; None: no pairs."""
+    if layer.apart("k") is None or not plan.qk_width:
         return None
-    q = plan.matrices["q"]
-    computed = list(range(q.dense_shape[0])) if q.scattered else q.rows
-    first = _index(computed).view(len(plan.heads), 2, -1)[:, 0].flatten()
+    k = plan.matrices["k"]
+    computed = list(range(k.dense_shape[0])) if k.scattered else k.rows
+    first = _index(computed).view(len(plan.heads) // layer.group, 2, -1)[:, 0].flatten()
     return first.clamp_min(0) % layer.head_width  # any angle turns zeros into zeros
 
 

@@ -27,6 +27,7 @@ class FamilySpec:
     down: str
     heads_attribute: str  # on the config
     intermediate_attribute: str  # on the config
+    kv_heads_attribute: str | None = None  # on the config: heads of keys and values, if several of queries share one
     positions_behind: Literal["padding"] | int | None = None  # positions are numbered from after this id, so fewer fit
     position_scores: str | None = None  # on the config: products with positions that scores also sum
     activation_attribute: str = "hidden_act"  # on the config
@@ -144,12 +145,13 @@ GTE = replace(
     paired=("q", "k", "up"),
 )
 NOMIC = replace(GTE, model_type="nomic_bert", class_prefix="NomicBert")
+EUROBERT = replace(GTE, model_type="eurobert", class_prefix="EuroBert", kv_heads_attribute="num_key_value_heads")
 
 FAMILIES: dict[str, FamilySpec] = {
     family.model_type: family
     for family in (
         *(BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, ERNIE, ELECTRA, MPNET, DEBERTA, DISTILBERT),
-        *(MODERNBERT, GTE, NOMIC, JINA_V3),
+        *(MODERNBERT, GTE, NOMIC, JINA_V3, EUROBERT),
     )
 }
 _PRUNED = {f"gatepress_{name.replace('-', '_')}": name for name in FAMILIES}

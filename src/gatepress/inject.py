@@ -19,7 +19,7 @@ from gatepress.errors import UsageError
 from gatepress.families import ROLES
 from gatepress.gates import Gate, GatedLinear
 from gatepress.modeling_gatepress import join_, narrow_attention_, split_
-from gatepress.resolve import Layer, family_of, resolve
+from gatepress.resolve import Layer, family_of, is_norm, resolve
 
 Site = tuple[str, str]  # (role, "in" or "out")
 
@@ -110,17 +110,19 @@ def _gate(layer: Layer, site: Site, granularity: Granularity, noise: float, *, r
     """Return the gate vector for a site of a layer."""
     role, axis = site
     size = layer.shapes[role][1 if axis == "in" else 0]
+    sharing = layer.sharing(role)
     if (granularity, site) in WHOLE_HEADS:
         width = layer.head_width  # query/key and value/output dimensions go together
-        return Gate(size // width, noise=noise, repeat=width, counts=4 * width // layer.unit)
+        of_each = sum(map(layer.sharing, ("q", "k", "v", "o"))) * width
+        return Gate(size // (width * sharing), noise=noise, repeat=width * sharing, counts=of_each // layer.unit)
     apart = layer.apart(role)  # positions turn two dimensions together: neither can go alone, and no basis is free
-    heads = layer.heads if rotate_heads and site in TURNED and not apart else 0
-    if granularity == "matrix":
-        return Gate(size, noise=noise, heads=heads)
-    counts = sum(layer.at_once(one) for one in GO_TOGETHER[site]) // layer.unit
-    if apart:
-        return Gate(size // 2, noise=noise, repeat=2, apart=apart, counts=counts)
-    return Gate(size, noise=noise, counts=counts, heads=heads)
+    heads = layer.heads // sharing if rotate_heads and site in TURNED and not apart else 0
+    if granularity == "matrix":  # a basis that heads share is not one that each of them can leave a dimension of
+        return Gate(size, noise=noise, heads=heads if sharing == 1 else 0)
+    counts = sum(layer.at_once(one) * layer.sharing(one) for one in GO_TOGETHER[site]) // layer.unit
+    repeat = layer.at_once(role) * sharing
+    distance = 1 if repeat == 1 else apart or layer.head_width
+    return Gate(size // repeat, noise=noise, repeat=repeat, apart=distance, counts=counts, heads=heads)
 
 
 def gated_linear(model: nn.Module, layer: Layer, role: str) -> GatedLinear:
@@ -177,7 +179,7 @@ def _kind(name: str, module: nn.Module) -> str | None:
         return "low_rank"
     if name.endswith(".base.bias"):
         return "biases"
-    if isinstance(module, nn.LayerNorm) and ".embeddings." not in name:
+    if is_norm(module) and ".embeddings." not in name:
         return "layer_norms"
     return None
 

@@ -115,6 +115,7 @@ _CONFIG: dict[str, Schema] = {
                 "heads": ["int"],
                 "qk_width": "int",  # 0 if there are no queries
                 "vo_width": "size",
+                "group": "size",  # left out if it is 1
                 "scale": "number",
                 "uniform": "bool",
             }

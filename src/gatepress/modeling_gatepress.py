@@ -6,13 +6,13 @@ is narrower is data, in `config.gatepress`:
     {"version": 1 or 2,
      "linears":    {path: {"rows": int, "columns": int, "gathered": bool, "scattered": bool}},
      "attentions": {path: {"q": name, "k": name, "v": name, "o": name or null, "heads": [int],
-                           "qk_width": int, "vo_width": int, "scale": float, "uniform": bool}}}
+                           "qk_width": int, "vo_width": int, "group": int, "scale": float, "uniform": bool}}}
 
-Paths are below the base model. Every remaining head has `qk_width` query/key dimensions and `vo_width`
-value/output dimensions; `scale` is that of the dense model. If attention is `uniform`, no query/key dimension is
-left: all scores are 0. Since version 2, `qk_width` is then 0, and q and k are left out. A joint matrix of queries,
-keys and values (ModernBERT) is split, and which dimensions of queries and keys are left is stored beside the weights,
-as `pairs`.
+Paths are below the base model. Every remaining head has `qk_width` query/key dimensions and `vo_width` value/output
+dimensions; `scale` is that of the dense model. If there is a `group`, so many `heads` of queries in a row share a head
+of keys and values (EuroBERT). If attention is `uniform`, no query/key dimension is left: all scores are 0. Since
+version 2, `qk_width` is then 0, and q and k are left out. A joint matrix of queries, keys and values (ModernBERT) is
+split, and which dimensions of queries and keys are left is stored beside the weights, as `pairs`.
 
 The heads of these classes read the first token of the last layer and no other, unless they are asked for the mean of
 all. So outside of training, that layer computes the first token alone, from the keys and values of all tokens; see
@@ -145,7 +145,7 @@ class PrunedAttention:
         added to scores. `placed` maps either of them to what is multiplied, depending on where tokens stand.
         """
         part = self.gatepress
-        heads = len(part["heads"])
+        heads, group = len(part["heads"]), part.get("group", 1)
         dropout = self.dropped if self.training else 0.0
         given, _call.keys_from = _call.keys_from, None
         everything = hidden_states if given is None else given.to(hidden_states.device)  # layers may be spread
@@ -156,6 +156,7 @@ class PrunedAttention:
         q: Any  # [batch, heads, length, qk_width], like k
         k: Any
         q, k = self._asked(hidden_states, everything, placed or (lambda x: x)) if part["qk_width"] else (None, None)
+        v, k = _for_all(v, group), None if k is None else _for_all(k, group)
         bias = None if bias_of is None else bias_of(q, k)
         if everything is not hidden_states:  # both are [batch, heads or 1, length or 1, length]
             mask, bias = (None if one is None else one[:, :, : hidden_states.shape[1]] for one in (mask, bias))
@@ -185,7 +186,7 @@ class PrunedAttention:
     def _asked(
         self: Any, hidden_states: Tensor, everything: Tensor, placed: Callable[[Tensor], Tensor]
     ) -> list[Tensor]:
-        """Return queries and keys [batch, heads, length, qk_width]."""
+        """Return queries [batch, heads, length, qk_width] and keys, which have as many heads or fewer."""
         part = self.gatepress
         return [
             placed(self._by_head(getattr(self, part[role])(states), part["qk_width"]))
@@ -194,12 +195,20 @@ class PrunedAttention:
 
     def _by_head(self: Any, values: Tensor, width: int) -> Tensor:
         """Return [..., length, heads * width] as [..., heads, length, width]."""
-        heads: Tensor = values.unflatten(-1, (len(self.gatepress["heads"]), width)).transpose(-3, -2)
+        heads: Tensor = values.unflatten(-1, (-1, width)).transpose(-3, -2)
         return heads
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Return how this is copied and pickled."""
         return _blank, (type(self).__bases__[1],), self.__dict__
+
+
+def _for_all(x: Tensor, group: int) -> Tensor:
+    """Return x [batch, heads, length, width] as [batch, heads * group, length, width]: each head for all that share it.
+
+    Views first, which every ONNX exporter can translate.
+    """
+    return x if group == 1 else x[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2)
 
 
 class PrunedDisentangledAttention(PrunedAttention):
@@ -276,8 +285,8 @@ def _skewed(x: Tensor, columns: int) -> Tensor:
 class PrunedRotaryAttention(PrunedAttention):
     """Self-attention in which positions turn queries and keys, two dimensions at a time (ModernBERT and others).
 
-    The two are half a head apart, also in what is left of a head. `pairs [heads * qk_width / 2]` says which pair of the
-    dense head each one was.
+    The two are half a head apart, also in what is left of a head. `pairs [heads of keys * qk_width / 2]` says which
+    pair of the dense head each one was.
     """
 
     key_bias_counts = True  # keys are turned after it is added
@@ -310,7 +319,8 @@ class PrunedRotaryAttention(PrunedAttention):
             cos, sin = (self._of_pairs(values) for values in position_embeddings)
 
             def placed(x: Tensor) -> Tensor:
-                return _turned(x, cos[..., : x.shape[-2], :], sin[..., : x.shape[-2], :])
+                group = x.shape[1] // cos.shape[1]
+                return _turned(x, *(_for_all(angles[..., : x.shape[-2], :], group) for angles in (cos, sin)))
 
         given, weights = self._attend(
             hidden_states,
@@ -321,7 +331,7 @@ class PrunedRotaryAttention(PrunedAttention):
         return (self.out_drop(given) if hasattr(self, "out_drop") else given), weights
 
     def _of_pairs(self: Any, values: Tensor) -> Tensor:
-        """Return [batch or 1, length, head width] as [batch or 1, heads, length, qk_width / 2]."""
+        """Return [batch or 1, length, head width] as [batch or 1, heads of keys, length, qk_width / 2]."""
         of_each: Tensor = self._by_head(pick(values, self.pairs), self.gatepress["qk_width"] // 2)
         return of_each
 
@@ -446,7 +456,8 @@ def narrow_attention_(attention: Any, part: dict[str, Any], *, stored: bool = Fa
     if of_pairs:  # all of a head, or placeholders of what is left
         width = part["qk_width"] // 2
         index = torch.arange(width, device=next(attention.parameters()).device)
-        attention.register_buffer("pairs", index.repeat(len(part["heads"])) if width else None, persistent=stored)
+        heads = len(part["heads"]) // part.get("group", 1)
+        attention.register_buffer("pairs", index.repeat(heads) if width else None, persistent=stored)
 
 
 @functools.cache
@@ -456,7 +467,7 @@ def _narrowed(dense: Any) -> Any:
     return type("Pruned" + dense.__name__, (form, dense), {})
 
 
-_ROTARY = ("ModernBert", "Gte", "NomicBert", "JinaEmbeddingsV3")
+_ROTARY = ("ModernBert", "Gte", "NomicBert", "JinaEmbeddingsV3", "EuroBert")
 # Part of a self-attention's name -> its pruned form.
 _FORMS = {"Disentangled": PrunedDisentangledAttention, **dict.fromkeys(_ROTARY, PrunedRotaryAttention)}
 
@@ -497,7 +508,7 @@ def _telling(**what: bool) -> Iterator[None]:
 
 def reads_first_token(config: Any) -> bool:
     """Return whether a head reads the first token and no other."""
-    return getattr(config, "classifier_pooling", "cls") == "cls"
+    return getattr(config, "classifier_pooling", "cls") in ("cls", "bos")
 
 
 def narrow_layer_(layer: nn.Module) -> None:
@@ -513,8 +524,9 @@ def _narrow(layer: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Give the layer the first token only, and its attention what it would read of all tokens."""
     if not _call.first_token_alone:
         return None
-    norm = getattr(layer, "attn_norm", None)  # some layers norm what attention reads
-    _call.keys_from = given[0] if norm is None else norm(given[0])
+    norms = (getattr(layer, name, None) for name in ("attn_norm", "input_layernorm"))  # some norm what attention reads
+    norm: Any = next(filter(None, norms), nn.Identity())
+    _call.keys_from = norm(given[0])
     return (given[0][:, :1], *given[1:])
 
 
@@ -582,7 +594,7 @@ class _Headless(PreTrainedModel):
 # The stock classes that pruned ones are made of begin with these.
 PREFIXES = (
     *("Bert", "Roberta", "XLMRoberta", "Camembert", "Ernie", "Electra", "MPNet", "DebertaV2", "DistilBert"),
-    *("ModernBert", "Gte", "NomicBert", "JinaEmbeddingsV3"),
+    *("ModernBert", "Gte", "NomicBert", "JinaEmbeddingsV3", "EuroBert"),
 )
 
 

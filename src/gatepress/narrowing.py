@@ -66,7 +66,8 @@ def _blocks(layer: Layer, role: str, heads: list[int]) -> tuple[list[int], int]:
     They are heads or all neurons, or halves of these if rows come in pairs.
     """
     inner = {"up": layer.shapes["up"][0], "down": layer.shapes["down"][1]}
-    blocks, width = ([0], inner[role]) if role in inner else (heads, layer.head_width)
+    own = heads if layer.sharing(role) > 1 else [head // layer.group for head in heads[:: layer.group]]
+    blocks, width = ([0], inner[role]) if role in inner else (own, layer.head_width)
     count = layer.at_once(role)
     return [block * count + number for block in blocks for number in range(count)], width // count
 

@@ -110,7 +110,8 @@ class LayerPlan:
         """
         shapes = {role: matrix.dense_shape if dense else matrix.shape for role, matrix in self.matrices.items()}
         keys = tokens + 2 * tokens * (self.scores - 1)
-        return sum(map(math.prod, shapes.values())) + keys * shapes["q"][0] + tokens * shapes["v"][0]
+        group = self.matrices["q"].dense_shape[0] // self.matrices["v"].dense_shape[0]
+        return sum(map(math.prod, shapes.values())) + keys * shapes["q"][0] + tokens * group * shapes["v"][0]
 
     @functools.cached_property
     def time_left(self) -> float:
@@ -210,12 +211,13 @@ def make_plan(
             width = rounded(width, layer.shapes["down"][1], multiple=costs.facts.multiple)
         inner = _padded([neurons], width)
         qk_width, vo_width = _head_widths(layer, qk, vo, costs if layout == "auto" else None)
-        qk_rows, vo_rows = _padded(qk, qk_width, layer.apart("q")), _padded(vo, vo_width)
+        inside = {
+            **{role: _padded(_of_each(layer, role, qk), qk_width, layer.apart(role)) for role in ("q", "k")},
+            **{role: _padded(_of_each(layer, role, vo), vo_width) for role in ("v", "o")},
+        }
         axes: dict[str, tuple[Axis | None, Axis | None]] = {
-            "q": (qk_rows, None),
-            "k": (qk_rows, None),
-            "v": (vo_rows, None),
-            "o": (None, vo_rows),
+            **{role: (inside[role], None) for role in ("q", "k", "v")},
+            "o": (None, inside["o"]),
             "up": (_padded([neurons], width * layer.at_once("up"), layer.apart("up")), None),
             "down": (None, inner),
         }
@@ -305,22 +307,37 @@ def _time(matrices: dict[str, MatrixPlan], costs: Costs) -> float:
 
 
 def _attention(layer: Layer, parts: dict[str, Live]) -> tuple[list[int], list[Axis], list[Axis]]:
-    """Return the kept heads, and the query/key and value/output dimensions kept in each of them.
+    """Return the kept heads, and the query/key and value/output dimensions kept in each head of keys and values.
 
-    For dimensions that come in pairs, the first one of each.
+    Heads of queries that share one of those stay or go together, and so do their dimensions. For dimensions that come
+    in pairs, the first one of each.
     """
-    width = layer.head_width
-    q, k = (_by_two(parts[role].rows.view(layer.heads, width), layer.apart(role)).any(-2) for role in ("q", "k"))
+    width, group = layer.head_width, layer.group
+
+    def alive(rows: Tensor) -> Tensor:  # [heads of keys and values, width]: in any of the heads that share it
+        return rows.view(layer.heads // group, -1, width).any(1)
+
+    q, k = (_by_two(alive(parts[role].rows), layer.apart(role)).any(-2) for role in ("q", "k"))
     qk = (q & k).flatten(1)
-    vo = (parts["v"].rows & parts["o"].columns).view(layer.heads, width)
+    vo = alive(parts["v"].rows) & alive(parts["o"].columns)
     heads = _indices(vo.any(1))
     if not heads:  # no head gives any output, so one head of zeros stands in
-        return [0], [[]], [[]]
+        return list(range(group)), [[]], [[]]
     return (
-        heads,
+        [head * group + number for head in heads for number in range(group)],
         [[head * width + j for j in _indices(qk[head])] for head in heads],
         [[head * width + j for j in _indices(vo[head])] for head in heads],
     )
+
+
+def _of_each(layer: Layer, role: str, dimensions: list[Axis]) -> list[Axis]:
+    """Return the rows or columns of a role's own heads from those of the heads of keys and values that they share."""
+    width, count = layer.head_width, layer.sharing(role)
+    return [
+        [(row // width * count + number) * width + row % width for row in head]
+        for head in dimensions
+        for number in range(count)
+    ]
 
 
 def _head_widths(layer: Layer, qk: list[Axis], vo: list[Axis], costs: Costs | None) -> tuple[int, int]:
@@ -335,9 +352,9 @@ def _head_widths(layer: Layer, qk: list[Axis], vo: list[Axis], costs: Costs | No
 
 
 def _all_dimensions(layer: Layer) -> tuple[list[Axis], list[Axis]]:
-    """Return all query/key and value/output dimensions of each head; for those in pairs, the first one of each."""
+    """Return all query/key and value/output dimensions of each head of keys and values, as `_attention` does."""
     width = layer.head_width
-    starts = range(0, layer.heads * width, width)
+    starts = range(0, layer.heads // layer.group * width, width)
     qk, vo = ([list(range(start, start + count)) for start in starts] for count in (layer.apart("q") or width, width))
     return qk, vo
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from gatepress.distill import hidden_distances
 from gatepress.modeling_gatepress import PrunedLinear
 from gatepress.progress import NoProgress, Progress
-from gatepress.resolve import resolve
+from gatepress.resolve import centres, is_norm, resolve
 
 WRITERS = ("o", "down")  # matrices whose outputs are added to the residual stream
 RIDGE = 1e-3  # of the mean square of an input
@@ -39,7 +39,7 @@ class _Seen:
 
     inputs: Tensor  # [tokens, in]; empty for a teacher, where they would take half of the memory
     total: Tensor  # [tokens, hidden], what the norm reads
-    norm: nn.LayerNorm | None  # None: the layer ends before one
+    norm: nn.Module | None  # None: the layer ends before one
     after: Tensor  # [tokens, hidden], output of the norm, or of the layer
 
 
@@ -94,7 +94,7 @@ class _Walk:
                     one.update(norm=norm, total=given[0][real], after=out[real])
 
         hooks = [self.matrix(layer, role).register_forward_hook(partial(wrote, role)) for role in roles]
-        norms = (module for module in self.modules[layer].modules() if isinstance(module, nn.LayerNorm))
+        norms = (module for module in self.modules[layer].modules() if is_norm(module))
         hooks += [norm.register_forward_hook(read) for norm in norms]
         try:
             out = self.run(layer, batch)
@@ -183,7 +183,7 @@ class _Fit:
 
     def add(self, ours: _Seen, theirs: _Seen, heavier: Tensor | None) -> None:
         """Add the tokens of a batch; `heavier` is the weight of each of them [tokens]."""
-        spread = theirs.total.std(-1, keepdim=True, unbiased=False)
+        _, spread = _scale(theirs)
         weights = (spread + torch.finfo(spread.dtype).eps).reciprocal()
         if heavier is not None:
             weights = weights * heavier[:, None].sqrt()
@@ -206,16 +206,28 @@ class _Fit:
             self.matrix.bias.add_(step[columns])
 
 
+def _scale(seen: _Seen) -> tuple[Tensor, Tensor]:
+    """Return what the norm takes away from what it reads, and what it divides it by, both [tokens, 1].
+
+    Where a layer ends before a norm, what a layer norm would.
+    """
+    mean = seen.total.mean(-1, keepdim=True)
+    if seen.norm is not None and not centres(seen.norm):
+        mean = torch.zeros_like(mean)
+    return mean, (seen.total - mean).square().mean(-1, keepdim=True).sqrt()
+
+
 def _to_be_read(ours: _Seen, theirs: _Seen, spread: Tensor) -> Tensor:
     """Return what the student's norm would have to read to give what the teacher's gives [tokens, hidden].
 
     `spread` is what the teacher's norm divides by [tokens, 1].
     """
-    norm = ours.norm
+    norm: Any = ours.norm
     if norm is None:
         return theirs.total
-    mean = theirs.total.mean(-1, keepdim=True)
-    shifted = theirs.after if norm.bias is None else theirs.after - norm.bias
+    mean, _ = _scale(theirs)
+    bias = getattr(norm, "bias", None)
+    shifted = theirs.after if bias is None else theirs.after - bias
     told = norm.weight.abs() > FLAT * norm.weight.abs().mean()
     return torch.where(told, shifted / norm.weight * spread + mean, theirs.total)
 

@@ -22,6 +22,7 @@ class Layer:
     paths: dict[str, str]
     shapes: dict[str, tuple[int, int]]  # role -> (out, in)
     heads: int
+    group: int  # number of query heads that share a head of keys and values
     scores: int  # number of products whose sum is a score
     paired: tuple[str, ...]  # roles whose rows come in pairs
     halves: tuple[str, ...] = ()  # the two matrices that hold the rows of `up` until they are joined
@@ -41,6 +42,10 @@ class Layer:
         """Number of query/key and value/output dimensions per head."""
         return self.shapes["q"][0] // self.heads
 
+    def sharing(self, role: str) -> int:
+        """Return how many rows or columns of a role belong to one dimension that query heads share."""
+        return self.group if role in ("q", "o") else 1
+
     def apart(self, role: str) -> int | None:
         """Return the distance in rows between the two of a pair if rows of a role are paired; None: they are not."""
         if role not in self.paired:
@@ -53,8 +58,8 @@ class Layer:
 
     @property
     def unit(self) -> int:
-        """Number of rows and columns that count as one gate in a budget: 2, or 1 in families whose rows are paired."""
-        return 1 if self.paired else 2
+        """Number of rows and columns that count as one gate in a budget: 2, or 1 where rows are paired or shared."""
+        return 1 if self.paired or self.group > 1 else 2
 
     def attention_part(self, heads: list[int], qk_width: int, vo_width: int) -> dict[str, Any]:
         """Return the self-attention's entry in `config.gatepress`: its matrices, and what is left of its heads."""
@@ -63,8 +68,8 @@ class Layer:
             role: self.paths[role].removeprefix(inside) if self.paths[role].startswith(inside) else None
             for role in ("q", "k", "v", "o")
         }
-        widths = {"qk_width": qk_width, "vo_width": vo_width}
-        return {**names, "heads": heads, **widths, "scale": self.scale, "uniform": not qk_width}
+        sizes = {"qk_width": qk_width, "vo_width": vo_width, **({"group": self.group} if self.group > 1 else {})}
+        return {**names, "heads": heads, **sizes, "scale": self.scale, "uniform": not qk_width}
 
     @property
     def whole_attention(self) -> dict[str, Any]:
@@ -106,6 +111,16 @@ def known(family: FamilySpec) -> bool:
     return hasattr(transformers, f"{family.class_prefix}Model")
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Return whether a module is a layer norm, or the kind that does not centre, of which each family has its own."""
+    return centres(module) or type(module).__name__.endswith("RMSNorm")
+
+
+def centres(module: nn.Module) -> bool:
+    """Return whether a module is a norm that takes the mean of its input away."""
+    return isinstance(module, nn.LayerNorm)
+
+
 def resolve(model: nn.Module) -> list[Layer]:
     """Bind the family's row to `model` (a transformers model with its head, gated or not).
 
@@ -116,6 +131,7 @@ def resolve(model: nn.Module) -> list[Layer]:
     family = family_of(model.config)
     base: Any = model.base_model
     heads = int(getattr(model.config, family.heads_attribute))
+    kv_heads = int(getattr(model.config, family.kv_heads_attribute or family.heads_attribute))
     layers = []
     for index, layer in enumerate(_submodule(base, family.layers)):
         prefix = f"{family.layers}.{index}"
@@ -147,6 +163,7 @@ def resolve(model: nn.Module) -> list[Layer]:
                 paths={role: f"{prefix}.{path}" for role, path in paths.items()},
                 shapes=shapes,
                 heads=heads,
+                group=heads // kv_heads,
                 scores=family.scores(model.config),
                 paired=family.paired,
                 halves=tuple(f"{prefix}.{path}" for path in halves),

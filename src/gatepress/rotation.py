@@ -33,7 +33,7 @@ class _Pair(NamedTuple):
     """The two matrices of all heads of a layer that act through a product, and the place of their basis."""
 
     name: str  # of the buffer
-    basis: Tensor  # T of each head, [heads, d, d] float32
+    basis: Tensor  # T of each head, [heads, d, d] float32; heads of queries that share values share it
     layer: int
     first: nn.Linear  # of q: out rows; of o: in columns
     axis: int  # of `first`, along which heads lie
@@ -49,9 +49,9 @@ def bases_of(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> di
     roots = _roots(model, batches)
     bases = {}
     for pair in _pairs(model):
-        heads, root = len(pair.basis), roots[pair.layer]
-        second = _with_bias(pair.second, heads) @ root
-        first = _by_head(pair.first.weight.T, heads) if pair.axis else _with_bias(pair.first, heads) @ root
+        root = roots[pair.layer]
+        second = _with_bias(pair.second, pair.basis) @ root
+        first = _by_head(pair.first.weight.T, pair.basis) if pair.axis else _with_bias(pair.first, pair.basis) @ root
         bases[pair.name] = _singular_basis(first, second).to(pair.basis)
     return bases
 
@@ -72,7 +72,7 @@ def turn_(model: PreTrainedModel, bases: Mapping[str, Tensor]) -> None:
         turned = [(pair.first.weight.T, there)] if pair.axis else [(pair.first.weight, there), (pair.first.bias, there)]
         for values, by in (*turned, (pair.second.weight, back), (pair.second.bias, back)):
             if values is not None:
-                values.copy_((by @ _by_head(values, len(by))).reshape(values.shape))
+                values.copy_((by[:, None] @ _sharing(values, by)).reshape(values.shape))
 
 
 def _pairs(model: PreTrainedModel) -> Iterator[_Pair]:
@@ -86,15 +86,21 @@ def _pairs(model: PreTrainedModel) -> Iterator[_Pair]:
                 yield _Pair(name, gate.basis, layer.index, gated.base, int(side == "in"), second)
 
 
-def _by_head(values: Tensor, heads: int) -> Tensor:
-    """Return [heads * d, n], or [heads * d], as [heads, d, n] in float64."""
-    return values.detach().double().reshape(heads, len(values) // heads, -1)
+def _sharing(values: Tensor, basis: Tensor) -> Tensor:
+    """Return [heads * group * d, n], or without n, as [heads, group, d, n] in float64, for bases [heads, d, d]."""
+    heads, width, _ = basis.shape
+    return values.detach().double().reshape(heads, len(values) // (heads * width), width, -1)
 
 
-def _with_bias(linear: nn.Linear, heads: int) -> Tensor:
+def _by_head(values: Tensor, basis: Tensor) -> Tensor:
+    """Return the same as [heads, d, group * n]: what shares a head lies side by side."""
+    return _sharing(values, basis).transpose(1, 2).flatten(2)
+
+
+def _with_bias(linear: nn.Linear, basis: Tensor) -> Tensor:
     """Return [W | b] [heads, d, in + 1] in float64."""
-    weight = _by_head(linear.weight, heads)
-    bias = weight.new_zeros(*weight.shape[:2], 1) if linear.bias is None else _by_head(linear.bias, heads)
+    weight = _by_head(linear.weight, basis)
+    bias = weight.new_zeros(*weight.shape[:2], 1) if linear.bias is None else _by_head(linear.bias, basis)
     return torch.cat([weight, bias], dim=2)
 
 

@@ -1,24 +1,25 @@
-"""What the graph of a pruned model need not compute: shorter ways to the same logits, while a graph is written.
+"""What a graph need not compute: shorter ways to the same logits, while it is written.
 
 None of them changes the model. What torch gains from too, the model leaves out itself (`modeling_gatepress`).
 """
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 from gatepress.modeling_gatepress import PrunedLinear
-from gatepress.resolve import Layer, resolve
+from gatepress.resolve import Layer, centres, is_norm, resolve
 
 
 @contextlib.contextmanager
 def all_of_them(model: PreTrainedModel) -> Iterator[None]:
-    """Take every shortcut while the block runs; a model that is not pruned stays as it is."""
-    with _fewer_biases(model), _rows_of_zeros(model):
+    """Take every shortcut while the block runs; only that of norms is one of a model that is not pruned, too."""
+    with _fewer_biases(model), _rows_of_zeros(model), _norms_as_one(model):
         yield
 
 
@@ -39,7 +40,9 @@ def _fewer_biases(model: PreTrainedModel) -> Iterator[None]:
     with _restored(part for one in parts for part in one if part is not None):
         for layer, (key, value, out) in zip(layers, parts, strict=True):
             if value.bias is not None:
-                added = out.read(value.spread(value.bias))
+                width = base.get_submodule(layer.attention).gatepress["vo_width"]
+                of_each = value.spread(value.bias).view(-1, width).repeat_interleave(layer.group, dim=0)
+                added = out.read(of_each.flatten())
                 out.bias = nn.Parameter(functional.linear(added, out.weight, out.bias).detach())
             value.bias = None
             if key is not None and not base.get_submodule(layer.attention).key_bias_counts:
@@ -56,6 +59,25 @@ def _rows_of_zeros(model: PreTrainedModel) -> Iterator[None]:
             part.weight = nn.Parameter(functional.pad(part.weight.detach(), (0, 0, 0, 1)))
             part.bias = None if part.bias is None else nn.Parameter(functional.pad(part.bias.detach(), (0, 1)))
         yield
+
+
+@contextlib.contextmanager
+def _norms_as_one(model: PreTrainedModel) -> Iterator[None]:
+    """Divide by the root of mean squares: ONNX Runtime makes one operator of that, but not of its reciprocal."""
+    norms: list[Any] = [part for part in model.modules() if is_norm(part) and not centres(part)]
+    for norm in norms:
+        norm.forward = partial(_normed, norm)
+    try:
+        yield
+    finally:
+        for norm in norms:
+            del norm.forward
+
+
+def _normed(norm: Any, x: Tensor) -> Tensor:
+    """Map x [..., hidden] to the same shape, as the norm does."""
+    scaled: Tensor = norm.weight * (x / (x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt())
+    return scaled
 
 
 def _pruned_layers(model: PreTrainedModel) -> list[Layer]:

@@ -34,7 +34,7 @@ FUSED = (
     *("Attention", "MultiHeadAttention", "BiasSoftmax"),
     *("BiasGelu", "FastGelu", "Gelu", "QuickGelu"),
     *("FusedGemm", "FusedMatMul", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"),
-    *("LayerNormalization", "SkipLayerNormalization", "EmbedLayerNormalization"),
+    *("LayerNormalization", "SkipLayerNormalization", "EmbedLayerNormalization", "SimplifiedLayerNormalization"),
 )
 EXAMPLE = (2, 7)  # the shape that torch exports with; it is none of those that are checked afterwards
 
