@@ -82,19 +82,13 @@ def gate_vectors(model: nn.Module, layers: list[Layer], granularity: Granularity
                     GateVector(
                         gate=gate,
                         macs=float(across * (1 if alone else gate.counts * layer.unit)),
-                        heads=_heads(layer, role, alone=alone) if (role, axis) in of_heads else 1,
+                        heads=layer.kv_heads * (layer.sharing(role) if alone else 1) if (role, axis) in of_heads else 1,
                         layer=number,
                         role=role,
                         axis=axis,
                     )
                 )
     return vectors
-
-
-def _heads(layer: Layer, role: str, *, alone: bool) -> int:
-    """Return the number of heads that a gate vector inside heads has elements of: of those that share, one."""
-    shared = layer.group if not alone or layer.sharing(role) == 1 else 1
-    return layer.heads // shared
 
 
 def removed_by(

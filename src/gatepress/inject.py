@@ -116,7 +116,7 @@ def _gate(layer: Layer, site: Site, granularity: Granularity, noise: float, *, r
         of_each = sum(map(layer.sharing, ("q", "k", "v", "o"))) * width
         return Gate(size // (width * sharing), noise=noise, repeat=width * sharing, counts=of_each // layer.unit)
     apart = layer.apart(role)  # positions turn two dimensions together: neither can go alone, and no basis is free
-    heads = layer.heads // sharing if rotate_heads and site in TURNED and not apart else 0
+    heads = layer.kv_heads if rotate_heads and site in TURNED and not apart else 0
     if granularity == "matrix":  # a basis that heads share is not one that each of them can leave a dimension of
         return Gate(size, noise=noise, heads=heads if sharing == 1 else 0)
     counts = sum(layer.at_once(one) * layer.sharing(one) for one in GO_TOGETHER[site]) // layer.unit

@@ -315,7 +315,7 @@ def _attention(layer: Layer, parts: dict[str, Live]) -> tuple[list[int], list[Ax
     width, group = layer.head_width, layer.group
 
     def alive(rows: Tensor) -> Tensor:  # [heads of keys and values, width]: in any of the heads that share it
-        return rows.view(layer.heads // group, -1, width).any(1)
+        return rows.view(layer.kv_heads, -1, width).any(1)
 
     q, k = (_by_two(alive(parts[role].rows), layer.apart(role)).any(-2) for role in ("q", "k"))
     qk = (q & k).flatten(1)
@@ -354,7 +354,7 @@ def _head_widths(layer: Layer, qk: list[Axis], vo: list[Axis], costs: Costs | No
 def _all_dimensions(layer: Layer) -> tuple[list[Axis], list[Axis]]:
     """Return all query/key and value/output dimensions of each head of keys and values, as `_attention` does."""
     width = layer.head_width
-    starts = range(0, layer.heads // layer.group * width, width)
+    starts = range(0, layer.kv_heads * width, width)
     qk, vo = ([list(range(start, start + count)) for start in starts] for count in (layer.apart("q") or width, width))
     return qk, vo
 

@@ -42,6 +42,11 @@ class Layer:
         """Number of query/key and value/output dimensions per head."""
         return self.shapes["q"][0] // self.heads
 
+    @property
+    def kv_heads(self) -> int:
+        """Number of heads of keys and values."""
+        return self.heads // self.group
+
     def sharing(self, role: str) -> int:
         """Return how many rows or columns of a role belong to one dimension that query heads share."""
         return self.group if role in ("q", "o") else 1
