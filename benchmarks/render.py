@@ -47,6 +47,7 @@ TIMINGS = (
     "speed_deberta",
     "speed_modernbert",
     "speed_gte",
+    "speed_eurobert",
     "speed_bf16",
     "paper_figure3b",
 )

@@ -8,6 +8,7 @@
     python benchmarks/speed.py deberta     # the same in DeBERTa-v3-base's shape, and with all gates open
     python benchmarks/speed.py modernbert  # and in ModernBERT-base's
     python benchmarks/speed.py gte         # and in that of gte-base-en-v1.5
+    python benchmarks/speed.py eurobert    # and in EuroBERT-210m's
     python benchmarks/speed.py bf16        # the same in torch on a CPU that multiplies bfloat16, against all else
     python benchmarks/speed.py grid        # is the chosen layout ever slower than a fixed one?
     python benchmarks/speed.py fusions     # what ONNX Runtime fuses in dense and in pruned graphs
@@ -95,6 +96,9 @@ SHAPES: dict[str, Any] = {
     "modernbert-base": lambda: ModernBertForSequenceClassification(ModernBertConfig(classifier_pooling="mean", **IDS)),
     "gte-base": lambda: transformers.GteForSequenceClassification(  # which earlier releases of transformers do not have
         transformers.GteConfig(vocab_size=30528, pad_token_id=0, type_vocab_size=0)
+    ),
+    "eurobert-210m": lambda: transformers.EuroBertForSequenceClassification(  # nor this one
+        transformers.EuroBertConfig(pad_token_id=0, bos_token_id=2, eos_token_id=3, mask_token_id=4)
     ),
 }
 BATCHES, LENGTHS = (1, 8), (32, 128)
@@ -276,6 +280,11 @@ def gte(work: Path, results: Path) -> None:
     _own_attention("gte-base", work, results / "speed_gte.json")
 
 
+def eurobert(work: Path, results: Path) -> None:
+    """Time EuroBERT alike; its norms do not centre, and its head reads all tokens."""
+    _own_attention("eurobert-210m", work, results / "speed_eurobert.json")
+
+
 def _own_attention(shape: str, work: Path, path: Path) -> None:
     """Time a family whose attention is computed by another class as soon as gates stand in it, open ones too."""
     targets: dict[str, Path] = {}
@@ -415,7 +424,8 @@ def _high_water(status: str) -> int:
 
 
 OF_ITS_OWN = {
-    one.__name__: one for one in (table, kernels, structured, deberta, modernbert, gte, bf16, grid, fusions, collapse)
+    one.__name__: one
+    for one in (table, kernels, structured, deberta, modernbert, gte, eurobert, bf16, grid, fusions, collapse)
 }
 
 
