@@ -29,7 +29,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -100,6 +100,12 @@ SHAPES: dict[str, Any] = {
     "eurobert-210m": lambda: transformers.EuroBertForSequenceClassification(  # nor this one
         transformers.EuroBertConfig(pad_token_id=0, bos_token_id=2, eos_token_id=3, mask_token_id=4)
     ),
+}
+OWN_ATTENTION = {
+    "deberta": "deberta-v3-base",
+    "modernbert": "modernbert-base",
+    "gte": "gte-base",
+    "eurobert": "eurobert-210m",
 }
 BATCHES, LENGTHS = (1, 8), (32, 128)
 SPARSITIES = (0.1, 0.3, 0.5, 0.7)
@@ -265,28 +271,12 @@ def structured(work: Path, results: Path) -> None:
         render.write(records, results / f"speed_structured_{shape}.json", force=True)
 
 
-def deberta(work: Path, results: Path) -> None:
-    """Time DeBERTa as transformers computes it, with all gates open, and with half of the multiply-accumulates gone."""
-    _own_attention("deberta-v3-base", work, results / "speed_deberta.json")
+def own_attention(what: str, work: Path, results: Path) -> None:
+    """Time a family as transformers computes it, with all gates open, and with half of the multiply-accumulates gone.
 
-
-def modernbert(work: Path, results: Path) -> None:
-    """Time ModernBERT alike."""
-    _own_attention("modernbert-base", work, results / "speed_modernbert.json")
-
-
-def gte(work: Path, results: Path) -> None:
-    """Time GTE alike: its two matrices on the way into the feed-forward part become one."""
-    _own_attention("gte-base", work, results / "speed_gte.json")
-
-
-def eurobert(work: Path, results: Path) -> None:
-    """Time EuroBERT alike; its norms do not centre, and its head reads all tokens."""
-    _own_attention("eurobert-210m", work, results / "speed_eurobert.json")
-
-
-def _own_attention(shape: str, work: Path, path: Path) -> None:
-    """Time a family whose attention is computed by another class as soon as gates stand in it, open ones too."""
+    Its attention is computed by another class as soon as gates stand in it, open ones too.
+    """
+    shape = OWN_ATTENTION[what]
     targets: dict[str, Path] = {}
     for name, sparsity in (("all gates open", 0.0), ("half", 0.5)):
         run = random_run(shape, work, granularity="structured", sparsity=sparsity)
@@ -294,7 +284,7 @@ def _own_attention(shape: str, work: Path, path: Path) -> None:
             forms = forms_of(run, target, ("inner",))
             targets |= {f"dense, {target}": forms["dense"], f"{name}, {target}": forms["inner"]}
     records = endtoend.run(targets, batch_sizes=BATCHES, seq_lens=LENGTHS, repetitions=REPETITIONS)
-    render.write(records, path, force=True)
+    render.write(records, results / f"speed_{what}.json", force=True)
 
 
 def bf16(work: Path, results: Path) -> None:
@@ -423,9 +413,9 @@ def _high_water(status: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-OF_ITS_OWN = {
-    one.__name__: one
-    for one in (table, kernels, structured, deberta, modernbert, gte, eurobert, bf16, grid, fusions, collapse)
+OF_ITS_OWN: dict[str, Callable[[Path, Path], None]] = {
+    **{one.__name__: one for one in (table, kernels, structured, bf16, grid, fusions, collapse)},
+    **{what: partial(own_attention, what) for what in OWN_ATTENTION},
 }
 
 

@@ -524,9 +524,9 @@ def _narrow(layer: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Give the layer the first token only, and its attention what it would read of all tokens."""
     if not _call.first_token_alone:
         return None
-    norms = (getattr(layer, name, None) for name in ("attn_norm", "input_layernorm"))  # some norm what attention reads
-    norm: Any = next(filter(None, norms), nn.Identity())
-    _call.keys_from = norm(given[0])
+    names = ("attn_norm", "input_layernorm")  # some layers norm what attention reads
+    norm = next((getattr(layer, name) for name in names if hasattr(layer, name)), None)
+    _call.keys_from = given[0] if norm is None else norm(given[0])
     return (given[0][:, :1], *given[1:])
 
 

@@ -183,7 +183,7 @@ class _Fit:
 
     def add(self, ours: _Seen, theirs: _Seen, heavier: Tensor | None) -> None:
         """Add the tokens of a batch; `heavier` is the weight of each of them [tokens]."""
-        _, spread = _scale(theirs)
+        spread = (theirs.total - _centre(theirs)).square().mean(-1, keepdim=True).sqrt()
         weights = (spread + torch.finfo(spread.dtype).eps).reciprocal()
         if heavier is not None:
             weights = weights * heavier[:, None].sqrt()
@@ -206,15 +206,10 @@ class _Fit:
             self.matrix.bias.add_(step[columns])
 
 
-def _scale(seen: _Seen) -> tuple[Tensor, Tensor]:
-    """Return what the norm takes away from what it reads, and what it divides it by, both [tokens, 1].
-
-    Where a layer ends before a norm, what a layer norm would.
-    """
+def _centre(seen: _Seen) -> Tensor:
+    """Return what the norm takes away from what it reads [tokens, 1]; before no norm, what a layer norm would."""
     mean = seen.total.mean(-1, keepdim=True)
-    if seen.norm is not None and not centres(seen.norm):
-        mean = torch.zeros_like(mean)
-    return mean, (seen.total - mean).square().mean(-1, keepdim=True).sqrt()
+    return mean if seen.norm is None or centres(seen.norm) else torch.zeros_like(mean)
 
 
 def _to_be_read(ours: _Seen, theirs: _Seen, spread: Tensor) -> Tensor:
@@ -225,11 +220,10 @@ def _to_be_read(ours: _Seen, theirs: _Seen, spread: Tensor) -> Tensor:
     norm: Any = ours.norm
     if norm is None:
         return theirs.total
-    mean, _ = _scale(theirs)
     bias = getattr(norm, "bias", None)
     shifted = theirs.after if bias is None else theirs.after - bias
     told = norm.weight.abs() > FLAT * norm.weight.abs().mean()
-    return torch.where(told, shifted / norm.weight * spread + mean, theirs.total)
+    return torch.where(told, shifted / norm.weight * spread + _centre(theirs), theirs.total)
 
 
 def _rows(matrix: nn.Linear) -> Tensor:
