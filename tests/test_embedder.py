@@ -47,13 +47,14 @@ from gatepress.verifying import verify
 TEXTS = ("anda boro belu", "cito duma efra fuli gano krat", "hilu", "ivo jela kapo lumi mado neri opal peta")
 NORMALIZED = ("Transformer", "Pooling", "Normalize")
 BY_ONE_NAME = {"embedding_dimension": tiny.HIDDEN, "pooling_mode": "cls", "include_prompt": True}
+OF_THE_LAST = {**BY_ONE_NAME, "pooling_mode": "lasttoken"}
 
 Make = Callable[..., Path]
 
 
 def old_pooling(mode: str) -> dict[str, Any]:
     """Return a pooling as sentence-transformers wrote it before one key named the mode."""
-    modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
+    modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "lasttoken")
     return {"word_embedding_dimension": tiny.HIDDEN, **{f"pooling_mode_{one}": one == mode for one in modes}}
 
 
@@ -104,15 +105,19 @@ def vectors_of(directory: Path, texts: tuple[str, ...] = TEXTS) -> np.ndarray[An
 
 
 @pytest.mark.parametrize("parts", [NORMALIZED, NORMALIZED[:2]])
-@pytest.mark.parametrize("pooling", [old_pooling("mean_tokens"), old_pooling("cls_token"), BY_ONE_NAME])
+@pytest.mark.parametrize(
+    "pooling",
+    [old_pooling("mean_tokens"), old_pooling("cls_token"), BY_ONE_NAME, old_pooling("lasttoken"), OF_THE_LAST],
+)
 def test_a_vector_is_pooled_as_its_directory_says(embedder: Make, parts: tuple[str, ...], pooling: Any) -> None:
     directory = embedder("bert", parts, pooling)
     tokens = AutoTokenizer.from_pretrained(directory)(list(TEXTS), padding=True, return_tensors="pt")
     with torch.inference_mode():
         hidden = AutoModel.from_pretrained(directory).eval()(**tokens).last_hidden_state
     rows = [row[: mask.sum()] for row, mask in zip(hidden, tokens["attention_mask"], strict=True)]
-    cls = pooling.get("pooling_mode") == "cls" or pooling.get("pooling_mode_cls_token")
-    wanted = torch.stack([row[0] if cls else row.mean(0) for row in rows])
+    first = pooling.get("pooling_mode") == "cls" or pooling.get("pooling_mode_cls_token")
+    last = pooling.get("pooling_mode") == "lasttoken" or pooling.get("pooling_mode_lasttoken")
+    wanted = torch.stack([row[0] if first else row[-1] if last else row.mean(0) for row in rows])
     if parts == NORMALIZED:
         wanted = functional.normalize(wanted)
     assert open_runner(directory).embeds
@@ -390,7 +395,7 @@ def test_an_encoder_without_modules_averages_its_tokens(tiny_model_dir: Callable
         (("Transformer",), old_pooling("mean_tokens"), "made of Transformer, expected"),
         (NORMALIZED, old_pooling("max_tokens"), "pools tokens by .*max.* expected one of mean, cls"),
         (NORMALIZED, {**old_pooling("max_tokens"), "pooling_mode_cls_token": True}, "pools tokens by"),
-        (NORMALIZED, {"pooling_mode": "lasttoken"}, "pools tokens by lasttoken"),
+        (NORMALIZED, {"pooling_mode": "weightedmean"}, "pools tokens by weightedmean"),
         (NORMALIZED, {"pooling_mode": ["mean", "cls"]}, "pools tokens by"),
     ],
 )

@@ -26,6 +26,7 @@ from gatepress.distill import Lesson, balanced, logit_distances
 from gatepress.errors import ArtifactError, UsageError
 from gatepress.evaluation import evaluate
 from gatepress.export import export
+from gatepress.families import FAMILIES
 from gatepress.heads import is_finetuned
 from gatepress.losses import task_losses
 from gatepress.metrics import compute_metric
@@ -132,13 +133,15 @@ def test_a_reranker_keeps_its_head_in_all_forms(
     assert model(**tiny.random_batch(family)).logits.shape == (4, 1)
     shipped = AutoModelForSequenceClassification.from_pretrained(pruned, trust_remote_code=True)
     assert torch.equal(shipped(**tiny.random_batch(family)).logits, model(**tiny.random_batch(family)).logits)
-    heads = {name: value for name, value in load_file(pruned / "model.safetensors").items() if "classifier" in name}
+    heads = {
+        name: value for name, value in load_file(pruned / "model.safetensors").items() if FAMILIES[family].head in name
+    }
     assert {len(value) for name, value in heads.items() if name.rpartition(".")[0] in _last(heads)} == {1}
 
 
 def _last(heads: dict[str, Any]) -> set[str]:
     names = {name.rpartition(".")[0] for name in heads}
-    return {name for name in names if name == "classifier" or name.endswith("out_proj")}
+    return {name for name in names if name in ("classifier", "score") or name.endswith("out_proj")}
 
 
 def test_full_finetuning_keeps_one_output_too_and_what_stands_on_it_does(

@@ -49,6 +49,7 @@ class Row:
     sizes: dict[str, Any] = field(default_factory=lambda: SIZES)
     style: Literal["bert", "roberta"] = "bert"
     segments: bool = False  # the tokenizer gives token_type_ids
+    decodes: bool = False  # tokens see earlier ones alone, and the head reads the last
     like: str | None = None  # another row whose code in gatepress this one shares: long tests take that one
 
     @property
@@ -74,6 +75,7 @@ SIZES = {
     "num_attention_heads": HEADS,
     "intermediate_size": INTERMEDIATE,
 }
+GROUPED = {**SIZES, "num_key_value_heads": HEADS // 2, "bos_token_id": 2, "eos_token_id": 3, "use_cache": False}
 ROWS = (
     Row("bert", segments=True),
     Row("roberta", {**SIZES, "type_vocab_size": 1}, style="roberta"),
@@ -119,9 +121,14 @@ ROWS = (
             **dict.fromkeys(("eos_token_id", "sep_token_id"), 3),
         },
     ),
+    Row("llama", GROUPED, decodes=True, like="qwen3"),
+    Row("mistral", {**GROUPED, "sliding_window": 8}, decodes=True, like="qwen3"),
+    Row("qwen2", GROUPED, decodes=True, like="qwen3"),
+    Row("qwen3", {**GROUPED, "head_dim": HIDDEN // HEADS, "attention_bias": True}, decodes=True),
 )
 BY_FAMILY = {row.family: row for row in ROWS if row.family in CONFIG_MAPPING}  # those that this transformers has
 FAMILIES = tuple(BY_FAMILY)
+DECODERS = tuple(name for name, row in BY_FAMILY.items() if row.decodes)
 DISTINCT = tuple(name for name, row in BY_FAMILY.items() if row.like is None)
 
 

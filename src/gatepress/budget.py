@@ -24,7 +24,7 @@ the schedule they are closed by rank of mu, and the rest of the training recover
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from gatepress.config import BudgetUnit, Controller, Granularity, Layout, MethodSpec, TrainSettings
 from gatepress.errors import ArtifactError, UsageError
 from gatepress.families import ROLES
-from gatepress.gates import Gate, counted
+from gatepress.gates import Gate, SharedGate, counted
 from gatepress.inject import gated_linear
 from gatepress.plan import Live, make_plan
 from gatepress.resolve import Layer
@@ -59,6 +59,9 @@ class GateVector:
     layer: int = 0
     role: str = ""
     axis: str = ""
+    shared: dict[str, int] = field(
+        default_factory=dict
+    )  # other roles that it closes, and how often it is repeated there
 
 
 def gate_vectors(model: nn.Module, layers: list[Layer], granularity: Granularity) -> list[GateVector]:
@@ -69,12 +72,15 @@ def gate_vectors(model: nn.Module, layers: list[Layer], granularity: Granularity
     """
     alone = granularity == "matrix"
     of_heads = INSIDE_HEADS if granularity != "heads" else ()
-    vectors = []
+    vectors: list[GateVector] = []
     for number, layer in enumerate(layers):
         for role in ROLES:
             linear = gated_linear(model, layer, role)
             for axis, gate in (("in", linear.gate_in), ("out", linear.gate_out)):
                 if gate is None:
+                    continue
+                if isinstance(gate, SharedGate):
+                    next(vector for vector in vectors if vector.gate is gate.gate).shared[role] = gate.repeat
                     continue
                 rows, columns = layer.shapes[role]
                 across = rows if axis == "in" else columns
@@ -124,8 +130,9 @@ def open_parts(
         for layer in layers
     ]
     for mask, vector in zip(masks, vectors, strict=True):
-        side = open_sides[vector.layer][vector.role][vector.axis == "in"]
-        side &= vector.gate.repeated(mask.cpu().bool())
+        for role, repeat in {vector.role: vector.gate.repeat, **vector.shared}.items():
+            side = open_sides[vector.layer][role][vector.axis == "in"]
+            side &= vector.gate.repeated(mask.cpu().bool(), repeat)
     return [
         {role: Live(rows, columns, biases[role]) for role, (rows, columns) in sides.items()}
         for sides, biases in zip(open_sides, biased, strict=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -29,8 +30,13 @@ LENGTH_FILE = "sentence_bert_config.json"
 PROMPTS_FILE = "config_sentence_transformers.json"
 # file -> its keys
 _HANDED_ON = {LENGTH_FILE: ("max_seq_length",), PROMPTS_FILE: ("prompts", "default_prompt_name", "similarity_fn_name")}
-POOLINGS = ("mean", "cls")
-_OLD_NAMES = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}  # used before one key named the mode
+# Ways to pool, by the key that said so before one key named the mode.
+_OLD_NAMES = {
+    "mean": "pooling_mode_mean_tokens",
+    "cls": "pooling_mode_cls_token",
+    "lasttoken": "pooling_mode_lasttoken",
+}
+POOLINGS = tuple(_OLD_NAMES)
 _PARTS = (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
 _MODULES = "sentence_transformers.models."
 
@@ -74,11 +80,13 @@ class Embedder(PreTrainedModel):
         hidden = out.last_hidden_state.float()
         if self.config.embedding["pooling"] == "cls":
             vectors = hidden[:, 0]
-        elif attention_mask is None:
-            vectors = hidden.mean(1)
         else:
-            mask = attention_mask[:, :, None].to(hidden.dtype)
-            vectors = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            if self.config.embedding["pooling"] == "lasttoken":  # padding may be on either side
+                places = torch.arange(mask.shape[1], device=mask.device)
+                mask = places == (places * mask).argmax(1, keepdim=True)
+            weights = mask[:, :, None].to(hidden.dtype)
+            vectors = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
         if self.config.embedding["normalize"]:
             vectors = functional.normalize(vectors, dim=-1)
         return Embedded(logits=vectors, hidden_states=out.hidden_states, last_hidden_state=hidden)
@@ -100,8 +108,9 @@ def embeds(model: Any) -> bool:
 
 
 def reads_all(model: Any) -> bool:
-    """Return whether all tokens of the last layer are read, and not only the first one."""
-    return embeds(model) or not reads_first_token(model.config)
+    """Return whether other tokens of the last layer are read than the first one."""
+    family = row_of(model.config.model_type)
+    return embeds(model) or (family is not None and family.causal) or not reads_first_token(model.config)
 
 
 def as_saved(model: PreTrainedModel) -> PreTrainedModel:

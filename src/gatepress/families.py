@@ -34,6 +34,9 @@ class FamilySpec:
     qkv: str | None = None  # one matrix that holds the rows of q, k and v; once split, they lie beside it
     halves: tuple[str, str] | None = None  # two matrices, the activated one first; `up` is both, once they are joined
     paired: tuple[str, ...] = ()  # roles whose rows come in pairs: half a head apart in q and k, half of up
+    normed: bool = False  # queries and keys are normed within each head, over all of its dimensions
+    causal: bool = False  # tokens look at earlier ones alone, and a head reads the last one
+    head: str = "classifier"  # part of the names of the head's weights
 
     def path(self, role: str) -> str:
         """Return the path of a role's matrix below one layer."""
@@ -146,12 +149,17 @@ GTE = replace(
 )
 NOMIC = replace(GTE, model_type="nomic_bert", class_prefix="NomicBert")
 EUROBERT = replace(GTE, model_type="eurobert", class_prefix="EuroBert", kv_heads_attribute="num_key_value_heads")
+LLAMA = replace(EUROBERT, model_type="llama", class_prefix="Llama", causal=True, head="score")
+MISTRAL = replace(LLAMA, model_type="mistral", class_prefix="Mistral")
+QWEN2 = replace(LLAMA, model_type="qwen2", class_prefix="Qwen2")
+QWEN3 = replace(LLAMA, model_type="qwen3", class_prefix="Qwen3", normed=True)
 
 FAMILIES: dict[str, FamilySpec] = {
     family.model_type: family
     for family in (
         *(BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, ERNIE, ELECTRA, MPNET, DEBERTA, DISTILBERT),
         *(MODERNBERT, GTE, NOMIC, JINA_V3, EUROBERT),
+        *(LLAMA, MISTRAL, QWEN2, QWEN3),
     )
 }
 _PRUNED = {f"gatepress_{name.replace('-', '_')}": name for name in FAMILIES}

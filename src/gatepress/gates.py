@@ -53,9 +53,9 @@ class Gate(nn.Module):
         """Number of gates in the vector."""
         return self.mu.numel()
 
-    def forward(self) -> Tensor:
+    def forward(self, repeat: int | None = None) -> Tensor:
         """Return z [size * repeat]."""
-        return self.repeated(self._of_each())
+        return self.repeated(self._of_each(), repeat)
 
     def _of_each(self) -> Tensor:
         value = self.mu + 0.5
@@ -71,14 +71,38 @@ class Gate(nn.Module):
         return 0.5 * (1 + torch.erf((self.mu + 0.5) / (self.noise * math.sqrt(2))))
 
     @torch.no_grad()
-    def values(self) -> Tensor:
+    def values(self, repeat: int | None = None) -> Tensor:
         """Return z [size * repeat] as evaluation uses it, in float32."""
         value = (self.mu + 0.5).float()
-        return self.repeated(self.mask.float() * (value.clamp(0, 1) if self.noise else value))
+        return self.repeated(self.mask.float() * (value.clamp(0, 1) if self.noise else value), repeat)
 
-    def repeated(self, z: Tensor) -> Tensor:
+    def repeated(self, z: Tensor, repeat: int | None = None) -> Tensor:
         """Return z [size * repeat] from z [size], as views, which every ONNX exporter can translate."""
-        return z if self.repeat == 1 else z.view(-1, 1, self.apart).expand(-1, self.repeat, -1).reshape(-1)
+        repeat = repeat or self.repeat
+        return z if repeat == 1 else z.view(-1, 1, self.apart).expand(-1, repeat, -1).reshape(-1)
+
+
+class SharedGate(nn.Module):
+    """The gate of another matrix, for rows that stay or go with those of that one; has nothing of its own."""
+
+    def __init__(self, gate: Gate, repeat: int) -> None:
+        super().__init__()
+        self._of = (gate,)  # not a submodule: a gate has one name in checkpoints
+        self.repeat = repeat
+
+    @property
+    def gate(self) -> Gate:
+        """The gate itself."""
+        return self._of[0]
+
+    def forward(self) -> Tensor:
+        """Return z [size * repeat]."""
+        z: Tensor = self.gate(self.repeat)
+        return z
+
+    def values(self) -> Tensor:
+        """Return z [size * repeat] as evaluation uses it, in float32."""
+        return self.gate.values(self.repeat)
 
 
 class GatedLinear(nn.Module):
@@ -95,7 +119,7 @@ class GatedLinear(nn.Module):
         base: nn.Linear,
         *,
         gate_in: Gate | None = None,
-        gate_out: Gate | None = None,
+        gate_out: Gate | SharedGate | None = None,
         lora_rank: int = 0,
     ) -> None:
         super().__init__()

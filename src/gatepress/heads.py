@@ -8,6 +8,7 @@ from transformers import AutoConfig
 
 from gatepress.embedding import activation_of, embedding_of, tell_of_prompt
 from gatepress.errors import ModelError
+from gatepress.families import row_of
 from gatepress.files import RUN_FILE, read_json
 from gatepress.manifests import tensor_shapes
 from gatepress.tasks import TaskSpec
@@ -15,7 +16,6 @@ from gatepress.tasks.labels import are_numbered, folded, in_order, named
 
 logger = logging.getLogger(__name__)
 
-HEAD = "classifier"  # its name in all families; a configuration may describe one that the weights lack
 AS_IT_IS = "torch.nn.modules.linear.Identity"  # of a number; sentence-transformers would make a sigmoid of it
 OTHER_CLASSES = "%s: the classes of its head are %s; they are taken for %s, in this order"
 OTHER_PROBLEM = (
@@ -74,7 +74,9 @@ def _head_of(directory: Path, spec: TaskSpec) -> tuple[int, bool]:
         return 0, False
     outputs = len(config.get("id2label") or (0, 1))  # absent: the two of transformers
     shapes = {name: shape for file in directory.glob("*.safetensors") for name, shape in tensor_shapes(file).items()}
-    if not any(HEAD in name and shape[:1] == (outputs,) for name, shape in shapes.items()):
+    family = row_of(config.get("model_type"))  # a configuration may describe a head that the weights lack
+    head = family.head if family else "classifier"
+    if not any(head in name and shape[:1] == (outputs,) for name, shape in shapes.items()):
         return 0, False
     problem = config.get("problem_type")
     if spec.multi_label or problem == MULTI:  # an output for each class that knows nothing of the others

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from gatepress.config import Controller, GateAxes, Granularity
 from gatepress.errors import UsageError
 from gatepress.families import ROLES
-from gatepress.gates import Gate, GatedLinear
+from gatepress.gates import Gate, GatedLinear, SharedGate
 from gatepress.modeling_gatepress import join_, narrow_attention_, split_
 from gatepress.resolve import Layer, family_of, is_norm, resolve
 
@@ -80,11 +80,17 @@ def attach_gates_(  # noqa: PLR0913 - each is a dial of the gates
         return _gate(layer, site, granularity, NOISE[controller], rotate_heads=rotate_heads) if site in sites else None
 
     for layer in layers:
+        of_queries = None
         for role in ROLES:
+            gate_out: Gate | SharedGate | None = gate(layer, (role, "out"))
+            if role == "q":
+                of_queries = gate_out
+            elif role == "k" and layer.normed and granularity == "structured" and isinstance(of_queries, Gate):
+                gate_out = SharedGate(of_queries, of_queries.repeat // layer.group)
             gated = GatedLinear(
                 base.get_submodule(layer.paths[role]),
                 gate_in=gate(layer, (role, "in")),
-                gate_out=gate(layer, (role, "out")),
+                gate_out=gate_out,
                 lora_rank=lora_rank if role in matrices and role in lora_matrices else 0,
             )
             replace_module_(base, layer.paths[role], gated.to(base.device))

@@ -14,9 +14,10 @@ of keys and values (EuroBERT). If attention is `uniform`, no query/key dimension
 version 2, `qk_width` is then 0, and q and k are left out. A joint matrix of queries, keys and values (ModernBERT) is
 split, and which dimensions of queries and keys are left is stored beside the weights, as `pairs`.
 
-The heads of these classes read the first token of the last layer and no other, unless they are asked for the mean of
-all. So outside of training, that layer computes the first token alone, from the keys and values of all tokens; see
-`_Pruned.first_token_alone`. Classes without a head (`GatepressBertModel` and the like) compute all tokens.
+The heads of encoders read the first token of the last layer and no other, unless they are asked for the mean of all. So
+outside of training, that layer computes the first token alone, from the keys and values of all tokens; see
+`_Pruned.first_token_alone`. Decoders (Qwen3 and others), whose heads read the last token, and classes without a head
+(`GatepressBertModel` and the like) compute all tokens. Nothing is kept for a next token: these do not generate.
 """
 
 import contextlib
@@ -189,9 +190,28 @@ class PrunedAttention:
         """Return queries [batch, heads, length, qk_width] and keys, which have as many heads or fewer."""
         part = self.gatepress
         return [
-            placed(self._by_head(getattr(self, part[role])(states), part["qk_width"]))
+            placed(self._normed(role, self._by_head(getattr(self, part[role])(states), part["qk_width"])))
             for role, states in (("q", hidden_states), ("k", everything))
         ]
+
+    def _normed(self: Any, role: str, x: Tensor) -> Tensor:
+        """Return queries or keys [batch, heads, length, qk_width], normed as the dense ones are if a family does that.
+
+        What a head has lost was zero, so the mean square of all of it is that of what is left, divided by `share`. ONNX
+        Runtime knows such a norm by its form.
+        """
+        norm = getattr(self, f"{role}_norm", None)  # of the dense head
+        if norm is None:
+            return x
+        (dense,), width = norm.weight.shape, x.shape[-1]
+        share = dense / width
+        pairs = self.pairs.view(-1, width // 2)  # of each head of keys
+        weight = norm.weight[torch.cat([pairs, pairs + dense // 2], dim=1)]
+        wide = x.float()
+        root = (wide.pow(2).mean(-1, keepdim=True) + share * norm.variance_epsilon).sqrt()
+        scaled = (wide.new_full((width,), share**0.5) * (wide / root)).to(x.dtype)
+        normed: Tensor = weight.repeat_interleave(x.shape[1] // len(weight), dim=0)[:, None] * scaled
+        return normed
 
     def _by_head(self: Any, values: Tensor, width: int) -> Tensor:
         """Return [..., length, heads * width] as [..., heads, length, width]."""
@@ -293,8 +313,9 @@ class PrunedRotaryAttention(PrunedAttention):
 
     @property
     def near(self: Any) -> bool:
-        """Whether a token looks only at so many on both sides; releases of transformers differ in where that is."""
-        return getattr(self, "sliding_window", None) is not None or getattr(self, "local_attention", (-1,))[0] >= 0
+        """Whether a token looks only at earlier ones or at so many on both sides; releases differ in where that is."""
+        sliding = getattr(self, "sliding_window", None) is not None or getattr(self, "local_attention", (-1,))[0] >= 0
+        return sliding or getattr(self, "is_causal", False)
 
     @property
     def dropped(self: Any) -> float:
@@ -312,8 +333,13 @@ class PrunedRotaryAttention(PrunedAttention):
         """Map hidden states as `PrunedAttention` does.
 
         `position_embeddings` are the cosines and sines [batch or 1, length, head width]. Some releases of transformers
-        pass the mask of nearby tokens beside that of all.
+        pass the mask of nearby tokens beside that of all, and none if that is of all earlier tokens.
         """
+        if any(kwargs.get(name) is not None for name in ("cache", "past_key_values")):
+            raise ValueError("pruned attention keeps nothing for a next token; leave out use_cache")
+        if attention_mask is None and getattr(self, "is_causal", False):
+            place = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+            attention_mask = (place[:, None] >= place)[None, None]
         placed = None
         if self.pairs is not None:
             cos, sin = (self._of_pairs(values) for values in position_embeddings)
@@ -452,6 +478,8 @@ def narrow_attention_(attention: Any, part: dict[str, Any], *, stored: bool = Fa
         dense: Any = type(attention)
         attention.__class__ = _narrowed(dense)
     attention.gatepress = dict(part)
+    if getattr(attention, "is_causal", False):
+        attention.config.use_cache = False  # nothing is kept for a next token
     of_pairs = isinstance(attention, PrunedRotaryAttention)
     if of_pairs:  # all of a head, or placeholders of what is left
         width = part["qk_width"] // 2
@@ -467,7 +495,8 @@ def _narrowed(dense: Any) -> Any:
     return type("Pruned" + dense.__name__, (form, dense), {})
 
 
-_ROTARY = ("ModernBert", "Gte", "NomicBert", "JinaEmbeddingsV3", "EuroBert")
+_DECODERS = ("Llama", "Mistral", "Qwen2", "Qwen3")
+_ROTARY = ("ModernBert", "Gte", "NomicBert", "JinaEmbeddingsV3", "EuroBert", *_DECODERS)
 # Part of a self-attention's name -> its pruned form.
 _FORMS = {"Disentangled": PrunedDisentangledAttention, **dict.fromkeys(_ROTARY, PrunedRotaryAttention)}
 
@@ -591,10 +620,23 @@ class _Headless(PreTrainedModel):
         self.pooler: Any = None
 
 
+class _Scored(PreTrainedModel):
+    """Decoders with a head, made of `encoder_class`; the stock ones look it up by configurations that they know."""
+
+    encoder_class: Any
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        PreTrainedModel.__init__(self, config, *args, **kwargs)
+        self.num_labels = config.num_labels
+        setattr(self, self.base_model_prefix, self.encoder_class(config))
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()  # type: ignore[no-untyped-call]
+
+
 # The stock classes that pruned ones are made of begin with these.
 PREFIXES = (
     *("Bert", "Roberta", "XLMRoberta", "Camembert", "Ernie", "Electra", "MPNet", "DebertaV2", "DistilBert"),
-    *("ModernBert", "Gte", "NomicBert", "JinaEmbeddingsV3", "EuroBert"),
+    *_ROTARY,
 )
 
 
@@ -618,8 +660,11 @@ def _classes(prefix: str) -> dict[str, Any]:
         own = {"config_class": config}
         if config is None:
             own = {"model_type": f"gatepress_{stock.model_type.replace('-', '_')}"}
+        scored = prefix in _DECODERS and "For" in kind
+        if scored:
+            own |= {"encoder_class": getattr(transformers, f"{prefix}Model"), "first_token_alone": False}
         own |= {"__module__": __name__, "__doc__": f"{prefix} {told}."}
-        classes[name] = type(name, (*added, stock), own)
+        classes[name] = type(name, (*added, *((_Scored,) if scored else ()), stock), own)
         config = config or classes[name]
     return classes
 

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gatepress.embedding import as_saved, embedder_class, is_embedder
 from gatepress.errors import ArtifactError, GatepressError, ModelError, reason_of
-from gatepress.families import FAMILIES
+from gatepress.families import FAMILIES, row_of
 from gatepress.files import PRUNED_FILE, json_text, read_json, sha256_of
 from gatepress.hub import locate_model
 from gatepress.manifests import (
@@ -218,6 +218,20 @@ def _refuse_unwanted(directory: Path) -> None:
     files = [name for name in named if name.endswith("_file") or name == "auto_map"]
     if files:
         raise ArtifactError(f"{settings}: has {', '.join(files)}, which gatepress never writes; remove it")
+
+
+def told_of_padding_(config: Any, directory: Path) -> Any:
+    """Prepare the configuration of a decoder for texts that are read once, in place, and return it.
+
+    It keeps nothing for a next token, and its head finds the last token of a text by what padding is, which only the
+    tokenizer may say.
+    """
+    family = row_of(config.model_type)
+    if family is not None and family.causal:
+        config.use_cache = False
+        if config.pad_token_id is None and has_tokenizer(directory):
+            config.pad_token_id = open_tokenizer(directory).pad_token_id
+    return config
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> dict[str, str]:

@@ -9,6 +9,9 @@ a statement about zeros alone. With activation(0) = 0:
 - a head without value/output dimensions is removed; one without query/key dimensions stays: its scores are
   all 0, which is uniform attention, not none. If no head of a layer has any, q and k are removed.
 
+Where queries and keys are normed within heads (`Layer.normed`), what is left of a key counts in the norm of all of it,
+also if the query has lost it: a dimension is removed only if it is zero in both.
+
 Where rows come in pairs (`Layer.apart`), two query/key dimensions that positions turn together stay or go together,
 and a neuron is needed only if neither of its rows of up is zero.
 
@@ -318,7 +321,7 @@ def _attention(layer: Layer, parts: dict[str, Live]) -> tuple[list[int], list[Ax
         return rows.view(layer.kv_heads, -1, width).any(1)
 
     q, k = (_by_two(alive(parts[role].rows), layer.apart(role)).any(-2) for role in ("q", "k"))
-    qk = (q & k).flatten(1)
+    qk = (q | k if layer.normed else q & k).flatten(1)
     vo = alive(parts["v"].rows) & alive(parts["o"].columns)
     heads = _indices(vo.any(1))
     if not heads:  # no head gives any output, so one head of zeros stands in

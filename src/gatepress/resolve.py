@@ -25,6 +25,7 @@ class Layer:
     group: int  # number of query heads that share a head of keys and values
     scores: int  # number of products whose sum is a score
     paired: tuple[str, ...]  # roles whose rows come in pairs
+    normed: bool = False  # queries and keys are normed over what is left of them, so both lose the same dimensions
     halves: tuple[str, ...] = ()  # the two matrices that hold the rows of `up` until they are joined
 
     def held_in(self, role: str) -> tuple[str, ...]:
@@ -171,6 +172,7 @@ def resolve(model: nn.Module) -> list[Layer]:
                 group=heads // kv_heads,
                 scores=family.scores(model.config),
                 paired=family.paired,
+                normed=family.normed,
                 halves=tuple(f"{prefix}.{path}" for path in halves),
             )
         )

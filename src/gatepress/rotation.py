@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gatepress.gates import Gate
 from gatepress.inject import TURNED, gated_linear
 from gatepress.resolve import resolve
 
@@ -81,7 +82,7 @@ def _pairs(model: PreTrainedModel) -> Iterator[_Pair]:
         for (role, side), partner in TURNED.items():
             gated, second = gated_linear(model, layer, role), gated_linear(model, layer, partner).base
             gate = gated.gate_in if side == "in" else gated.gate_out
-            if gate is not None and gate.basis is not None:
+            if isinstance(gate, Gate) and gate.basis is not None:
                 name = f"{model.base_model_prefix}.{layer.paths[role]}.gate_{side}.basis"
                 yield _Pair(name, gate.basis, layer.index, gated.base, int(side == "in"), second)
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import onnxruntime as ort
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from gatepress.checkpoint import load_run, located, read_run
 from gatepress.config import Arithmetic, refuse, unknown_words
 from gatepress.embedding import embedder_class, embedding_of, is_embedder
 from gatepress.errors import ArtifactError, DeviceError, ModelError, UsageError, reason_of
+from gatepress.families import row_of
 from gatepress.files import PRUNED_FILE, RUN_FILE, expanded, read_json
 from gatepress.graph import check_graph, read_graph
 from gatepress.hub import locate_model
@@ -28,7 +29,14 @@ from gatepress.manifests import (
     read_config,
     read_manifest,
 )
-from gatepress.models import has_tokenizer, load_pruned, model_errors, open_pruned, refuse_missing
+from gatepress.models import (
+    has_tokenizer,
+    load_pruned,
+    model_errors,
+    open_pruned,
+    refuse_missing,
+    told_of_padding_,
+)
 from gatepress.runners import INPUTS, Kind, OnnxRunner, Runner, TorchRunner, session_options
 
 logger = logging.getLogger(__name__)
@@ -133,14 +141,19 @@ def _load_model(target: str, path: Path, *, trust_remote_code: bool) -> tuple[Pr
 
     A random head is drawn from a fixed seed, so that two openings agree.
     """
-    if str(read_json(path / "config.json").get("model_type", "")).startswith("gatepress_"):
+    model_type = str(read_json(path / "config.json").get("model_type", ""))
+    if model_type.startswith("gatepress_"):
         return open_pruned(path), False  # transformers saved it anew, after training it on for example
     kind: Any = AutoModelForSequenceClassification
     own: dict[str, Any] = {}
     if is_embedder(path):
-        kind = embedder_class(str(read_json(path / "config.json")["model_type"]))
+        kind = embedder_class(model_type)
         own = {"config": kind.config_class.from_pretrained(path)}
         own["config"].embedding = embedding_of(path)
+    elif row_of(model_type) is not None:
+        own = {"config": AutoConfig.from_pretrained(path, trust_remote_code=False)}
+    if own:
+        told_of_padding_(own["config"], path)
     with model_errors(target), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, info = kind.from_pretrained(

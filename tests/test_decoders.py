@@ -1,0 +1,223 @@
+"""Decoders with a head or as embedders: tokens see earlier ones alone, the last is read, and heads may norm inside."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import tiny
+from conftest import TaskFiles
+from forms import collapse, save_run, settings_for
+from gatepress.budget import budget_of
+from gatepress.config import DataSettings, TrainSettings
+from gatepress.embedding import embedding_of, write_modules
+from gatepress.errors import ModelError
+from gatepress.evaluation import evaluate
+from gatepress.export import export
+from gatepress.gates import Gate, SharedGate, counted, gates_of
+from gatepress.inject import attach_gates_, gated_linear
+from gatepress.models import load_pruned
+from gatepress.pruning import prune
+from gatepress.resolve import resolve
+from gatepress.runtime import open_runner
+from gatepress.training import train
+
+NORMED = "qwen3"  # norms queries and keys within heads
+GROUP, WIDTH = 2, tiny.HIDDEN // tiny.HEADS
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("qwen3", {"head_dim": 2 * WIDTH}),
+    ("qwen3", {"num_key_value_heads": 1, "attention_bias": False}),
+    ("qwen3", {"num_key_value_heads": tiny.HEADS}),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("llama", {"rope_parameters": {"rope_theta": 10_000.0, "rope_type": "linear", "factor": 2.0}}),
+    ("mistral", {"sliding_window": None}),
+    ("mistral", {"head_dim": 2 * WIDTH}),
+]
+
+pytestmark = pytest.mark.skipif(NORMED not in tiny.FAMILIES, reason="this release of transformers has no such family")
+
+
+def gated_model(family: str = NORMED, granularity: Any = "structured", closed: float = 0.4, **changes: Any) -> Any:
+    model = tiny.build_classifier(family, num_labels=3, **changes)
+    attach_gates_(model, granularity=granularity, controller="importance", rotate_heads=True)
+    torch.manual_seed(0)
+    for _, gate in gates_of(model):
+        gate.mask.copy_(torch.rand_like(gate.mask) >= closed)
+    return model.eval()
+
+
+def logits(model: Any, **inputs: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(**(inputs or tiny.random_batch(NORMED))).logits
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("silent", [False, True], ids=["asking", "uniform"])
+@pytest.mark.parametrize("family", tiny.DECODERS)
+def test_no_token_sees_a_later_one(family: str, silent: bool, implementation: str) -> None:  # noqa: FBT001 - a case
+    model = gated_model(family)
+    if silent:
+        gated_linear(model, resolve(model)[0], "q").gate_out.mask.zero_()
+    pruned, _ = collapse(model, "inner")
+    pruned.set_attn_implementation(implementation)
+    ids = torch.randint(5, 50, (2, 12))
+    with torch.inference_mode():
+        whole = pruned.base_model(ids).last_hidden_state
+        start = pruned.base_model(ids[:, :7]).last_hidden_state
+        wanted = model.base_model(ids).last_hidden_state
+    torch.testing.assert_close(start, whole[:, :7], atol=1e-5, rtol=0)
+    torch.testing.assert_close(whole, wanted, atol=1e-5, rtol=0)
+    if silent:  # and scores of 0 are not those of all tokens alike
+        attended = pruned.base_model(ids, output_attentions=True).attentions[0]
+        assert not attended.triu(1).any()
+
+
+@pytest.mark.parametrize("family", tiny.DECODERS)
+def test_padding_may_be_on_either_side(family: str) -> None:
+    pruned, _ = collapse(gated_model(family), "inner")
+    ids, pad = torch.randint(5, 50, (1, 9)), torch.zeros(1, 4, dtype=torch.int64)
+    real, wanted = torch.ones_like(ids), logits(pruned, input_ids=ids)
+    for order in (1, -1):
+        row = torch.cat([ids, pad][::order], 1)
+        mask = torch.cat([real, pad][::order], 1)
+        torch.testing.assert_close(logits(pruned, input_ids=row, attention_mask=mask), wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("family", "changes"), VARIANTS)
+@pytest.mark.parametrize("granularity", ["structured", "matrix"])
+def test_pruned_models_compute_what_gated_ones_do(family: str, granularity: Any, changes: dict[str, Any]) -> None:
+    model = gated_model(family, granularity, **changes)
+    pruned, plan = collapse(model, "paper" if granularity == "matrix" else "inner")
+    assert plan.removed_fraction > 0.2
+    for length in (1, 2, 12, 40):
+        batch = tiny.random_batch(family, length=length)
+        torch.testing.assert_close(logits(pruned, **batch), logits(model, **batch), atol=1e-5, rtol=1e-5)
+
+
+def test_normed_queries_and_keys_have_one_gate() -> None:
+    """A norm counts every dimension of a key, so one that the query lost must be lost to the key as well."""
+    model = gated_model(closed=0)
+    for layer in resolve(model):
+        own, shared = (gated_linear(model, layer, role).gate_out for role in ("q", "k"))
+        assert isinstance(own, Gate)
+        assert isinstance(shared, SharedGate)
+        assert shared.gate is own
+        own.mask[[0, WIDTH // 2 + 2]] = 0
+        assert (shared.values() == 0).sum() == 4
+        assert (own.values() == 0).sum() == 4 * GROUP
+    assert not any(".k_proj.gate_out" in name for name in model.state_dict())
+    pruned, plan = collapse(model, "inner")
+    torch.testing.assert_close(logits(pruned), logits(model), atol=1e-5, rtol=0)
+    for layer in plan.layers:
+        assert layer.matrices["q"].shape == (tiny.HEADS * (WIDTH - 2), tiny.HIDDEN)
+        assert layer.matrices["k"].shape == (tiny.HEADS * (WIDTH - 2) // GROUP, tiny.HIDDEN)
+
+
+def test_a_normed_dimension_that_only_one_side_lost_stays() -> None:
+    model = gated_model(granularity="matrix", closed=0)
+    for layer in resolve(model):
+        for role, lost in (("q", slice(0, 3)), ("k", slice(4, 7))):
+            gated_linear(model, layer, role).gate_out.mask[lost] = 0
+    pruned, plan = collapse(model, "inner")
+    torch.testing.assert_close(logits(pruned), logits(model), atol=1e-5, rtol=0)
+    assert [layer.qk_width for layer in plan.layers] == [WIDTH] * tiny.LAYERS
+
+
+@pytest.mark.parametrize("granularity", ["structured", "heads"])
+def test_what_a_gate_counts_is_what_leaves(granularity: Any) -> None:
+    """So the sparsity that is asked for is the part of the encoder's matrices that goes."""
+    model = gated_model(granularity=granularity, closed=0, attention_bias=False)
+    total, _ = counted(gate for _, gate in gates_of(model))
+    assert total * tiny.HIDDEN == sum(layer.weights for layer in resolve(model))
+    for layer in resolve(model):  # as much of each head, so that no width is padded
+        if granularity == "structured":
+            gated_linear(model, layer, "q").gate_out.mask.view(-1, WIDTH // 2)[:, 1] = 0
+        heads = gated_linear(model, layer, "o").gate_in
+        heads.mask.view(-1, WIDTH if granularity == "structured" else heads.size)[:, 0] = 0
+        gated_linear(model, layer, "down").gate_in.mask[::5] = 0
+    _, closed = counted(gate for _, gate in gates_of(model))
+    _, plan = collapse(model, "inner")
+    assert plan.removed_fraction == pytest.approx(closed / total)
+
+
+@pytest.mark.parametrize("unit", ["gates", "macs", "weights"])
+def test_budgets_are_met(unit: Any) -> None:
+    model = gated_model(closed=0)
+    settings = TrainSettings(data=DataSettings(task="sst2"), model="m", sparsity=0.5, budget=unit)
+    budget = budget_of(model, resolve(model), settings, steps=10, tokens=16)
+    torch.manual_seed(1)
+    for vector in budget.vectors:
+        vector.gate.score.copy_(torch.rand_like(vector.gate.score))
+    budget.close(0.5)
+    assert budget.removed == pytest.approx(0.5, abs=0.02)
+    pruned, plan = collapse(model, "inner")
+    assert plan.removed(unit, 16) == pytest.approx(0.5, abs=0.02) if unit != "gates" else plan.removed_fraction > 0.4
+    torch.testing.assert_close(logits(pruned), logits(model), atol=1e-5, rtol=0)
+
+
+def test_importance_is_that_of_both_sides() -> None:
+    model = gated_model(closed=0)
+    gate = gated_linear(model, resolve(model)[0], "q").gate_out
+    gate.mu.requires_grad_(True)
+    model(**tiny.random_batch(NORMED)).logits.square().sum().backward()
+    of_both = gate.mu.grad.clone()
+    gate.mu.grad = None
+    gated_linear(model, resolve(model)[0], "k").gate_out = None
+    model(**tiny.random_batch(NORMED)).logits.square().sum().backward()
+    assert (of_both - gate.mu.grad).abs().max() > 1e-3 * of_both.abs().max()
+
+
+def test_what_a_directory_says_of_decoding_does_no_harm(tiny_task_files: TaskFiles, tmp_path: Path) -> None:
+    """Real ones keep keys for a next token, and only their tokenizer knows what padding is."""
+    model = tiny.build_classifier(NORMED, use_cache=True, pad_token_id=None)
+    base = tiny.save_model(model, NORMED, tmp_path / "base")
+    assert open_runner(base).logits({name: one.numpy() for name, one in tiny.random_batch(NORMED).items()}).shape == (
+        4,
+        2,
+    )
+    run, pruned, onnx = tmp_path / "run", tmp_path / "pruned", tmp_path / "onnx"
+    report = train(settings_for(base, tiny_task_files, sparsity=0.5, epochs=1), run)
+    prune(run, pruned)
+    export(pruned, onnx)
+    values = [evaluate(place)["metric_value"] for place in (run, pruned, onnx)]
+    assert values == pytest.approx([report["metric_value"]] * 3)
+    small = load_pruned(pruned)
+    assert small.config.pad_token_id == AutoTokenizer.from_pretrained(base).pad_token_id
+    assert not small.config.use_cache
+    shipped = AutoModelForSequenceClassification.from_pretrained(pruned, trust_remote_code=True)
+    batch = tiny.random_batch(NORMED)
+    assert torch.equal(logits(shipped, **batch), logits(small, **batch))
+    with pytest.raises(ValueError, match="keeps nothing for a next token; leave out use_cache"):
+        small(**batch, use_cache=True)
+
+
+def test_an_embedder_of_last_tokens_is_one_in_every_form(tiny_regression_files: TaskFiles, tmp_path: Path) -> None:
+    base = tiny.save_model(tiny.build_encoder(NORMED), NORMED, tmp_path / "base")
+    embedding = {"pooling": "lasttoken", "normalize": True}
+    write_modules(base, embedding, tiny.HIDDEN)
+    assert embedding_of(base) == embedding
+    run, pruned, onnx = (
+        save_run(tmp_path / "run", base, tiny_regression_files, embed=True),
+        tmp_path / "p",
+        tmp_path / "o",
+    )
+    prune(run, pruned)
+    export(pruned, onnx)
+    tokens = AutoTokenizer.from_pretrained(base)(
+        ["anda boro belu", "cito", "hilu ivo"], padding=True, return_tensors="np"
+    )
+    wanted = SentenceTransformer(str(pruned), trust_remote_code=True).encode(["anda boro belu", "cito", "hilu ivo"])
+    for place in (run, pruned, onnx):
+        np.testing.assert_allclose(open_runner(place).logits(dict(tokens)), wanted, atol=1e-5)
+
+
+def test_heads_without_biases_cannot_be_moved(tiny_task_files: TaskFiles, tmp_path: Path) -> None:
+    base = tiny.save_model(tiny.build_classifier(NORMED), NORMED, tmp_path / "base")
+    with pytest.raises(ModelError, match="ends without a bias to move; train with --no-match-shares"):
+        train(settings_for(base, tiny_task_files, match_shares=True), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
