@@ -151,8 +151,8 @@ def library(monkeypatch, tmp_path):
     # What takes functions of other modules by name must take the real ones, also where it is imported here first.
     for name in ("alternatives", "recovery", "report", "sweep"):
         importlib.import_module(f"gatepress.{name}")
-    for check in ("run_file", "written_form"):  # no directory that these tests name is there
-        monkeypatch.setattr(f"gatepress.manifests.{check}", lambda _: None)
+    for check in ("run_file", "written_form", "refuse_absent"):  # no directory that these tests name is there
+        monkeypatch.setattr(f"gatepress.manifests.{check}", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     return Library(monkeypatch)
 
@@ -309,15 +309,67 @@ def test_one_size_does_not_wait_for_what_trains(library, monkeypatch, more):
     assert run("prune", "runs/x", "--sparsity", "0.3,0.5").exit_code == 1
 
 
-@pytest.mark.parametrize("line", [["prune", "x"], ["verify", "x"], ["train", "--resume", "x"]])
+@pytest.mark.parametrize(
+    "line", [["prune", "x"], ["verify", "x"], ["train", "--resume", "x"], ["bench", "x", "--alternatives"]]
+)
 def test_a_missing_directory_is_told_before_the_slow_imports(monkeypatch, tmp_path, line):
     monkeypatch.chdir(tmp_path)
-    for name in ("pruning", "verifying", "training"):
+    for name in ("pruning", "verifying", "training", "alternatives"):
         monkeypatch.delattr(gatepress, name, raising=False)
         monkeypatch.setitem(sys.modules, f"gatepress.{name}", None)  # importing it now fails
     result = run(*line)
     assert result.exit_code == 1
     assert result.stderr.startswith("error: x: is not there, expected a run")
+
+
+MISSING = """
+import json, sys
+from typer.testing import CliRunner
+from gatepress.cli.app import app
+for line in json.loads(sys.argv[1]):
+    result = CliRunner().invoke(app, line)
+    print(json.dumps([line, result.exit_code, result.stderr]))
+sys.exit("torch was imported" if "torch" in sys.modules else 0)
+"""
+
+
+def test_a_missing_model_is_told_before_torch_is_imported(tmp_path):
+    (tmp_path / "empty").mkdir()
+    places = {
+        "nowhere": "nowhere: not cached here and the hub cannot be reached; ",
+        "./nowhere": "nowhere: is not there, expected a model directory, a hub id, or demo",
+        "empty/x": "empty/x: no such directory; not cached here and the hub cannot be reached; ",
+        "empty": "empty: holds no model; expected gatepress_run.json ",
+        "gone.onnx": "gone.onnx: no such file, expected an ONNX model; ",
+    }
+    asked = [[verb, place] for verb in ("export", "evaluate", "bench") for place in places]
+    asked += [["evaluate", "owner/name", "--against", "empty"], ["bench", "owner/name", "empty"]]
+    done = subprocess.run(
+        [sys.executable, "-c", MISSING, json.dumps(asked)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for line, exit_code, told in map(json.loads, done.stdout.splitlines()):
+        assert exit_code == 1, line
+        assert told.startswith(f"error: {places[line[-1]]}"), line
+        assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (["export", "x", "--max-diff", "0"], "--max-diff is 0.0, expected a positive number"),
+        (["export", "x", "--task", "sst2"], "data options say what the metric of --quantize int8 is measured on"),
+        (["evaluate", "x", "--batch-size", "0"], "--batch-size is 0, expected 1 or more"),
+    ],
+)
+def test_what_is_wrong_with_options_is_told_before_what_is_missing(monkeypatch, tmp_path, line, told):
+    monkeypatch.chdir(tmp_path)
+    for name in ("export", "evaluation"):
+        monkeypatch.delattr(gatepress, name, raising=False)
+        monkeypatch.setitem(sys.modules, f"gatepress.{name}", None)  # importing it now fails
+    result = run(*line)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {told}")
 
 
 def test_dry_run_promises_no_output(library):
@@ -550,6 +602,8 @@ def test_wrong_usage_is_one_line_and_exit_code_2(library, arguments, text):
 PROCESS = """
 import sys, time, types
 import gatepress
+from gatepress import manifests
+manifests.refuse_absent = lambda *_: None  # no model that these tests name is there
 fake = types.ModuleType("gatepress.evaluation")
 gatepress.evaluation = sys.modules[fake.__name__] = fake
 

@@ -1,6 +1,7 @@
 """Every form of a model opens by its files alone and runs behind one interface."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +14,10 @@ import torch
 
 import tiny
 from forms import save_run
-from gatepress.errors import ArtifactError, DeviceError, ModelError, UsageError
+from gatepress.errors import ArtifactError, DeviceError, GatepressError, ModelError, UsageError
 from gatepress.export import export
 from gatepress.inspecting import inspect
+from gatepress.manifests import refuse_absent
 from gatepress.models import load_pruned
 from gatepress.pruning import prune
 from gatepress.runtime import open_runner
@@ -204,6 +206,24 @@ def test_directory_without_a_model_names_the_forms(tmp_path: Path) -> None:
 def test_missing_onnx_file(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"nothing\.onnx: no such file"):
         open_runner(tmp_path / "nothing.onnx")
+
+
+@pytest.mark.parametrize(
+    "target", ["nowhere", "./nowhere", "a/b/c", "empty", "empty/x", "x.onnx", "~nobody-here/x", "a@"]
+)
+def test_a_missing_model_is_told_alike_before_and_while_it_is_opened(tmp_path: Path, monkeypatch, target: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(GatepressError) as late:
+        open_runner(target)
+    with pytest.raises(type(late.value), match=f"^{re.escape(str(late.value))}$"):
+        refuse_absent(target)
+
+
+def test_a_model_that_is_there_is_not_missed(forms, monkeypatch) -> None:
+    refuse_absent(*map(str, vars(forms).values()), None)
+    monkeypatch.chdir(forms.run)
+    refuse_absent(".", "owner/name", "owner/name@v1")  # whether the hub has it shows when it is opened
 
 
 def test_garbage_in_an_onnx_file(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ A field's comment gives its meaning in brief; the text for `--help` is at its op
 A wrong value raises one `UsageError` that lists every problem in the spelling of the command line.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -392,6 +393,22 @@ def _unless_asked(asked: T | None, otherwise: T) -> T:
 def dropped(drop: float, limit: float) -> bool:
     """Return whether a metric dropped by more than a limit; one that is no number did."""
     return not drop <= limit + METRIC_ROUNDING
+
+
+def check_export(*, max_diff: float, quantize: str | None, max_metric_drop: float | None, rows: bool) -> None:
+    """Raise one `UsageError` for options of an export that mean nothing; `rows`: whether some were named."""
+    problems = []
+    if not (max_diff > 0 and math.isfinite(max_diff)):
+        problems.append(f"--max-diff is {max_diff}, expected a positive number")
+    if quantize not in (None, "int8"):
+        problems.append(f"--quantize is {quantize!r}, expected int8")
+    if max_metric_drop is not None and not 0 <= max_metric_drop < math.inf:
+        problems.append(f"--max-metric-drop is {max_metric_drop}, expected 0 or a positive number")
+    if max_metric_drop is not None and quantize is None:
+        problems.append("--max-metric-drop limits what --quantize costs; give --quantize int8 with it")
+    if rows and not quantize:
+        problems.append("data options say what the metric of --quantize int8 is measured on; give that with them")
+    refuse(problems)
 
 
 def refuse_below(least: int, **options: int | None) -> None:

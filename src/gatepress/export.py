@@ -4,7 +4,6 @@ On request, the graph is quantized once it agrees.
 """
 
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 
 from gatepress.agreement import compare, quantized_difference, random_batches
 from gatepress.checkpoint import PROBE_FILE, read_probe, read_run
-from gatepress.config import MAX_LOGIT_DIFF, DataSettings, dropped, refuse
+from gatepress.config import MAX_LOGIT_DIFF, DataSettings, check_export, dropped
 from gatepress.embedding import as_saved, write_modules_of
 from gatepress.errors import ArtifactError, GatepressError, MetricDropError, UsageError
 from gatepress.evaluation import Basis, basis_of, evaluate_runner, probe_rows
@@ -64,11 +63,12 @@ def export(  # noqa: PLR0913 - every option of the command is one
     written unless all of this succeeds.
     """
     output = Path(output)
-    _check(opset, max_diff, quantize, max_metric_drop)
     said = asdict(data) if isinstance(data, DataSettings) else data or {}
     rows = {name: value for name, value in said.items() if value is not None}
-    if rows and not quantize:
-        raise UsageError("data options say what the metric of --quantize int8 is measured on; give that with them")
+    check_export(max_diff=max_diff, quantize=quantize, max_metric_drop=max_metric_drop, rows=bool(rows))
+    newest = onnx.defs.onnx_opset_version()
+    if opset is not None and not MIN_OPSET <= opset <= newest:
+        raise UsageError(f"--opset is {opset}, expected {MIN_OPSET} to {newest}")
     path = now_at(expanded(str(source)))
     below = stands_on(read_run(path).settings) if form_of(path) == "run" else []
     check_output(output, force=force, reads=(path, *below))
@@ -221,22 +221,6 @@ def _metric(
 
 def _size(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.glob(f"{ONNX_MODEL}*"))
-
-
-def _check(opset: int | None, max_diff: float, quantize: str | None, max_metric_drop: float | None) -> None:
-    problems = []
-    newest = onnx.defs.onnx_opset_version()
-    if opset is not None and not MIN_OPSET <= opset <= newest:
-        problems.append(f"--opset is {opset}, expected {MIN_OPSET} to {newest}")
-    if not (max_diff > 0 and math.isfinite(max_diff)):
-        problems.append(f"--max-diff is {max_diff}, expected a positive number")
-    if quantize not in (None, "int8"):
-        problems.append(f"--quantize is {quantize!r}, expected int8")
-    if max_metric_drop is not None and not 0 <= max_metric_drop < math.inf:
-        problems.append(f"--max-metric-drop is {max_metric_drop}, expected 0 or a positive number")
-    if max_metric_drop is not None and quantize is None:
-        problems.append("--max-metric-drop limits what --quantize costs; give --quantize int8 with it")
-    refuse(problems)
 
 
 def _kept_rows(runner: TorchRunner, run: Path) -> Batch:

@@ -206,6 +206,11 @@ def _demo_model() -> Path:
     return directory
 
 
+def may_be_path(name: str) -> bool:
+    """Return whether a name is a path, or may be one from here: what its last part would lie in is here."""
+    return _is_path(name) or Path(without_revision(name)).parent.is_dir()
+
+
 def _is_path(name: str) -> bool:
     """Return whether a path is meant, rather than a hub id (`name` or `owner/name`)."""
     bare = without_revision(name)

@@ -8,9 +8,10 @@ from typing import Any, Literal
 from safetensors import SafetensorError, safe_open
 
 from gatepress.config import DataSettings, TrainSettings
-from gatepress.errors import ArtifactError
+from gatepress.errors import ArtifactError, ModelError
 from gatepress.families import FAMILIES
-from gatepress.files import ONNX_FILE, PRUNED_FILE, RUN_FILE, read_json, sha256_of
+from gatepress.files import ONNX_FILE, PRUNED_FILE, RUN_FILE, expanded, read_json, sha256_of
+from gatepress.hub import locate_model, may_be_path
 from gatepress.schema import Schema, check_fields, every, schema_of
 
 ONNX_MODEL = "model.onnx"
@@ -148,6 +149,36 @@ def written_form(path: Path) -> Form:
         got = "holds none of their manifests" if path.is_dir() else "is a file" if path.exists() else "is not there"
         raise ArtifactError(f"{path}: {got}, expected a run, a pruned or an ONNX directory, or an .onnx file")
     return form
+
+
+def model_form(target: str) -> Form | None:
+    """Return what `form_of` returns for the name of a model; None also if it is demo, or left to the hub.
+
+    Raises `ModelError` if a directory holds no model, or a graph is not there, and what `files.expanded` raises.
+    """
+    if target == "demo":
+        return None
+    path = expanded(target)
+    form = form_of(path)
+    if form == "onnx" and not (file := onnx_parts(path)[1]).is_file():
+        raise ModelError(f"{file}: no such file, expected an ONNX model; export one with gatepress export")
+    if form is None and path.is_dir() and not (path / "config.json").is_file():
+        raise ModelError(
+            f"{path}: holds no model; expected {RUN_FILE} (gatepress train), "
+            f"{PRUNED_FILE} (gatepress prune), {ONNX_MODEL} (gatepress export), "
+            "or config.json with *.safetensors (transformers)"
+        )
+    return form
+
+
+def refuse_absent(*targets: str | None) -> None:
+    """Raise what opening each of these models would, as far as its name and files show: torch need not be there yet.
+
+    The hub is asked only for what may be a misspelt path: it will be asked again when the model is opened.
+    """
+    for target in filter(None, targets):
+        if model_form(target) is None and may_be_path(target):
+            locate_model(target)
 
 
 def run_file(directory: Path) -> Path:

@@ -25,6 +25,7 @@ from gatepress.manifests import (
     check_files,
     form_of,
     hashes_of,
+    model_form,
     onnx_parts,
     read_config,
     read_manifest,
@@ -60,7 +61,7 @@ def open_runner(
     """
     refuse(unknown_words(precision=(precision, Arithmetic)))
     here = path = expanded(str(target))
-    kind = _kind_of(str(target), path)
+    kind: Kind = model_form(str(target)) or "model"
     if kind == "onnx":
         return _open_onnx(path, device)
     place, dtype = torch_device(device), DTYPES[precision]
@@ -111,22 +112,6 @@ def device_here(name: str) -> str:
     return name
 
 
-def _kind_of(target: str, path: Path) -> Kind:
-    """Return the form of a model by its files; what is not on this disk is left to the hub."""
-    form = form_of(path)
-    if form and target != "demo":
-        return form
-    if target == "demo" or not path.is_dir():
-        return "model"
-    if not (path / "config.json").is_file():
-        raise ModelError(
-            f"{path}: holds no model; expected {RUN_FILE} (gatepress train), "
-            f"{PRUNED_FILE} (gatepress prune), {ONNX_MODEL} (gatepress export), "
-            "or config.json with *.safetensors (transformers)"
-        )
-    return "model"
-
-
 def _weights(directory: Path) -> list[Path]:
     """Return the files that make a model: what a run trained, and what the model or run below it holds."""
     if not (directory / RUN_FILE).is_file():
@@ -172,8 +157,6 @@ def _load_model(target: str, path: Path, *, trust_remote_code: bool) -> tuple[Pr
 
 def _open_onnx(path: Path, device: str) -> OnnxRunner:
     directory, file, named = onnx_parts(path)
-    if not file.is_file():
-        raise ModelError(f"{file}: no such file, expected an ONNX model; export one with gatepress export")
     manifest, beside = None, check_graph(read_graph(file), directory)
     if named:
         manifest = read_manifest(named)

@@ -198,11 +198,16 @@ def bench(  # noqa: PLR0913 - every option is a parameter
             _refuse_given({"max-length": max_length}, "cuts rows of a task; give --task, or --seq-len in its place")
 
         from gatepress.bench import render
+        from gatepress.manifests import refuse_absent, run_file
 
         for path, check in ((output, render.check_report), (plot, render.check_plot)):
             if path is not None:
                 check(path, force=force)  # before anything is timed
                 refuse_overwriting(path, (*(targets or ()), rows.data_dir, rows.validation_file))
+        if targets and alternatives:
+            run_file(Path(targets[0]))  # before the slow imports
+        elif targets:
+            refuse_absent(*targets)
         asked |= {"device": device, "threads": threads, "seed": seed, "progress": screen.progress}
         if targets:
             asked |= {"data": data, "trust_remote_code": trust_remote_code}

@@ -9,7 +9,7 @@ from gatepress.cli import _options as opt
 from gatepress.cli._asked import rows_of
 from gatepress.cli._console import Titled, count, facts, pick, session
 from gatepress.cli.train import metric_rows
-from gatepress.config import Arithmetic, dropped
+from gatepress.config import Arithmetic, dropped, refuse_below
 from gatepress.errors import UsageError
 
 EXAMPLES = opt.examples(
@@ -71,10 +71,15 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
     """
     with session(**vars(shown)) as screen:
         data = rows_of(rows)
+        refuse_below(1, batch_size=batch_size, max_length=max_length)
         if max_metric_drop is not None and not 0 <= max_metric_drop < math.inf:
             raise UsageError(f"--max-metric-drop is {max_metric_drop}, expected 0 or a positive number")
         if max_metric_drop is not None and against is None:
             raise UsageError("--max-metric-drop limits the drop from another model; name it with --against")
+
+        from gatepress.manifests import refuse_absent
+
+        refuse_absent(target, against)  # before the slow imports
 
         from gatepress import evaluation
 

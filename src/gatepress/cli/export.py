@@ -9,7 +9,7 @@ import typer
 from gatepress.cli import _options as opt
 from gatepress.cli._asked import rows_of
 from gatepress.cli._console import Titled, facts, megabytes, pick, session
-from gatepress.config import MAX_LOGIT_DIFF
+from gatepress.config import MAX_LOGIT_DIFF, check_export
 from gatepress.files import check_output
 from gatepress.hub import name_of
 
@@ -79,8 +79,12 @@ def export(  # noqa: PLR0913 - every option is a parameter
     """
     with session(**vars(shown)) as screen:
         data = rows_of(rows)
+        check_export(max_diff=max_diff, quantize=quantize, max_metric_drop=max_metric_drop, rows=bool(data))
         target = output or Path("onnx") / name_of(source)
         check_output(target, force=force)  # at once: what follows takes seconds to import
+        from gatepress.manifests import refuse_absent
+
+        refuse_absent(source)  # for the same reason
 
         from gatepress import export as exporting
 
