@@ -291,6 +291,19 @@ def test_output_that_exists_is_refused_before_the_work(tmp_path: Path) -> None:
         export("no-such-model", tmp_path)
 
 
+def test_a_forward_that_somebody_else_put_on_a_norm_is_exported_and_stays(tmp_path: Path) -> None:
+    model = tiny.build_classifier("eurobert").eval()
+    norms = [part for part in model.modules() if type(part).__name__.endswith("RMSNorm")]
+    of_its_class = norms[0].forward
+    norms[0].forward = hooked = lambda x: of_its_class(x) * 2
+    write_onnx(model, tmp_path / "model.onnx")
+    assert [vars(norm).get("forward") for norm in norms] == [hooked, *[None] * (len(norms) - 1)]
+    rows = {name: value.numpy() for name, value in tiny.random_batch("eurobert", 3, 7).items()}
+    with torch.inference_mode():
+        expected = model(**{name: torch.from_numpy(value) for name, value in rows.items()}).logits.numpy()
+    np.testing.assert_allclose(open_runner(tmp_path / "model.onnx").logits(rows), expected, atol=1e-4)
+
+
 def test_onnx_is_no_source(bert, tmp_path: Path) -> None:
     for source in (bert.output, bert.output / "model.onnx"):
         with pytest.raises(UsageError, match="is ONNX already"):

@@ -63,8 +63,12 @@ def _rows_of_zeros(model: PreTrainedModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _norms_as_one(model: PreTrainedModel) -> Iterator[None]:
-    """Divide by the root of mean squares: ONNX Runtime makes one operator of that, but not of its reciprocal."""
-    norms: list[Any] = [part for part in model.modules() if is_norm(part) and not centres(part)]
+    """Divide by the root of mean squares: ONNX Runtime makes one operator of that, but not of its reciprocal.
+
+    A norm that was given a forward of its own, say by a library of hooks, does more than its class and keeps it.
+    """
+    own = (part for part in model.modules() if "forward" not in vars(part))
+    norms: list[Any] = [part for part in own if is_norm(part) and not centres(part)]
     for norm in norms:
         norm.forward = partial(_normed, norm)
     try:
