@@ -48,6 +48,7 @@ TIMINGS = (
     "speed_modernbert",
     "speed_gte",
     "speed_eurobert",
+    "speed_qwen3",
     "speed_bf16",
     "paper_figure3b",
 )

@@ -9,6 +9,7 @@
     python benchmarks/speed.py modernbert  # and in ModernBERT-base's
     python benchmarks/speed.py gte         # and in that of gte-base-en-v1.5
     python benchmarks/speed.py eurobert    # and in EuroBERT-210m's
+    python benchmarks/speed.py qwen3       # and in Qwen3-0.6B's, 7 of its 28 layers
     python benchmarks/speed.py bf16        # the same in torch on a CPU that multiplies bfloat16, against all else
     python benchmarks/speed.py grid        # is the chosen layout ever slower than a fixed one?
     python benchmarks/speed.py fusions     # what ONNX Runtime fuses in dense and in pruned graphs
@@ -61,6 +62,7 @@ from gatepress.checkpoint import RunManifest, open_base
 from gatepress.config import DataSettings, Granularity, Layout, Target, TrainSettings
 from gatepress.export import export
 from gatepress.files import replace_file, sha256_of
+from gatepress.gates import Gate
 from gatepress.inject import attach_gates_, gated_linear
 from gatepress.machine import cpu_name
 from gatepress.modeling_gatepress import pick
@@ -83,6 +85,16 @@ DEBERTA: dict[str, Any] = {
     "norm_rel_ebd": "layer_norm",
     "position_biased_input": False,
 }
+QWEN3: dict[str, Any] = {
+    "vocab_size": 32_000,  # of 151,936: words are looked up, which takes no time
+    "hidden_size": 1024,
+    "num_hidden_layers": 7,  # of 28: all of one shape
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 3072,
+    "pad_token_id": 0,
+}
 IDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 2, "cls_token_id": 2, "eos_token_id": 3, "sep_token_id": 3}
 SHAPES: dict[str, Any] = {
     "minilm": lambda: BertForSequenceClassification(
@@ -100,12 +112,14 @@ SHAPES: dict[str, Any] = {
     "eurobert-210m": lambda: transformers.EuroBertForSequenceClassification(  # nor this one
         transformers.EuroBertConfig(pad_token_id=0, bos_token_id=2, eos_token_id=3, mask_token_id=4)
     ),
+    "qwen3-0.6b": lambda: transformers.Qwen3ForSequenceClassification(transformers.Qwen3Config(**QWEN3)),
 }
 OWN_ATTENTION = {
     "deberta": "deberta-v3-base",
     "modernbert": "modernbert-base",
     "gte": "gte-base",
     "eurobert": "eurobert-210m",
+    "qwen3": "qwen3-0.6b",
 }
 BATCHES, LENGTHS = (1, 8), (32, 128)
 SPARSITIES = (0.1, 0.3, 0.5, 0.7)
@@ -149,10 +163,10 @@ def random_run(shape: str, work: Path, *, granularity: Granularity, sparsity: fl
     heads_at = {id(gated_linear(model, layer, role)): layer for layer in resolve(model) for role in ("q", "o")}
     for module in model.modules():
         for gate in (getattr(module, name, None) for name in ("gate_in", "gate_out")):
-            if gate is None:
+            if not isinstance(gate, Gate):
                 continue
             layer = heads_at.get(id(module)) if granularity == "structured" else None
-            groups = layer.heads if layer else 1
+            groups = layer.kv_heads if layer else 1
             gate.mask.copy_(closed_mask(gate.size, groups, sparsity, whole=heads))
     probe = {"input_ids": torch.randint(5, 90, (8, 16)), "attention_mask": torch.ones(8, 16, dtype=torch.long)}
     manifest = RunManifest(

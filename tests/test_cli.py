@@ -345,7 +345,12 @@ def test_a_missing_model_is_told_before_torch_is_imported(tmp_path):
     asked = [[verb, place] for verb in ("export", "evaluate", "bench") for place in places]
     asked += [["evaluate", "owner/name", "--against", "empty"], ["bench", "owner/name", "empty"]]
     done = subprocess.run(
-        [sys.executable, "-c", MISSING, json.dumps(asked)], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-c", MISSING, json.dumps(asked)],
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     for line, exit_code, told in map(json.loads, done.stdout.splitlines()):
