@@ -12,13 +12,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import tiny
 from conftest import TaskFiles
 from forms import collapse, save_run, settings_for
-from gatepress.budget import budget_of
-from gatepress.config import DataSettings, TrainSettings
 from gatepress.embedding import embedding_of, write_modules
 from gatepress.errors import ModelError
 from gatepress.evaluation import evaluate
 from gatepress.export import export
-from gatepress.gates import Gate, SharedGate, counted, gates_of
+from gatepress.gates import Gate, SharedGate, gates_of
 from gatepress.inject import attach_gates_, gated_linear
 from gatepress.models import load_pruned
 from gatepress.pruning import prune
@@ -126,38 +124,6 @@ def test_a_normed_dimension_that_only_one_side_lost_stays() -> None:
     pruned, plan = collapse(model, "inner")
     torch.testing.assert_close(logits(pruned), logits(model), atol=1e-5, rtol=0)
     assert [layer.qk_width for layer in plan.layers] == [WIDTH] * tiny.LAYERS
-
-
-@pytest.mark.parametrize("granularity", ["structured", "heads"])
-def test_what_a_gate_counts_is_what_leaves(granularity: Any) -> None:
-    """So the sparsity that is asked for is the part of the encoder's matrices that goes."""
-    model = gated_model(granularity=granularity, closed=0, attention_bias=False)
-    total, _ = counted(gate for _, gate in gates_of(model))
-    assert total * tiny.HIDDEN == sum(layer.weights for layer in resolve(model))
-    for layer in resolve(model):  # as much of each head, so that no width is padded
-        if granularity == "structured":
-            gated_linear(model, layer, "q").gate_out.mask.view(-1, WIDTH // 2)[:, 1] = 0
-        heads = gated_linear(model, layer, "o").gate_in
-        heads.mask.view(-1, WIDTH if granularity == "structured" else heads.size)[:, 0] = 0
-        gated_linear(model, layer, "down").gate_in.mask[::5] = 0
-    _, closed = counted(gate for _, gate in gates_of(model))
-    _, plan = collapse(model, "inner")
-    assert plan.removed_fraction == pytest.approx(closed / total)
-
-
-@pytest.mark.parametrize("unit", ["gates", "macs", "weights"])
-def test_budgets_are_met(unit: Any) -> None:
-    model = gated_model(closed=0)
-    settings = TrainSettings(data=DataSettings(task="sst2"), model="m", sparsity=0.5, budget=unit)
-    budget = budget_of(model, resolve(model), settings, steps=10, tokens=16)
-    torch.manual_seed(1)
-    for vector in budget.vectors:
-        vector.gate.score.copy_(torch.rand_like(vector.gate.score))
-    budget.close(0.5)
-    assert budget.removed == pytest.approx(0.5, abs=0.02)
-    pruned, plan = collapse(model, "inner")
-    assert plan.removed(unit, 16) == pytest.approx(0.5, abs=0.02) if unit != "gates" else plan.removed_fraction > 0.4
-    torch.testing.assert_close(logits(pruned), logits(model), atol=1e-5, rtol=0)
 
 
 def test_importance_is_that_of_both_sides() -> None:
