@@ -1,5 +1,6 @@
 """Decoders with a head or as embedders: tokens see earlier ones alone, the last is read, and heads may norm inside."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from gatepress.models import load_pruned
 from gatepress.pruning import prune
 from gatepress.resolve import resolve
 from gatepress.runtime import open_runner
+from gatepress.tracing import write_onnx
 from gatepress.training import train
 
 NORMED = "qwen3"  # norms queries and keys within heads
@@ -180,6 +182,57 @@ def test_an_embedder_of_last_tokens_is_one_in_every_form(tiny_regression_files: 
     wanted = SentenceTransformer(str(pruned), trust_remote_code=True).encode(["anda boro belu", "cito", "hilu ivo"])
     for place in (run, pruned, onnx):
         np.testing.assert_allclose(open_runner(place).logits(dict(tokens)), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("said", [3, -1, 10**6], ids=["another", "none", "too-large"])
+def test_padding_is_what_the_tokenizer_pads_with(
+    said: int, tiny_task_files: TaskFiles, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Otherwise the head would read padding, and an answer would depend on the rows beside it."""
+    base = tiny.save_model(tiny.build_classifier(NORMED), NORMED, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "pad_token_id": said}))
+    runner = open_runner(base)
+    assert f"pad_token_id is {said} by its configuration and 0 by its tokenizer, which is taken" in caplog.text
+    batch = {name: one.numpy() for name, one in tiny.random_batch(NORMED).items()}
+    length = int(batch["attention_mask"][-1].sum())
+    alone = {name: one[-1:, :length] for name, one in batch.items()}
+    np.testing.assert_allclose(runner.logits(batch)[-1:], runner.logits(alone), atol=1e-5)
+    train(settings_for(base, tiny_task_files, sparsity=0.5, epochs=1), tmp_path / "run")
+    prune(tmp_path / "run", tmp_path / "pruned")
+    assert load_pruned(tmp_path / "pruned").config.pad_token_id == 0
+
+
+def test_padding_without_an_embedding_is_told(tmp_path: Path) -> None:
+    base = tiny.save_model(tiny.build_classifier(NORMED), NORMED, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(base)
+    with pytest.raises(
+        ModelError, match=r"base: its tokenizer pads with token \d+, its embeddings are of \d+; set another"
+    ):
+        open_runner(base)
+
+
+def test_layers_that_see_near_tokens_alone_may_lose_all_queries(tiny_task_files: TaskFiles, tmp_path: Path) -> None:
+    """Their last token may then see nothing but what is masked, which `prune` must not compare."""
+    model = tiny.build_classifier("mistral", sliding_window=3)
+    base = tiny.save_model(model, "mistral", tmp_path / "base")
+    prune(save_run(tmp_path / "run", base, tiny_task_files, silent=True), tmp_path / "pruned")
+    assert [one["uniform"] for one in load_pruned(tmp_path / "pruned").config.gatepress["attentions"].values()] == [
+        True,
+        False,
+    ]
+
+
+def test_angles_that_depend_on_the_length_of_a_text_are_those_of_short_ones_in_a_graph(tmp_path: Path) -> None:
+    scaled = {"rope_theta": 10_000.0, "rope_type": "dynamic", "factor": 2.0}
+    pruned, _ = collapse(gated_model("llama", rope_parameters=scaled), "inner")
+    write_onnx(pruned, tmp_path / "model.onnx")
+    assert pruned.base_model.rotary_emb.rope_type == "dynamic"
+    batch = tiny.random_batch("llama", batch=2, length=tiny.MAX_TOKENS)
+    got = open_runner(tmp_path / "model.onnx").logits({name: one.numpy() for name, one in batch.items()})
+    np.testing.assert_allclose(got, logits(pruned, **batch).numpy(), atol=1e-4)
 
 
 def test_heads_without_biases_cannot_be_moved(tiny_task_files: TaskFiles, tmp_path: Path) -> None:

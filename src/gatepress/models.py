@@ -29,10 +29,13 @@ from gatepress.manifests import (
 )
 from gatepress.resolve import family_named, model_class
 
+logger = logging.getLogger(__name__)
+
 SENTENCEPIECE_FILES = ("spm.model", "spiece.model", "sentencepiece.bpe.model")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", *SENTENCEPIECE_FILES, "vocab.txt", "vocab.json")
 PANIC = "PanicException"  # of tokenizers, written in Rust: not an Exception, and not importable by name
 BACKEND = "TokenizersBackend"  # what transformers 5 calls tokenizers without a class of their own; 4 does not know it
+OTHER_PADDING = "%s: pad_token_id is %s by its configuration and %s by its tokenizer, which is taken"
 SHOWN = 3  # number of tensors to name that do not fit
 
 
@@ -223,14 +226,22 @@ def _refuse_unwanted(directory: Path) -> None:
 def told_of_padding_(config: Any, directory: Path) -> Any:
     """Prepare the configuration of a decoder for texts that are read once, in place, and return it.
 
-    It keeps nothing for a next token, and its head finds the last token of a text by what padding is, which only the
-    tokenizer may say.
+    It keeps nothing for a next token, and its head finds the last token of a text by what padding is: what the
+    tokenizer pads with, whatever the configuration says. Raises `ModelError` if there is no embedding of that.
     """
     family = row_of(config.model_type)
-    if family is not None and family.causal:
-        config.use_cache = False
-        if config.pad_token_id is None and has_tokenizer(directory):
-            config.pad_token_id = open_tokenizer(directory).pad_token_id
+    if family is None or not family.causal:
+        return config
+    config.use_cache = False
+    pad = open_tokenizer(directory).pad_token_id if has_tokenizer(directory) else config.pad_token_id
+    if pad is not None and pad >= config.vocab_size:
+        raise ModelError(
+            f"{directory}: its tokenizer pads with token {pad}, its embeddings are of {config.vocab_size}; set another "
+            "pad_token, or add a row by resize_token_embeddings"
+        )
+    if config.pad_token_id not in (None, pad):
+        logger.warning(OTHER_PADDING, directory, config.pad_token_id, pad)
+    config.pad_token_id = pad if pad is None or pad >= 0 else None
     return config
 
 

@@ -36,7 +36,7 @@ from gatepress.models import open_pruned, open_tokenizer, save_tokenizer
 from gatepress.ondisk import stands_on
 from gatepress.plan import Live, chooses, make_plan
 from gatepress.progress import Progress
-from gatepress.resolve import Layer, resolve
+from gatepress.resolve import Layer, family_of, resolve
 from gatepress.schema import refuse_unsound
 from gatepress.versions import MADE_WITH, versions
 
@@ -214,4 +214,6 @@ def _logits(model: PreTrainedModel, probe: dict[str, Tensor]) -> Tensor:
     if (mask := probe.get("attention_mask")) is not None:
         first_half = mask.cumsum(1) <= (mask.sum(1, keepdim=True) + 1) // 2
         forms.append({**probe, "attention_mask": mask * first_half})
+        if family_of(model.config).causal:  # heads of decoders find the last token by what is not padding
+            forms[-1]["input_ids"] = probe["input_ids"].where(first_half, model.config.pad_token_id or 0)
     return torch.cat([model(**rows).logits.float() for rows in forms])

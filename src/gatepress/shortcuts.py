@@ -18,8 +18,8 @@ from gatepress.resolve import Layer, centres, is_norm, resolve
 
 @contextlib.contextmanager
 def all_of_them(model: PreTrainedModel) -> Iterator[None]:
-    """Take every shortcut while the block runs; only that of norms is one of a model that is not pruned, too."""
-    with _fewer_biases(model), _rows_of_zeros(model), _norms_as_one(model):
+    """Take every shortcut while the block runs; of a model that is not pruned, those of norms and angles."""
+    with _fewer_biases(model), _rows_of_zeros(model), _norms_as_one(model), _angles_of_its_positions(model):
         yield
 
 
@@ -76,6 +76,22 @@ def _norms_as_one(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for norm in norms:
             del norm.forward
+
+
+@contextlib.contextmanager
+def _angles_of_its_positions(model: PreTrainedModel) -> Iterator[None]:
+    """Turn queries and keys by the angles for as many tokens as a model has positions; texts are cut to these.
+
+    Some take other angles in longer texts, which a graph cannot decide.
+    """
+    turning: list[Any] = [part for part in model.modules() if getattr(part, "rope_type", None) == "dynamic"]
+    for part in turning:
+        part.rope_type = "default"
+    try:
+        yield
+    finally:
+        for part in turning:
+            part.rope_type = "dynamic"
 
 
 def _normed(norm: Any, x: Tensor) -> Tensor:
