@@ -365,11 +365,13 @@ def test_a_missing_model_is_told_before_torch_is_imported(tmp_path):
         (["export", "x", "--max-diff", "0"], "--max-diff is 0.0, expected a positive number"),
         (["export", "x", "--task", "sst2"], "data options say what the metric of --quantize int8 is measured on"),
         (["evaluate", "x", "--batch-size", "0"], "--batch-size is 0, expected 1 or more"),
+        (["bench", "x", "--seed", "-1"], "--seed is -1, expected 0 to 4,294,967,295"),
+        (["bench", "x", "--alternatives", "--repetitions", "0"], "--repetitions is 0, expected 1 or more"),
     ],
 )
 def test_what_is_wrong_with_options_is_told_before_what_is_missing(monkeypatch, tmp_path, line, told):
     monkeypatch.chdir(tmp_path)
-    for name in ("export", "evaluation"):
+    for name in ("export", "evaluation", "alternatives"):
         monkeypatch.delattr(gatepress, name, raising=False)
         monkeypatch.setitem(sys.modules, f"gatepress.{name}", None)  # importing it now fails
     result = run(*line)

@@ -35,6 +35,7 @@ DEFAULT_TARGET: Target = "ort-cpu"  # the runtime that most people deploy on
 MAX_LOGIT_DIFF = 1e-4  # between float32 forms of one model; relative to the largest logit if that is above 1
 METRIC_ROUNDING = 1e-9  # of a difference of two metrics: 0.87 - 0.86 is more than 0.01
 MOST_SEEDS = 2**32  # NumPy's limit
+MOST_SIZE = 2**20  # rows of a batch, and tokens of a row, in a timing: more do not fit into any memory
 MOST = {
     "seed": MOST_SEEDS - 1,
     "threads": 1_024,  # OpenMP ends the process if it cannot start as many as it is told to
@@ -409,6 +410,33 @@ def check_export(*, max_diff: float, quantize: str | None, max_metric_drop: floa
     if rows and not quantize:
         problems.append("data options say what the metric of --quantize int8 is measured on; give that with them")
     refuse(problems)
+
+
+def check_timing(  # noqa: PLR0913 - what a comparison of models can be asked wrongly
+    *,
+    batch_sizes: Sequence[int] = (1,),
+    seq_lens: Sequence[int] = (1,),
+    repetitions: int | None = None,
+    warmup: int | None = None,
+    threads: int | None = None,
+    max_length: int = 1,
+    seed: int = 0,
+    prefix: str = "",
+    **_others: Any,
+) -> None:
+    """Raise one `UsageError` for sizes and numbers of a timing that mean nothing.
+
+    `prefix` stands before the names of sizes on the command line that took them.
+    """
+    problems = []
+    for option, sizes in ((f"--{prefix}batch-size", batch_sizes), (f"--{prefix}seq-len", seq_lens)):
+        if not sizes:
+            problems.append(f"{option} is empty, expected sizes like 1,8")
+        problems += [f"{option} is {size}, expected 1 or more" for size in sizes if size < 1]
+        problems += [f"{option} is {size}, expected {MOST_SIZE:,} or less" for size in sizes if size > MOST_SIZE]
+    refuse(problems)
+    refuse_below(1, repetitions=repetitions, threads=threads, max_length=max_length)
+    refuse_below(0, warmup=warmup, seed=seed)
 
 
 def refuse_below(least: int, **options: int | None) -> None:

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from gatepress.batches import fitting, make_loader, tokenize
 from gatepress.bench import timing
 from gatepress.bench.record import Record, latencies, now, relative_to
-from gatepress.config import Arithmetic, DataSettings, refuse, refuse_below
+from gatepress.config import Arithmetic, DataSettings, check_timing, refuse
 from gatepress.errors import GatepressError, ModelError, UsageError, reason_of
 from gatepress.machine import device_name
 from gatepress.models import open_tokenizer
@@ -36,7 +36,6 @@ EPOCH_REPETITIONS = 10  # timed passes over the validation rows, as in the paper
 WARMUP = 3
 EPOCH_WARMUP = 1
 SEQ_LENS = (32, 128)  # tokens
-LARGEST = 2**20  # rows of a batch, and tokens of a row: more do not fit into any memory
 BLOCK = 5  # batches in a row
 SETTLE_MS = 20.0  # untimed batches before them, see timing.py
 # Any ids will do: the time of a model does not depend on them. These are in every vocabulary, and none
@@ -178,32 +177,9 @@ def run(  # noqa: PLR0913 - every knob of a measurement is named
     return records
 
 
-def check(  # noqa: PLR0913 - the parameters of `run` that can be wrong by themselves
-    *,
-    device: str = "cpu",
-    batch_sizes: Sequence[int] = (1,),
-    seq_lens: Sequence[int] = (1,),
-    repetitions: int | None = None,
-    warmup: int | None = None,
-    threads: int | None = None,
-    max_length: int = 1,
-    seed: int = 0,
-    prefix: str = "",
-    **_others: Any,
-) -> torch.device:
-    """Raise what `run` raises on wrong arguments, before anything is opened; return the device to compute on.
-
-    `prefix` stands before the names of sizes on the command line that took them.
-    """
-    problems = []
-    for option, sizes in ((f"--{prefix}batch-size", batch_sizes), (f"--{prefix}seq-len", seq_lens)):
-        if not sizes:
-            problems.append(f"{option} is empty, expected sizes like 1,8")
-        problems += [f"{option} is {size}, expected 1 or more" for size in sizes if size < 1]
-        problems += [f"{option} is {size}, expected {LARGEST:,} or less" for size in sizes if size > LARGEST]
-    refuse(problems)
-    refuse_below(1, repetitions=repetitions, threads=threads, max_length=max_length)
-    refuse_below(0, warmup=warmup, seed=seed)
+def check(*, device: str = "cpu", **asked: Any) -> torch.device:
+    """Raise what `run` raises on wrong arguments, before anything is opened; return the device to compute on."""
+    check_timing(**asked)
     return torch.device(torch_device(device))
 
 

@@ -9,7 +9,7 @@ import typer
 from gatepress.cli import _options as opt
 from gatepress.cli._asked import arithmetics, asked_data, numbers, said_of, whole_numbers
 from gatepress.cli._console import Screen, Titled, grid, session
-from gatepress.config import Target, refuse_below, spelled
+from gatepress.config import Target, check_timing, refuse_below, spelled
 from gatepress.errors import UsageError
 from gatepress.files import refuse_overwriting
 
@@ -204,12 +204,13 @@ def bench(  # noqa: PLR0913 - every option is a parameter
             if path is not None:
                 check(path, force=force)  # before anything is timed
                 refuse_overwriting(path, (*(targets or ()), rows.data_dir, rows.validation_file))
-        if targets and alternatives:
-            run_file(Path(targets[0]))  # before the slow imports
-        elif targets:
-            refuse_absent(*targets)
         asked |= {"device": device, "threads": threads, "seed": seed, "progress": screen.progress}
         if targets:
+            check_timing(**asked)
+            if alternatives:
+                run_file(Path(targets[0]))  # before the slow imports
+            else:
+                refuse_absent(*targets)
             asked |= {"data": data, "trust_remote_code": trust_remote_code}
         asked |= {name: value for name, value in built.items() if value is not None}
         records = _records(targets, alternatives=alternatives, **asked)
