@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+import tiny
 from gatepress.batches import make_loader, tokenize
 from gatepress.checkpoint import RunManifest, open_base
 from gatepress.collapse import cut, plan_model
@@ -89,6 +90,16 @@ def draw_(model: Any, closed: float) -> None:
     for _, gate in gates_of(model):
         gate.mu.uniform_(0.1, 0.7)
         gate.mask.copy_(torch.rand_like(gate.mask) >= closed)
+
+
+def gated_model(family: str, granularity: Granularity = "structured", closed: float = 0.4, **changes: Any) -> Any:
+    """Return a tiny classifier of three classes in eval mode, a share of whose gates is closed."""
+    model = tiny.build_classifier(family, num_labels=3, **changes)
+    attach_gates_(model, granularity=granularity, controller="importance", rotate_heads=True)
+    torch.manual_seed(0)
+    for _, gate in gates_of(model):
+        gate.mask.copy_(torch.rand_like(gate.mask) >= closed)
+    return model.eval()
 
 
 def collapse(model: Any, layout: Layout, costs: Costs | None = None) -> tuple[Any, PrunePlan]:

@@ -12,13 +12,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import tiny
 from conftest import TaskFiles
-from forms import collapse, save_run, settings_for
+from forms import collapse, gated_model, save_run, settings_for
 from gatepress.embedding import embedding_of, write_modules
 from gatepress.errors import ModelError
 from gatepress.evaluation import evaluate
 from gatepress.export import export
-from gatepress.gates import Gate, SharedGate, gates_of
-from gatepress.inject import attach_gates_, gated_linear
+from gatepress.gates import Gate, SharedGate
+from gatepress.inject import gated_linear
 from gatepress.models import load_pruned
 from gatepress.pruning import prune
 from gatepress.resolve import resolve
@@ -40,15 +40,6 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 pytestmark = pytest.mark.skipif(NORMED not in tiny.FAMILIES, reason="this release of transformers has no such family")
-
-
-def gated_model(family: str = NORMED, granularity: Any = "structured", closed: float = 0.4, **changes: Any) -> Any:
-    model = tiny.build_classifier(family, num_labels=3, **changes)
-    attach_gates_(model, granularity=granularity, controller="importance", rotate_heads=True)
-    torch.manual_seed(0)
-    for _, gate in gates_of(model):
-        gate.mask.copy_(torch.rand_like(gate.mask) >= closed)
-    return model.eval()
 
 
 def logits(model: Any, **inputs: torch.Tensor) -> torch.Tensor:
@@ -101,7 +92,7 @@ def test_pruned_models_compute_what_gated_ones_do(family: str, granularity: Any,
 
 def test_normed_queries_and_keys_have_one_gate() -> None:
     """A norm counts every dimension of a key, so one that the query lost must be lost to the key as well."""
-    model = gated_model(closed=0)
+    model = gated_model(NORMED, closed=0)
     for layer in resolve(model):
         own, shared = (gated_linear(model, layer, role).gate_out for role in ("q", "k"))
         assert isinstance(own, Gate)
@@ -119,7 +110,7 @@ def test_normed_queries_and_keys_have_one_gate() -> None:
 
 
 def test_a_normed_dimension_that_only_one_side_lost_stays() -> None:
-    model = gated_model(granularity="matrix", closed=0)
+    model = gated_model(NORMED, granularity="matrix", closed=0)
     for layer in resolve(model):
         for role, lost in (("q", slice(0, 3)), ("k", slice(4, 7))):
             gated_linear(model, layer, role).gate_out.mask[lost] = 0
@@ -129,7 +120,7 @@ def test_a_normed_dimension_that_only_one_side_lost_stays() -> None:
 
 
 def test_importance_is_that_of_both_sides() -> None:
-    model = gated_model(closed=0)
+    model = gated_model(NORMED, closed=0)
     gate = gated_linear(model, resolve(model)[0], "q").gate_out
     gate.mu.requires_grad_(True)
     model(**tiny.random_batch(NORMED)).logits.square().sum().backward()

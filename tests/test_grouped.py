@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import tiny
-from forms import collapse
+from forms import collapse, gated_model
 from gatepress.budget import budget_of
 from gatepress.config import DataSettings, TrainSettings
 from gatepress.gates import counted, gates_of
-from gatepress.inject import attach_gates_, gated_linear
+from gatepress.inject import gated_linear
 from gatepress.resolve import resolve
 from gatepress.rotation import bases_of, turn_
 from gatepress.tracing import write_onnx
@@ -37,15 +37,6 @@ VARIANTS: list[dict[str, Any]] = [
 pytestmark = pytest.mark.skipif(FAMILY not in tiny.FAMILIES, reason="this release of transformers has no such family")
 
 
-def gated_model(granularity: Any = "structured", closed: float = 0.4, *, family: str = FAMILY, **changes: Any) -> Any:
-    model = tiny.build_classifier(family, num_labels=3, **changes)
-    attach_gates_(model, granularity=granularity, controller="importance", rotate_heads=True)
-    torch.manual_seed(0)
-    for _, gate in gates_of(model):
-        gate.mask.copy_(torch.rand_like(gate.mask) >= closed)
-    return model.eval()
-
-
 def logits(model: Any, length: int = 12) -> torch.Tensor:
     with torch.inference_mode():
         return model(**tiny.random_batch(FAMILY, length=length)).logits
@@ -56,7 +47,7 @@ def shapes(plan: Any) -> list[dict[str, tuple[int, int]]]:
 
 
 def test_a_dimension_of_values_goes_from_all_that_share_it() -> None:
-    model = gated_model(closed=0)
+    model = gated_model(FAMILY, closed=0)
     for layer in resolve(model):
         gated_linear(model, layer, "o").gate_in.mask[[1, WIDTH + 3]] = 0  # one of each head of values
     pruned, plan = collapse(model, "inner")
@@ -71,7 +62,7 @@ def test_a_dimension_of_values_goes_from_all_that_share_it() -> None:
 
 
 def test_a_pair_of_a_key_goes_with_those_of_its_queries() -> None:
-    model = gated_model(closed=0)
+    model = gated_model(FAMILY, closed=0)
     for layer in resolve(model):
         gate = gated_linear(model, layer, "q").gate_out
         assert gate.mask.shape == (tiny.HEADS // GROUP * WIDTH // 2,)
@@ -87,7 +78,7 @@ def test_a_pair_of_a_key_goes_with_those_of_its_queries() -> None:
 @pytest.mark.parametrize("granularity", ["structured", "heads"])
 def test_what_a_gate_counts_is_what_leaves(granularity: Any, family: str) -> None:
     """So the sparsity that is asked for is the part of the encoder's matrices that goes."""
-    model = gated_model(granularity, closed=0, family=family)
+    model = gated_model(family, granularity, closed=0)
     total, _ = counted(gate for _, gate in gates_of(model))
     assert total * tiny.HIDDEN == sum(layer.weights for layer in resolve(model))
     for layer in resolve(model):  # as much of each head, so that no width is padded
@@ -104,7 +95,7 @@ def test_what_a_gate_counts_is_what_leaves(granularity: Any, family: str) -> Non
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("unit", ["gates", "macs", "weights"])
 def test_budgets_are_met(unit: Any, family: str) -> None:
-    model = gated_model(closed=0, family=family)
+    model = gated_model(family, closed=0)
     settings = TrainSettings(data=DataSettings(task="sst2"), model="m", sparsity=0.5, budget=unit)
     budget = budget_of(model, resolve(model), settings, steps=10, tokens=16)
     torch.manual_seed(1)
@@ -121,7 +112,7 @@ def test_budgets_are_met(unit: Any, family: str) -> None:
 @pytest.mark.parametrize("changes", VARIANTS, ids="-".join)
 @pytest.mark.parametrize("granularity", ["structured", "matrix"])
 def test_pruned_models_compute_what_gated_ones_do(granularity: Any, changes: dict[str, Any]) -> None:
-    model = gated_model(granularity, **changes)
+    model = gated_model(FAMILY, granularity, **changes)
     pruned, plan = collapse(model, "paper" if granularity == "matrix" else "inner")
     assert plan.removed_fraction > 0.2
     for length in (1, 2, 12, 40):
@@ -129,7 +120,7 @@ def test_pruned_models_compute_what_gated_ones_do(granularity: Any, changes: dic
 
 
 def test_biases_of_shared_values_are_those_of_each_head_in_a_graph(tmp_path: Path) -> None:
-    pruned, _ = collapse(gated_model(attention_bias=True), "inner")
+    pruned, _ = collapse(gated_model(FAMILY, attention_bias=True), "inner")
     write_onnx(pruned, tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     batch = {name: value.numpy() for name, value in tiny.random_batch(FAMILY, batch=3, length=9).items()}
@@ -139,7 +130,7 @@ def test_biases_of_shared_values_are_those_of_each_head_in_a_graph(tmp_path: Pat
 
 
 def test_heads_that_share_values_are_turned_alike() -> None:
-    model = gated_model(closed=0)
+    model = gated_model(FAMILY, closed=0)
     before = logits(model)
     bases = bases_of(model, [tiny.random_batch(FAMILY, batch=8, length=16, seed=seed) for seed in range(3)])
     assert {tuple(basis.shape) for basis in bases.values()} == {(tiny.HEADS // GROUP, WIDTH, WIDTH)}

@@ -226,6 +226,14 @@ def test_a_model_that_is_there_is_not_missed(forms, monkeypatch) -> None:
     refuse_absent(".", "owner/name", "owner/name@v1")  # whether the hub has it shows when it is opened
 
 
+def test_a_configuration_that_makes_no_model_is_told(tiny_classifier_dir, tmp_path: Path) -> None:
+    odd = shutil.copytree(tiny_classifier_dir("bert"), tmp_path / "odd")
+    config = json.loads((odd / "config.json").read_text())
+    (odd / "config.json").write_text(json.dumps({**config, "hidden_size": "wide"}))
+    with pytest.raises(ModelError, match="odd: cannot be loaded as a model"):
+        open_runner(odd)
+
+
 def test_garbage_in_an_onnx_file(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"\x00garbage")
     with pytest.raises(ArtifactError, match="not readable as ONNX"):

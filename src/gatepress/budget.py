@@ -59,9 +59,7 @@ class GateVector:
     layer: int = 0
     role: str = ""
     axis: str = ""
-    shared: dict[str, int] = field(
-        default_factory=dict
-    )  # other roles that it closes, and how often it is repeated there
+    shared: dict[str, int] = field(default_factory=dict)  # other roles that it closes, and its repetitions there
 
 
 def gate_vectors(model: nn.Module, layers: list[Layer], granularity: Granularity) -> list[GateVector]:

@@ -22,7 +22,7 @@ from gatepress.errors import ModelError
 from gatepress.families import row_of
 from gatepress.files import MAX_JSON_BYTES, MODULES_FILE, POOLING_DIR, json_text, read_json
 from gatepress.modeling_gatepress import reads_first_token
-from gatepress.resolve import family_named, model_class
+from gatepress.resolve import family_named, family_of, model_class
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +109,7 @@ def embeds(model: Any) -> bool:
 
 def reads_all(model: Any) -> bool:
     """Return whether other tokens of the last layer are read than the first one."""
-    family = row_of(model.config.model_type)
-    return embeds(model) or (family is not None and family.causal) or not reads_first_token(model.config)
+    return embeds(model) or family_of(model.config).causal or not reads_first_token(model.config)
 
 
 def as_saved(model: PreTrainedModel) -> PreTrainedModel:

@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 from gatepress.embedding import activation_of, embedding_of, tell_of_prompt
 from gatepress.errors import ModelError
-from gatepress.families import row_of
+from gatepress.families import FamilySpec, row_of
 from gatepress.files import RUN_FILE, read_json
 from gatepress.manifests import tensor_shapes
 from gatepress.tasks import TaskSpec
@@ -74,8 +74,7 @@ def _head_of(directory: Path, spec: TaskSpec) -> tuple[int, bool]:
         return 0, False
     outputs = len(config.get("id2label") or (0, 1))  # absent: the two of transformers
     shapes = {name: shape for file in directory.glob("*.safetensors") for name, shape in tensor_shapes(file).items()}
-    family = row_of(config.get("model_type"))  # a configuration may describe a head that the weights lack
-    head = family.head if family else "classifier"
+    head = (row_of(config.get("model_type")) or FamilySpec).head  # a configuration may describe one that weights lack
     if not any(head in name and shape[:1] == (outputs,) for name, shape in shapes.items()):
         return 0, False
     problem = config.get("problem_type")

@@ -16,7 +16,6 @@ from gatepress.checkpoint import load_run, located, read_run
 from gatepress.config import Arithmetic, refuse, unknown_words
 from gatepress.embedding import embedder_class, embedding_of, is_embedder
 from gatepress.errors import ArtifactError, DeviceError, ModelError, UsageError, reason_of
-from gatepress.families import row_of
 from gatepress.files import PRUNED_FILE, RUN_FILE, expanded, read_json
 from gatepress.graph import check_graph, read_graph
 from gatepress.hub import locate_model
@@ -129,21 +128,18 @@ def _load_model(target: str, path: Path, *, trust_remote_code: bool) -> tuple[Pr
     model_type = str(read_json(path / "config.json").get("model_type", ""))
     if model_type.startswith("gatepress_"):
         return open_pruned(path), False  # transformers saved it anew, after training it on for example
-    kind: Any = AutoModelForSequenceClassification
-    own: dict[str, Any] = {}
-    if is_embedder(path):
-        kind = embedder_class(model_type)
-        own = {"config": kind.config_class.from_pretrained(path)}
-        own["config"].embedding = embedding_of(path)
-    elif row_of(model_type) is not None:
-        own = {"config": AutoConfig.from_pretrained(path, trust_remote_code=False)}
-    if own:
-        told_of_padding_(own["config"], path)
+    embeds = is_embedder(path)
+    kind: Any = embedder_class(model_type) if embeds else AutoModelForSequenceClassification
     with model_errors(target), torch.random.fork_rng(devices=[]):
+        if embeds:
+            config = kind.config_class.from_pretrained(path)
+            config.embedding = embedding_of(path)
+        else:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         torch.manual_seed(0)
         model, info = kind.from_pretrained(
             path,
-            **own,
+            config=told_of_padding_(config, path),
             dtype=torch.float32,
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
