@@ -49,6 +49,7 @@ TIMINGS = (
     "speed_gte",
     "speed_eurobert",
     "speed_qwen3",
+    "speed_gemma3",
     "speed_bf16",
     "paper_figure3b",
 )

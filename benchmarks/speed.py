@@ -10,6 +10,7 @@
     python benchmarks/speed.py gte         # and in that of gte-base-en-v1.5
     python benchmarks/speed.py eurobert    # and in EuroBERT-210m's
     python benchmarks/speed.py qwen3       # and in Qwen3-0.6B's, 7 of its 28 layers
+    python benchmarks/speed.py gemma3      # and in EmbeddingGemma's
     python benchmarks/speed.py bf16        # the same in torch on a CPU that multiplies bfloat16, against all else
     python benchmarks/speed.py grid        # is the chosen layout ever slower than a fixed one?
     python benchmarks/speed.py fusions     # what ONNX Runtime fuses in dense and in pruned graphs
@@ -95,6 +96,17 @@ QWEN3: dict[str, Any] = {
     "intermediate_size": 3072,
     "pad_token_id": 0,
 }
+GEMMA3: dict[str, Any] = {
+    "vocab_size": 32_000,  # of 262,144
+    "hidden_size": 768,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "intermediate_size": 1152,
+    "sliding_window": 512,
+    "use_bidirectional_attention": True,
+}
 IDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 2, "cls_token_id": 2, "eos_token_id": 3, "sep_token_id": 3}
 SHAPES: dict[str, Any] = {
     "minilm": lambda: BertForSequenceClassification(
@@ -113,6 +125,7 @@ SHAPES: dict[str, Any] = {
         transformers.EuroBertConfig(pad_token_id=0, bos_token_id=2, eos_token_id=3, mask_token_id=4)
     ),
     "qwen3-0.6b": lambda: transformers.Qwen3ForSequenceClassification(transformers.Qwen3Config(**QWEN3)),
+    "embeddinggemma": lambda: transformers.Gemma3TextForSequenceClassification(transformers.Gemma3TextConfig(**GEMMA3)),
 }
 OWN_ATTENTION = {
     "deberta": "deberta-v3-base",
@@ -120,6 +133,7 @@ OWN_ATTENTION = {
     "gte": "gte-base",
     "eurobert": "eurobert-210m",
     "qwen3": "qwen3-0.6b",
+    "gemma3": "embeddinggemma",
 }
 BATCHES, LENGTHS = (1, 8), (32, 128)
 SPARSITIES = (0.1, 0.3, 0.5, 0.7)

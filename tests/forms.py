@@ -68,7 +68,7 @@ def save_run(  # noqa: PLR0913 - what runs differ in
         task=rows.spec,
         status="finished",
         step=1,
-        base_sha256=model_files(base),
+        base_sha256=model_files(base, embeds=embed),
         data_fingerprint=rows.fingerprint,
         tensors={},
         report={},

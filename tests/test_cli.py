@@ -344,6 +344,9 @@ def test_a_missing_model_is_told_before_torch_is_imported(tmp_path):
     }
     asked = [[verb, place] for verb in ("export", "evaluate", "bench") for place in places]
     asked += [["evaluate", "owner/name", "--against", "empty"], ["bench", "owner/name", "empty"]]
+    asked += [
+        [verb, "--task", "sst2", "--model", place] for verb in ("train", "sweep") for place in ("nowhere", "./nowhere")
+    ]
     done = subprocess.run(
         [sys.executable, "-c", MISSING, json.dumps(asked)],
         cwd=tmp_path,

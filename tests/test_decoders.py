@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -37,6 +38,9 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"rope_parameters": {"rope_theta": 10_000.0, "rope_type": "linear", "factor": 2.0}}),
     ("mistral", {"sliding_window": None}),
     ("mistral", {"head_dim": 2 * WIDTH}),
+    ("gemma3_text", {"use_bidirectional_attention": True}),
+    ("gemma3_text", {"head_dim": 2 * WIDTH, "num_key_value_heads": 1, "sliding_window": 4}),
+    ("gemma3_text", {"attention_bias": True, "layer_types": ["full_attention", "full_attention"]}),
 ]
 
 pytestmark = pytest.mark.skipif(NORMED not in tiny.FAMILIES, reason="this release of transformers has no such family")
@@ -224,6 +228,37 @@ def test_angles_that_depend_on_the_length_of_a_text_are_those_of_short_ones_in_a
     batch = tiny.random_batch("llama", batch=2, length=tiny.MAX_TOKENS)
     got = open_runner(tmp_path / "model.onnx").logits({name: one.numpy() for name, one in batch.items()})
     np.testing.assert_allclose(got, logits(pruned, **batch).numpy(), atol=1e-4)
+
+
+ALL_SEEN = {"use_bidirectional_attention": True, "sliding_window": 6}
+
+
+@pytest.mark.skipif(tiny.RELEASE < (5, 16), reason="each saving of this release halves how far local layers see")
+def test_tokens_may_all_see_each_other(tiny_task_files: TaskFiles, tmp_path: Path) -> None:
+    """In texts longer than local layers see, before and after a model is saved and pruned."""
+    model = tiny.build_classifier("gemma3_text", **ALL_SEEN)
+    base = tiny.save_model(model, "gemma3_text", tmp_path / "base")
+    ids = torch.randint(5, 50, (2, 30))
+    states = [model.base_model(one).last_hidden_state for one in (ids, torch.cat([ids[:, :-1], ids[:, :1]], 1))]
+    assert (states[0] - states[1])[:, 20].abs().max() > 1e-3
+    prune(save_run(tmp_path / "run", base, tiny_task_files), tmp_path / "pruned")
+    export(tmp_path / "pruned", tmp_path / "onnx")
+    batch = tiny.random_batch("gemma3_text", length=40)
+    rows = {name: one.numpy() for name, one in batch.items()}
+    wanted = open_runner(tmp_path / "run").logits(rows)
+    assert np.abs(wanted - open_runner(base).logits(rows)).max() > 0.01  # what was drawn shows
+    for place in ("pruned", "onnx"):
+        np.testing.assert_allclose(open_runner(tmp_path / place).logits(rows), wanted, atol=1e-5)
+    assert load_pruned(tmp_path / "pruned").config.sliding_window == model.config.sliding_window == 4
+
+
+def test_a_configuration_that_changes_when_it_is_saved_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny.save_model(tiny.build_classifier("gemma3_text", **ALL_SEEN), "gemma3_text", tmp_path / "base")
+    monkeypatch.delattr(transformers.Gemma3TextConfig, "to_dict", raising=False)  # as releases before 5.16 are
+    with pytest.raises(ModelError, match=r"see \d+ others to each side, and \d+ once transformers .* has saved it"):
+        open_runner(base)
 
 
 def test_heads_without_biases_cannot_be_moved(tiny_task_files: TaskFiles, tmp_path: Path) -> None:

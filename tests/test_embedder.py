@@ -391,7 +391,8 @@ def test_an_encoder_without_modules_averages_its_tokens(tiny_model_dir: Callable
 @pytest.mark.parametrize(
     ("parts", "pooling", "told"),
     [
-        (("Transformer", "Pooling", "Dense", "Normalize"), old_pooling("mean_tokens"), "made of .*Dense.* expected"),
+        (("Transformer", "Pooling", "Normalize", "Dense"), old_pooling("mean_tokens"), "made of .*Dense.* expected"),
+        (("Transformer", "Pooling", "LayerNorm"), old_pooling("mean_tokens"), "made of .*LayerNorm.* expected"),
         (("Transformer",), old_pooling("mean_tokens"), "made of Transformer, expected"),
         (NORMALIZED, old_pooling("max_tokens"), "pools tokens by .*max.* expected one of mean, cls"),
         (NORMALIZED, {**old_pooling("max_tokens"), "pooling_mode_cls_token": True}, "pools tokens by"),

@@ -125,6 +125,17 @@ ROWS = (
     Row("mistral", {**GROUPED, "sliding_window": 8}, decodes=True, like="qwen3"),
     Row("qwen2", GROUPED, decodes=True, like="qwen3"),
     Row("qwen3", {**GROUPED, "head_dim": HIDDEN // HEADS, "attention_bias": True}, decodes=True),
+    Row(
+        "gemma3_text",
+        {
+            **GROUPED,
+            "head_dim": HIDDEN // HEADS,
+            "query_pre_attn_scalar": 2 * HIDDEN // HEADS,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        decodes=True,
+    ),
 )
 BY_FAMILY = {row.family: row for row in ROWS if row.family in CONFIG_MAPPING}  # those that this transformers has
 FAMILIES = tuple(BY_FAMILY)
@@ -212,9 +223,9 @@ def build_config(family: str, **changes: Any) -> Any:
     return AutoConfig.for_model(family, **{**BY_FAMILY[family].config_settings(), **changes})
 
 
-def build_encoder(family: str, seed: int = 0) -> PreTrainedModel:
+def build_encoder(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """Return a tiny random encoder without a head, in eval mode."""
-    model = AutoModel.from_config(build_config(family))
+    model = AutoModel.from_config(build_config(family, **changes))
     widen_(model, seed)
     return model.eval()
 

@@ -17,7 +17,7 @@ from gatepress.bench.record import Record
 from gatepress.bench.timing import computing_with
 from gatepress.checkpoint import located, open_base, read_run
 from gatepress.config import Layout, Target
-from gatepress.embedding import as_saved
+from gatepress.embedding import as_saved, write_modules_of
 from gatepress.errors import UsageError
 from gatepress.export import export
 from gatepress.files import explained, temporary_directory
@@ -116,4 +116,5 @@ def _write_dense(run_dir: Path, directory: Path, longest: int) -> None:
     endtoend.refuse_longer(str(run_dir), max_tokens(model.config.to_dict()), longest)
     with explained(directory):
         as_saved(model).save_pretrained(directory)
+        write_modules_of(model, directory)
         open_tokenizer(run_dir).save_pretrained(directory)

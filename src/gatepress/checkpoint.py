@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from gatepress.config import TrainSettings, spelled
-from gatepress.embedding import embedder_class, embedding_of
+from gatepress.embedding import embedder_class, embedding_of, read_projections_, refuse_projections
 from gatepress.errors import ArtifactError, HubError, ModelError, UsageError
 from gatepress.files import RUN_FILE, read_json
 from gatepress.heads import set_labels_
@@ -164,6 +164,7 @@ def open_base(directory: Path, spec: TaskSpec, above: frozenset[Path] = frozense
             )
         if spec.embeds:
             config.embedding = embedding_of(directory)
+            refuse_projections(directory, config)
         else:
             set_labels_(config, directory, spec)
         kind = embedder_class(model_type) if spec.embeds else AutoModelForSequenceClassification
@@ -176,6 +177,7 @@ def open_base(directory: Path, spec: TaskSpec, above: frozenset[Path] = frozense
             trust_remote_code=False,
             use_safetensors=True,
         )
+        read_projections_(model, directory)
     # A mismatched size in the head comes from the task; any other mismatched tensor was drawn at random.
     refuse_missing(directory, model, [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])])
     opened: PreTrainedModel = model
@@ -322,7 +324,7 @@ def load_run(directory: Path, above: frozenset[Path] = frozenset()) -> tuple[Pre
             f"{directory}: was trained on revision {settings.revision!r} of {settings.model} on the hub, and a "
             "directory of that name is here in its way; call gatepress from another directory"
         ) from None
-    _refuse_other_weights(directory, manifest, base, model_files(base))
+    _refuse_other_weights(directory, manifest, base, model_files(base, embeds=settings.embed))
     model = open_base(base, manifest.task, above | {directory.resolve()})
     prepare_(model, settings)
     tensors = directory / manifest.tensors["file"]

@@ -8,12 +8,13 @@ import functools
 import json
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -22,6 +23,7 @@ from gatepress.errors import ModelError
 from gatepress.families import row_of
 from gatepress.files import MAX_JSON_BYTES, MODULES_FILE, POOLING_DIR, json_text, read_json
 from gatepress.modeling_gatepress import reads_first_token
+from gatepress.projections import PROJECTIONS, Projection, read_, read_said, refuse_odd, refuse_unfit, write
 from gatepress.resolve import family_named, family_of, model_class
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,7 @@ _OLD_NAMES = {
     "lasttoken": "pooling_mode_lasttoken",
 }
 POOLINGS = tuple(_OLD_NAMES)
-_PARTS = (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
+_PARTS = re.compile(r"Transformer,Pooling(,Dense)*(,Normalize)?")
 _MODULES = "sentence_transformers.models."
 
 
@@ -48,14 +50,19 @@ class Embedded(SequenceClassifierOutput):
     last_hidden_state: Tensor | None = None
 
 
-# {"pooling": one of POOLINGS, "normalize": bool}, and what is passed on if a directory says so
+# {"pooling": one of POOLINGS, "normalize": bool}, "dense": what it says of each of its projections, if it has some, and
+# what is passed on if a directory says so
 Embedding = dict[str, Any]
 
 
 class Embedder(PreTrainedModel):
-    """An encoder and how its hidden states become one vector per text; mixed in before a family's own base class."""
+    """An encoder and how its hidden states become one vector per text; mixed in before a family's own base class.
+
+    The weights of its projections lie elsewhere than those of its encoder: `read_projections_` reads them.
+    """
 
     encoder_class: Any
+    _keys_to_ignore_on_load_missing = [rf"^{PROJECTIONS}\."]  # noqa: RUF012 - transformers' own
     _keys_to_ignore_on_load_unexpected = ["pooler"]  # noqa: RUF012 - transformers' own; embedders have no head
 
     def __init__(self, config: Any) -> None:
@@ -65,6 +72,7 @@ class Embedder(PreTrainedModel):
         encoder = self.encoder_class(config)
         encoder.pooler = None
         setattr(self, self.base_model_prefix, encoder)
+        self.projections = nn.ModuleList(map(Projection, config.embedding.get("dense", ())))
         self.post_init()  # type: ignore[no-untyped-call]
 
     def forward(
@@ -74,7 +82,10 @@ class Embedder(PreTrainedModel):
         token_type_ids: Tensor | None = None,
         output_hidden_states: bool | None = None,  # noqa: FBT001 - as transformers calls it
     ) -> Embedded:
-        """Map inputs [batch, length] to vectors [batch, hidden], as `logits`; they have length 1 if normalized."""
+        """Map inputs [batch, length] to vectors [batch, width], as `logits`; they have length 1 if normalized.
+
+        The width is that of the hidden states, or what the last projection gives.
+        """
         given = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         out = self.base_model(input_ids, attention_mask, output_hidden_states=output_hidden_states, **given)
         hidden = out.last_hidden_state.float()
@@ -87,6 +98,8 @@ class Embedder(PreTrainedModel):
                 mask = places == (places * mask).argmax(1, keepdim=True)
             weights = mask[:, :, None].to(hidden.dtype)
             vectors = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+        for projection in self.projections:
+            vectors = projection(vectors)
         if self.config.embedding["normalize"]:
             vectors = functional.normalize(vectors, dim=-1)
         return Embedded(logits=vectors, hidden_states=out.hidden_states, last_hidden_state=hidden)
@@ -97,7 +110,7 @@ def embedder_class(model_type: str) -> Any:
     """Return the class of embedders of a dense or pruned `model_type`; `ModelError` if its family is not known."""
     family = family_named(model_type)
     encoder = model_class(family, stock=family.model_type == model_type, head=False)
-    parent = next(kind for kind in encoder.__mro__ if kind.__name__ == f"{family.class_prefix}PreTrainedModel")
+    parent = next(kind for kind in encoder.__mro__ if kind.__name__.endswith("PreTrainedModel"))
     parts = {"config_class": encoder.config_class, "encoder_class": encoder}
     return type(f"{encoder.__name__}Embedder", (Embedder, parent), parts)
 
@@ -126,7 +139,7 @@ def is_embedder(directory: Path) -> bool:
     if "embedding" in config:
         return True
     headed = any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or ())
-    return not headed and (directory / MODULES_FILE).is_file() and _parts(directory) in _PARTS
+    return not headed and (directory / MODULES_FILE).is_file() and _known(_parts(directory))
 
 
 def embedding_of(directory: Path) -> Embedding:
@@ -140,16 +153,36 @@ def embedding_of(directory: Path) -> Embedding:
     if not (directory / MODULES_FILE).is_file():
         return {"pooling": "mean", "normalize": False}
     parts = _parts(directory)
-    if parts not in _PARTS:
+    if not _known(parts):
         raise ModelError(
             f"{directory}: as an embedder it is made of {', '.join(parts) or 'nothing'}, expected Transformer, Pooling "
-            "and perhaps Normalize"
+            "and perhaps Dense, Normalize"
         )
     embedding = {"pooling": _pooling(directory / _modules(directory)[1]["path"]), "normalize": "Normalize" in parts}
+    if dense := [read_said(folder) for folder in _folders(directory)]:
+        embedding["dense"] = dense
     for name, keys in _HANDED_ON.items():
         said = _said(directory / name)
         embedding |= {key: said[key] for key in keys if said.get(key)}
     return embedding
+
+
+def read_projections_(model: Any, directory: Path) -> None:
+    """Read what projects the vectors of an embedder, in place; of other models there is nothing to read."""
+    if embeds(model) and model.projections:
+        for projection, folder in zip(model.projections, _folders(directory), strict=True):
+            read_(projection, folder)
+
+
+def refuse_projections(directory: Path, config: Any) -> None:
+    """Raise `ModelError` unless what projects vectors by a configuration is in the directory, and fits."""
+    said = (getattr(config, "embedding", None) or {}).get("dense") or []
+    folders = _folders(directory) if said else []
+    if len(said) != len(folders):
+        raise ModelError(f"{directory}: has {len(folders)} Dense layers, expected {len(said)} by its config.json")
+    refuse_odd(directory, said, config.hidden_size)
+    for one, folder in zip(said, folders, strict=True):
+        refuse_unfit(folder, one)
 
 
 def activation_of(directory: Path) -> str | None:
@@ -173,12 +206,16 @@ def tell_of_prompt(directory: Path, embedding: Embedding) -> None:
 
 def write_modules_of(model: PreTrainedModel, directory: Path) -> list[str]:
     """Write what sentence-transformers reads beside an embedder, and nothing for another model; return the names."""
-    return write_modules(directory, model.config.embedding, model.config.hidden_size) if embeds(model) else []
+    if not embeds(model):
+        return []
+    parts: Any = model.projections
+    return write_modules(directory, model.config.embedding, model.config.hidden_size, list(parts))
 
 
-def write_modules(directory: Path, embedding: Embedding, width: int) -> list[str]:
-    """Write what sentence-transformers reads beside an encoder whose vectors have `width` numbers; return the names."""
-    kinds = ["Transformer", "Pooling", *(["Normalize"] if embedding["normalize"] else [])]
+def write_modules(directory: Path, embedding: Embedding, width: int, projections: Sequence[Any] = ()) -> list[str]:
+    """Write what sentence-transformers reads beside an encoder whose tokens have `width` numbers; return the names."""
+    dense = embedding.get("dense", [])
+    kinds = ["Transformer", "Pooling", *["Dense"] * len(dense), *(["Normalize"] if embedding["normalize"] else [])]
     paths = ["", *(f"{number}_{kind}" for number, kind in enumerate(kinds[1:], start=1))]
     modules = [
         {"idx": number, "name": str(number), "path": path, "type": _MODULES + kind}
@@ -190,6 +227,8 @@ def write_modules(directory: Path, embedding: Embedding, width: int) -> list[str
     (directory / MODULES_FILE).write_text(json.dumps(modules, indent=2) + "\n", encoding="utf-8")
     (directory / POOLING_DIR / "config.json").write_text(json_text(pooling), encoding="utf-8")
     written = [MODULES_FILE]
+    for projection, said, path in zip(projections, dense, paths[2:], strict=False):
+        written += [f"{path}/{file.name}" for file in write(projection, said, directory / path)]
     for name, keys in _HANDED_ON.items():
         if said := {key: embedding[key] for key in keys if key in embedding}:
             (directory / name).write_text(json_text(said), encoding="utf-8")
@@ -211,6 +250,16 @@ def _pooling(directory: Path) -> str:
     if pooling not in POOLINGS:
         raise ModelError(f"{directory}: pools tokens by {pooling}, expected one of {', '.join(POOLINGS)}")
     return str(pooling)
+
+
+def _known(parts: list[str]) -> bool:
+    return bool(_PARTS.fullmatch(",".join(parts)))
+
+
+def _folders(directory: Path) -> list[Path]:
+    """Return the folders of the projections of an embedder, in their order."""
+    kinds = zip(_parts(directory), _modules(directory), strict=True)
+    return [directory / module["path"] for kind, module in kinds if kind == "Dense"]
 
 
 def _parts(directory: Path) -> list[str]:

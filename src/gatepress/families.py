@@ -30,6 +30,7 @@ class FamilySpec:
     kv_heads_attribute: str | None = None  # on the config: heads of keys and values, if several of queries share one
     positions_behind: Literal["padding"] | int | None = None  # positions are numbered from after this id, so fewer fit
     position_scores: str | None = None  # on the config: products with positions that scores also sum
+    scaled_by: str | None = None  # on the config: scores are divided by its root, otherwise by that of a head's width
     activation_attribute: str = "hidden_act"  # on the config
     qkv: str | None = None  # one matrix that holds the rows of q, k and v; once split, they lie beside it
     halves: tuple[str, str] | None = None  # two matrices, the activated one first; `up` is both, once they are joined
@@ -50,6 +51,10 @@ class FamilySpec:
     def scores(self, config: Any) -> int:
         """Return the number of products whose sum is a score: queries with keys, and those with positions."""
         return 1 + len((self.position_scores and getattr(config, self.position_scores, None)) or ())
+
+    def scale_of(self, config: Any, head_width: int) -> float:
+        """Return what scores are divided by the root of: the width of a head, or what the configuration says."""
+        return float(getattr(config, self.scaled_by) if self.scaled_by else head_width)
 
 
 BERT = FamilySpec(
@@ -153,13 +158,20 @@ LLAMA = replace(EUROBERT, model_type="llama", class_prefix="Llama", causal=True,
 MISTRAL = replace(LLAMA, model_type="mistral", class_prefix="Mistral")
 QWEN2 = replace(LLAMA, model_type="qwen2", class_prefix="Qwen2")
 QWEN3 = replace(LLAMA, model_type="qwen3", class_prefix="Qwen3", normed=True)
+GEMMA3 = replace(
+    QWEN3,
+    model_type="gemma3_text",  # and EmbeddingGemma, whose tokens all see each other
+    class_prefix="Gemma3Text",
+    scaled_by="query_pre_attn_scalar",
+    activation_attribute="hidden_activation",
+)
 
 FAMILIES: dict[str, FamilySpec] = {
     family.model_type: family
     for family in (
         *(BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, ERNIE, ELECTRA, MPNET, DEBERTA, DISTILBERT),
         *(MODERNBERT, GTE, NOMIC, JINA_V3, EUROBERT),
-        *(LLAMA, MISTRAL, QWEN2, QWEN3),
+        *(LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3),
     )
 }
 _PRUNED = {f"gatepress_{name.replace('-', '_')}": name for name in FAMILIES}

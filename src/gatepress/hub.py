@@ -206,9 +206,13 @@ def _demo_model() -> Path:
     return directory
 
 
-def may_be_path(name: str) -> bool:
-    """Return whether a name is a path, or may be one from here: what its last part would lie in is here."""
-    return _is_path(name) or Path(without_revision(name)).parent.is_dir()
+def refuse_misspelt(name: str, revision: str | None = None) -> None:
+    """Raise what `locate_model` does of a name that is a path, or may be one from here, before anything slow.
+
+    The hub is asked only if the folder that it would lie in is here: it will be asked again when the model is opened.
+    """
+    if name != "demo" and (_is_path(name) or Path(without_revision(name)).parent.is_dir()):
+        locate_model(name, revision)
 
 
 def _is_path(name: str) -> bool:

@@ -19,6 +19,7 @@ from gatepress.errors import UsageError
 from gatepress.families import ROLES
 from gatepress.gates import Gate, GatedLinear, SharedGate
 from gatepress.modeling_gatepress import join_, narrow_attention_, split_
+from gatepress.projections import PROJECTIONS
 from gatepress.resolve import Layer, family_of, is_norm, resolve
 
 Site = tuple[str, str]  # (role, "in" or "out")
@@ -174,8 +175,11 @@ def trainable(
 
 
 def in_head(model: PreTrainedModel, name: str) -> bool:
-    """Return whether a parameter belongs to the head: outside the base model, or in its pooler."""
-    return not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name
+    """Return whether a parameter belongs to the head: outside the base model, or in its pooler.
+
+    What projects the vectors of an embedder is no head, because it stays as it is.
+    """
+    return not name.startswith((f"{model.base_model_prefix}.", f"{PROJECTIONS}.")) or ".pooler." in name
 
 
 def _kind(name: str, module: nn.Module) -> str | None:

@@ -1,6 +1,7 @@
 """What makes a directory one of ours: its manifest, its version and fields, the files it names. No torch here."""
 
 import contextlib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from gatepress.config import DataSettings, TrainSettings
 from gatepress.errors import ArtifactError, ModelError
 from gatepress.families import FAMILIES
 from gatepress.files import ONNX_FILE, PRUNED_FILE, RUN_FILE, expanded, read_json, sha256_of
-from gatepress.hub import locate_model, may_be_path
+from gatepress.hub import refuse_misspelt
 from gatepress.schema import Schema, check_fields, every, schema_of
 
 ONNX_MODEL = "model.onnx"
@@ -26,6 +27,7 @@ Form = Literal["run", "pruned", "onnx"]
 MANIFESTS: dict[Form, str] = {"run": RUN_FILE, "pruned": PRUNED_FILE, "onnx": ONNX_FILE}
 FORMATS = {RUN_FILE: RUN_FORMAT, PRUNED_FILE: PRUNED_FORMAT, ONNX_FILE: ONNX_FORMAT, SWEEP_FILE: SWEEP_FORMAT}
 REMEDIES: dict[Form, str] = {"run": "train again", "pruned": "prune again", "onnx": "export again"}
+_OF_PROJECTION = re.compile(r"\d+_Dense/(config\.json|model\.safetensors)")  # the only files in folders that count
 WEIGHTS = (".safetensors", ".onnx", ".data")  # read by others, who compare them themselves
 HEADS = tuple(dict.fromkeys(family.heads_attribute for family in FAMILIES.values()))  # their names in a config.json
 MAX_NAME = 255  # characters that a file system takes
@@ -172,13 +174,10 @@ def model_form(target: str) -> Form | None:
 
 
 def refuse_absent(*targets: str | None) -> None:
-    """Raise what opening each of these models would, as far as its name and files show: torch need not be there yet.
-
-    The hub is asked only for what may be a misspelt path: it will be asked again when the model is opened.
-    """
+    """Raise what opening each of these models would, as far as its name and files show: torch need not be there yet."""
     for target in filter(None, targets):
-        if model_form(target) is None and may_be_path(target):
-            locate_model(target)
+        if model_form(target) is None:
+            refuse_misspelt(target)
 
 
 def run_file(directory: Path) -> Path:
@@ -249,7 +248,11 @@ def hashes_of(manifest: Mapping[str, Any], path: Path, loaded: Sequence[str], re
 def check_files(directory: Path, named: Iterable[tuple[Any, Any]], remedy: str) -> None:
     """Compare files with the (name, sha256) of a manifest; `ArtifactError` if one is missing or changed."""
     for name, digest in named:
-        file = file_in(directory, name, remedy)
+        if isinstance(name, str) and _OF_PROJECTION.fullmatch(name):
+            folder, _, part = name.partition("/")
+            file = file_in(directory / folder, part, remedy)
+        else:
+            file = file_in(directory, name, remedy)
         if sha256_of(file) != digest:
             raise ArtifactError(f"{file}: content does not match its sha256, the file is corrupted; {remedy}")
 

@@ -205,10 +205,11 @@ class PrunedAttention:
             return x
         (dense,), width = norm.weight.shape, x.shape[-1]
         share = dense / width
+        factors, epsilon = factors_of(norm)
         pairs = self.pairs.view(-1, width // 2)  # of each head of keys
-        weight = norm.weight[torch.cat([pairs, pairs + dense // 2], dim=1)]
+        weight = factors[torch.cat([pairs, pairs + dense // 2], dim=1)]
         wide = x.float()
-        root = (wide.pow(2).mean(-1, keepdim=True) + share * norm.variance_epsilon).sqrt()
+        root = (wide.pow(2).mean(-1, keepdim=True) + share * epsilon).sqrt()
         scaled = (wide.new_full((width,), share**0.5) * (wide / root)).to(x.dtype)
         normed: Tensor = weight.repeat_interleave(x.shape[1] // len(weight), dim=0)[:, None] * scaled
         return normed
@@ -221,6 +222,13 @@ class PrunedAttention:
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Return how this is copied and pickled."""
         return _blank, (type(self).__bases__[1],), self.__dict__
+
+
+def factors_of(norm: Any) -> tuple[Tensor, float]:
+    """Return what a norm that does not centre multiplies by, [width], and its epsilon."""
+    if "Gemma" in type(norm).__name__:
+        return 1 + norm.weight, norm.eps
+    return norm.weight, norm.variance_epsilon
 
 
 def _for_all(x: Tensor, group: int) -> Tensor:
@@ -478,9 +486,9 @@ def narrow_attention_(attention: Any, part: dict[str, Any], *, stored: bool = Fa
         dense: Any = type(attention)
         attention.__class__ = _narrowed(dense)
     attention.gatepress = dict(part)
-    if getattr(attention, "is_causal", False):
-        attention.config.use_cache = False  # nothing is kept for a next token
     of_pairs = isinstance(attention, PrunedRotaryAttention)
+    if of_pairs and getattr(attention.config, "use_cache", False):
+        attention.config.use_cache = False  # nothing is kept for a next token
     if of_pairs:  # all of a head, or placeholders of what is left
         width = part["qk_width"] // 2
         index = torch.arange(width, device=next(attention.parameters()).device)
@@ -495,10 +503,13 @@ def _narrowed(dense: Any) -> Any:
     return type("Pruned" + dense.__name__, (form, dense), {})
 
 
-_DECODERS = ("Llama", "Mistral", "Qwen2", "Qwen3")
+_DECODERS = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3Text")
 _ROTARY = ("ModernBert", "Gte", "NomicBert", "JinaEmbeddingsV3", "EuroBert", *_DECODERS)
 # Part of a self-attention's name -> its pruned form.
-_FORMS = {"Disentangled": PrunedDisentangledAttention, **dict.fromkeys(_ROTARY, PrunedRotaryAttention)}
+_FORMS = {
+    "Disentangled": PrunedDisentangledAttention,
+    **{prefix.removesuffix("Text"): PrunedRotaryAttention for prefix in _ROTARY},
+}
 
 
 def _blank(dense: Any) -> Any:

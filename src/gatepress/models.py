@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from gatepress.embedding import as_saved, embedder_class, is_embedder
+from gatepress.embedding import as_saved, embedder_class, is_embedder, read_projections_, refuse_projections
 from gatepress.errors import ArtifactError, GatepressError, ModelError, reason_of
 from gatepress.families import FAMILIES, row_of
 from gatepress.files import PRUNED_FILE, json_text, read_json, sha256_of
@@ -27,6 +28,7 @@ from gatepress.manifests import (
     read_manifest,
     tensor_shapes,
 )
+from gatepress.projections import weight_files
 from gatepress.resolve import family_named, model_class
 
 logger = logging.getLogger(__name__)
@@ -48,9 +50,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ArtifactError(f"{path}: not readable as safetensors ({error})") from None
 
 
-def model_files(directory: Path) -> dict[str, str]:
-    """Return the sha256 of each safetensors file of a model directory, by name."""
-    return {path.name: sha256_of(path) for path in sorted(directory.glob("*.safetensors"))}
+def model_files(directory: Path, *, embeds: bool = False) -> dict[str, str]:
+    """Return the sha256 of each safetensors file of a model directory, by its name there.
+
+    Of a model that `embeds`, those of its projections count too.
+    """
+    files = weight_files(directory, projected=embeds)
+    return {path.relative_to(directory).as_posix(): sha256_of(path) for path in files}
 
 
 def refuse_missing(shown: Path | str, model: PreTrainedModel, missing: Iterable[str]) -> None:
@@ -122,6 +128,7 @@ def open_pruned(path: Path) -> PreTrainedModel:
     refuse_unfit(path)
     with model_errors(path):
         model: PreTrainedModel = _class_of(path).from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+        read_projections_(model, path)
         model.eval()
         with torch.inference_mode():  # not around loading: buffers made in it could not take part in training
             model(torch.zeros(1, 2, dtype=torch.int64))  # widths and indices that do not fit show here
@@ -142,6 +149,7 @@ def refuse_unfit(path: Path) -> None:
             f"{name} is {_shape(got.get(name))}, expected {_shape(wanted.get(name))}" for name in odd[:SHOWN]
         )
         raise ArtifactError(f"{file}: {len(odd)} tensors do not fit config.json ({told}); prune again")
+    refuse_projections(path, model.config)
 
 
 def _loaded_as(name: str) -> str:
@@ -233,6 +241,12 @@ def told_of_padding_(config: Any, directory: Path) -> Any:
     if family is None or not family.causal:
         return config
     config.use_cache = False
+    now, again = (getattr(one, "sliding_window", None) for one in (config, type(config).from_dict(config.to_dict())))
+    if now != again:
+        raise ModelError(
+            f"{directory}: its tokens see {now} others to each side, and {again} once transformers "
+            f"{transformers.__version__} has saved it; pip install -U transformers"
+        )
     pad = open_tokenizer(directory).pad_token_id if has_tokenizer(directory) else config.pad_token_id
     if pad is not None and pad >= config.vocab_size:
         raise ModelError(

@@ -207,7 +207,7 @@ def _wrapped(settings: TrainSettings, spec: TaskSpec, base: Path, start: Path | 
     layers = prepare_(model, settings)
     if settings.gated:
         quicken_(model, layers, first_token=not reads_all(model))
-    base_sha256 = model_files(base)  # after all that may be refused: it reads every weight
+    base_sha256 = model_files(base, embeds=settings.embed)  # after all that may be refused: it reads every weight
     before = load_start_(model, settings, spec, base, base_sha256) if start else {}
     if start and settings.match_shares:
         _as_trained_(model, start)

@@ -143,7 +143,7 @@ def prune(  # noqa: PLR0913 - every option of the command is one
                 "tokens": tokens,
                 "refit": refit_ is not None,
             },
-            "sha256": {file.name: sha256_of(file) for file in loaded} | bound,
+            "sha256": {file.relative_to(staged).as_posix(): sha256_of(file) for file in loaded} | bound,
             "report": report,
             "versions": versions(*MADE_WITH),
         }

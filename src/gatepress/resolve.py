@@ -24,6 +24,7 @@ class Layer:
     heads: int
     group: int  # number of query heads that share a head of keys and values
     scores: int  # number of products whose sum is a score
+    scaled_by: float  # scores are divided by the root of so much for each of these products
     paired: tuple[str, ...]  # roles whose rows come in pairs
     normed: bool = False  # queries and keys are normed over what is left of them, so both lose the same dimensions
     halves: tuple[str, ...] = ()  # the two matrices that hold the rows of `up` until they are joined
@@ -35,7 +36,7 @@ class Layer:
     @property
     def scale(self) -> float:
         """Factor that scores are multiplied by."""
-        scale: float = (self.head_width * self.scores) ** -0.5
+        scale: float = (self.scaled_by * self.scores) ** -0.5
         return scale
 
     @property
@@ -171,6 +172,7 @@ def resolve(model: nn.Module) -> list[Layer]:
                 heads=heads,
                 group=heads // kv_heads,
                 scores=family.scores(model.config),
+                scaled_by=family.scale_of(model.config, shapes["q"][0] // heads),
                 paired=family.paired,
                 normed=family.normed,
                 halves=tuple(f"{prefix}.{path}" for path in halves),

@@ -14,7 +14,13 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from gatepress.checkpoint import load_run, located, read_run
 from gatepress.config import Arithmetic, refuse, unknown_words
-from gatepress.embedding import embedder_class, embedding_of, is_embedder
+from gatepress.embedding import (
+    embedder_class,
+    embedding_of,
+    is_embedder,
+    read_projections_,
+    refuse_projections,
+)
 from gatepress.errors import ArtifactError, DeviceError, ModelError, UsageError, reason_of
 from gatepress.files import PRUNED_FILE, RUN_FILE, expanded, read_json
 from gatepress.graph import check_graph, read_graph
@@ -37,6 +43,7 @@ from gatepress.models import (
     refuse_missing,
     told_of_padding_,
 )
+from gatepress.projections import weight_files
 from gatepress.runners import INPUTS, Kind, OnnxRunner, Runner, TorchRunner, session_options
 
 logger = logging.getLogger(__name__)
@@ -114,7 +121,7 @@ def device_here(name: str) -> str:
 def _weights(directory: Path) -> list[Path]:
     """Return the files that make a model: what a run trained, and what the model or run below it holds."""
     if not (directory / RUN_FILE).is_file():
-        return list(directory.glob("*.safetensors"))
+        return weight_files(directory, projected=is_embedder(directory))
     manifest = read_run(directory)
     base = located(manifest.settings)
     return [directory / manifest.tensors["file"], *_weights(base)]
@@ -134,6 +141,7 @@ def _load_model(target: str, path: Path, *, trust_remote_code: bool) -> tuple[Pr
         if embeds:
             config = kind.config_class.from_pretrained(path)
             config.embedding = embedding_of(path)
+            refuse_projections(path, config)
         else:
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         torch.manual_seed(0)
@@ -145,6 +153,7 @@ def _load_model(target: str, path: Path, *, trust_remote_code: bool) -> tuple[Pr
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
         )
+        read_projections_(model, path)
     refuse_missing(target, model, info["missing_keys"])
     if info["missing_keys"]:
         logger.info("%s has no task head: a random one stands in", target)

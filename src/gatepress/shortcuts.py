@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from gatepress.modeling_gatepress import PrunedLinear
+from gatepress.modeling_gatepress import PrunedLinear, factors_of
 from gatepress.resolve import Layer, centres, is_norm, resolve
 
 
@@ -96,8 +96,8 @@ def _angles_of_its_positions(model: PreTrainedModel) -> Iterator[None]:
 
 def _normed(norm: Any, x: Tensor) -> Tensor:
     """Map x [..., hidden] to the same shape, as the norm does."""
-    scaled: Tensor = norm.weight * (x / (x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt())
-    return scaled
+    factors, epsilon = factors_of(norm)
+    return factors * (x / (x.pow(2).mean(-1, keepdim=True) + epsilon).sqrt())
 
 
 def _pruned_layers(model: PreTrainedModel) -> list[Layer]:

@@ -406,9 +406,9 @@ def _finished(directory: Path, wanted: TrainSettings) -> RunManifest | None:
 def _refuse_changed(runs: dict[Path, RunManifest]) -> None:
     """Raise `ArtifactError` if rows or base have changed since runs finished: what is added must be comparable."""
     fingerprint = functools.cache(lambda data, embed: load_rows(data, embeds=embed).fingerprint)
-    weights = functools.cache(lambda model, revision: model_files(locate_model(model, revision)))
+    weights = functools.cache(lambda model, revision, embed: model_files(locate_model(model, revision), embeds=embed))
     for directory, run in runs.items():
-        base = weights(run.settings.model, run.settings.revision)
+        base = weights(run.settings.model, run.settings.revision, run.settings.embed)
         rows = fingerprint(run.settings.data, run.settings.embed)
         refuse_other(directory, run, replace(run, data_fingerprint=rows, base_sha256=base))
 

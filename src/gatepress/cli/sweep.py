@@ -10,6 +10,7 @@ from gatepress.cli import _options as opt
 from gatepress.cli._asked import numbers, refuse_unused, train_settings, whole_numbers, words
 from gatepress.cli._console import Screen, Titled, grid, session
 from gatepress.config import DEFAULT_TARGET, TrainSettings, default_run_name
+from gatepress.hub import refuse_misspelt
 from gatepress.manifests import SWEEP_FILE
 
 EXAMPLES = opt.examples(
@@ -95,6 +96,7 @@ def sweep(  # noqa: PLR0913 - every option is a parameter
             "seq_lens": whole_numbers("--bench-seq-len", bench_seq_len),
         }
         directory = output or Path("sweeps") / default_run_name(settings).rpartition("-")[0]  # without the sparsity
+        refuse_misspelt(settings.model, settings.revision)  # before the slow imports
 
         from gatepress import sweep as sweeping
 

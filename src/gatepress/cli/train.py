@@ -12,6 +12,7 @@ from gatepress.cli._console import Screen, Titled, count, facts, percent, pick, 
 from gatepress.config import METHODS, TrainSettings, default_run_name
 from gatepress.errors import ArtifactError
 from gatepress.files import RUN_FILE, check_output, read_json
+from gatepress.hub import refuse_misspelt
 
 EXAMPLES = opt.examples(
     "gatepress train --task demo --model demo -o runs/demo",
@@ -86,6 +87,7 @@ def train(  # noqa: PLR0913 - every option is a parameter
         refuse_unused(settings, context)
         target = output or Path("runs") / default_run_name(settings)
         check_output(target, force=force)  # before the slow imports
+        refuse_misspelt(settings.model, settings.revision)
 
         from gatepress import training
 
