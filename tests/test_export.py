@@ -127,7 +127,7 @@ def test_run_and_pruned_directory_export_to_what_torch_computes(  # noqa: PLR091
     fused = result["fused_operators"]
     assert all(fused.get(name, 0) >= dense[name] for name in dense if name in FUSED), (dense, fused)
     twice = int(family in PRE_NORM)  # what keys read in the last layer is normed before them, and the first token
-    norm = "SimplifiedLayerNormalization" if family in ("eurobert", "qwen3") else "LayerNormalization"
+    norm = "SimplifiedLayerNormalization" if family in ("eurobert", "qwen3", "gemma3_text") else "LayerNormalization"
     assert fused[norm] - twice == dense[norm] >= 2 * tiny.LAYERS
     assert "Pad" not in result["operators"]  # zeros of closed outputs are computed
     if (
@@ -140,9 +140,10 @@ def test_run_and_pruned_directory_export_to_what_torch_computes(  # noqa: PLR091
         assert products.items() <= result["operators"].items()
     else:
         # of values, and of keys that positions do not turn
-        biases = {"modernbert": 0, "eurobert": 0, **dict.fromkeys(("gte", "jina_embeddings_v3", "qwen3"), 1)}.get(
-            family, 2
-        )
+        biases = {
+            **dict.fromkeys(("modernbert", "eurobert", "gemma3_text"), 0),
+            **dict.fromkeys(("gte", "jina_embeddings_v3", "qwen3"), 1),
+        }.get(family, 2)
         assert result["operators"]["Add"] == dense["Add"] - biases * tiny.LAYERS
     assert_last_layer_is_of_one_token(tmp_path / "pruned", result["macs"], family)
     assert result["source_kind"] == "pruned"

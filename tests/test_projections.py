@@ -169,6 +169,8 @@ def test_a_run_refuses_other_projections(copied: Path, tiny_regression_files: Ta
         ({"activation_function": "torch.nn.modules.activation.Softmax"}, "expected one of torch.nn: Identity, Tanh"),
         ({"activation_function": "os.system"}, "ends with 'os.system', expected one of torch.nn"),
         ({"in_features": 0}, "has 0 to 64 numbers, expected two counts"),
+        ({"in_features": True}, "has True to 64 numbers, expected two counts"),
+        ({"bias": "no"}, "has the bias 'no', expected true or false"),
         ({"in_features": 16}, "reads 16 numbers, what comes before it gives 32"),
         ({"out_features": 65}, "reads 64 numbers, what comes before it gives 65"),
         ({"bias": True}, r"holds {\"linear.weight\": \[64, 32\]}, expected {\"linear.bias\": \[64\]"),
@@ -178,6 +180,30 @@ def test_what_is_no_plain_projection_is_refused(said: dict[str, Any], told: str,
     changed(copied / FIRST / "config.json", **said)
     with pytest.raises(ModelError, match=told):
         open_runner(copied)
+
+
+@pytest.mark.parametrize("name", ["proj", "..", "", "3_Dense"])
+def test_folders_are_named_by_their_number(name: str, copied: Path) -> None:
+    """Others would be bound by no manifest, and left on the hub."""
+    parts = json.loads((copied / "modules.json").read_text())
+    parts[2]["path"] = name
+    (copied / "modules.json").write_text(json.dumps(parts))
+    with pytest.raises(ModelError, match=r"expected folders like 2_Dense|lie beside it"):
+        open_runner(copied)
+
+
+def test_a_folder_that_no_list_names_counts_for_nothing(copied: Path) -> None:
+    before = model_files(copied, embeds=True)
+    shutil.copytree(copied / SECOND, copied / "7_Dense")
+    assert model_files(copied, embeds=True) == before
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_near(precision: Any, projected: Make, pruned: Path) -> None:
+    for place in (projected(), pruned):
+        tokens = dict(AutoTokenizer.from_pretrained(place)(TEXTS, padding=True, return_tensors="np"))
+        rounded = open_runner(place, precision=precision).logits(tokens)
+        assert 0 < np.abs(rounded - vectors_of(place)).max() < 0.1
 
 
 def test_pickles_are_refused_with_a_way_out(copied: Path) -> None:
@@ -195,6 +221,9 @@ def test_pickles_are_refused_with_a_way_out(copied: Path) -> None:
         lambda said: said["dense"][0].update(out_features=10**9),
         lambda said: said["dense"][0].pop("bias"),
         lambda said: said.update(dense=[3, 4]),
+        lambda said: said.update(dense=10**6 * said["dense"]),
+        lambda said: said.pop("dense"),
+        lambda said: said["dense"][1].update(activation_function="nothing"),
     ],
 )
 def test_a_forged_configuration_is_told_in_one_line(forge: Callable[[Any], Any], pruned: Path) -> None:

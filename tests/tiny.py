@@ -204,10 +204,10 @@ def widen_(model: nn.Module, seed: int = 0) -> None:
     """Draw weights, biases and layer norms so that every one of them shows in the output."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
+        for parameter in module.parameters(recurse=False):
             noise = torch.randn(parameter.shape, generator=generator)
             if is_norm(module):
-                parameter.copy_(1 + 0.25 * noise if name == "weight" else 0.25 * noise)
+                parameter.add_(0.25 * noise)  # new, they change nothing
             elif isinstance(module, nn.Embedding):
                 parameter.copy_(0.5 * noise)
                 if module.padding_idx is not None:

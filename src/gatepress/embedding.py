@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from gatepress.errors import ModelError
 from gatepress.families import row_of
-from gatepress.files import MAX_JSON_BYTES, MODULES_FILE, POOLING_DIR, json_text, read_json
+from gatepress.files import MAX_JSON_BYTES, MODULES_FILE, POOLING_DIR, PROJECTION, json_text, read_json
 from gatepress.modeling_gatepress import reads_first_token
-from gatepress.projections import PROJECTIONS, Projection, read_, read_said, refuse_odd, refuse_unfit, write
+from gatepress.projections import PROJECTIONS, WEIGHTS, Projection, read_, read_said, refuse_odd, refuse_unfit, write
 from gatepress.resolve import family_named, family_of, model_class
 
 logger = logging.getLogger(__name__)
@@ -176,13 +177,20 @@ def read_projections_(model: Any, directory: Path) -> None:
 
 def refuse_projections(directory: Path, config: Any) -> None:
     """Raise `ModelError` unless what projects vectors by a configuration is in the directory, and fits."""
-    said = (getattr(config, "embedding", None) or {}).get("dense") or []
-    folders = _folders(directory) if said else []
+    if not hasattr(config, "embedding"):
+        return
+    said, folders = config.embedding.get("dense", []), _folders(directory)
     if len(said) != len(folders):
         raise ModelError(f"{directory}: has {len(folders)} Dense layers, expected {len(said)} by its config.json")
     refuse_odd(directory, said, config.hidden_size)
     for one, folder in zip(said, folders, strict=True):
         refuse_unfit(folder, one)
+
+
+def weight_files(directory: Path, *, projected: bool) -> list[Path]:
+    """Return the files with weights of a model directory, with those of its projections if it is `projected`."""
+    folders = _folders(directory) if projected else []
+    return [*sorted(directory.glob("*.safetensors")), *(folder / WEIGHTS for folder in folders)]
 
 
 def activation_of(directory: Path) -> str | None:
@@ -257,9 +265,16 @@ def _known(parts: list[str]) -> bool:
 
 
 def _folders(directory: Path) -> list[Path]:
-    """Return the folders of the projections of an embedder, in their order."""
+    """Return the folders of the projections of an embedder, in their order; `ModelError` if one is named otherwise."""
+    if not (directory / MODULES_FILE).is_file():
+        return []
     kinds = zip(_parts(directory), _modules(directory), strict=True)
-    return [directory / module["path"] for kind, module in kinds if kind == "Dense"]
+    paths = [module["path"] for kind, module in kinds if kind == "Dense"]
+    odd = [path for path in paths if not fnmatch(path, PROJECTION)]
+    if odd or len({*paths}) < len(paths):
+        named = ", ".join(map(repr, paths))
+        raise ModelError(f"{directory / MODULES_FILE}: has Dense layers in {named}, expected folders like 2_Dense")
+    return [directory / path for path in paths]
 
 
 def _parts(directory: Path) -> list[str]:
@@ -272,7 +287,7 @@ def _modules(directory: Path) -> list[dict[str, str]]:
     fault = ModelError(f"{file}: is no list of the parts of an embedder, which lie beside it; mend it")
     try:
         modules: list[dict[str, str]] = json.loads(file.read_bytes()[: MAX_JSON_BYTES + 1])
-        inside = all(Path(module["path"]).name == module["path"] and module["type"] for module in modules)
+        inside = all(Path(module["path"]).name == module["path"] != ".." and module["type"] for module in modules)
     except (OSError, ValueError, RecursionError, TypeError, KeyError):
         raise fault from None
     if not inside:

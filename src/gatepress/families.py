@@ -37,6 +37,7 @@ class FamilySpec:
     paired: tuple[str, ...] = ()  # roles whose rows come in pairs: half a head apart in q and k, half of up
     normed: bool = False  # queries and keys are normed within each head, over all of its dimensions
     causal: bool = False  # tokens look at earlier ones alone, and a head reads the last one
+    sandwiched: bool = False  # what attention and feed-forward part give is normed before it is added
     head: str = "classifier"  # part of the names of the head's weights
 
     def path(self, role: str) -> str:
@@ -163,6 +164,7 @@ GEMMA3 = replace(
     model_type="gemma3_text",  # and EmbeddingGemma, whose tokens all see each other
     class_prefix="Gemma3Text",
     scaled_by="query_pre_attn_scalar",
+    sandwiched=True,
     activation_attribute="hidden_activation",
 )
 

@@ -14,7 +14,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from gatepress.embedding import as_saved, embedder_class, is_embedder, read_projections_, refuse_projections
+from gatepress.embedding import (
+    as_saved,
+    embedder_class,
+    is_embedder,
+    read_projections_,
+    refuse_projections,
+    weight_files,
+)
 from gatepress.errors import ArtifactError, GatepressError, ModelError, reason_of
 from gatepress.families import FAMILIES, row_of
 from gatepress.files import PRUNED_FILE, json_text, read_json, sha256_of
@@ -28,7 +35,6 @@ from gatepress.manifests import (
     read_manifest,
     tensor_shapes,
 )
-from gatepress.projections import weight_files
 from gatepress.resolve import family_named, model_class
 
 logger = logging.getLogger(__name__)
@@ -149,7 +155,6 @@ def refuse_unfit(path: Path) -> None:
             f"{name} is {_shape(got.get(name))}, expected {_shape(wanted.get(name))}" for name in odd[:SHOWN]
         )
         raise ArtifactError(f"{file}: {len(odd)} tensors do not fit config.json ({told}); prune again")
-    refuse_projections(path, model.config)
 
 
 def _loaded_as(name: str) -> str:
@@ -175,6 +180,7 @@ def empty_model(directory: Path, *, most_layers: int | None = None) -> PreTraine
                 f"{directory / 'config.json'}: asks for {config.num_hidden_layers} layers, its weights are "
                 f"{most_layers} tensors"
             )
+        refuse_projections(directory, config)  # before it builds as many as are asked for
         with torch.device("meta"):
             model: PreTrainedModel = kind(config)
     return model

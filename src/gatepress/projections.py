@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 from gatepress.errors import ModelError
-from gatepress.files import PROJECTION, json_text, read_json
+from gatepress.files import json_text, read_json
 from gatepress.manifests import tensor_shapes
 
 PROJECTIONS = "projections"  # their place in an embedder
@@ -47,8 +48,9 @@ class Projection(nn.Module):
         self.activation = _activation(said["activation_function"])()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map vectors [batch, in_features] to [batch, out_features]."""
-        projected: Tensor = self.activation(self.linear(x))
+        """Map vectors [batch, in_features] to [batch, out_features], in their own dtype."""
+        bias = None if self.linear.bias is None else self.linear.bias.to(x.dtype)
+        projected: Tensor = self.activation(functional.linear(x, self.linear.weight.to(x.dtype), bias))
         return projected
 
 
@@ -68,8 +70,10 @@ def refuse_odd(place: Path | str, chain: Iterable[Said], width: int | None = Non
     """Raise `ModelError` unless each of the `chain` is a projection of what the one before gives; `width` is given."""
     for said in chain:
         sizes = [said.get(key) for key in ("in_features", "out_features")]
-        if not all(isinstance(size, int) and size > 0 for size in sizes) or not isinstance(said.get("bias"), bool):
+        if not all(type(size) is int and size > 0 for size in sizes):
             raise ModelError(f"{place}: a Dense layer has {sizes[0]!r} to {sizes[1]!r} numbers, expected two counts")
+        if not isinstance(said.get("bias"), bool):
+            raise ModelError(f"{place}: a Dense layer has the bias {said.get('bias')!r}, expected true or false")
         if _activation(said.get("activation_function")) is None:
             raise ModelError(
                 f"{place}: a Dense layer ends with {said.get('activation_function')!r}, expected one of "
@@ -110,12 +114,6 @@ def write(projection: Any, said: Said, folder: Path) -> list[Path]:
     save_file(values, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json_text({key: said[key] for key in _KNOWN}), encoding="utf-8")
     return [folder / CONFIG, folder / WEIGHTS]
-
-
-def weight_files(directory: Path, *, projected: bool) -> list[Path]:
-    """Return the files with weights of a model directory, with those of its projections if it is `projected`."""
-    behind = sorted(directory.glob(f"{PROJECTION}/{WEIGHTS}")) if projected else []
-    return [*sorted(directory.glob("*.safetensors")), *behind]
 
 
 def _activation(name: Any) -> Any:

@@ -6,7 +6,8 @@ the first to the last, each is changed so that the norm after it gives the teach
     min over W, b of   sum over tokens of | (x W^T + b + r - t) / std(t) |^2  +  ridge * | W - W_closed |^2
 
 x are the remaining inputs and r is whatever else the norm reads; t is what the norm would have to read to give what the
-teacher's gives, and std(t) what it divides by. So later layers make up for what is lost in earlier ones. It takes one
+teacher's gives, and std(t) what it divides by. Where a norm reads one matrix alone (Gemma 3), t also makes up for what
+is lost in what the norm's output is added to. So later layers make up for what is lost in earlier ones. It takes one
 pass over a few thousand rows, no labels and no steps.
 """
 
@@ -22,9 +23,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gatepress.distill import hidden_distances
-from gatepress.modeling_gatepress import PrunedLinear
+from gatepress.modeling_gatepress import PrunedLinear, factors_of
 from gatepress.progress import NoProgress, Progress
-from gatepress.resolve import centres, is_norm, resolve
+from gatepress.resolve import centres, family_of, is_norm, resolve
 
 WRITERS = ("o", "down")  # matrices whose outputs are added to the residual stream
 RIDGE = 1e-3  # of the mean square of an input
@@ -41,6 +42,7 @@ class _Seen:
     total: Tensor  # [tokens, hidden], what the norm reads
     norm: nn.Module | None  # None: the layer ends before one
     after: Tensor  # [tokens, hidden], output of the norm, or of the layer
+    beside: Tensor | None = None  # [tokens, hidden], what that is added to, if it is
 
 
 class _Walk:
@@ -50,6 +52,7 @@ class _Walk:
         self.teaches = teaches
         self.base: Any = model.base_model
         self.layers = resolve(model)
+        self.sandwiched = family_of(model.config).sandwiched
         self.modules = [self.base.get_submodule(layer.path) for layer in self.layers]
         self.calls = [self._calls(model, batch) for batch in batches]
         self.states: list[Tensor] = [calls[0][0][0] for calls in self.calls]
@@ -90,7 +93,9 @@ class _Walk:
 
         def read(norm: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
             for one in seen.values():
-                if "inputs" in one and "total" not in one:
+                if "after" in one:
+                    one.setdefault("sum", given[0][real])
+                elif "inputs" in one:
                     one.update(norm=norm, total=given[0][real], after=out[real])
 
         hooks = [self.matrix(layer, role).register_forward_hook(partial(wrote, role)) for role in roles]
@@ -101,6 +106,10 @@ class _Walk:
         finally:
             for hook in hooks:
                 hook.remove()
+        for one in seen.values():
+            whole = one.pop("sum", out[real])
+            if self.sandwiched:
+                one["beside"] = whole - one["after"]
         behind = {"norm": None, "total": out[real], "after": out[real]}  # if no norm of the layer reads it
         return {role: _Seen(**behind | one) for role, one in seen.items()}, out
 
@@ -220,10 +229,12 @@ def _to_be_read(ours: _Seen, theirs: _Seen, spread: Tensor) -> Tensor:
     norm: Any = ours.norm
     if norm is None:
         return theirs.total
-    bias = getattr(norm, "bias", None)
-    shifted = theirs.after if bias is None else theirs.after - bias
-    told = norm.weight.abs() > FLAT * norm.weight.abs().mean()
-    return torch.where(told, shifted / norm.weight * spread + _centre(theirs), theirs.total)
+    bias, factors = getattr(norm, "bias", None), norm.weight if centres(norm) else factors_of(norm)[0]
+    wanted = theirs.after if bias is None else theirs.after - bias
+    if ours.beside is not None and theirs.beside is not None:  # what is lost there is made up for, too
+        wanted = wanted + theirs.beside - ours.beside
+    told = factors.abs() > FLAT * factors.abs().mean()
+    return torch.where(told, wanted / factors * spread + _centre(theirs), theirs.total)
 
 
 def _rows(matrix: nn.Linear) -> Tensor:

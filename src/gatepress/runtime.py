@@ -20,6 +20,7 @@ from gatepress.embedding import (
     is_embedder,
     read_projections_,
     refuse_projections,
+    weight_files,
 )
 from gatepress.errors import ArtifactError, DeviceError, ModelError, UsageError, reason_of
 from gatepress.files import PRUNED_FILE, RUN_FILE, expanded, read_json
@@ -43,7 +44,6 @@ from gatepress.models import (
     refuse_missing,
     told_of_padding_,
 )
-from gatepress.projections import weight_files
 from gatepress.runners import INPUTS, Kind, OnnxRunner, Runner, TorchRunner, session_options
 
 logger = logging.getLogger(__name__)
