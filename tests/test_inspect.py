@@ -126,6 +126,7 @@ def test_the_training_command_gives_the_settings_back(
     settings, asked = TrainSettings(data=data, **options), []
     (line,) = commands_of({**RUN_FORMAT, "settings": settings.to_json()}, "x")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("gatepress.cli.train.refuse_misspelt", lambda *_: None)  # these models are nowhere
     monkeypatch.setattr("gatepress.training.train", lambda got, *_args, **_options: asked.append(got) or {})
     program, *arguments = shlex.split(line)
     assert CliRunner().invoke(app, arguments).exit_code == 0
