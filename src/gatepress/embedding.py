@@ -10,7 +10,6 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +181,10 @@ def refuse_projections(directory: Path, config: Any) -> None:
     said, folders = config.embedding.get("dense", []), _folders(directory)
     if len(said) != len(folders):
         raise ModelError(f"{directory}: has {len(folders)} Dense layers, expected {len(said)} by its config.json")
-    refuse_odd(directory, said, config.hidden_size)
+    width = config.hidden_size
+    for one, folder in zip(said, folders, strict=True):
+        refuse_odd(folder, one, width)
+        width = one["out_features"]
     for one, folder in zip(said, folders, strict=True):
         refuse_unfit(folder, one)
 
@@ -222,8 +224,12 @@ def write_modules_of(model: PreTrainedModel, directory: Path) -> list[str]:
 
 def write_modules(directory: Path, embedding: Embedding, width: int, projections: Sequence[Any] = ()) -> list[str]:
     """Write what sentence-transformers reads beside an encoder whose tokens have `width` numbers; return the names."""
-    dense = embedding.get("dense", [])
-    kinds = ["Transformer", "Pooling", *["Dense"] * len(dense), *(["Normalize"] if embedding["normalize"] else [])]
+    kinds = [
+        "Transformer",
+        "Pooling",
+        *["Dense"] * len(projections),
+        *(["Normalize"] if embedding["normalize"] else []),
+    ]
     paths = ["", *(f"{number}_{kind}" for number, kind in enumerate(kinds[1:], start=1))]
     modules = [
         {"idx": number, "name": str(number), "path": path, "type": _MODULES + kind}
@@ -235,8 +241,8 @@ def write_modules(directory: Path, embedding: Embedding, width: int, projections
     (directory / MODULES_FILE).write_text(json.dumps(modules, indent=2) + "\n", encoding="utf-8")
     (directory / POOLING_DIR / "config.json").write_text(json_text(pooling), encoding="utf-8")
     written = [MODULES_FILE]
-    for projection, said, path in zip(projections, dense, paths[2:], strict=False):
-        written += [f"{path}/{file.name}" for file in write(projection, said, directory / path)]
+    for projection, path in zip(projections, paths[2:], strict=False):  # a path more if vectors are normalized
+        written += [f"{path}/{file.name}" for file in write(projection, directory / path)]
     for name, keys in _HANDED_ON.items():
         if said := {key: embedding[key] for key in keys if key in embedding}:
             (directory / name).write_text(json_text(said), encoding="utf-8")
@@ -268,17 +274,19 @@ def _folders(directory: Path) -> list[Path]:
     """Return the folders of the projections of an embedder, in their order; `ModelError` if one is named otherwise."""
     if not (directory / MODULES_FILE).is_file():
         return []
-    kinds = zip(_parts(directory), _modules(directory), strict=True)
-    paths = [module["path"] for kind, module in kinds if kind == "Dense"]
-    odd = [path for path in paths if not fnmatch(path, PROJECTION)]
-    if odd or len({*paths}) < len(paths):
+    paths = [module["path"] for module in _modules(directory) if _kind(module) == "Dense"]
+    if not all(map(PROJECTION.fullmatch, paths)) or len({*paths}) < len(paths):
         named = ", ".join(map(repr, paths))
         raise ModelError(f"{directory / MODULES_FILE}: has Dense layers in {named}, expected folders like 2_Dense")
     return [directory / path for path in paths]
 
 
 def _parts(directory: Path) -> list[str]:
-    return [str(module["type"]).rpartition(".")[2] for module in _modules(directory)]
+    return [_kind(module) for module in _modules(directory)]
+
+
+def _kind(module: dict[str, str]) -> str:
+    return str(module["type"]).rpartition(".")[2]
 
 
 def _modules(directory: Path) -> list[dict[str, str]]:

@@ -29,7 +29,7 @@ _WRITTEN = (  # beside a manifest and what it names: early releases named no tok
     *("*.model", "chat_template.jinja"),
 )
 MODULES_FILE, POOLING_DIR = "modules.json", "1_Pooling"  # of an embedder; no manifest names the file in the folder
-PROJECTION = "[0-9]*_Dense"  # pattern of the folders of an embedder that hold matrices behind the pooling
+PROJECTION = re.compile(r"\d+_Dense")  # the folders of an embedder with what projects its vectors
 _WRITTEN_WITH_PRUNED = ("README.md", "modeling_gatepress.py")  # elsewhere such files belong to somebody else
 
 
@@ -226,7 +226,7 @@ def _of_others(directory: Path) -> list[str]:
     pooling = directory / POOLING_DIR
     if MODULES_FILE in bound and pooling.is_dir() and {*os.listdir(pooling)} <= {"config.json"}:
         left.add(POOLING_DIR)
-    folders = {name for name in names if fnmatch(name, PROJECTION) and (directory / name).is_dir()}
+    folders = {name for name in names if PROJECTION.fullmatch(name) and (directory / name).is_dir()}
     left |= {name for name in folders if {f"{name}/{file}" for file in os.listdir(directory / name)} <= bound}
     return [name for name in names if name not in left and not (manifests and _is_ours(name, bound))]
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from gatepress.config import DataSettings, TrainSettings
 from gatepress.errors import ArtifactError, ModelError
 from gatepress.families import FAMILIES
-from gatepress.files import ONNX_FILE, PRUNED_FILE, RUN_FILE, expanded, read_json, sha256_of
+from gatepress.files import ONNX_FILE, PROJECTION, PRUNED_FILE, RUN_FILE, expanded, read_json, sha256_of
 from gatepress.hub import refuse_misspelt
 from gatepress.schema import Schema, check_fields, every, schema_of
 
@@ -27,7 +27,8 @@ Form = Literal["run", "pruned", "onnx"]
 MANIFESTS: dict[Form, str] = {"run": RUN_FILE, "pruned": PRUNED_FILE, "onnx": ONNX_FILE}
 FORMATS = {RUN_FILE: RUN_FORMAT, PRUNED_FILE: PRUNED_FORMAT, ONNX_FILE: ONNX_FORMAT, SWEEP_FILE: SWEEP_FORMAT}
 REMEDIES: dict[Form, str] = {"run": "train again", "pruned": "prune again", "onnx": "export again"}
-_OF_PROJECTION = re.compile(r"\d+_Dense/(config\.json|model\.safetensors)")  # the only files in folders that count
+# the only files in folders that count
+_OF_PROJECTION = re.compile(PROJECTION.pattern + r"/(config\.json|model\.safetensors)")
 WEIGHTS = (".safetensors", ".onnx", ".data")  # read by others, who compare them themselves
 HEADS = tuple(dict.fromkeys(family.heads_attribute for family in FAMILIES.values()))  # their names in a config.json
 MAX_NAME = 255  # characters that a file system takes

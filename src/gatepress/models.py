@@ -241,7 +241,8 @@ def told_of_padding_(config: Any, directory: Path) -> Any:
     """Prepare the configuration of a decoder for texts that are read once, in place, and return it.
 
     It keeps nothing for a next token, and its head finds the last token of a text by what padding is: what the
-    tokenizer pads with, whatever the configuration says. Raises `ModelError` if there is no embedding of that.
+    tokenizer pads with, whatever the configuration says. Raises `ModelError` if there is no embedding of that, or if
+    this release of transformers would not save the configuration as it is.
     """
     family = row_of(config.model_type)
     if family is None or not family.causal:

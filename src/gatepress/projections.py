@@ -5,7 +5,6 @@ encoder, as sentence-transformers has it.
 """
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +43,7 @@ class Projection(nn.Module):
 
     def __init__(self, said: Said) -> None:
         super().__init__()
+        self.said = said
         self.linear = nn.Linear(said["in_features"], said["out_features"], bias=said["bias"])
         self.activation = _activation(said["activation_function"])()
 
@@ -55,35 +55,31 @@ class Projection(nn.Module):
 
 
 def read_said(folder: Path) -> Said:
-    """Return what a folder says of its projection; `ModelError` if that is none, or one that is not known here."""
+    """Return what a folder says of its projection; `ModelError` if that maps other things than the vector of a text."""
     config = read_json(folder / CONFIG)
     odd = {key: config[key] for key, values in _USUAL.items() if config.get(key) not in values}
     if odd:
         told = ", ".join(f"{key} {value!r}" for key, value in odd.items())
         raise ModelError(f"{folder}: is a Dense layer with {told}, expected one that maps the vector of a text alone")
-    said = {key: config.get(key, usual) for key, usual in _KNOWN.items()}
-    refuse_odd(folder, [said])
-    return said
+    return {key: config.get(key, usual) for key, usual in _KNOWN.items()}
 
 
-def refuse_odd(place: Path | str, chain: Iterable[Said], width: int | None = None) -> None:
-    """Raise `ModelError` unless each of the `chain` is a projection of what the one before gives; `width` is given."""
-    for said in chain:
-        sizes = [said.get(key) for key in ("in_features", "out_features")]
-        if not all(type(size) is int and size > 0 for size in sizes):
-            raise ModelError(f"{place}: a Dense layer has {sizes[0]!r} to {sizes[1]!r} numbers, expected two counts")
-        if not isinstance(said.get("bias"), bool):
-            raise ModelError(f"{place}: a Dense layer has the bias {said.get('bias')!r}, expected true or false")
-        if _activation(said.get("activation_function")) is None:
-            raise ModelError(
-                f"{place}: a Dense layer ends with {said.get('activation_function')!r}, expected one of "
-                f"torch.nn: {', '.join(ACTIVATIONS)}"
-            )
-        if width is not None and said["in_features"] != width:
-            raise ModelError(
-                f"{place}: a Dense layer reads {said['in_features']} numbers, what comes before it gives {width}"
-            )
-        width = None if width is None else said["out_features"]
+def refuse_odd(folder: Path, said: Said, width: int) -> None:
+    """Raise `ModelError` unless a projection is said that is known here and reads vectors of that `width`."""
+    sizes = [said.get(key) for key in ("in_features", "out_features")]
+    if not all(type(size) is int and size > 0 for size in sizes):
+        raise ModelError(f"{folder}: a Dense layer has {sizes[0]!r} to {sizes[1]!r} numbers, expected two counts")
+    if not isinstance(said.get("bias"), bool):
+        raise ModelError(f"{folder}: a Dense layer has the bias {said.get('bias')!r}, expected true or false")
+    if _activation(said.get("activation_function")) is None:
+        raise ModelError(
+            f"{folder}: a Dense layer ends with {said.get('activation_function')!r}, expected one of "
+            f"torch.nn: {', '.join(ACTIVATIONS)}"
+        )
+    if said["in_features"] != width:
+        raise ModelError(
+            f"{folder}: a Dense layer reads {said['in_features']} numbers, what comes before it gives {width}"
+        )
 
 
 def refuse_unfit(folder: Path, said: Said) -> None:
@@ -107,12 +103,12 @@ def read_(projection: Any, folder: Path) -> None:
     projection.load_state_dict({name: value.float() for name, value in load_file(folder / WEIGHTS).items()})
 
 
-def write(projection: Any, said: Said, folder: Path) -> list[Path]:
+def write(projection: Any, folder: Path) -> list[Path]:
     """Write a projection into a new folder, as sentence-transformers does; return the files."""
     folder.mkdir()
     values = {name: value.detach().cpu().contiguous() for name, value in projection.state_dict().items()}
     save_file(values, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json_text({key: said[key] for key in _KNOWN}), encoding="utf-8")
+    (folder / CONFIG).write_text(json_text({key: projection.said[key] for key in _KNOWN}), encoding="utf-8")
     return [folder / CONFIG, folder / WEIGHTS]
 
 

@@ -93,10 +93,10 @@ class _Walk:
 
         def read(norm: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
             for one in seen.values():
-                if "after" in one:
-                    one.setdefault("sum", given[0][real])
-                elif "inputs" in one:
+                if "inputs" in one and "total" not in one:
                     one.update(norm=norm, total=given[0][real], after=out[real])
+                elif self.sandwiched and "total" in one and "beside" not in one:
+                    one["beside"] = given[0][real] - one["after"]
 
         hooks = [self.matrix(layer, role).register_forward_hook(partial(wrote, role)) for role in roles]
         norms = (module for module in self.modules[layer].modules() if is_norm(module))
@@ -106,10 +106,9 @@ class _Walk:
         finally:
             for hook in hooks:
                 hook.remove()
-        for one in seen.values():
-            whole = one.pop("sum", out[real])
-            if self.sandwiched:
-                one["beside"] = whole - one["after"]
+        for one in seen.values() if self.sandwiched else ():
+            if "beside" not in one:  # no other norm of the layer reads the sum
+                one["beside"] = out[real] - one["after"]
         behind = {"norm": None, "total": out[real], "after": out[real]}  # if no norm of the layer reads it
         return {role: _Seen(**behind | one) for role, one in seen.items()}, out
 
