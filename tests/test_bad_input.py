@@ -633,6 +633,18 @@ def test_force_replaces_the_whole_output(here, writer):
     assert names(here) == ["out"]
 
 
+@pytest.mark.parametrize("name", ["xgboost.model", "tokenizer_notes.json", "vocab.txt"])
+def test_names_like_those_of_a_tokenizer_are_ours_only_where_none_is_named(name: str, tmp_path: Path) -> None:
+    """Early releases named no file of a tokenizer in their manifests."""
+    (tmp_path / name).write_text("a year of work")
+    manifest = tmp_path / "gatepress_run.json"
+    manifest.write_text('{"sha256": {"tokenizer.json": "0", "tokenizer_config.json": "0"}}')
+    with pytest.raises(OutputError, match=f"holds {name}, which gatepress did not write"):
+        check_output(tmp_path, force=True)
+    manifest.write_text('{"sha256": {"probe.safetensors": "0"}}')
+    check_output(tmp_path, force=True)
+
+
 MOUNT, UMOUNT = shutil.which("mount"), shutil.which("umount")
 needs_mount = pytest.mark.skipif(not (MOUNT and UMOUNT), reason="there is no mount command here")
 

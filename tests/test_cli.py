@@ -498,9 +498,9 @@ class OutOfMemoryError(RuntimeError):
     [
         (KeyboardInterrupt(), 130, "interrupted; "),
         (Terminated(), 143, "interrupted; "),
-        (MemoryError(), 1, "out of memory; lower --batch-size"),
-        (OutOfMemoryError("CUDA out of memory"), 1, "out of memory; lower --batch-size"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory; lower --batch-size"),
+        (MemoryError(), 1, "out of memory; take smaller batches"),
+        (OutOfMemoryError("CUDA out of memory"), 1, "out of memory; take smaller batches"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory; take smaller batches"),
         (OSError(errno.ENOSPC, "No space left on device", "there"), 1, "there: cannot write (No space left"),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "output: cannot write (No space left on device); free"),
         (PermissionError(errno.EACCES, "Permission denied", "there"), 1, "there: cannot read or write (Perm"),

@@ -381,6 +381,27 @@ def test_a_pass_over_rows_is_one_over_their_texts(
         endtoend.run([embedder(), tiny_classifier_dir("bert", 1)], **options)
 
 
+@pytest.mark.parametrize("task", [None, "rte"])  # rte's first class is the one that fits, which no metric takes
+def test_rows_of_any_kind_are_timed(
+    task: str | None, embedder: Make, tiny_task_files: TaskFiles, tiny_glue_dir: Path
+) -> None:
+    data = DataSettings(task=task, data_dir=str(tiny_glue_dir)) if task else data_settings(tiny_task_files)
+    (record,) = endtoend.run([embedder()], data=data, batch_sizes=[32], repetitions=1, warmup=0)
+    assert record.examples == (2 * 64 if task else 96)
+
+
+def test_a_start_may_have_learned_from_pairs_with_other_labels(
+    embedder: Make, trained: Path, tiny_regression_files: TaskFiles, tmp_path: Path
+) -> None:
+    """Its labels are those of the pairs that measure it; a vector has none."""
+    rows = [(first, second, int(score > 2)) for first, second, score in tiny.made_up_pairs(48, seed=2)]
+    file = tiny.write_table(tmp_path / "dev.csv", ("first", "second", "score"), rows)
+    settings = embedding(embedder(), replace(tiny_regression_files, validation=file), epochs=1, start=str(trained))
+    report = train(settings, tmp_path / "run")
+    assert report["metric_name"] == "average_precision"
+    assert report["closed_fraction"] == pytest.approx(0.5, abs=0.01)
+
+
 def test_an_encoder_without_modules_averages_its_tokens(tiny_model_dir: Callable[[str], Path]) -> None:
     assert embedding_of(tiny_model_dir("bert")) == {"pooling": "mean", "normalize": False}
     assert not is_embedder(tiny_model_dir("bert"))  # a head can be trained on it as well

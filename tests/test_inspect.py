@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -163,6 +164,21 @@ def test_commands_of_methods_without_gates_say_nothing_of_gates(method: str) -> 
     (line,) = commands_of({**RUN_FORMAT, "settings": settings.to_json()}, "x")
     matrices = " --matrices q" if method == "lora" else ""
     assert line == f"gatepress train --task sst2 --method {method}{matrices} -o runs/x"
+
+
+def test_a_run_without_gates_has_no_facts_of_gates(
+    tiny_model_dir: Callable[[str], Path], tiny_task_files: Any, tmp_path: Path
+) -> None:
+    settings = settings_for(tiny_model_dir("bert"), tiny_task_files, method="full", epochs=1, sparsity=0.5)
+    report = train(settings, tmp_path / "run")
+    told = inspect(tmp_path / "run")
+    asked = told["provenance"]["settings"]
+    for facts in (report, told):
+        assert [facts[key] for key in ("budget", "granularity", "controller")] == [None] * 3
+    assert (told["asked_sparsity"], asked["sparsity"], asked["budget"]) == (0, 0, None)
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "run")])
+    assert shown.exit_code == 0, shown.output
+    assert "None" not in shown.stdout
 
 
 def test_a_point_without_a_metric_is_left_out_of_the_curve(made: SimpleNamespace, tmp_path: Path) -> None:

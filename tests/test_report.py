@@ -284,6 +284,25 @@ def test_times_are_those_of_the_directory_that_was_timed(made, tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    ("asked", "task", "metric"),
+    [
+        ({}, "sst2", "accuracy"),
+        ({"metric": "f1"}, "sst2", "f1"),
+        ({"task": "mrpc", "metric": "f1"}, "mrpc", "f1"),
+        ({"validation_file": "served/rare.csv"}, "rare", "accuracy"),
+        ({"validation_file": "/data/own.csv"}, "sst2", "accuracy"),  # by which it was trained
+    ],
+)
+def test_int8_is_told_by_the_metric_and_the_rows_that_measured_it(asked, task, metric, made, tmp_path):
+    manifest = {**made.onnx_manifest, "metric_name": metric, "data": {"validation_file": "/data/own.csv"}}
+    manifest["asked"] = {**manifest["asked"], **asked}
+    onnx = Path(shutil.copytree(made.onnx, tmp_path / "onnx"))
+    write(onnx, "gatepress_onnx.json", manifest)
+    (item,) = facts.read([onnx]).items
+    assert (item.task, item.metric_name, item.metric) == (task, metric, 0.9209)
+
+
 COMMON = ["models", "metric", "size"]
 
 

@@ -16,12 +16,14 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+import tiny
 from conftest import TaskFiles
 from forms import settings_for
 from gatepress import preparing, training
 from gatepress.checkpoint import read_run
 from gatepress.cli.app import app
 from gatepress.config import TrainSettings
+from gatepress.embedding import write_modules
 from gatepress.errors import ArtifactError, OutputError
 from gatepress.files import RUN_FILE, read_json, replace_file
 from gatepress.progress import NoProgress
@@ -166,6 +168,22 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert (read_run(run).status, read_run(run).step) == ("interrupted", step)
     resume(run)
     assert_same(run, whole)
+
+
+def test_what_was_stopped_before_it_was_measured_has_the_same_metric(
+    tiny_model_dir: ModelDir, tiny_regression_files: TaskFiles, tmp_path: Path
+) -> None:
+    """To the last digit of a correlation: what has closed is left out of what measures it, too."""
+    model = shutil.copytree(tiny_model_dir("qwen3"), tmp_path / "model")
+    write_modules(model, {"pooling": "lasttoken", "normalize": True}, tiny.HIDDEN)
+    settings = settings_for(model, tiny_regression_files, batch_size=32, embed=True)
+    settings = replace(settings, data=replace(settings.data, max_train_samples=128))  # each text is a row
+    train(settings, tmp_path / "whole")
+    for step in (EPOCH, 2 * EPOCH, STEPS):
+        run = stopped(settings, tmp_path / str(step), step, KeyboardInterrupt)
+        assert read_run(run).step == step
+        resume(run)
+        assert_same(run, tmp_path / "whole")
 
 
 def test_without_steps_between_there_is_a_checkpoint_at_each_epoch(

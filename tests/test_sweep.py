@@ -26,7 +26,7 @@ from gatepress.bench.summary import Cell, knee, summarize
 from gatepress.checkpoint import read_run
 from gatepress.config import Target, TrainSettings
 from gatepress.costs import TARGETS
-from gatepress.errors import ArtifactError, MissingExtraError, ModelError, OutputError, UsageError
+from gatepress.errors import ArtifactError, DataError, MissingExtraError, ModelError, OutputError, UsageError
 from gatepress.files import lock, release
 from gatepress.progress import NoProgress
 
@@ -226,6 +226,42 @@ def test_starting_over_never_removes_what_is_swept(settings, tmp_path):
     with pytest.raises(OutputError, match=r"holds .*full, which is read"):
         run(replace(settings, model=str(tmp_path / "sweep/runs/full")), tmp_path / "sweep", force=True)
     assert (tmp_path / "sweep/runs/full").is_dir()
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "mine/notes.txt", f"{RUNS[0]}/notes.txt"])
+def test_starting_over_leaves_alone_what_the_sweep_did_not_write(settings, trained, tmp_path, name):
+    run(settings, tmp_path / "sweep", methods=["lora"], plot=False)
+    runs = tmp_path / "sweep/runs"
+    (runs / name).parent.mkdir(exist_ok=True)
+    (runs / name).write_text("a year of work")
+    before = {path: path.stat().st_mtime_ns for path in runs.rglob("*")}
+    with pytest.raises(OutputError, match=r"holds (notes\.txt|mine), which gatepress did not write"):
+        run(settings, tmp_path / "sweep", methods=["lora"], force=True)
+    assert {path: path.stat().st_mtime_ns for path in runs.rglob("*")} == before
+    (runs / name).unlink()
+    if not any((runs / name).parent.iterdir()):
+        (runs / name).parent.rmdir()
+    run(settings, tmp_path / "sweep", methods=["lora"], force=True, plot=False)
+    assert trained == ["lora-s0-seed0"] * 2
+
+
+@pytest.mark.usefixtures("trained")
+def test_starting_over_begins_once_there_are_rows(settings, tmp_path):
+    run(settings, tmp_path / "sweep", methods=["lora"])
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "sweep").rglob("*") if path.is_file()}
+    wrong = replace(settings, data=replace(settings.data, label_column="lable"))
+    with pytest.raises(DataError, match="no column 'lable'"):
+        run(wrong, tmp_path / "sweep", methods=["lora"], force=True)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_starting_over_leaves_no_table_of_what_is_gone(settings, trained, tmp_path, monkeypatch):
+    run(settings, tmp_path / "sweep", methods=["lora"])
+    monkeypatch.setattr(sweep, "train_apart", lambda *_: (_ for _ in ()).throw(ModelError("it breaks")))
+    with pytest.raises(ModelError, match="it breaks"):
+        run(settings, tmp_path / "sweep", methods=["lora"], force=True)
+    assert {path.name for path in (tmp_path / "sweep").iterdir()} == {"sweep.json"}
+    assert trained == ["lora-s0-seed0"]
 
 
 def test_what_is_trained_may_be_timed_otherwise(settings, trained, tmp_path):

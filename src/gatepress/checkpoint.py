@@ -278,7 +278,7 @@ def load_start_(
     _tell_unfinished(directory, manifest)
     refuse_unlike(directory, manifest.settings, settings, "rank", "lora_matrices", "rotate_heads")
     _refuse_other_weights(directory, manifest, base, base_sha256)
-    if manifest.task.labels != spec.labels:
+    if not spec.embeds and manifest.task.labels != spec.labels:
         raise UsageError(
             f"{directory}: was trained for other labels than these rows have; name its rows, or train again"
         )

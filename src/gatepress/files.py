@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ RUN_FILE, PRUNED_FILE, ONNX_FILE = "gatepress_run.json", "gatepress_pruned.json"
 _MANIFESTS = (RUN_FILE, PRUNED_FILE, ONNX_FILE)  # what makes a directory a run, a pruned model or an ONNX model of ours
 _TEMPORARY = "gatepress-tmp-"
 _UNIQUE = "[a-z0-9_]" * 8  # pattern of the unique part of names made by `tempfile`
-_WRITTEN = (  # beside a manifest and what it names: early releases named no tokenizers
+_WRITTEN = (  # beside a manifest and what it names
     *(*_MANIFESTS, "gates-*.safetensors", "state-*.safetensors", "probe.safetensors"),
     *("model.safetensors", "config.json", "model.onnx", "model.onnx.data"),
+)
+_TOKENIZERS = (  # where a manifest names none: early releases did not
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
     *("*.model", "chat_template.jinja"),
 )
@@ -171,11 +173,7 @@ def check_output(target: Path, *, force: bool, reads: Iterable[str | Path | None
     if target.name in ("", "..") or os.path.ismount(target):
         raise OutputError(f"{target}: cannot be replaced as a whole; name a directory in it with -o")
     refuse_held(target, reads)
-    if target.exists() and (others := _of_others(target)):
-        raise OutputError(
-            f"{target}: holds {', '.join(others[:3])}, which gatepress did not write, so --force leaves it alone; "
-            "choose another with -o, or remove it yourself"
-        )
+    refuse_others(target)
     refuse_unwritable(target)
 
 
@@ -200,6 +198,16 @@ def refuse_held(target: Path, reads: Iterable[str | Path | None]) -> None:
         # Not Path.exists, which raises on a name that is too long for a path.
         if path is not None and os.path.exists(path) and _holds(target, Path(path)):
             raise OutputError(f"{target}: holds {path}, which is read and would be gone; choose another with -o")
+
+
+def refuse_others(target: Path, *, known: Container[str] = ()) -> None:
+    """Refuse a target that holds what gatepress did not write, other than the names `known`."""
+    found = _of_others(target) if target.exists() else []
+    if others := [name for name in found if name not in known]:
+        raise OutputError(
+            f"{target}: holds {', '.join(others[:3])}, which gatepress did not write, so --force leaves it alone; "
+            "choose another with -o, or remove it yourself"
+        )
 
 
 def refuse_overwriting(path: Path, reads: Iterable[str | Path | None]) -> None:
@@ -228,13 +236,15 @@ def _of_others(directory: Path) -> list[str]:
         left.add(POOLING_DIR)
     folders = {name for name in names if PROJECTION.fullmatch(name) and (directory / name).is_dir()}
     left |= {name for name in folders if {f"{name}/{file}" for file in os.listdir(directory / name)} <= bound}
-    return [name for name in names if name not in left and not (manifests and _is_ours(name, bound))]
+    told = any(fnmatch(name, one) for name in bound for one in _TOKENIZERS)
+    ours = [*map(glob.escape, bound), *_WRITTEN, *(() if told else _TOKENIZERS)]
+    return [name for name in names if name not in left and not (manifests and _is_ours(name, ours))]
 
 
-def _is_ours(name: str, bound: set[str]) -> bool:
+def _is_ours(name: str, patterns: list[str]) -> bool:
     """Return whether gatepress writes a file of that name, finished or temporary."""
     whole = name[1:].rpartition(".")[0] if name.startswith(".") else name
-    return whole in bound or any(fnmatch(whole, pattern) for pattern in _WRITTEN)
+    return any(fnmatch(whole, pattern) for pattern in patterns)
 
 
 def _holds(directory: Path, path: Path) -> bool:

@@ -159,7 +159,9 @@ def _explained(repo_id: str, revision: str | None, ways_out: str) -> Iterator[No
             f"{repo_id}: the hub gives it only to those it knows; accept its terms there and set HF_TOKEN"
         ) from None
     except errors.RevisionNotFoundError:
-        raise ModelError(f"{repo_id}: the hub has no revision {revision!r} of it; check --revision") from None
+        raise ModelError(
+            f"{repo_id}: the hub has no revision {revision!r} of it; look up its branches and tags there"
+        ) from None
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         raise ModelError(
             f"{repo_id}: no directory here and no public repository of the hub has that name; "

@@ -152,6 +152,7 @@ def _effective(value: Facts, report: Facts) -> Facts:
         "learning_rate": settings.rate,
         "lora_rank": settings.rank or None,
         "budget": settings.unit if settings.gated else None,
+        "sparsity": settings.sparsity if settings.gated else 0.0,
         "epochs": report.get("epochs", settings.epochs),
         "max_length": report.get("tokens", settings.max_length),
     }

@@ -54,6 +54,7 @@ from gatepress.files import (
     lock,
     read_json,
     refuse_held,
+    refuse_others,
     release,
     replace_file,
     temporary_directory,
@@ -80,6 +81,7 @@ LEFT_OPEN = (
 )
 GRID = ("methods", "sparsities", "seeds")  # may grow; the rest of a training must stay for figures to be comparable
 TIMING = ("target", "batch_sizes", "seq_lens", "repetitions", "threads")  # may change: everything is timed anew
+SUMMARY = ("sweep.md", "sweep.png", "sweep.svg")  # a table, and the same as pictures
 KEPT = (
     *("task", "metric_name", "metric_value", "examples", "closed_fraction", "encoder_macs_removed"),
     *("total_params", "trainable_params", "train_seconds", "peak_memory_bytes"),
@@ -127,6 +129,7 @@ def run(  # noqa: PLR0913 - every option of the command is one
     grid = {"methods": list(methods), "sparsities": list(sparsities), "seeds": seeds}
     if force:
         refuse_held(output / "runs", (*settings.reads, *stands_on(settings)))
+        _refuse_foreign(output / "runs")
     fresh = not output.exists()
     sweep = _Sweep(output, asked, _as_json({"train": train, **grid, "target": target, **measuring}))
     before = _before(output, sweep.settings, force=force)
@@ -140,11 +143,15 @@ def run(  # noqa: PLR0913 - every option of the command is one
         sweep.reports = {cell: run.report for cell, run in done.items()}
     longest = max_tokens(read_json(_located(settings) / "config.json"))
     endtoend.refuse_longer(settings.model, longest, max(seq_lens))
+    if force and not fresh:
+        load_rows(settings.data, embeds=settings.embed)  # what is there goes only if the rows can be had
     with _claimed(output, runs=force):
         try:
             sweep.save()
             if force:
                 shutil.rmtree(output / "runs", ignore_errors=True)
+                for name in SUMMARY:
+                    (output / name).unlink(missing_ok=True)
             sweep.train(progress)
         except BaseException:
             if fresh and not any(output.glob(f"runs/*/{RUN_FILE}")):  # nothing to continue from
@@ -170,11 +177,20 @@ def _claimed(output: Path, *, runs: bool) -> Iterator[None]:
         release(claim)
 
 
+def _refuse_foreign(runs: Path) -> None:
+    """Raise `OutputError` if beside or in the runs of a sweep there is what it did not write."""
+    cells = [path for path in runs.glob("*") if Cell.named(path.name)]
+    for directory in cells:
+        refuse_others(directory)
+    refuse_others(runs, known=[path.name for path in cells])
+
+
 def _write_summary(output: Path, result: dict[str, Any], *, plot: bool | None) -> None:
     """Write the table of a sweep, and its pictures if they are asked for or matplotlib is installed."""
-    replace_file(output / "sweep.md", markdown(table(result)).encode())
+    told, *pictures = (output / name for name in SUMMARY)
+    replace_file(told, markdown(table(result)).encode())
     drawn = plot is not False and find_spec("matplotlib")
-    for picture in (output / "sweep.png", output / "sweep.svg"):
+    for picture in pictures:
         if drawn:
             from gatepress.bench import tradeoff  # noqa: PLC0415 - matplotlib is an extra, not always there
 

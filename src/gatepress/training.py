@@ -125,6 +125,8 @@ def _unmeasured(job: Job) -> bool:
 
 def _end_epoch(job: Job, writer: RunWriter | None) -> None:
     """Measure and count the model after a pass over the rows, and write it."""
+    with uninterrupted():
+        _narrow_(job)  # a resumed run measures the same computation, to the last digit
     with _matched(job) as offsets:
         report = _measured(job) | offsets
         _checkpoint(job, writer, "finished" if job.step == job.steps else "training", report)
@@ -155,10 +157,7 @@ def _matched(job: Job) -> Iterator[dict[str, Any]]:
 @uninterrupted()
 def _step(job: Job, batch: dict[str, Tensor]) -> Tensor:
     """Take one optimizer step and return its loss."""
-    if job.budget and job.budget.moved:
-        job.budget.moved = False
-        if job.budget.closed_gates:
-            narrow_(job.gated, job.layers, job.budget.vectors)
+    _narrow_(job)
     _seed_step(job)
     # Not accelerate's autocast: it wraps the model itself, and measuring must be in float32.
     with computing(job.settings.precision, job.device.type), first_token_alone():
@@ -177,6 +176,14 @@ def _step(job: Job, batch: dict[str, Tensor]) -> Tensor:
     job.schedule.step()
     job.optimizer.zero_grad()
     return loss
+
+
+def _narrow_(job: Job) -> None:
+    """Leave what has closed since the last step out of what is computed."""
+    if job.budget and job.budget.moved:
+        job.budget.moved = False
+        if job.budget.closed_gates:
+            narrow_(job.gated, job.layers, job.budget.vectors)
 
 
 def _seed_step(job: Job) -> None:

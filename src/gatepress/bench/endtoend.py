@@ -8,11 +8,12 @@ inputs that are already on the device to the result.
 import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -49,7 +50,7 @@ Tokenizers = dict[Path | None, PreTrainedTokenizerBase]  # by the directory that
 Targets = Sequence[str | Path] | Mapping[str, str | Path]  # with or without the names that tables give them
 
 
-def _as_read(rows: Rows, data: DataSettings, runners: Collection[Runner]) -> Rows:
+def _as_read(rows: Rows, runners: Collection[Runner]) -> Rows:
     """Return the rows as these models read them (embedders one text at a time); `ModelError` if they disagree."""
     embedders = [one.name for one in runners if one.embeds]
     if not embedders:
@@ -59,7 +60,13 @@ def _as_read(rows: Rows, data: DataSettings, runners: Collection[Runner]) -> Row
             f"{', '.join(embedders)}: read texts one at a time, the others as pairs, so one pass is not as much as "
             "another; leave out the rows, or time models of one kind"
         )
-    return load_rows(data.absolute(), splits="validation", embeds=True)
+    return replace(rows, validation={name: _one_by_one(split) for name, split in rows.validation.items()})
+
+
+def _one_by_one(split: datasets.Dataset) -> datasets.Dataset:
+    """Return all texts of a split as rows of their own; what their labels are does not matter to time."""
+    texts = [text for key in ("text", "text_pair") if key in split.column_names for text in split[key]]
+    return datasets.Dataset.from_dict({"text": texts, "label": [0] * len(texts)})
 
 
 @dataclass(frozen=True)
@@ -129,10 +136,10 @@ def run(  # noqa: PLR0913 - every knob of a measurement is named
     with timing.undisturbed(threads) as active:
         opening = partial(open_runner, device=str(place), trust_remote_code=trust_remote_code)
         runners = _open(targets, precisions, opening)
-        if rows is None or data is None:
+        if rows is None:
             cells = _grid(batch_sizes, seq_lens, seed)
         else:
-            rows = _as_read(rows, data, runners.values())
+            rows = _as_read(rows, runners.values())
             tokenizers = _tokenizers(runners.values(), trust_remote_code=trust_remote_code)
             cut = min(fitting(max_length, one.max_tokens, tokenizers[one.tokenizer_dir]) for one in runners.values())
             cells = _passes(batch_sizes, rows, cut, tokenizers)
@@ -230,7 +237,7 @@ def _timed(name: str, runner: Runner, cell: _Cell) -> _Timed:
     except (GatepressError, MemoryError):
         raise
     except Exception as error:  # every runtime has its own classes for "this shape does not fit"
-        shape = "try a smaller --batch-size or --seq-len"
+        shape = f"try a smaller --batch-size or {'--seq-len' if cell.seq_len else '--max-length'}"
         raise ModelError(f"{name}: cannot run {cell} ({reason_of(error)}); {shape}") from error
     macs = [runner.macs(*batch["input_ids"].shape) for batch in batches]
     known = [number for number in macs if number is not None]

@@ -1,5 +1,6 @@
 """The outcome of a sweep: a row for each method and sparsity, the knee, and the table that people read."""
 
+import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from gatepress.bench.tables import Table, conditions, three_digits
 from gatepress.config import METHODS, Method
 
 KNEE_POINTS = 3  # a chord and something above it
+_NAME = re.compile(rf"({'|'.join(map(re.escape, METHODS))})-s\d[\d.e-]*-seed\d+")
 LEVEL = 1e-9  # of the unit square: a straight line has no knee, whatever rounding makes of it
 
 
@@ -35,6 +37,11 @@ class Cell:
     def name(self) -> str:
         """Name of its run directory."""
         return f"{self.method}-s{self.sparsity:g}-seed{self.seed}"
+
+    @staticmethod
+    def named(directory: str) -> bool:
+        """Whether a run directory has the name of one."""
+        return bool(_NAME.fullmatch(directory))
 
 
 def density(cell: Cell) -> tuple[bool, bool, str, float]:

@@ -219,8 +219,7 @@ def explain(error: BaseException, note: str = NOTHING_WRITTEN) -> tuple[str, str
         number = next((one for one in came if one != signal.SIGINT), signal.SIGINT)
         return "Interrupted", f"interrupted; {note}", OF_SIGNALS + number
     if _is_out_of_memory(error):
-        remedy = "lower --batch-size or --max-length, or take a smaller model"
-        return "OutOfMemory", f"out of memory; {remedy}", 1
+        return "OutOfMemory", "out of memory; take smaller batches, shorter texts or a smaller model", 1
     if isinstance(error, OSError):
         return "OSError", _os_error_text(error), 1
     text = f"internal error ({kind}: {error}); run it again with --debug and report what that prints"

@@ -111,7 +111,8 @@ def _work(screen: Screen, target: Path, training: Callable[..., dict[str, Any]])
     if method is None or method.gated:
         screen.note(f"next: gatepress prune {shown}")
     else:
-        screen.note(f"next: gatepress export {shown}, or press it: gatepress train --model {shown} --sparsity 0.5")
+        press = f"train on the same rows with --model {shown} --sparsity 0.5"
+        screen.note(f"next: gatepress export {shown}, or press it: {press}")
 
 
 def _stamp(target: Path) -> tuple[int, int] | None:

@@ -230,7 +230,7 @@ def _of_onnx(manifest: Manifest, path: Path) -> Item:
             "metric": number(manifest.get("metric_value")),
             "before": number(manifest.get("metric_value_fp32")),
             "before_is": "float32",
-            "metric_name": _task(manifest)[1],
+            **_measured_by(manifest),
         }
     return replace(known, **own)
 
@@ -297,6 +297,16 @@ def _task(manifest: Manifest) -> tuple[str | None, str | None]:
     task = manifest.get("task") or {}
     name, metric = task.get("name"), task.get("metric")
     return str(name) if name else None, str(metric) if metric else None
+
+
+def _measured_by(manifest: Manifest) -> dict[str, str | None]:
+    """Return by which metric an int8 form was measured and, if other rows were named than its source's, on which."""
+    asked, own = manifest.get("asked") or {}, manifest.get("data") or {}
+    metric = str(manifest.get("metric_name") or "") or _task(manifest)[1]
+    named = [str(asked[key]) for key in ("task", "validation_file") if asked.get(key)]
+    if not named or str(Path(named[0]).absolute()) == own.get("validation_file"):
+        return {"metric_name": metric}
+    return {"metric_name": metric, "task": Path(named[0]).stem}
 
 
 def _counted(report: dict[str, Any]) -> dict[str, Any]:
