@@ -25,7 +25,7 @@ from gatepress import errors
 from gatepress.cli import demo as demo_verb
 from gatepress.cli import sweep as sweep_verb
 from gatepress.cli import train as train_verb
-from gatepress.cli._console import Terminated
+from gatepress.cli._console import Screen, Terminated, facts, grid, lines
 from gatepress.cli._groups import spread
 from gatepress.cli._launched import is_first
 from gatepress.cli._progress import BarProgress, LineProgress, clock_text, rate_text
@@ -1094,3 +1094,19 @@ def test_of_one_process_the_only_one_prints(monkeypatch, environment, first):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert is_first() is first
+
+
+def test_tables_lose_nothing_of_what_is_too_long() -> None:
+    """Texts go on in the next line, and a command that is to be copied stays in one."""
+    path, command = f"/data/{'abcdefghij' * 20}/dev.csv", f"gatepress train --train-file {'x y' * 60} -o runs/x"
+    numbers = ["123.45 ms", "12,345,678", "1,234.5 MB", "0.000123", "123.45 to 678.90", "onnxruntime"] * 2
+    stream = io.StringIO()
+    rows = [[path, *numbers]]
+    views = [facts("files", [("rows", path)]), grid("times", ["model", *numbers], rows), lines("again", [command])]
+    Screen(stream, io.StringIO(), as_json=False, quiet=False).result({}, lambda _: views)
+    shown = stream.getvalue()
+    joined = "".join(line.strip() for line in shown.splitlines())
+    assert "…" not in shown
+    assert path in joined
+    assert all(number in line for line in shown.splitlines() if "123.45 ms" in line for number in numbers)
+    assert f" 1  {command}" in shown.splitlines()

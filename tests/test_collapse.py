@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
@@ -39,9 +40,11 @@ LAYOUTS: list[Layout] = ["auto", "inner", "index", "paper", "stock"]
 TAKE_NO_PAIRS = {"mpnet", "deberta-v2", *(["modernbert"] if tiny.RELEASE < (5, 1) else [])}  # no mask of query and key
 
 
-def gated_model(family: str, granularity: Granularity, closed: float = 0.4, seed: int = 0) -> PreTrainedModel:
+def gated_model(
+    family: str, granularity: Granularity, closed: float = 0.4, seed: int = 0, **changes: Any
+) -> PreTrainedModel:
     """Return a tiny gated model with fractional gates, some of them closed, and a low-rank update."""
-    model = tiny.build_classifier(family, num_labels=3)
+    model = tiny.build_classifier(family, num_labels=3, **changes)
     attach_gates_(model, granularity=granularity, controller="importance", lora_rank=2)
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -209,7 +212,9 @@ def test_uniform_attention_reads_the_same_on_whichever_side_padding_is(family: s
 @pytest.mark.parametrize("family", sorted({*tiny.FAMILIES} - TAKE_NO_PAIRS))
 def test_uniform_attention_obeys_masks_that_differ_from_token_to_token(family: str) -> None:
     """As of texts that are packed into one row."""
-    model = gated_model(family, "structured")
+    facts = tiny.build_config(family).to_dict()
+    undropped = {name: 0.0 for name, value in facts.items() if "dropout" in name and isinstance(value, float)}
+    model = gated_model(family, "structured", **undropped)
     gated_linear(model, resolve(model)[0], "q").gate_out.mask.zero_()
     pruned, _ = collapse(model, "inner")
     ids, mask = torch.randint(5, 50, (1, 12)), torch.zeros(1, 1, 12, 12, dtype=torch.bool)
@@ -221,6 +226,17 @@ def test_uniform_attention_obeys_masks_that_differ_from_token_to_token(family: s
         )
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
     assert (flat - got).abs().max() > 0.01
+
+    with torch.inference_mode():  # below the head, where nobody tells layers what masks say
+        bodies = [one.base_model(input_ids=ids, attention_mask=mask).last_hidden_state for one in (model, pruned)]
+    torch.testing.assert_close(*bodies, atol=1e-5, rtol=0)
+    if not pruned.supports_gradient_checkpointing:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the name that all releases of transformers have
+        pruned.gradient_checkpointing_enable()
+    for seen in (mask, torch.ones(1, 12)):  # layers are computed again from outside the model's forward
+        pruned.train()(input_ids=ids, attention_mask=seen).logits.sum().backward()
 
 
 def test_a_traced_model_takes_any_number_of_rows_and_tokens(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,6 +378,28 @@ def test_a_forward_of_its_own_reads_all_tokens() -> None:
     for kind in (Mixed, Inherited):
         pruned.__class__ = kind
         torch.testing.assert_close(pruned(**inputs), wanted)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_what_is_offloaded_computes_the_same(family: str) -> None:
+    """As `device_map="auto"` does with layers for which a GPU is too small: hooks bring weights for each call."""
+    pruned, _ = collapse(gated_model(family, "structured"), "inner")
+    wanted = logits(pruned, family)
+    stock = tiny.build_classifier(family)
+    try:
+        logits(cpu_offload(stock, execution_device=torch.device("cpu")), family)
+    except RuntimeError:
+        pytest.skip(f"transformers' own {family} does not run offloaded")
+    got = logits(cpu_offload(pruned, execution_device=torch.device("cpu")), family)
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
+
+
+def test_how_tokens_are_pooled_may_change_after_loading() -> None:
+    model = gated_model("modernbert", "structured")
+    pruned, _ = collapse(model, "inner")
+    for pooling in ("mean", "cls"):
+        model.config.classifier_pooling = pruned.config.classifier_pooling = pooling
+        torch.testing.assert_close(logits(pruned, "modernbert"), logits(model, "modernbert"), atol=1e-5, rtol=0)
 
 
 def test_a_feed_forward_part_in_chunks_of_tokens_computes_all_of_them() -> None:

@@ -1,9 +1,12 @@
 """What the functions behind the commands take: directories as text, words that exist, and no word too many."""
 
+import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import gatepress
@@ -47,6 +50,36 @@ def test_directories_may_be_text(run: Path, tmp_path: Path) -> None:
     assert inspect(pruned)["kind"] == "pruned"
     assert report([str(run), pruned], page)["output"] == page
     assert gatepress.load_pruned(pruned).config.model_type == "gatepress_bert"
+
+
+def test_numbers_may_be_those_of_numpy(run: Path, tmp_path: Path) -> None:
+    """As in a loop over `np.arange`; what is written holds Python's own."""
+    settings = replace(
+        load_run(run)[1].settings,
+        seed=np.int64(3),
+        sparsity=np.float32(0.5),
+        epochs=np.int64(1),
+        batch_size=np.int32(32),
+    )
+    assert [type(one) for one in (settings.seed, settings.sparsity, settings.epochs)] == [int, float, int]
+    assert train(settings, tmp_path / "run")["asked_sparsity"] == 0.5
+    report = prune(tmp_path / "run", tmp_path / "pruned", sparsity=np.float32(0.25))
+    assert report["closed_fraction"] == pytest.approx(0.25, abs=0.01)
+    asked = json.loads((tmp_path / "pruned" / "gatepress_pruned.json").read_text())["asked"]
+    assert asked["sparsity"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"epochs": 1.5}, r"^--epochs is 1\.5, expected a whole number$"),
+        ({"sparsity": "0.5"}, r"^--sparsity is '0\.5', expected a number$"),
+        ({"seed": None, "lora_rank": "8"}, r"^--lora-rank is '8', expected a whole number$"),
+    ],
+)
+def test_what_is_no_number_is_refused(changes: Any, told: str, run: Path) -> None:
+    with pytest.raises(UsageError, match=told):
+        replace(load_run(run)[1].settings, **changes)
 
 
 def test_words_that_do_not_exist_are_refused_before_anything_is_done(run: Path, tmp_path: Path) -> None:

@@ -208,6 +208,12 @@ def test_two_sparsities_do_not_share_a_directory(run: Path, tmp_path: Path) -> N
     assert not any(tmp_path.iterdir())
 
 
+def test_two_sparsities_do_not_share_a_directory_in_python_either(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="give each its own"):
+        prune_each(run, {0.25: tmp_path / "one", 0.5: str(tmp_path / "other/../one")}, force=True)
+    assert not (tmp_path / "one").exists()
+
+
 def test_an_open_training_can_be_pruned_afterwards(tiny_model_dir: Any, tiny_task_files: Any, tmp_path: Path) -> None:
     train(settings_for(tiny_model_dir("bert"), tiny_task_files, sparsity=0.0, epochs=1), tmp_path / "run")
     assert prune(tmp_path / "run", tmp_path / "pruned", sparsity=0.3)["closed_fraction"] == pytest.approx(0.3, abs=5e-3)

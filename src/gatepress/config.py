@@ -5,6 +5,7 @@ A wrong value raises one `UsageError` that lists every problem in the spelling o
 """
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -129,6 +130,7 @@ _NUMBERS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (("weight_decay", "penalty_weight", "hidden_weight"), lambda v: 0 <= v < float("inf"), "a number from 0 on"),
     (("seed",), lambda value: 0 <= value < MOST_SEEDS, f"a whole number from 0 to {MOST_SEEDS - 1}"),
 )
+_WHOLE = ("epochs", "batch_size", "max_length", "lora_rank", "save_every", "open_epochs", "seed")
 
 
 @dataclass(frozen=True)
@@ -171,8 +173,11 @@ class TrainSettings:
     precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
-        """Collect all problems and raise them at once."""
-        refuse([*self._unknown_words(), *self._wrong_numbers(), *self._wrong_pairs()])
+        """Collect all problems and raise them at once; numbers of NumPy become Python's own, which manifests hold."""
+        odd = self._no_numbers()
+        refuse([*self._unknown_words(), *(odd or self._wrong_numbers()), *self._wrong_pairs()])
+        for name, value in self._numbers():
+            object.__setattr__(self, name, int(value) if isinstance(value, numbers.Integral) else float(value))
 
     def _unknown_words(self) -> list[str]:
         problems = unknown_words(
@@ -193,6 +198,18 @@ class TrainSettings:
             if asked is not None and not (asked and set(asked) <= set(possible))
         ]
         return problems
+
+    def _numbers(self) -> list[tuple[str, Any]]:
+        """Return the names and values of all numbers that are given."""
+        named = [(name, getattr(self, name)) for names, *_ in _NUMBERS for name in names]
+        return [(name, value) for name, value in named if value is not None]
+
+    def _no_numbers(self) -> list[str]:
+        return [
+            f"{spelled(name)} is {value!r}, expected a {'whole ' if name in _WHOLE else ''}number"
+            for name, value in self._numbers()
+            if not isinstance(value, numbers.Integral if name in _WHOLE else numbers.Real)
+        ]
 
     def _wrong_numbers(self) -> list[str]:
         return [

@@ -6,6 +6,7 @@ import fcntl
 import glob
 import hashlib
 import json
+import numbers
 import os
 import re
 import shutil
@@ -71,7 +72,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def json_text(value: dict[str, Any]) -> str:
     """Return the one JSON spelling that gatepress writes (strict: NaN is refused)."""
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=_own_number) + "\n"
+
+
+def _own_number(value: Any) -> int | float:
+    """Return a number of NumPy or another library as Python's own."""
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    raise TypeError(f"{type(value).__name__} is nothing that JSON has")
 
 
 def _os_error_in(error: Exception) -> OSError | None:

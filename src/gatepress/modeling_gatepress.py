@@ -43,7 +43,7 @@ class _Call(threading.local):
     """What the call of a model in this thread tells its layers; per thread, because threads may share a model."""
 
     first_token_alone = False
-    masks_by_token = False  # whether the caller's mask may say for each token on its own what it looks at
+    masks_by_token = True  # whether the caller's mask may say for each token on its own what it looks at
     keys_from: Tensor | None = None  # hidden states of all tokens, if the last layer is given only the first ones
 
 
@@ -150,7 +150,8 @@ class PrunedAttention:
         dropout = self.dropped if self.training else 0.0
         given, _call.keys_from = _call.keys_from, None
         everything = hidden_states if given is None else given.to(hidden_states.device)  # layers may be spread
-        once = part.get("uniform") and bias_of is None and not (dropout or self.near or _call.masks_by_token)
+        # Not in training: checkpointed layers are computed again without what this call was told.
+        once = part.get("uniform") and bias_of is None and not (self.training or self.near or _call.masks_by_token)
         if once:
             hidden_states = hidden_states[:, :1]
         v = self._by_head(getattr(self, part["v"])(everything), part["vo_width"])
@@ -206,6 +207,8 @@ class PrunedAttention:
         (dense,), width = norm.weight.shape, x.shape[-1]
         share = dense / width
         factors, epsilon = factors_of(norm)
+        if factors.is_meta:  # offloaded: a hook brings the weights for a call of the norm
+            factors = norm(x.new_ones(dense)) * (1 + epsilon) ** 0.5
         pairs = self.pairs.view(-1, width // 2)  # of each head of keys
         weight = factors[torch.cat([pairs, pairs + dense // 2], dim=1)]
         wide = x.float()
@@ -527,8 +530,11 @@ def _submodule(base: nn.Module, path: str) -> nn.Module:
 
 @contextlib.contextmanager
 def first_token_alone(*, wanted: bool = True) -> Iterator[None]:
-    """Let last layers that `narrow_layer_` prepared compute the first token alone while the block runs."""
-    with _telling(first_token_alone=wanted):
+    """Let last layers that `narrow_layer_` prepared compute the first token alone while the block runs.
+
+    Masks must be [batch, length], or none.
+    """
+    with _telling(first_token_alone=wanted, masks_by_token=False):
         yield
 
 
@@ -588,6 +594,7 @@ def _told(forward: Callable[..., Any]) -> Callable[..., Any]:
         asked = (getattr(self.config, name, False) if value is None else value for name, value in given.items())
         inputs_only = len(args) <= 2  # noqa: PLR2004 - after ids and mask, what a place means depends on the family
         alone = self.first_token_alone and not self.training and inputs_only and not any(asked)
+        alone = alone and reads_first_token(self.config)  # which may have changed since
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         by_row = mask is None or getattr(mask, "ndim", 0) == 2  # noqa: PLR2004 - [batch, length]
         with _telling(first_token_alone=alone, masks_by_token=not by_row):

@@ -61,6 +61,8 @@ def prune_each(  # noqa: PLR0913 - every option of the command is one
     if refit and recover_epochs:
         raise UsageError("--refit is for what is not trained on; leave it out, or --recover-epochs")
     settings = gated_settings(run_dir)
+    if len({output.resolve() for output in places.values()}) < len(places):
+        raise UsageError("two sparsities are to be written into one directory; give each its own")
     for sparsity in places:
         replace(settings, sparsity=sparsity)  # refuses what is not a fraction
     refuse_unusable(**pruning)  # these two now, not after a training

@@ -28,11 +28,12 @@ from gatepress.files import cannot_write, json_text
 from gatepress.progress import NoProgress, Progress
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.table import Table
 
     from gatepress.cli._progress import BarProgress, LineProgress
 
-Titled = tuple[str, "Table"]  # rich is imported only when something is shown
+Titled = tuple[str, "Table | Group"]  # rich is imported only when something is shown
 
 SIGNALS: list[int] = []  # received signals: some libraries swallow what a handler raises while they are imported
 DELIVERED = threading.Event()  # whether the one JSON object was written: from then on a signal has nothing to report
@@ -112,7 +113,7 @@ class Screen:
             console = Console(file=self.stdout, width=None if self.stdout.isatty() else PIPE_WIDTH)
             for title, table in view(value):
                 console.print(title, markup=False, highlight=False, soft_wrap=not self.stdout.isatty())
-                console.print(table)
+                console.print(table, crop=False)  # a terminal that is too narrow breaks lines; nothing is lost
         self.stdout.flush()
 
     def error(self, kind: str, message: str, exit_code: int) -> None:
@@ -283,23 +284,36 @@ def _logging_to(screen: Screen, *, debug: bool) -> Iterator[None]:
 
 def facts(title: str, rows: Sequence[tuple[str, str]]) -> Titled:
     """Return a two-column table of names and values."""
-    _, table = grid(title, ["", ""], rows, left=2)
-    table.show_header = False
-    return title, table
+    return title, _table(["", ""], rows, left=2, show_header=False)
 
 
 def grid(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> Titled:
     """Return a table whose first `left` columns are text and whose others are numbers."""
+    return title, _table(columns, rows, left=left)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int, show_header: bool = True) -> "Table":
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_header=show_header)
     for index, name in enumerate(columns):
-        table.add_column(Text(name), justify="left" if index < left else "right")
+        # Texts that are too long go on in the next line, numbers are left whole.
+        whole = None if index < left else max((len(row[index]) for row in rows), default=0)
+        table.add_column(Text(name), justify="left" if index < left else "right", overflow="fold", min_width=whole)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))  # Text: a path in [brackets] is no markup
-    return title, table
+    return table
+
+
+def lines(title: str, texts: Sequence[str]) -> Titled:
+    """Return numbered texts, each to be copied from one line however long."""
+    from rich.console import Group
+    from rich.text import Text
+
+    numbered = (f" {number}  {text}" for number, text in enumerate(texts, 1))
+    return title, Group(*(Text(line, no_wrap=True, overflow="ignore") for line in ["", *numbered, ""]))
 
 
 def percent(fraction: float) -> str:

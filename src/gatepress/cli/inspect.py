@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 from gatepress.cli import _options as opt
-from gatepress.cli._console import Titled, count, facts, grid, megabytes, percent, pick, session
+from gatepress.cli._console import Titled, count, facts, grid, lines, megabytes, percent, pick, session
 from gatepress.cli.train import metric_rows
 
 EXAMPLES = opt.examples(
@@ -51,9 +51,7 @@ def tables(result: dict[str, Any], *, drawn: bool) -> list[Titled]:
     if result.get("provenance"):
         shown.append(facts("Where it comes from", _origin(result["provenance"])))
     if result.get("commands"):
-        shown.append(
-            facts("Making it again", [(str(number), line) for number, line in enumerate(result["commands"], 1)])
-        )
+        shown.append(lines("Making it again", result["commands"]))
     if result.get("layers"):
         columns = ["layer", "heads", "query/key width", "value/output width", "neurons", "by index"]
         rows = [_layer(number, layer, drawn=drawn) for number, layer in enumerate(result["layers"])]

@@ -73,7 +73,10 @@ def sweep(  # noqa: PLR0913 - every option is a parameter
             "DIR", "Directory of the sweep. If it exists, the sweep continues there. Default: sweeps/TASK-MODEL."
         ),
     ] = None,
-    force: Annotated[bool, opt.force_option("Start over. What a sweep in the directory has trained is removed before the first training.")] = False,
+    force: Annotated[
+        bool,
+        opt.force_option("Start over. What a sweep in the directory has trained is removed before the first training."),
+    ] = False,
     shown: opt.Shown,
 ) -> None:
     """Find the sparsity that pays.

@@ -1,5 +1,6 @@
 """From the values of a label column to ids or numbers, and to the kind of task they make."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -53,9 +54,18 @@ def infer_names(values: list[Any], where: str) -> tuple[str, ...] | None:
 def _refuse_mixed(spelled: Mapping[str, int], where: str) -> None:
     """Raise `DataError` if there are words among scores, or if all scores have a decimal comma."""
     words = [text for text in spelled if _number(text) is None]
-    parts = [text for text in spelled if (number := _number(text)) is not None and number % 1]
+    parts = [text for text in spelled if math.isfinite(number := _number(text) or 0) and number % 1]
+    missing = [text for text in spelled if math.isnan(_number(text) or 0)]
+    if missing:
+        raise DataError(
+            f"{where}, row {spelled[missing[0]]}: label {missing[0]!r} is how a missing value is written as text; drop "
+            "the row or, if it is a class, give that another name"
+        )
     if all(_DECIMAL_COMMA.fullmatch(text) for text in words):
-        raise DataError(f"{where}, row {spelled[words[0]]}: label {words[0]!r} has a decimal comma; write a point")
+        raise DataError(
+            f"{where}, row {spelled[words[0]]}: label {words[0]!r} has a decimal comma, or one between thousands; "
+            "write a point, or nothing"
+        )
     if parts:
         raise DataError(
             f"{where}, row {spelled[words[0]]}: label {words[0]!r} is not a finite number, and others are, as "

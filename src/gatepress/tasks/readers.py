@@ -85,18 +85,24 @@ def _refuse_twins(path: Path, names: Sequence[str]) -> None:
         raise DataError(f"{path}: two columns have the same name in the header: {', '.join(names)}")
 
 
-def _read_csv(path: Path) -> Columns:
+def _separated(path: Path, separator: str, others: Sequence[str]) -> str:
+    """Return the text of a file; `DataError` if its header has another separator and not this one."""
     text = _text(path)
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
-    advice = 'put texts with commas or line breaks in "quotes"'
     header = text.partition("\n")[0]
-    if "," not in header and (others := [name for name in (";", "\t") if name in header]):
-        raise DataError(f"{path}: the header is separated by {others[0]!r}, expected ','")
-    return _table(path, rows, advice)
+    if separator not in header and (found := [one for one in others if one in header]):
+        raise DataError(f"{path}: the header is separated by {found[0]!r}, expected {separator!r}")
+    return text
+
+
+def _read_csv(path: Path) -> Columns:
+    text = _separated(path, ",", (";", "\t"))
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    return _table(path, rows, 'put texts with commas or line breaks in "quotes"')
 
 
 def _read_tsv(path: Path) -> Columns:
-    rows = csv.reader(io.StringIO(_text(path), newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
+    text = _separated(path, "\t", (",", ";"))
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
     return _table(path, rows, "tsv is read without quotes, save texts with tabs or line breaks as .csv")
 
 
