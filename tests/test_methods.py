@@ -2,7 +2,10 @@
 
 import inspect
 import json
+import shlex
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +14,12 @@ from accelerate import init_empty_weights
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForSequenceClassification, RobertaConfig
+from typer.testing import CliRunner
 
 import tiny
 from forms import settings_for
 from gatepress.checkpoint import load_run, open_base, read_run
+from gatepress.cli.app import app
 from gatepress.config import HIDDEN_WEIGHT, METHODS, DataSettings, GateAxes, Method, TrainSettings
 from gatepress.errors import ModelError, UsageError
 from gatepress.evaluation import evaluate
@@ -394,3 +399,20 @@ def test_a_finetuned_head_is_kept_and_one_in_another_order_refused(
     (tmp_path / "finetuned" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="stand in another order"):
         open_base(tmp_path / "finetuned", manifest.task)
+
+
+def test_the_command_that_presses_a_finetuned_model_can_be_copied(
+    tiny_model_dir: Callable[[str], Path], tiny_task_files: Any, tmp_path: Path
+) -> None:
+    runner, short = CliRunner(), ["--epochs", "1", "--device", "cpu"]
+    options = [*tiny_task_files.options(), "--max-length", "32", *short, "--method", "full"]
+    base, run = str(tiny_model_dir("bert")), str(tmp_path / "a run")
+    done = runner.invoke(app, ["train", *options, "--model", base, "-o", run])
+    assert done.exit_code == 0, done.output
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("next: ")]
+    assert f"gatepress export '{run}'" in line
+    name, *words = shlex.split(line.partition("press it: ")[2])
+    assert (name, words[words.index("--max-length") + 1]) == ("gatepress", "32")
+    pressed = runner.invoke(app, [*words, *short, "--json", "-o", str(tmp_path / "pressed")])
+    assert pressed.exit_code == 0, pressed.output
+    assert json.loads(pressed.stdout)["asked_sparsity"] == 0.5

@@ -65,17 +65,22 @@ def commands_of(manifest: dict[str, Any], name: str, *, portable: bool = False) 
 def _train(value: dict[str, Any], output: str, *, portable: bool) -> str:
     """Return the line of a training from its settings, as a manifest holds them."""
     settings = TrainSettings.from_json(value)
-    unused = ("data", *unused_by(settings))
-    words = [
-        word
-        for part in (settings.data, settings)
-        for word in _options(
-            {one.name: getattr(part, one.name) for one in fields(part) if one.name not in unused},
-            {one.name: one.default for one in fields(part)},
-            portable=portable,
-        )
-    ]
-    return _line(["train", *words, "-o", output])
+    rows = _given(settings.data, portable=portable)
+    return _line(["train", *rows, *_given(settings, "data", *unused_by(settings), portable=portable), "-o", output])
+
+
+def pressing(value: dict[str, Any], model: str, sparsity: float) -> str:
+    """Return the line of a training that presses the finetuned `model`, on the rows and texts of its settings."""
+    settings = TrainSettings.from_json(value)
+    others = [one.name for one in fields(settings) if one.name != "max_length"]
+    words = [*_given(settings.data), *_given(settings, *others), "--model", model, "--sparsity", f"{sparsity:g}"]
+    return _line(["train", *words])
+
+
+def _given(part: DataSettings | TrainSettings, *unused: str, portable: bool = False) -> list[str]:
+    """Return the options for all settings that differ from their defaults and are not `unused`."""
+    asked = {one.name: getattr(part, one.name) for one in fields(part) if one.name not in unused}
+    return _options(asked, {one.name: one.default for one in fields(part)}, portable=portable)
 
 
 def _options(asked: dict[str, Any], defaults: dict[str, Any], *, portable: bool) -> list[str]:

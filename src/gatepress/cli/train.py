@@ -25,6 +25,7 @@ EXAMPLES = opt.examples(
     "gatepress train --train-file train.csv --validation-file dev.csv --label-column topic",
 )
 
+PRESSED = 0.5  # the sparsity that is proposed for a model without gates
 KINDS = ("gates", "biases", "layer_norms", "low_rank", "base", "head", "total")
 
 
@@ -110,8 +111,10 @@ def _work(screen: Screen, target: Path, training: Callable[..., dict[str, Any]])
     method = METHODS.get(result.get("method", TrainSettings.method))  # None: a report that somebody changed
     if method is None or method.gated:
         screen.note(f"next: gatepress prune {shown}")
-    else:
-        press = f"train on the same rows with --model {shown} --sparsity 0.5"
+    elif (target / RUN_FILE).is_file():  # other machines of a training have none
+        from gatepress.commands import pressing
+
+        press = pressing(read_json(target / RUN_FILE)["settings"], str(target), PRESSED)
         screen.note(f"next: gatepress export {shown}, or press it: {press}")
 
 
