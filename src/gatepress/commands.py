@@ -72,9 +72,8 @@ def _train(value: dict[str, Any], output: str, *, portable: bool) -> str:
 def pressing(value: dict[str, Any], model: str, sparsity: float) -> str:
     """Return the line of a training that presses the finetuned `model`, on the rows and texts of its settings."""
     settings = TrainSettings.from_json(value)
-    others = [one.name for one in fields(settings) if one.name != "max_length"]
-    words = [*_given(settings.data), *_given(settings, *others), "--model", model, "--sparsity", f"{sparsity:g}"]
-    return _line(["train", *words])
+    length = _options({"max_length": settings.max_length}, {"max_length": TrainSettings.max_length}, portable=False)
+    return _line(["train", *_given(settings.data), *length, "--model", model, "--sparsity", f"{sparsity:g}"])
 
 
 def _given(part: DataSettings | TrainSettings, *unused: str, portable: bool = False) -> list[str]:

@@ -6,7 +6,7 @@ A wrong value raises one `UsageError` that lists every problem in the spelling o
 
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -174,9 +174,8 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         """Collect all problems and raise them at once; numbers of NumPy become Python's own, which manifests hold."""
-        odd = self._no_numbers()
-        refuse([*self._unknown_words(), *(odd or self._wrong_numbers()), *self._wrong_pairs()])
-        for name, value in self._numbers():
+        refuse([*self._unknown_words(), *self._wrong_numbers(), *self._wrong_pairs()])
+        for name, value, *_ in self._numbers():
             object.__setattr__(self, name, int(value) if isinstance(value, numbers.Integral) else float(value))
 
     def _unknown_words(self) -> list[str]:
@@ -199,25 +198,22 @@ class TrainSettings:
         ]
         return problems
 
-    def _numbers(self) -> list[tuple[str, Any]]:
-        """Return the names and values of all numbers that are given."""
-        named = [(name, getattr(self, name)) for names, *_ in _NUMBERS for name in names]
-        return [(name, value) for name, value in named if value is not None]
-
-    def _no_numbers(self) -> list[str]:
-        return [
-            f"{spelled(name)} is {value!r}, expected a {'whole ' if name in _WHOLE else ''}number"
-            for name, value in self._numbers()
-            if not isinstance(value, numbers.Integral if name in _WHOLE else numbers.Real)
-        ]
+    def _numbers(self) -> Iterator[tuple[str, Any, Callable[[Any], bool], str]]:
+        """Yield all numbers that are given: name, value, what it must fit, and that in words."""
+        for names, fits, expected in _NUMBERS:
+            for name in names:
+                if (value := getattr(self, name)) is not None:
+                    yield name, value, fits, expected
 
     def _wrong_numbers(self) -> list[str]:
-        return [
-            f"{spelled(name)} is {getattr(self, name)}, expected {expected}"
-            for names, fits, expected in _NUMBERS
-            for name in names
-            if getattr(self, name) is not None and not fits(getattr(self, name))
-        ]
+        problems = []
+        for name, value, fits, expected in self._numbers():
+            whole = name in _WHOLE
+            if not isinstance(value, numbers.Integral if whole else numbers.Real):
+                problems.append(f"{spelled(name)} is {value!r}, expected a {'whole ' if whole else ''}number")
+            elif not fits(value):
+                problems.append(f"{spelled(name)} is {value}, expected {expected}")
+        return problems
 
     def _wrong_pairs(self) -> list[str]:
         problems = []

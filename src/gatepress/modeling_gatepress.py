@@ -593,8 +593,8 @@ def _told(forward: Callable[..., Any]) -> Callable[..., Any]:
         given = {name: kwargs.get(name) for name in ("output_hidden_states", "output_attentions")}
         asked = (getattr(self.config, name, False) if value is None else value for name, value in given.items())
         inputs_only = len(args) <= 2  # noqa: PLR2004 - after ids and mask, what a place means depends on the family
-        alone = self.first_token_alone and not self.training and inputs_only and not any(asked)
-        alone = alone and reads_first_token(self.config)  # which may have changed since
+        first = self.first_token_alone and reads_first_token(self.config)  # which may have changed since
+        alone = first and not self.training and inputs_only and not any(asked)
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         by_row = mask is None or getattr(mask, "ndim", 0) == 2  # noqa: PLR2004 - [batch, length]
         with _telling(first_token_alone=alone, masks_by_token=not by_row):

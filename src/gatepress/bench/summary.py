@@ -11,8 +11,8 @@ from gatepress.bench.tables import Table, conditions, three_digits
 from gatepress.config import METHODS, Method
 
 KNEE_POINTS = 3  # a chord and something above it
-_NAME = re.compile(rf"({'|'.join(map(re.escape, METHODS))})-s\d[\d.e-]*-seed\d+")
 LEVEL = 1e-9  # of the unit square: a straight line has no knee, whatever rounding makes of it
+_NAME = re.compile(rf"({'|'.join(map(re.escape, METHODS))})-s\d[\d.e-]*-seed\d+")
 
 
 @dataclass(frozen=True)

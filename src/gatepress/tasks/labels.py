@@ -53,9 +53,10 @@ def infer_names(values: list[Any], where: str) -> tuple[str, ...] | None:
 
 def _refuse_mixed(spelled: Mapping[str, int], where: str) -> None:
     """Raise `DataError` if there are words among scores, or if all scores have a decimal comma."""
-    words = [text for text in spelled if _number(text) is None]
-    parts = [text for text in spelled if math.isfinite(number := _number(text) or 0) and number % 1]
-    missing = [text for text in spelled if math.isnan(_number(text) or 0)]
+    numbers = {text: number for text in spelled if (number := _number(text)) is not None}
+    words = [text for text in spelled if text not in numbers]
+    parts = [text for text, number in numbers.items() if math.isfinite(number) and number % 1]
+    missing = [text for text, number in numbers.items() if math.isnan(number)]
     if missing:
         raise DataError(
             f"{where}, row {spelled[missing[0]]}: label {missing[0]!r} is how a missing value is written as text; drop "
