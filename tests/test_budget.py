@@ -107,6 +107,26 @@ def test_each_head_of_a_layer_keeps_the_same_width(granularity: Granularity, sit
         assert widths.max() - widths.min() <= 1  # one more where slots leave a remainder
 
 
+@pytest.mark.parametrize("unit", ["vectors", "gates"])
+@pytest.mark.parametrize("family", ["bert", "modernbert", "eurobert", "llama"])
+def test_heads_stay_equally_wide_however_often_they_are_ranked_anew(family: str, unit: BudgetUnit) -> None:
+    """In these families a gate may stand for two dimensions, so that what is left over closes one at a time."""
+    for asked in (0.12, 0.19, 0.33, 0.54, 0.82):
+        torch.manual_seed(int(asked * 100))
+        model = tiny.build_classifier(family)
+        layers = attach_gates_(model, granularity="structured", controller="importance")
+        vectors = gate_vectors(model, layers, "structured")
+        budget = Budget(vectors, sparsity=asked, controller="importance", steps=300, penalty_weight=1.0, unit=unit)
+        importance = [torch.rand_like(vector.gate.mu) for vector in vectors]
+        for step in range(1, 301):
+            for vector, one in zip(vectors, importance, strict=True):
+                vector.gate.mu.grad = one * torch.randn_like(one)
+            budget.after_backward(step)
+        assert budget.removed >= asked
+        widths = [vector.gate.mask.view(vector.heads, -1).sum(1) for vector in vectors if vector.heads > 1]
+        assert max(int(one.max() - one.min()) for one in widths) <= 1
+
+
 def test_the_paper_s_projection_closes_the_same_share_of_each_vector() -> None:
     budget = run_budget("matrix", "penalty", 0.3)
     for vector in budget.vectors:

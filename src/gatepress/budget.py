@@ -173,7 +173,10 @@ class Ranking:
             width = there.sum(1)
             values = ranked.T.where(there, 0).sum(1) / width / (vector.macs if per_mac else 1.0)
             some = width > 0
-            found.append((values[some], members[there], width[some], width[some] * vector.gate.counts))
+            # Worst slots first, and none above a better one: the last may have only the elements of the widest heads.
+            values, width = values[some].cummin(0).values.flip(0), width[some].flip(0)
+            members, there = members.flip(0), there.flip(0)
+            found.append((values, members[there], width, width * vector.gate.counts))
             first += vector.gate.size
         values, elements, slots, dims = (torch.cat(parts) for parts in zip(*found, strict=True))
         order = values.argsort(stable=True)
@@ -314,7 +317,10 @@ class Budget:
 
     @torch.no_grad()
     def close(self, fraction: float) -> None:
-        """Close the open gates with the lowest scores until `fraction` of the unit is gone; none opens again."""
+        """Close the open gates with the lowest scores until `fraction` of the unit is gone.
+
+        A closed gate opens again only where gates stand for several dimensions, as a remainder of less than one.
+        """
         self._close(fraction, [vector.gate.mask.bool() for vector in self.vectors])
 
     @torch.no_grad()
@@ -382,10 +388,10 @@ class Budget:
             exact = fraction * vector.gate.size + carried / vector.gate.counts
             count = math.floor(exact + ROUNDING)
             carried = exact * vector.gate.counts - self._close_lowest(vector, own, count * vector.gate.counts)
-        open_heads = [vector.gate for vector, _ in whole if vector.gate.mask.any()]
-        if open_heads and carried > (1 - fraction) * sum(vector.gate.size for vector, _ in single) + ROUNDING:
-            last = min(open_heads, key=lambda gate: float(gate.score[gate.mask == 1].min()))
-            last.mask[last.score.masked_fill(last.mask == 0, math.inf).argmin()] = 0
+        open_still = [(_of_widest(vector), vector.gate) for vector, _ in whole if vector.gate.mask.any()]
+        if open_still and carried > (1 - fraction) * sum(vector.gate.size for vector, _ in single) + ROUNDING:
+            scores, last = min(open_still, key=lambda pair: float(pair[0].min()))
+            last.mask[scores.argmin()] = 0
             carried -= last.counts
         for vector, own in single:
             exact = fraction * vector.gate.size + carried
@@ -396,6 +402,13 @@ class Budget:
         """Close gates of `among` until `count` dimensions of a vector are closed, or all; return how many are."""
         vector.gate.mask.copy_(self._ranking([vector], [among]).closing(count)[0])
         return counted([vector.gate])[1]
+
+
+def _of_widest(vector: GateVector) -> Tensor:
+    """Return the scores of open elements in those heads that have the most of them; infinite for all others."""
+    there = vector.gate.mask.view(vector.heads, -1) > 0
+    width = there.sum(1, keepdim=True)
+    return vector.gate.score.masked_fill(~(there & (width == width.max())).view(-1), math.inf)
 
 
 def budget_of(model: nn.Module, layers: list[Layer], settings: TrainSettings, *, steps: int, tokens: int) -> Budget:
