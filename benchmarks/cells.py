@@ -17,6 +17,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -100,7 +101,7 @@ def read(
     Models, where a script takes them, are name -> directory or hub id: the `usual` ones unless some are given, none
     where results are only rendered.
     """
-    options = made.parse_args(words)
+    options = made.parse_args(words, argparse.Namespace(size="laptop"))  # which `paper.py` alone lets one choose
     if options.render:
         options.results = options.results or RESULTS
     elif "work" in options and options.work is None:
@@ -163,22 +164,29 @@ def train(run: Path, name: str, model: str, words: Sequence[object], options: ar
 
     Exits where the one that is there was trained otherwise than asked.
     """
-    status, trained_by = _status(run), run.with_name(f"{run.name}.machine.json")
+    status = _status(run)
+    trained_by, asked_for = (run.with_name(f"{run.name}.{what}.json") for what in ("machine", "asked"))
+    asked = dict(itertools.pairwise(words))  # option -> the word behind it
     if status in ("training", "interrupted"):
         gatepress("train", "--resume", run)
     elif status != "finished":
         shutil.rmtree(run, ignore_errors=True)
+        run.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(asked_for, json.dumps(asked, default=str).encode())
         gatepress("train", "--model", model, *data_of(options), *words, "-o", run)
     manifest = _manifest(run)
     report, settings = manifest["report"], manifest["settings"]
     if status != "finished":  # now: who collects the run later may be another machine
         replace_file(trained_by, json.dumps(machine(report["device"])).encode())
-    asked = dict(itertools.pairwise(words))  # option -> the word behind it
     found = {"--max-train-samples": settings["data"]["max_train_samples"]}
     found |= {f"--{name}": settings[name] for name in ("precision", "epochs", "seed", "sparsity")}
     other = {name: value for name, value in found.items() if name in asked and asked[name] != value}
+    chosen = "--epochs" not in asked and asked_for.exists() and "--epochs" in json.loads(asked_for.read_text())
+    other |= {"--epochs": settings["epochs"]} if chosen else {}
     if other:
         raise SystemExit(f"{run}: was trained with {other}, asked is {' '.join(map(str, words))}; remove it")
+    if not _is_of(manifest["base_sha256"], model) or not (Path(model).is_dir() or settings["model"] == model):
+        raise SystemExit(f"{run}: was trained from other weights than {model} has now; remove it")
     return {
         **{key: report[key] for key in COUNTED if key in report},
         **{
@@ -186,23 +194,28 @@ def train(run: Path, name: str, model: str, words: Sequence[object], options: ar
             for key in ("granularity", "controller", "method", "lora_rank", "learning_rate", "distill", "precision")
         },
         "rotate_heads": settings.get("rotate_heads", False),
-        **_start_of(run, manifest, Path(model)),
+        **_start_of(manifest, Path(model)),
         "versions": manifest["versions"],
         **(json.loads(trained_by.read_text()) if trained_by.exists() else _of_unknown(report)),
         "command": f"{KEPT}gatepress train --model {name.upper()} --data-dir GLUE " + " ".join(map(str, words)),
     }
 
 
-def _start_of(run: Path, manifest: dict[str, Any], start: Path) -> dict[str, Any]:
-    """Return the sha256 of the finetuned run that a run started from, and its metric; {}: it started from no run.
-
-    Exits where that run has been trained anew since.
-    """
+def _start_of(manifest: dict[str, Any], start: Path) -> dict[str, Any]:
+    """Return the sha256 of what a run started from, and, if that was a run, its metric."""
     if not (start / RUN_FILE).is_file():
-        return {}
-    if manifest["base_sha256"] != model_files(start):
-        raise SystemExit(f"{run}: was trained from other weights than {start} has now; remove it")
+        return {"base_sha256": manifest["base_sha256"]}
     return {"start_sha256": manifest["base_sha256"], "start_metric": _manifest(start)["report"]["metric_value"]}
+
+
+@cache
+def _weights_of(directory: Path) -> dict[str, str]:
+    return model_files(directory)
+
+
+def _is_of(base_sha256: dict[str, str], model: str) -> bool:
+    """Say whether these are the weights of a model directory; what is on the hub is taken to stay as it is."""
+    return not Path(model).is_dir() or _weights_of(Path(model)).items() <= base_sha256.items()
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
@@ -311,21 +324,25 @@ def sweep(  # noqa: PLR0913 - what is run, where it is kept, how it is shown
     render: Callable[[list[dict[str, Any]]], str],
     *,
     draw: Callable[[list[dict[str, Any]], Any], None] | None = None,
+    options: argparse.Namespace | None = None,
     anew: bool = False,
 ) -> None:
     """Run the cells whose key is not in the JSON at `path` yet, with `anew` all; keep it, table and figure up to date.
 
-    One that fails does not stop the others. Exits at the end where some did, or where there is nothing to render.
+    One that fails does not stop the others, nor does one that is there but was trained otherwise than `options` say.
+    Exits at the end where there were such, or where there is nothing to render.
     """
     asked = list(dict.fromkeys(keys))
     if asked:
-        there = _keys(path, names)
-        _tell(f"{path}: {sum(key in there for key in asked)} of {len(asked)} cells are there already")
+        known = _keys(path, names)
+        _tell(f"{path}: {sum(key in known for key in asked)} of {len(asked)} cells are there already")
     failed = []
     for key in asked:
-        if not anew and key in _keys(path, names):
-            continue
+        there = None if anew else _keys(path, names).get(key)
         try:
+            if there is not None:
+                _refuse_other(path, there, options)
+                continue
             done = {**dict(zip(names, key, strict=True)), **cell(key)}
         except (Exception, SystemExit) as error:  # noqa: BLE001 - the next cell may do; all are told of at the end
             if not isinstance(error, (GatepressError, SystemExit)):
@@ -346,8 +363,19 @@ def _tell(line: str) -> None:
     sys.stderr.write(f"{line}\n")
 
 
-def _keys(path: Path, names: Sequence[str]) -> set[tuple[Any, ...]]:
-    return {tuple(one[name] for name in names) for one in _read(path)}
+def _keys(path: Path, names: Sequence[str]) -> dict[tuple[Any, ...], dict[str, Any]]:
+    return {tuple(one[name] for name in names): one for one in _read(path)}
+
+
+def _refuse_other(path: Path, cell: dict[str, Any], options: argparse.Namespace | None) -> None:
+    """Exit where a cell that is there was trained otherwise than the options say, as far as it tells."""
+    asked = {name: getattr(options, name, None) for name in ("precision", "epochs")}
+    other = {name: cell[name] for name, value in asked.items() if value is not None and cell.get(name, value) != value}
+    if other:
+        raise SystemExit(f"is in {path} with {other}; take it out, or ask for the same")
+    model = getattr(options, "models", {}).get(cell.get("encoder"))
+    if model and "base_sha256" in cell and not _is_of(cell["base_sha256"], model):
+        raise SystemExit(f"is in {path} with other weights than {model} has now; take it out")
 
 
 def _read(path: Path) -> Any:

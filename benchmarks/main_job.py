@@ -102,7 +102,7 @@ def main() -> None:
         for name in options.models
         for task in options.task or TASKS
     ]
-    sweep(options.results / "main_job.json", keys, KEY, partial(cell, options=options), render)
+    sweep(options.results / "main_job.json", keys, KEY, partial(cell, options=options), render, options=options)
 
 
 if __name__ == "__main__":

@@ -90,13 +90,15 @@ class Texts:
         """Return the file; written unless it is there."""
         path: Path = options.work / f"{task}-{self}.parquet"
         if not path.exists():
+            part = path.with_suffix(".part")
             rows = _rows_of(task, options.data_dir)
             if self.count is None:
                 texts = _of_others(len(rows.spec.text_columns), min(MAX_ROWS, len(rows.train)), options.data_dir)
             else:
                 texts = rows.train.select(range(MAX_ROWS, MAX_ROWS + self.count)).remove_columns("label")
             names = zip(texts.column_names, rows.spec.text_columns, strict=True)
-            texts.rename_columns(dict(names)).to_parquet(path)
+            texts.rename_columns(dict(names)).to_parquet(part)
+            part.replace(path)
         return path
 
     def epochs(self, without: int, task: str, options: argparse.Namespace) -> int:
@@ -135,6 +137,7 @@ class Experiment:
     arms: dict[str, Words]
     tasks: tuple[str, ...] = PAPER_TASKS  # of the paper's size
     words: Words = ROWS
+    paper_words: Words | None = None  # in their place at the paper's size
     line: str | None = None  # what the arms are points of, for a figure
     usual: tuple[str, ...] = ()  # arms that are run where none is asked for; (): all
     models: dict[str, str] = field(default_factory=lambda: PAPER_MODELS)
@@ -186,6 +189,7 @@ EXPERIMENTS = {
         "Figure 2: metric against sparsity",
         _at({f"{s:.0%}": s for s in (0, 0.1, 0.2, 0.3, 0.4, 0.5)}, "--method", "gates", *PAPER_GATES),
         tasks=("cola", "sst2", "stsb"),
+        paper_words=(),  # all rows of SST-2
         line="sparsity asked of each gate vector",
     ),
     "accuracy": Experiment(
@@ -399,7 +403,7 @@ def trained(
         epochs = epochs and texts.epochs(epochs, task, options)
     if options.size == "paper":  # these epochs are for small encoders: train for as long as gatepress does by default
         epochs = None
-    words = ("--task", task, AS_TRAINED, *experiment.words, *words, "--seed", seed, *common(options, epochs))
+    words = ("--task", task, AS_TRAINED, *_fixed(experiment, options), *words, "--seed", seed, *common(options, epochs))
     run = place_of(name, key, options)
     told = train(run, *start, words, options)
     return run, {**told, "command": told["command"].replace(f"{options.work}/", "")}
@@ -409,7 +413,14 @@ def place_of(name: str, key: tuple[Any, ...], options: argparse.Namespace) -> Pa
     """Return where the run of one cell of an experiment is kept."""
     encoder, task, arm, seed = key
     experiment = EXPERIMENTS[name]
-    return run_of(encoder, task, seed, (*experiment.words, *experiment.arms[arm]), options)
+    return run_of(encoder, task, seed, (*_fixed(experiment, options), *experiment.arms[arm]), options)
+
+
+def _fixed(experiment: Experiment, options: argparse.Namespace) -> Words:
+    """Return the words that all arms of an experiment have at the size that is asked."""
+    if options.size == "paper" and experiment.paper_words is not None:
+        return experiment.paper_words
+    return experiment.words
 
 
 def figure_3(options: argparse.Namespace) -> None:
@@ -502,7 +513,7 @@ def main() -> None:
 
     path = options.results / f"paper_{options.experiment}.json"
     figure = partial(draw, experiment) if experiment.line else None
-    sweep(path, keys, KEY, cell, partial(render, experiment), draw=figure)
+    sweep(path, keys, KEY, cell, partial(render, experiment), draw=figure, options=options)
 
 
 if __name__ == "__main__":

@@ -166,20 +166,23 @@ def place(record: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def render(records: list[dict[str, Any]], results: Path = RESULTS) -> str:
-    """Return the tables in Markdown: means over seeds with those of gates in `results`, then every record."""
+    """Return the tables in Markdown: means over seeds with those of gates in `results`, then every record.
+
+    A training may have been started anew since, so *full* is what each size began with.
+    """
     records = sorted(records, key=place)
     fractions = sorted({one["asked_kept"] for one in records}, reverse=True)
     gates = of_gates(records, results)
     text = "# Finetuned, pruned by a score, finetuned again\n\n"
-    text += "| encoder | task | metric | method | full | " + " | ".join(f"{kept:.1%} of MACs" for kept in fractions)
-    text += " |\n" + "|---" * (5 + len(fractions)) + "|\n"
+    text += "| encoder | task | metric | method | " + " | ".join(f"full | {kept:.1%} of MACs" for kept in fractions)
+    text += " |\n" + "|---" * (4 + 2 * len(fractions)) + "|\n"
     rows: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for one in sorted([*records, *gates], key=lambda one: (one["encoder"], TASKS.index(one["task"]))):
         rows.setdefault((one["encoder"], one["task"], one["metric_name"], one["method"]), []).append(one)
     for words, cells in rows.items():
-        full = list({one["seed"]: one["full_metric_value"] for one in cells}.values())
-        values = [[one["metric_value"] for one in cells if one["asked_kept"] == kept] for kept in fractions]
-        text += f"| {' | '.join(words)} | {' | '.join(map(mean, [full, *values]))} |\n"
+        of_size = [[one for one in cells if one["asked_kept"] == kept] for kept in fractions]
+        means = [mean([one[name] for one in own]) for own in of_size for name in ("full_metric_value", "metric_value")]
+        text += f"| {' | '.join([*words, *means])} |\n"
     text += f"\n{won(records, gates)}\n"
     text += (
         "\n| encoder | task | seed | method | asked | MACs left | parameters | full | pruned | finetuned again "
@@ -306,7 +309,7 @@ def main() -> None:
             refuse_too_small(open_base(locate_model(directory), task_named(TASKS[0])), fractions)
         load = lru_cache(maxsize=1)(partial(load_job, options=options))
         path, table = options.results / "pruning_baselines.json", partial(render, results=options.results)
-        sweep(path, keys, KEY, partial(cell, load=load), table)
+        sweep(path, keys, KEY, partial(cell, load=load), table, options=options)
     except GatepressError as error:
         logger.error("%s", error)  # noqa: TRY400 - one line, no traceback
         sys.exit(error.exit_code)

@@ -138,7 +138,7 @@ def main() -> None:
         for arm in options.arm or ARMS
         for seed in (range(SEEDS) if options.seed is None else options.seed)
     ]
-    sweep(options.results / "shares.json", keys, KEY, partial(measure, options=options), render)
+    sweep(options.results / "shares.json", keys, KEY, partial(measure, options=options), render, options=options)
 
 
 if __name__ == "__main__":

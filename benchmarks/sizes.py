@@ -70,18 +70,20 @@ def render(cells: list[dict[str, Any]]) -> str:
     text = f"# Several sizes of one training\n\n| {' | '.join(names)} |\n|{'---|' * 6}{'--:|' * (len(SIZES) + 1)}\n"
     for encoder, task in dict.fromkeys((one["encoder"], one["task"]) for one in cells):
         here = [one for one in cells if (one["encoder"], one["task"]) == (encoder, task)]
+        shared = set.union(*(_common(here, size) for size in SIZES))
         for way in WAYS:
             rows = [one for one in here if one["way"] == way]
             if not rows:
                 continue
-            by_seed = {one["seed"]: one for one in rows}.values()
+            own = {one["seed"]: one for one in rows}
+            by_seed = [own[seed] for seed in own if seed in shared] or list(own.values())
             start, half = (statistics.median(one[name] for one in by_seed) for name in ("start_metric", "run_metric"))
             times = [one["seconds"] for one in rows if one["seconds"] is not None]
-            columns = [encoder, task, str(len(by_seed)), f"{start:.4f}", f"{half:.4f}", way]
+            columns = [encoder, task, str(len(own)), f"{start:.4f}", f"{half:.4f}", way]
             for size in SIZES:
                 common = _common(here, size)
                 values = [one["metric_value"] for one in rows if one["sparsity"] == size and one["seed"] in common]
-                number = f" [{len(values)}]" if len(values) != len(by_seed) else ""
+                number = f" [{len(values)}]" if len(values) != len(own) else ""
                 columns.append(f"{statistics.median(values):.4f}{number}" if values else "")
             columns.append(f"{min(times):.0f} to {max(times):.0f}" if times else "")
             text += f"| {' | '.join(columns)} |\n"
@@ -124,7 +126,7 @@ def main() -> None:
         for way in options.way or WAYS
         for size in SIZES
     ]
-    sweep(options.results / "sizes.json", keys, KEY, partial(measure, options=options), render)
+    sweep(options.results / "sizes.json", keys, KEY, partial(measure, options=options), render, options=options)
 
 
 if __name__ == "__main__":

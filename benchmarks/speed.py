@@ -148,12 +148,14 @@ def base_model(shape: str, work: Path) -> Path:
     """Write a model of a shape with random weights and a small word list, unless it is there; return its directory."""
     directory = work / f"base-{shape}"
     if not directory.exists():
+        part = work / f"part-{shape}"  # a stopped sweep goes on: what is there under its name is whole
         torch.manual_seed(0)
         model: PreTrainedModel = SHAPES[shape]()
-        model.save_pretrained(directory)
+        model.save_pretrained(part)
         words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(100))]
-        (directory / "vocab.txt").write_text("\n".join(words) + "\n")
-        AutoTokenizer.from_pretrained(directory, model_type="bert").save_pretrained(directory)
+        (part / "vocab.txt").write_text("\n".join(words) + "\n")
+        AutoTokenizer.from_pretrained(part, model_type="bert").save_pretrained(part)
+        part.replace(directory)
     return directory
 
 

@@ -264,7 +264,69 @@ def test_epochs_that_are_asked_are_those_that_are_told(script, tmp_path, monkeyp
     assert set(timed.measure(("tiny", "cola", "bf16"), asked)["epochs"].values()) == {2}
 
 
+TRAINING = {  # script -> what it trains by `paper.trained`, asked as the script asks
+    "deployed": ("deployed", "measure", ()),
+    "shares": ("shares", "measure", (("tiny", "cola", "full", 0),)),
+    "sizes": ("sizes", "measure", (("tiny", "cola", 0, "as cut", 0.3),)),
+    "pruning_baselines": ("pruning_job", "load_job", ("tiny", "cola", 0)),
+}
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_every_script_that_trains_gets_as_far_as_the_training(name, script, tmp_path, monkeypatch):
+    class Asked(Exception):  # noqa: N818 - no error
+        pass
+
+    def train(*call):
+        raise Asked(call[3])
+
+    module, function, key = TRAINING[name]
+    monkeypatch.setattr(script("paper"), "train", train)
+    options = script(name).parse(["--data-dir", "GLUE", *MODEL, "--work", str(tmp_path)])
+    with pytest.raises(Asked, match="--task"):
+        getattr(script(module), function)(*key, options)
+
+
+def test_a_cell_of_other_settings_is_no_answer(cells, script, tmp_path):
+    path, keys = tmp_path / "some.json", [("e", 0), ("e", 1)]
+
+    def asked(*words):
+        return script("paper").parse(["accuracy", *MODEL, "--work", str(tmp_path), *words])
+
+    done = {"precision": "fp32", "epochs": 1}
+    cells.sweep(path, keys[:1], KEY, lambda _: done, str, options=asked("--precision", "fp32", "--epochs", "1"))
+    for words in (("--precision", "bf16"), ("--precision", "fp32", "--epochs", "2")):
+        with pytest.raises(SystemExit, match=r"1 of 1 cells failed:\ne 0: failed: is in .*some.json with"):
+            cells.sweep(path, keys[:1], KEY, lambda _: done, str, options=asked(*words))
+    cells.sweep(path, keys, KEY, lambda _: done, str, options=asked("--precision", "fp32"))
+    assert len(json.loads(path.read_text())) == 2
+
+
+def test_figure_2_reads_all_rows_at_the_paper_s_size_alone(script, tmp_path, monkeypatch):
+    paper = script("paper")
+    monkeypatch.setattr(paper, "train", lambda *call: {"command": " ".join(map(str, call[3]))})
+    told = []
+    for size in ("laptop", "paper"):
+        options = paper.parse(["figure2", *MODEL, "--work", str(tmp_path), "--size", size])
+        run, one = paper.trained("figure2", ("tiny", "sst2", "10%", 0), options.models, options)
+        told.append(("--max-train-samples 10000" in one["command"], "10000" in run.name))
+    assert told == [(True, True), (False, False)]
+
+
 # --- tables -----------------------------------------------------------------------------------------
+
+
+def test_what_a_size_began_with_stands_beside_it(script, tmp_path):
+    baselines = script("pruning_baselines")
+    committed = json.loads((RESULTS / "pruning_baselines.json").read_text())
+    one = next(cell for cell in committed if cell["method"] == "magnitude")
+    cells = [
+        {**one, "seed": 0, "asked_kept": kept, "full_metric_value": full} for kept, full in ((0.5, 0.8), (0.25, 0.9))
+    ]
+    row = next(
+        line for line in baselines.render(cells, tmp_path).splitlines() if line.startswith(f"| {one['encoder']}")
+    )
+    assert [f"{full} (1 seed)" in row for full in ("0.8000", "0.9000")] == [True, True]
 
 
 def test_gates_are_compared_from_the_start_that_the_others_had(script, tmp_path):
@@ -308,6 +370,10 @@ def test_medians_are_compared_over_the_same_seeds(script):
     rows = [row for row in sizes.render([*cells, fitted]).splitlines() if row.startswith("| tiny")]
     assert ["0.1000 [1]" in rows[0], "0.4000" in rows[1]] == [True, True]  # of seed 0 alone, which both have
 
+    cells = [{**one, "start_metric": 0.5 + one["seed"] / 10} for one in cells[:2]]
+    rows = [row.split(" | ") for row in sizes.render([*cells, {**fitted, "start_metric": 0.5}]).splitlines()]
+    assert {row[3] for row in rows if row[0] == "| tiny"} == {"0.5000"}  # as what stands beside it
+
 
 # --- what a cell says -------------------------------------------------------------------------------
 
@@ -339,6 +405,18 @@ def test_a_cell_says_what_it_started_from_and_which_machine_trained_it(here, scr
     manifest.write_text(manifest.read_text().replace(next(iter(told["start_sha256"].values())), "0" * 64))
     with pytest.raises(SystemExit, match="was trained from other weights than"):
         paper.trained("accuracy", pressed, options.models, options)
+
+
+def test_a_run_of_another_model_or_other_epochs_is_not_taken(here, script, options, tiny_classifier_dir):
+    paper, full = script("paper"), ("tiny", "sst2", "full", 0)
+    told = paper.trained("accuracy", full, options.models, options)[1]
+    assert told["base_sha256"] == model_files(Path(options.models["tiny"]))
+    with pytest.raises(SystemExit, match="was trained from other weights than"):
+        paper.trained("accuracy", full, {"tiny": str(tiny_classifier_dir("bert"))}, options)
+    options.epochs, options.size = None, "paper"  # whose epochs gatepress chooses
+    with pytest.raises(SystemExit, match=r"was trained with {'--epochs': 1}"):
+        paper.trained("accuracy", full, options.models, options)
+    assert here == ["train"]
 
 
 def test_what_is_deployed_is_built_anew_of_a_run_that_was_trained_anew(script, tmp_path, monkeypatch):
