@@ -22,13 +22,14 @@ import forms
 from gatepress import bench, sweep, training
 from gatepress.bench import tradeoff
 from gatepress.bench.record import Record, latencies
-from gatepress.bench.summary import Cell, knee, summarize
+from gatepress.bench.summary import Cell, knee, seeds, summarize
 from gatepress.checkpoint import read_run
 from gatepress.config import Target, TrainSettings
 from gatepress.costs import TARGETS
 from gatepress.errors import ArtifactError, DataError, MissingExtraError, ModelError, OutputError, UsageError
 from gatepress.files import lock, release
 from gatepress.progress import NoProgress
+from gatepress.report.build import report
 
 DOCUMENT = Path(__file__).parents[1] / "docs/json-contract.md"
 GRID = {"methods": ["gates+lora", "lora"], "sparsities": [0.0, 0.5], "seeds": 1}
@@ -306,9 +307,22 @@ def test_an_error_of_one_is_told_and_the_others_go_on(settings, trained, tmp_pat
     assert [cell["status"] for cell in result["cells"]] == ["finished", "failed", "finished"]
     assert result["cells"][1]["error"] == "the loss is nan"
     assert len(result["summary"]) == 2
+    failed = result["cells"][1]
+    told = f"without {failed['method']} {failed['sparsity']:g} seed {failed['seed']} (failed)"
+    assert told in (tmp_path / "sweep/sweep.md").read_text()
+    report([tmp_path / "sweep"], tmp_path / "page.html")
+    assert told.replace("without", "Not there:") in (tmp_path / "page.html").read_text()
     monkeypatch.setattr(sweep, "train_apart", whole)
     assert len(run(settings, tmp_path / "sweep")["summary"]) == 3
     assert trained[-1] == RUNS[1]
+    assert "without" not in (tmp_path / "sweep/sweep.md").read_text()
+
+
+def test_a_picture_says_of_how_many_seeds_its_points_are():
+    def told(*counts):
+        return seeds([{"seeds": count} for count in counts])
+
+    assert [told(1, 1), told(3, 1, 2), told(5)] == ["1 seed", "1 to 3 seeds", "5 seeds"]
 
 
 @pytest.mark.parametrize(
@@ -546,7 +560,8 @@ def made_up(times):
         warmup=3,
         **latencies([1.0] * 20),
     )
-    return {"summary": rows, "latency": [record.to_json()]}
+    lost = {"method": "gates", "sparsity": 0.9, "seed": 1, "status": "failed"}
+    return {"summary": rows, "latency": [record.to_json()], "cells": [lost]}
 
 
 @pytest.mark.parametrize("times", [(10, 10, 10, 8, 6), (40, 40, 40, 9, 6)])
@@ -561,6 +576,7 @@ def test_the_figure_names_methods_sparsities_and_conditions(times):
         "accuracy on t",
         "8 x 128 tokens (ms)",
         "a processor, 2 threads",
+        "gates 0.9 seed 1 (failed)",
     ):
         assert text in drawn
     assert "median of 3 seeds" in drawn

@@ -21,12 +21,12 @@ def compute_metric(name: Metric, logits: Numbers, labels: Numbers, queries: Numb
 
     `logits` are `[rows, classes]`; for two classes also `[rows, 1]`, how much likelier the second is; for numbers
     `[rows, 1]`. `labels` are `[rows]`, ids or numbers. `queries [rows]` number the queries that rows are passages of;
-    unless given, each row has its own. F1 is that of the second of two classes; with more classes, the mean over all.
-    If a row has any number of classes, `labels` are `[rows, classes]`, 1 or 0; a model names those whose logit is above
-    0, and accuracy is the part of rows whose classes are all right, and average precision the mean over classes. A
-    correlation with constant predictions or labels is 0.0, and so is the average precision if no row is of the second
-    class. Ranks are means over the queries whose passages do not all have the same label, 0.0 if there are none. Raises
-    `ModelError` on logits that are not finite: a diverged model has no metric.
+    unless given, each row has its own. F1 is that of the second of two classes; with more, the mean over those that
+    labels or predictions name. If a row has any number of classes, `labels` are `[rows, classes]`, 1 or 0; a model
+    names those whose logit is above 0, and accuracy is the part of rows whose classes are all right, and average
+    precision the mean over classes. A correlation with constant predictions or labels is 0.0, and so is the average
+    precision if no row is of the second class. Ranks are means over the queries whose passages do not all have the same
+    label, 0.0 if there are none. Raises `ModelError` on logits that are not finite: a diverged model has no metric.
     """
     if not np.isfinite(logits).all():
         raise ModelError(

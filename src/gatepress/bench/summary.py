@@ -151,16 +151,31 @@ def table(result: dict[str, Any]) -> Table:
 
 
 def caption(result: dict[str, Any]) -> str:
-    """Return what the figures of a sweep are and how they were measured, as one line of text."""
+    """Return what the figures of a sweep are, how they were measured and what is not there, as one line of text."""
     row = result["summary"][0]
-    seeds = sorted({row["seeds"] for row in result["summary"]})
-    runs = " to ".join(map(str, dict.fromkeys([seeds[0], seeds[-1]])))
-    text = f"{row['task']}: median of {runs} seed{'' if seeds == [1] else 's'}; removed of the encoder's MACs"
-    if not result["latency"]:
-        return text
-    records = [Record.from_json(value) for value in result["latency"]]
-    size = f"{row['latency_batch_size']} x {row['latency_seq_len']} tokens"
-    return f"{text}; latency of one batch of {size} against {row['baseline']} on {conditions(records)}"
+    text = f"{row['task']}: median of {seeds(result['summary'])}; removed of the encoder's MACs"
+    if result["latency"]:
+        records = [Record.from_json(value) for value in result["latency"]]
+        size = f"{row['latency_batch_size']} x {row['latency_seq_len']} tokens"
+        text += f"; latency of one batch of {size} against {row['baseline']} on {conditions(records)}"
+    lost = absent(result["cells"])
+    return f"{text}; without {lost}" if lost else text
+
+
+def seeds(rows: Sequence[dict[str, Any]]) -> str:
+    """Return how many seeds the points of a sweep are medians of, e.g. `1 to 3 seeds`."""
+    counts = sorted({row["seeds"] for row in rows})
+    return f"{' to '.join(map(str, dict.fromkeys([counts[0], counts[-1]])))} seed{'' if counts == [1] else 's'}"
+
+
+def absent(cells: Iterable[dict[str, Any]]) -> str:
+    """Return which trainings of a sweep failed or have not run, by point and seed; nothing if all are there."""
+    lost: dict[tuple[str, str], list[str]] = {}
+    for cell in cells:
+        if cell["status"] != "finished":
+            point = Cell(cell["method"], cell["sparsity"], cell["seed"]).point
+            lost.setdefault((point, cell["status"]), []).append(str(cell["seed"]))
+    return ", ".join(f"{point} seed {' '.join(seeds)} ({status})" for (point, status), seeds in lost.items())
 
 
 def _shown(value: float | None, unit: float, name: str) -> str:

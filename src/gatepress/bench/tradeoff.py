@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from gatepress.bench.figures import BLUE, FAINT, INK, ORANGE, PATCH, caption, drawn
 from gatepress.bench.record import Record
+from gatepress.bench.summary import absent, seeds
 from gatepress.config import METHODS
 
 SIZE_INCHES = (6.8, 5.0)
@@ -34,9 +35,11 @@ def _picture(sweep: dict[str, Any], figure: Figure) -> None:
             _method(axes, points, color, marker)
     _frame(axes, rows)
     axes.legend(frameon=False, fontsize=8.5)
-    seeds = max(row["seeds"] for row in rows)
-    marks = "labels: sparsity; ring: knee"
-    legend = f"points: median of {seeds} seeds; whiskers: the least and the most; {marks}" if seeds > 1 else marks
+    legend = "labels: sparsity; ring: knee"
+    if any(row["seeds"] > 1 for row in rows):
+        legend = f"points: median of {seeds(rows)}; whiskers: the least and the most; {legend}"
+    if lost := absent(sweep["cells"]):
+        legend += f"; without {lost}"
     caption(figure, [Record.from_json(value) for value in sweep["latency"]], legend)
 
 

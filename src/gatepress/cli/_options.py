@@ -101,10 +101,10 @@ MetricOption = Annotated[
     DATA(
         help="Metric to measure on the validation rows. Default: the task's own; for your own rows, accuracy for "
         "classes, f1_micro where a row has any number of them, and the Pearson correlation for numbers. f1: of the "
-        "second of two classes; with more classes, the mean over all of them. f1_micro: of all classes of all rows "
-        "together. average_precision: how far rows of the second of two classes rank above the others. mrr@10, "
-        "ndcg@10: how high the relevant passages of a query rank, the usual metrics of rerankers; pairs with the "
-        "same first text belong to one query.",
+        "second of two classes; with more, the mean over those that labels or answers name. f1_micro: of all classes "
+        "of all rows together. average_precision: how far rows of the second of two classes rank above the others. "
+        "mrr@10, ndcg@10: how high the relevant passages of a query rank, the usual metrics of rerankers; pairs with "
+        "the same first text belong to one query.",
         show_default=False,
     ),
 ]

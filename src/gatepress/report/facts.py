@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gatepress.bench.record import Record
-from gatepress.bench.summary import Cell
+from gatepress.bench.summary import Cell, absent
 from gatepress.card import metric_after
 from gatepress.commands import commands_of, shown
 from gatepress.errors import ArtifactError
@@ -82,6 +82,7 @@ class Item:
     dense_params: float | None = None
     size_bytes: float | None = None  # of the files that hold it
     knee: bool = False
+    absent: str = ""  # trainings of its sweep that failed or have not run
     timed: Record | None = None  # at the largest batch and length
     curve: tuple[Measured, ...] = ()
     layers: tuple[Kept, ...] = ()
@@ -240,8 +241,9 @@ def _of_sweep(manifest: Manifest, path: Path) -> tuple[tuple[Item, ...], tuple[R
     if not manifest["summary"]:
         raise ArtifactError(f"{path}: no training of this sweep is finished; go on with the same gatepress sweep")
     finished = [cell for cell in manifest["cells"] if cell["status"] == "finished"]
+    lost = absent(manifest["cells"])
     return (
-        tuple(_point(row, finished, path) for row in manifest["summary"]),
+        tuple(replace(_point(row, finished, path), absent=lost) for row in manifest["summary"]),
         tuple(Record.from_json(value) for value in manifest["latency"]),
     )
 

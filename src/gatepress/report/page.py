@@ -114,6 +114,7 @@ def _models(sheet: Sheet) -> Iterable[Section]:
     note = "Asked is the sparsity; gates closed and multiply-accumulates (MACs) of the encoder's matrices are counted."
     if any(item.kind in ("run", "sweep") and item.size_bytes for item in sheet.items):
         note += " On the disk a run holds what it trained, its base lies elsewhere."
+    note += "".join(f" Not there: {lost}." for lost in dict.fromkeys(item.absent for item in sheet.items) if lost)
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     yield Section("models", f"{count} on {tasks}", f'<div class="scroll" tabindex="0">{table}</div>{_note(note)}')
 
