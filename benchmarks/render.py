@@ -51,6 +51,7 @@ TIMINGS = (
     "speed_qwen3",
     "speed_gemma3",
     "speed_bf16",
+    "speed_openvino",
     "paper_figure3b",
 )
 BATCH, LENGTH = 8, 128  # of the latencies in the README

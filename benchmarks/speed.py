@@ -12,6 +12,7 @@
     python benchmarks/speed.py qwen3       # and in Qwen3-0.6B's, 7 of its 28 layers
     python benchmarks/speed.py gemma3      # and in EmbeddingGemma's
     python benchmarks/speed.py bf16        # the same in torch on a CPU that multiplies bfloat16, against all else
+    python benchmarks/speed.py openvino    # the same ONNX files in ONNX Runtime and in OpenVINO
     python benchmarks/speed.py grid        # is the chosen layout ever slower than a fixed one?
     python benchmarks/speed.py fusions     # what ONNX Runtime fuses in dense and in pruned graphs
     python benchmarks/speed.py collapse    # time and memory of prune, RoBERTa-base shape
@@ -326,6 +327,25 @@ def bf16(work: Path, results: Path) -> None:
     render.write(records, results / "speed_bf16.json", force=True)
 
 
+def openvino(work: Path, results: Path) -> None:
+    """Time ONNX files, whole and with half of the multiply-accumulates gone, in both runtimes that compute them."""
+    run = random_run("roberta-base", work, granularity="structured", sparsity=0.5)
+    targets: dict[str, Path] = {}
+    dtypes: dict[Target, str] = {"ort-cpu": "", "ort-int8": " int8"}
+    for target, dtype in dtypes.items():
+        forms = forms_of(run, target, ("auto",))
+        targets |= {f"dense{dtype}": forms["dense"], f"half{dtype}": forms["auto"]}
+    records = endtoend.run(
+        targets,
+        runtimes=("onnxruntime", "openvino"),
+        precisions=("fp32", "bf16"),
+        batch_sizes=BATCHES,
+        seq_lens=LENGTHS,
+        repetitions=REPETITIONS,
+    )
+    render.write(records, results / "speed_openvino.json", force=True)
+
+
 def grid(work: Path, results: Path) -> None:
     """Time the layout chosen for each batch and length beside the fixed ones, for every sparsity, shape and runtime.
 
@@ -444,7 +464,7 @@ def _high_water(status: str) -> int:
 
 
 OF_ITS_OWN: dict[str, Callable[[Path, Path], None]] = {
-    **{one.__name__: one for one in (table, kernels, structured, bf16, grid, fusions, collapse)},
+    **{one.__name__: one for one in (table, kernels, structured, bf16, openvino, grid, fusions, collapse)},
     **{what: partial(own_attention, what) for what in OWN_ATTENTION},
 }
 

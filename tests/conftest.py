@@ -17,6 +17,7 @@ os.environ["MPLCONFIGDIR"] = _CACHE.name
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 import ipaddress
+import logging
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ import tiny
 from gatepress import costs, latency
 
 torch.set_num_threads(1)
+# pytest listens to loggers that do not propagate, and this one writes a stack for each guard once anybody listens.
+logging.getLogger("torch.__trace").propagate = True
 
 # Plans of tests hang on the built-in estimates: nobody times a machine on which tests run side by side.
 for _target in costs.TARGETS:

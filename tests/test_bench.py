@@ -233,6 +233,10 @@ class FakeRunner:
     size_bytes: int = 40
     seen: list = field(default_factory=list)
 
+    @property
+    def takes_precision(self):
+        return self.runtime == "torch"
+
     def macs(self, batch, length):
         return batch * length * length
 

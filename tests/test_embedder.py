@@ -7,6 +7,7 @@ import random
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -99,9 +100,9 @@ def embedding(model: Path, files: TaskFiles, **changes: Any) -> TrainSettings:
     return settings_for(model, files, **options)
 
 
-def vectors_of(directory: Path, texts: tuple[str, ...] = TEXTS) -> np.ndarray[Any, Any]:
+def vectors_of(directory: Path, texts: tuple[str, ...] = TEXTS, **options: Any) -> np.ndarray[Any, Any]:
     tokens = AutoTokenizer.from_pretrained(directory)(list(texts), padding=True, return_tensors="np")
-    return open_runner(directory).logits(dict(tokens))
+    return open_runner(directory, **options).logits(dict(tokens))
 
 
 @pytest.mark.parametrize("parts", [NORMALIZED, NORMALIZED[:2]])
@@ -148,6 +149,8 @@ def test_every_form_gives_one_vector(
     np.testing.assert_allclose(vectors_of(tmp_path / "onnx"), wanted, atol=1e-5)
     graph = open_runner(tmp_path / "onnx")
     assert (graph.embeds, graph.num_labels) == (True, tiny.HIDDEN)
+    if find_spec("openvino"):
+        np.testing.assert_allclose(vectors_of(tmp_path / "onnx", runtime="openvino"), wanted, atol=1e-5)
 
 
 def test_narrower_stock_layers_load_without_any_code(

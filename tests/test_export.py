@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,15 +60,19 @@ def dense_operators(tmp_path_factory) -> Callable[[str], dict[str, int]]:
 
 
 def agree_on_unseen_shapes(model: torch.nn.Module, directory: Path, family: str) -> None:
-    """Compare in a session of ONNX Runtime's defaults, as a user without gatepress would."""
+    """Compare in a session of ONNX Runtime's defaults, as a user without gatepress would, and in OpenVINO."""
     session = onnxruntime.InferenceSession(directory / "model.onnx", providers=["CPUExecutionProvider"])
     names = [one.name for one in session.get_inputs()]
+    in_openvino = open_runner(directory, runtime="openvino") if find_spec("openvino") else None
     for rows, length in UNSEEN:
         batch = tiny.random_batch(family, rows, length, seed=rows)
         with torch.inference_mode():
             wanted = model(**batch).logits
         got = session.run(["logits"], {name: batch[name].numpy() for name in names})[0]
         np.testing.assert_allclose(got, wanted.numpy(), atol=1e-4, rtol=0)
+        if in_openvino:
+            got = in_openvino.logits({name: one.numpy() for name, one in batch.items()})
+            np.testing.assert_allclose(got, wanted.numpy(), atol=1e-4, rtol=0)
 
 
 def assert_last_layer_is_of_one_token(pruned: Path, macs: dict[str, int], family: str) -> None:

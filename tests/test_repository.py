@@ -53,7 +53,8 @@ def test_version_stands_in_one_place():
 
 def test_dependencies_are_what_is_imported():
     listed = {_distribution(line) for line in PYPROJECT["project"]["dependencies"]}
-    optional = {_distribution(line) for line in PYPROJECT["project"]["optional-dependencies"]["plot"]}
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    optional = {_distribution(line) for extra in ("plot", "openvino") for line in extras[extra]}
     used = {
         name.split(".")[0]
         for path in ROOT.glob("src/**/*.py")

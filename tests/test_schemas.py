@@ -7,8 +7,9 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import jsonschema
 import pytest
@@ -40,6 +41,7 @@ LITERALS = {
     "controller": config.Controller,
     "layout": config.Layout,
     "target": config.Target,
+    "runtime": Literal["torch", config.Runtime],
     "metric_name": Metric,
 }
 CLASSES = {"settings": config.TrainSettings, "data": config.DataSettings, "task": TaskSpec, "record": Record}
@@ -169,6 +171,12 @@ def _press(shell: Shell, base: str) -> None:
 def _measure(shell: Shell, classes: Any) -> None:
     for line in ("runs/gates", "pruned/gates", "onnx/gates", "runs/numbers --batch-size 7"):
         shell(f"evaluate {line}")
+    if find_spec("openvino"):
+        shell("evaluate onnx/gates --runtime openvino")
+        shell(
+            "bench onnx/gates onnx/int8 --runtime onnxruntime,openvino --batch-size 1 --seq-len 8 --repetitions 2 "
+            "-o bench-runtimes.json"
+        )
     shell("evaluate onnx/int8 --against runs/full --max-metric-drop 0", ends=(0, 1))
     shell("bench --shape 8x16 --sparsity 0,0.5 --tokens 4 --repetitions 2 -o bench-weight.json")
     timed, sizes = "runs/gates pruned/gates onnx/gates onnx/int8", "--batch-size 1 --seq-len 8 --repetitions 2"

@@ -29,9 +29,11 @@ Metric = Literal[
     "accuracy", "matthews", "f1", "f1_micro", "average_precision", "mrr@10", "ndcg@10", "pearson", "spearman"
 ]
 Arithmetic = Literal["fp32", "bf16", "fp16"]  # that a torch model is served in, weights included
+Runtime = Literal["onnxruntime", "openvino"]  # of ONNX files
 
 ROTATED: tuple[Granularity, ...] = ("structured", "matrix")  # these have gates of single head dimensions
 DEFAULT_LAYOUT: Layout = "auto"
+DEFAULT_RUNTIME: Runtime = "onnxruntime"
 DEFAULT_TARGET: Target = "ort-cpu"  # the runtime that most people deploy on
 MAX_LOGIT_DIFF = 1e-4  # between float32 forms of one model; relative to the largest logit if that is above 1
 METRIC_ROUNDING = 1e-9  # of a difference of two metrics: 0.87 - 0.86 is more than 0.01

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gatepress.batches import PROBE_ROWS, fitting, make_loader, probe_batch, queries_of, rows_in_order, tokenize
-from gatepress.config import Arithmetic, DataSettings, refuse_below
+from gatepress.config import DEFAULT_RUNTIME, Arithmetic, DataSettings, Runtime, refuse_below
 from gatepress.errors import ArtifactError, ModelError, UsageError
 from gatepress.heads import MULTI, OTHER_CLASSES, problem_of
 from gatepress.metrics import compute_metric, cosines
@@ -44,14 +44,15 @@ def evaluate(  # noqa: PLR0913 - every option of the command is one
     max_length: int | None = None,
     device: str = "auto",
     precision: Arithmetic = "fp32",
+    runtime: Runtime = DEFAULT_RUNTIME,
     against: str | Path | None = None,
     progress: Progress | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Measure what `runtime.open_runner` opens on the validation rows.
 
-    A torch model computes in `precision`. `against` is measured on the same rows, in float32 and with its own
-    tokenizer, and the difference is reported.
+    A torch model computes in `precision`, as does a float32 file in OpenVINO. `against` is measured on the same rows,
+    in float32, with its own tokenizer and by the default runtime, and the difference is reported.
 
     `data` as a mapping holds changes to what the directory's manifest says of its rows, such as
     `{"max_validation_samples": 100}`; None: no changes. `max_length` None: the directory's own, or else 128 tokens.
@@ -59,8 +60,12 @@ def evaluate(  # noqa: PLR0913 - every option of the command is one
     malformed manifest, and what opening and loading raise.
     """
     refuse_below(1, batch_size=batch_size, max_length=max_length)
-    runner = open_runner(target, device=device, precision=precision, trust_remote_code=trust_remote_code)
-    if precision != "fp32" and runner.runtime != "torch":
+    runner = open_runner(
+        target, device=device, precision=precision, runtime=runtime, trust_remote_code=trust_remote_code
+    )
+    if runtime != DEFAULT_RUNTIME and runner.kind != "onnx":
+        raise UsageError(f"--runtime is {runtime}, but {target} is no ONNX file; leave it out")
+    if precision != "fp32" and not runner.takes_precision:
         raise UsageError(f"--precision is {precision}, but {target} computes in what it was exported in; leave it out")
     dials: dict[str, Any] = {"max_length": max_length, "trust_remote_code": trust_remote_code}
     basis = basis_of(runner, target, data=data, **dials)

@@ -30,11 +30,11 @@ from gatepress.config import Target
 from gatepress.costs import TARGETS, Costs, Entry, Op
 from gatepress.errors import ArtifactError, DeviceError, OutputError, UsageError
 from gatepress.files import explained, temporary_directory
+from gatepress.in_onnxruntime import session_options
 from gatepress.machine import device_name
 from gatepress.modeling_gatepress import pick
 from gatepress.progress import NoProgress, Progress
 from gatepress.quantize import quantize_file_
-from gatepress.runners import session_options
 
 logger = logging.getLogger(__name__)
 

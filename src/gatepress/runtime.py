@@ -6,14 +6,15 @@ bench, evaluate and export need not ask.
 
 import logging
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import onnxruntime as ort
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
+from gatepress import in_onnxruntime
 from gatepress.checkpoint import load_run, located, read_run
-from gatepress.config import Arithmetic, refuse, unknown_words
+from gatepress.config import DEFAULT_RUNTIME, Arithmetic, Runtime, refuse, unknown_words
 from gatepress.embedding import (
     embedder_class,
     embedding_of,
@@ -22,7 +23,8 @@ from gatepress.embedding import (
     refuse_projections,
     weight_files,
 )
-from gatepress.errors import ArtifactError, DeviceError, ModelError, UsageError, reason_of
+from gatepress.errors import DeviceError, MissingExtraError, ModelError, UsageError
+from gatepress.exported import ExportedRunner, dtype_of
 from gatepress.files import PRUNED_FILE, RUN_FILE, expanded, read_json
 from gatepress.graph import check_graph, read_graph
 from gatepress.hub import locate_model
@@ -44,7 +46,7 @@ from gatepress.models import (
     refuse_missing,
     told_of_padding_,
 )
-from gatepress.runners import INPUTS, Kind, OnnxRunner, Runner, TorchRunner, session_options
+from gatepress.runners import INPUTS, Kind, Runner, TorchRunner
 
 logger = logging.getLogger(__name__)
 
@@ -56,20 +58,22 @@ def open_runner(
     *,
     device: str = "cpu",
     precision: Arithmetic = "fp32",
+    runtime: Runtime = DEFAULT_RUNTIME,
     trust_remote_code: bool = False,
 ) -> Runner:
     """Open what `target` names: a directory of gatepress or transformers, an .onnx file, a hub id, or demo.
 
-    `device` is auto, cpu or cuda[:n]. An ONNX session takes as many threads as torch has. Torch models compute in
-    `precision`, with weights rounded to it; ONNX files in what they were exported in.
+    `device` is auto, cpu or cuda[:n]. ONNX files are computed by `runtime`, with as many threads as torch has. Torch
+    models compute in `precision`, with weights rounded to it, and OpenVINO does so with float32 files; otherwise an
+    ONNX file computes in what it was exported in.
     Raises `ArtifactError` on a broken directory, `ModelError` on what is not a model, `DeviceError`,
     and what `hub.locate_model` raises.
     """
-    refuse(unknown_words(precision=(precision, Arithmetic)))
+    refuse(unknown_words(precision=(precision, Arithmetic), runtime=(runtime, Runtime)))
     here = path = expanded(str(target))
     kind: Kind = model_form(str(target)) or "model"
     if kind == "onnx":
-        return _open_onnx(path, device)
+        return _open_onnx(path, runtime, device, precision)
     place, dtype = torch_device(device), DTYPES[precision]
     if kind == "model":
         path = locate_model(str(target), code=trust_remote_code)
@@ -160,19 +164,18 @@ def _load_model(target: str, path: Path, *, trust_remote_code: bool) -> tuple[Pr
     return model.eval(), bool(info["missing_keys"])
 
 
-def _open_onnx(path: Path, device: str) -> OnnxRunner:
+def _open_onnx(path: Path, runtime: Runtime, device: str, precision: Arithmetic) -> ExportedRunner:
     directory, file, named = onnx_parts(path)
     manifest, beside = None, check_graph(read_graph(file), directory)
     if named:
         manifest = read_manifest(named)
         hashes = hashes_of(manifest, named, (ONNX_MODEL, *sorted(beside)), "export again")
         check_files(directory, hashes.items(), "export again")
-    session, place = _session(file, device)
-    unknown = [one.name for one in session.get_inputs() if one.name not in INPUTS]
-    if unknown or not session.get_inputs() or not session.get_outputs():
-        raise ModelError(f"{file}: takes {', '.join(unknown) or 'no inputs'}, expected some of {', '.join(INPUTS)}")
+    computing = _computing(runtime)
+    place = "cpu" if device == "auto" and not computing.has_gpu() else torch_device(device)
     config = directory / "config.json"
-    return OnnxRunner(
+    given = precision if dtype_of(manifest) == "float32" else "fp32"  # int8 products stay what they are
+    runner: ExportedRunner = computing.open_graph(file, place, given)(
         _name(path),
         "onnx",
         place,
@@ -180,31 +183,25 @@ def _open_onnx(path: Path, device: str) -> OnnxRunner:
         _bytes([file, *(directory / name for name in beside)]),
         manifest,
         bool(manifest and manifest.get("head_is_random")),
-        session=session,
         config=read_config(config) if config.is_file() else None,
     )
+    unknown = [name for name in runner.input_names if name not in INPUTS]
+    if unknown or not runner.input_names or not runner.outputs:
+        raise ModelError(f"{file}: takes {', '.join(unknown) or 'no inputs'}, expected some of {', '.join(INPUTS)}")
+    return runner
 
 
-def _session(file: Path, device: str) -> tuple[ort.InferenceSession, str]:
-    """Return a session and the device it computes on."""
-    cuda = "CUDAExecutionProvider"
-    has_cuda = cuda in ort.get_available_providers() and torch.cuda.is_available()
-    if device == "auto":
-        device = "cuda" if has_cuda else "cpu"
-    device = torch_device(device)
-    if device != "cpu" and not has_cuda:
-        raise DeviceError(
-            "this onnxruntime has no CUDA provider; pip install onnxruntime-gpu instead, or use --device cpu"
-        )
-    index = int(device.partition(":")[2] or 0)
-    providers: list[Any] = ["CPUExecutionProvider"] if device == "cpu" else [(cuda, {"device_id": index})]
+def _computing(runtime: Runtime) -> ModuleType:
+    """Return the module of a runtime; `MissingExtraError` if it is not installed."""
+    if runtime == "onnxruntime":
+        return in_onnxruntime
     try:
-        session = ort.InferenceSession(str(file), session_options(), providers=providers)
-    except Exception as error:  # its exceptions share no other base class
-        raise ArtifactError(f"{file}: ONNX Runtime cannot load it ({reason_of(error)}); export it again") from error
-    if device != "cpu" and cuda not in session.get_providers():  # it falls back to the CPU silently
-        raise DeviceError("onnxruntime could not start its CUDA provider; use --device cpu")
-    return session, device
+        from gatepress import in_openvino  # noqa: PLC0415 - openvino is an extra, not always there
+    except ImportError:
+        raise MissingExtraError(
+            "--runtime openvino needs OpenVINO; install it with: pip install 'gatepress[openvino]'"
+        ) from None
+    return in_openvino
 
 
 def _tokenizer_dir(directory: Path) -> Path | None:

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from gatepress.batches import fitting, make_loader, tokenize
 from gatepress.bench import timing
 from gatepress.bench.record import Record, latencies, now, relative_to
-from gatepress.config import Arithmetic, DataSettings, check_timing, refuse
+from gatepress.config import DEFAULT_RUNTIME, Arithmetic, DataSettings, Runtime, check_timing, refuse
 from gatepress.errors import GatepressError, ModelError, UsageError, reason_of
 from gatepress.machine import device_name
 from gatepress.models import open_tokenizer
@@ -107,6 +107,7 @@ def run(  # noqa: PLR0913 - every knob of a measurement is named
     data: DataSettings | None = None,
     max_length: int = 128,
     precisions: Sequence[Arithmetic] = ("fp32",),
+    runtimes: Sequence[Runtime] = (DEFAULT_RUNTIME,),
     trust_remote_code: bool = False,
     seed: int = 0,
 ) -> list[Record]:
@@ -115,7 +116,8 @@ def run(  # noqa: PLR0913 - every knob of a measurement is named
     Without `data`, the cells are `batch_sizes` x `seq_lens`, full rows without padding. With it, they
     are `batch_sizes`, each a pass over the validation rows, sorted by length, truncated to `max_length`
     tokens (or what the shortest of the targets takes) and padded to the longest of a batch.
-    Torch models are timed once in each of `precisions`, ONNX files in what they were exported in.
+    ONNX files are timed once in each of `runtimes`. Torch models, and float32 files in OpenVINO, are timed once in
+    each of `precisions`, other files in what they were exported in.
     `None` for repetitions and warm-up: 20 and 3 batches, or 10 and 1 passes; for threads: torch's
     own number, for every runtime.
     Raises `UsageError`, `DeviceError`, and `ModelError` if a target cannot run a cell.
@@ -135,7 +137,7 @@ def run(  # noqa: PLR0913 - every knob of a measurement is named
     records: list[Record] = []
     with timing.undisturbed(threads) as active:
         opening = partial(open_runner, device=str(place), trust_remote_code=trust_remote_code)
-        runners = _open(targets, precisions, opening)
+        runners = _open(targets, runtimes, precisions, opening)
         if rows is None:
             cells = _grid(batch_sizes, seq_lens, seed)
         else:
@@ -173,7 +175,7 @@ def run(  # noqa: PLR0913 - every knob of a measurement is named
                     macs=one.macs,
                     size_bytes=one.runner.size_bytes,
                     parameters=one.runner.parameters,
-                    versions=versions("torch", "transformers", "onnxruntime"),
+                    versions=versions("torch", "transformers", *dict.fromkeys([DEFAULT_RUNTIME, *runtimes])),
                     timestamp=now(),
                     **cell.facts,
                     **latencies(samples[name]),
@@ -190,21 +192,35 @@ def check(*, device: str = "cpu", **asked: Any) -> torch.device:
     return torch.device(torch_device(device))
 
 
-def _open(targets: Targets, precisions: Sequence[Arithmetic], opening: Callable[..., Runner]) -> dict[str, Runner]:
+def _open(
+    targets: Targets, runtimes: Sequence[Runtime], precisions: Sequence[Arithmetic], opening: Callable[..., Runner]
+) -> dict[str, Runner]:
     """Open all targets at once (they take turns later), under their names or others that tell them apart."""
     pairs = list(targets.items()) if isinstance(targets, Mapping) else [(None, target) for target in targets]
-    opened = [(given, target, opening(target, precision=precisions[0])) for given, target in pairs]
-    if set(precisions) != {"fp32"} and all(runner.runtime != "torch" for _, _, runner in opened):
+    opened: list[tuple[str | None, str | Path, dict[Runtime, Runner]]] = []
+    for given, target in pairs:
+        forms = {runtimes[0]: opening(target, precision=precisions[0], runtime=runtimes[0])}
+        for runtime in runtimes[1:] if forms[runtimes[0]].kind == "onnx" else ():
+            forms[runtime] = opening(target, precision=precisions[0], runtime=runtime)
+        opened.append((given, target, forms))
+    every = [runner for *_, forms in opened for runner in forms.values()]
+    if set(runtimes) != {DEFAULT_RUNTIME} and all(runner.kind != "onnx" for runner in every):
+        raise UsageError("--runtime chooses what computes ONNX files; name a directory that gatepress export wrote")
+    if set(precisions) != {"fp32"} and not any(runner.takes_precision for runner in every):
         raise UsageError("--precision means nothing to ONNX files, which compute in what they were exported in")
-    shared = Counter(runner.name for _, _, runner in opened)
+    shared = Counter(forms[runtimes[0]].name for *_, forms in opened)
     runners: dict[str, Runner] = {}
-    for given, target, first in opened:
-        base = given or (first.name if shared[first.name] == 1 else str(target))
-        asked = precisions if first.runtime == "torch" else precisions[:1]
-        for precision in asked:
-            name = f"{base} {precision}" if len(asked) > 1 and precision != "fp32" else base
-            runner = first if precision == precisions[0] else opening(target, precision=precision)
-            runners[_free(name, runners)] = runner
+    for given, target, forms in opened:
+        own = forms[runtimes[0]].name
+        base = given or (own if shared[own] == 1 else str(target))
+        for runtime, form in forms.items():
+            asked = precisions if form.takes_precision else precisions[:1]
+            for precision in asked:
+                what: list[str] = [runtime] if len(forms) > 1 and runtime != DEFAULT_RUNTIME else []
+                what += [precision] if len(asked) > 1 and precision != "fp32" else []
+                again = precision != precisions[0]
+                runner = opening(target, precision=precision, runtime=runtime) if again else form
+                runners[_free(" ".join([base, *what]), runners)] = runner
     return runners
 
 

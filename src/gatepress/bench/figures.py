@@ -18,6 +18,7 @@ CHARACTERS_PER_INCH = 15  # in a caption
 LABEL_ROOM = 0.07  # fraction of the axis' height that a label below a point takes
 INK, QUIET, FAINT = "#24292f", "#6e7781", "#d8dee4"  # text, secondary text, grid
 BLUE, ORANGE = "#0072b2", "#d55e00"  # distinguishable with every kind of colour vision (Okabe and Ito)
+RUNTIMES = {"torch": ("torch", BLUE), "onnxruntime": ("ONNX Runtime", ORANGE), "openvino": ("OpenVINO", "#009e73")}
 HATCHES = {"int8": "////", "bfloat16": "\\\\\\\\", "float16": "xxxx"}  # dots make large files
 # Behind labels, so that they stay readable where they cross a line.
 PATCH = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.6}
@@ -175,14 +176,15 @@ def _panels(figure: Figure, rows: int, columns: int) -> list[Axes]:
 
 
 def _color(record: Record) -> str:
-    return BLUE if record.runtime == "torch" else ORANGE
+    return RUNTIMES.get(record.runtime, (record.runtime, ORANGE))[1]
 
 
 def _legend(figure: Figure, records: list[Record]) -> None:
     """Explain colours and hatching if there is more than one of them."""
     handles = []
-    if len({record.runtime for record in records}) > 1:
-        handles += [Patch(color=BLUE, label="torch"), Patch(color=ORANGE, label="ONNX Runtime")]
+    there = {record.runtime for record in records}
+    if len(there) > 1:
+        handles += [Patch(color=color, label=name) for key, (name, color) in RUNTIMES.items() if key in there]
     for dtype in sorted({record.dtype for record in records} & HATCHES.keys()):
         handles.append(Patch(facecolor=QUIET, edgecolor="white", hatch=HATCHES[dtype], label=dtype))
     if handles:

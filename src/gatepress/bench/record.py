@@ -26,7 +26,7 @@ class Record:
     what: What
     name: str  # unique within one benchmark
     kind: str  # matmul: dense, index, closure; endtoend: run, pruned, onnx, model
-    runtime: str  # torch or onnxruntime
+    runtime: str  # torch, onnxruntime or openvino
     device: str  # cpu or cuda
     device_name: str  # what the machine calls its processor
     threads: int | None  # None: not the CPU's work

@@ -29,7 +29,7 @@ def conditions(records: Sequence[Record]) -> str:
     numbers = sorted({record.repetitions for record in records})
     calls = " to ".join(f"{number:,}" for number in dict.fromkeys([numbers[0], numbers[-1]]))
     dtypes = " and ".join(dict.fromkeys(record.dtype for record in records))
-    built = [f"{key} {one.versions[key]}" for key in ("torch", "onnxruntime") if key in one.versions]
+    built = [f"{key} {one.versions[key]}" for key in ("torch", "onnxruntime", "openvino") if key in one.versions]
     return f"{one.device_name}{threads}, {dtypes}, median of {calls} repetitions, {', '.join(built)}"
 
 

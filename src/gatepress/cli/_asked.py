@@ -6,7 +6,7 @@ Whatever cannot be read, or means nothing beside the rest, raises one `UsageErro
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
-from gatepress.config import Arithmetic, DataSettings, TrainSettings, refuse, spelled, unused_by
+from gatepress.config import DataSettings, TrainSettings, refuse, spelled, unused_by
 from gatepress.errors import UsageError
 from gatepress.families import ROLES
 from gatepress.tasks import task_named
@@ -105,13 +105,13 @@ def _listed(option: str, text: str, kind: Callable[[str], T], kinds: str) -> lis
         raise UsageError(f"{option} is {text!r}, expected {kinds} separated by commas") from None
 
 
-def arithmetics(option: str, text: str) -> list[Arithmetic]:
-    """Return the kinds in a comma-separated list, e.g. of `--precision fp32,bf16`, each once."""
-    known: dict[str, Arithmetic] = {kind: kind for kind in get_args(Arithmetic)}
+def chosen(option: str, text: str, kinds: Any) -> list[Any]:
+    """Return the words of a comma-separated list, each once, that are all among those of a `Literal`."""
+    known = get_args(kinds)
     asked = dict.fromkeys(words(text))
-    if not asked or not asked.keys() <= known.keys():
+    if not asked or not asked.keys() <= set(known):
         raise UsageError(f"{option} is {text!r}, expected some of {', '.join(known)}, separated by commas")
-    return [known[word] for word in asked]
+    return list(asked)
 
 
 def words(text: str) -> tuple[str, ...]:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gatepress.cli import _options as opt
-from gatepress.cli._asked import arithmetics, asked_data, numbers, said_of, whole_numbers
+from gatepress.cli._asked import asked_data, chosen, numbers, said_of, whole_numbers
 from gatepress.cli._console import Screen, Titled, grid, session
-from gatepress.config import Target, check_timing, refuse_below, spelled
+from gatepress.config import Arithmetic, Runtime, Target, check_timing, refuse_below, spelled
 from gatepress.errors import UsageError
 from gatepress.files import refuse_overwriting
 
@@ -25,6 +25,7 @@ EXAMPLES = opt.examples(
     "gatepress bench runs/sst2 --alternatives --plot sst2.png",
     "gatepress bench dense-onnx onnx/sst2 --fail-under 1.3 --json",
     "gatepress bench --latency-table ort-cpu -o server.json",
+    "gatepress bench dense-onnx onnx/sst2 --runtime onnxruntime,openvino",
     "gatepress bench FacebookAI/roberta-base pruned/cola --precision fp32,bf16",
     "gatepress bench FacebookAI/roberta-base pruned/cola --task cola --output cola.jsonl",
 )
@@ -125,12 +126,21 @@ def bench(  # noqa: PLR0913 - every option is a parameter
     ] = None,
     threads: opt.Threads = None,
     device: opt.MeasuringDevice = "cpu",
+    runtime: Annotated[
+        str | None,
+        opt.MEASURING(
+            metavar="NAME,...",
+            help="With models: what computes ONNX files, onnxruntime or openvino or both; each file is timed once in "
+            "each. openvino needs gatepress[openvino] and a CPU. Default: onnxruntime.",
+        ),
+    ] = None,
     precision: Annotated[
         str | None,
         opt.MEASURING(
             metavar="KIND,...",
-            help="With models: arithmetic of torch models, some of fp32, bf16 and fp16; each model is timed once in "
-            "each. ONNX files compute in what they were exported in. Default: fp32.",
+            help="With models: arithmetic of torch models, and of float32 files in OpenVINO, some of fp32, bf16 and "
+            "fp16; each model is timed once in each. Other ONNX files compute in what they were exported in. "
+            "Default: fp32.",
         ),
     ] = None,
     seed: opt.MeasuringSeed = 0,
@@ -167,6 +177,7 @@ def bench(  # noqa: PLR0913 - every option is a parameter
             "batch_size": batch_size,
             "seq_len": seq_len,
             "max_length": max_length,
+            "runtime": runtime,
             "precision": precision,
             "trust_remote_code": trust_remote_code or None,
             **vars(rows),
@@ -185,9 +196,16 @@ def bench(  # noqa: PLR0913 - every option is a parameter
             _refuse_given(models, "times models; name at least one, e.g. gatepress bench pruned/x")
         built = {"target": for_target, "baseline": baseline}
         _check_alternatives(targets, built, alternatives=alternatives)
+        if alternatives:
+            _refuse_given({"runtime": runtime}, "does not go with --alternatives; export the forms and name them")
         _check_factor(fail_under, enough=alternatives or len(targets or ()) > 1)
         asked = _asked(
-            batch_sizes=batch_size, seq_lens=seq_len, shapes=shape, sparsities=sparsity, precisions=precision
+            batch_sizes=batch_size,
+            seq_lens=seq_len,
+            shapes=shape,
+            sparsities=sparsity,
+            runtimes=runtime,
+            precisions=precision,
         )
         plain = {"tokens": tokens, "max_length": max_length, "repetitions": repetitions, "warmup": warmup}
         asked |= {name: value for name, value in plain.items() if value is not None}
@@ -329,7 +347,8 @@ def _asked(**lists: str | None) -> dict[str, Any]:
         "seq_lens": lambda text: whole_numbers("--seq-len", text),
         "shapes": lambda text: [_shape(part) for part in text.split(",")],
         "sparsities": lambda text: numbers("--sparsity", text),
-        "precisions": lambda text: arithmetics("--precision", text),
+        "runtimes": lambda text: chosen("--runtime", text, Runtime),
+        "precisions": lambda text: chosen("--precision", text, Arithmetic),
     }
     return {name: read[name](text) for name, text in lists.items() if text is not None}
 

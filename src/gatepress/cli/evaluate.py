@@ -9,7 +9,7 @@ from gatepress.cli import _options as opt
 from gatepress.cli._asked import rows_of
 from gatepress.cli._console import Titled, count, facts, pick, session
 from gatepress.cli.train import metric_rows
-from gatepress.config import Arithmetic, dropped, refuse_below
+from gatepress.config import DEFAULT_RUNTIME, Arithmetic, Runtime, dropped, refuse_below
 from gatepress.errors import UsageError
 
 EXAMPLES = opt.examples(
@@ -18,6 +18,7 @@ EXAMPLES = opt.examples(
     "gatepress evaluate pruned/sst2 --precision bf16 --against pruned/sst2 --max-metric-drop 0.01",
     "gatepress evaluate pruned/sst2 --task sst2 --data-dir glue",
     "gatepress evaluate onnx/sst2 --against runs/full --max-metric-drop 0.01",
+    "gatepress evaluate onnx/sst2 --runtime openvino --precision bf16",
     "gatepress evaluate pruned/topics --validation-file fresh.csv --label-column topic",
 )
 
@@ -45,7 +46,7 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
             metavar="MODEL",
             help="Also measure this model on the same rows, and show how far the metric dropped from it: the "
             "finetuned model before it was pressed, for example, or the previous release. It computes in "
-            "float32 whatever --precision says.",
+            "float32 whatever --precision says, and in ONNX Runtime whatever --runtime says.",
         ),
     ] = None,
     max_metric_drop: Annotated[
@@ -57,8 +58,15 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
         ),
     ] = None,
     device: opt.MeasuringDevice = "auto",
+    runtime: Annotated[
+        Runtime, opt.MEASURING(help="What computes an ONNX file. openvino needs gatepress[openvino] and a CPU.")
+    ] = DEFAULT_RUNTIME,
     precision: Annotated[
-        Arithmetic, opt.MEASURING(help="Arithmetic of a torch model. ONNX files compute in what they were exported in.")
+        Arithmetic,
+        opt.MEASURING(
+            help="Arithmetic of a torch model, or of a float32 file in OpenVINO. Other ONNX files compute in what "
+            "they were exported in."
+        ),
     ] = "fp32",
     trust_remote_code: opt.TrustRemoteCode = False,
     shown: opt.Shown,
@@ -91,6 +99,7 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
             max_length=max_length,
             device=device,
             precision=precision,
+            runtime=runtime,
             progress=screen.progress,
             trust_remote_code=trust_remote_code,
         )
