@@ -969,3 +969,16 @@ def test_a_demo_that_is_interrupted_at_once_leaves_nothing(here, monkeypatch):
     assert result.exit_code == 130
     assert "interrupted; nothing was written" in result.stderr
     assert names(here) == []
+
+
+def test_a_link_to_a_file_goes_on_leading_there(tmp_path):
+    (tmp_path / "real.json").write_text("old")
+    (tmp_path / "link.json").symlink_to("real.json")
+    replace_file(tmp_path / "link.json", b"new")
+    assert (tmp_path / "link.json").is_symlink()
+    assert (tmp_path / "real.json").read_text() == "new"
+
+
+def test_a_name_that_is_no_text_is_refused_before_the_work(tmp_path):
+    with pytest.raises(OutputError, match="is no text in UTF-8"):
+        check_output(tmp_path / "x\udcffy", force=False)

@@ -651,7 +651,21 @@ def test_a_reader_that_goes_away_is_no_traceback():
     assert started.returncode == 1
 
 
+def test_a_reader_of_progress_that_goes_away_does_not_end_the_work():
+    with process(3, stderr=subprocess.PIPE) as started:
+        started.stderr.close()
+        assert len(json.loads(started.stdout.read())["rows"]) == 3
+    assert started.returncode == 0
+
+
 COMMAND = [sys.executable, "-m", "gatepress"]
+
+
+@pytest.mark.parametrize("stderr", ["2>&-", "2> /dev/full"])
+def test_a_stderr_that_takes_nothing_leaves_the_object_on_stdout(stderr):
+    line = " ".join(map(shlex.quote, COMMAND)) + f" inspect nowhere --json {stderr}"
+    done = subprocess.run(line, shell=True, stdout=subprocess.PIPE, text=True, check=False)  # noqa: S602 - as below
+    assert (json.loads(done.stdout)["exit_code"], done.returncode) == (1, 1)
 
 
 @pytest.mark.parametrize("arguments", ["train --bogus", "train --bogus --json", "inspect nowhere --json", "--help"])
@@ -835,6 +849,8 @@ def test_bench_shows_a_table_for_people():
         (["a", "b", "--fail-under", "-1.5"], "--fail-under is -1.5, expected a factor above 0"),
         (["a", "b", "--fail-under", "nan"], "--fail-under is nan, expected a factor above 0"),
         (["a", "--fail-under", "1.5"], "--fail-under compares the last model with the first"),
+        (["a", "b", "--fail-under", "1.5", "--precision", "fp32,bf16"], "--precision with several values leaves open"),
+        (["a", "b", "--fail-under", "1.5", "--runtime", "openvino,onnxruntime"], "--runtime with several values"),
         (["--fail-under", "1.5"], "--fail-under compares the last model with the first"),
     ],
 )
@@ -948,6 +964,17 @@ def test_demo_settings_stand_in_one_place():
     parameters = inspect.signature(demo_verb.demo).parameters
     assert parameters["epochs"].default == demo_verb.DEMO.epochs
     assert parameters["sparsity"].default == demo_verb.DEMO.sparsity
+
+
+def test_force_takes_no_run_of_another_task_for_an_earlier_demo(tmp_path):
+    run_file = tmp_path / "dense/gatepress_run.json"
+    for task in ("sst2", None):
+        run_file.parent.mkdir(exist_ok=True)
+        run_file.write_text(json.dumps({"format": "gatepress-run", "task": {"name": task} if task else None}))
+        result = run("demo", "-o", str(tmp_path), "--force")
+        assert result.exit_code == 1
+        assert "dense: was not written by gatepress demo" in result.stderr
+        assert run_file.is_file()
 
 
 # --- progress ------------------------------------------------------------------------------------

@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import TaskFiles
+from gatepress import processes
 from gatepress.checkpoint import read_run
+from gatepress.errors import ProcessError
 from gatepress.processes import seed_of
 from tiny import build_encoder, save_model
 
@@ -140,3 +142,15 @@ def test_seeds_differ_by_each_of_their_numbers():
     seeds = {seed_of(*numbers) for numbers in [(0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 1), (0, 1, 0)]}
     assert len(seeds) == 6
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("MASTER_ADDR expected, but not set"), RuntimeError("port"), OSError("no")]
+)
+def test_variables_of_a_launcher_that_lead_nowhere_are_told(error, monkeypatch):
+    def join(**_):
+        raise error
+
+    monkeypatch.setattr(processes, "PartialState", join)
+    with pytest.raises(ProcessError, match="RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"):
+        processes.Processes.here("cpu")

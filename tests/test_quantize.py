@@ -176,6 +176,8 @@ def test_dtype_is_known_of_every_form(made, tmp_path: Path) -> None:
     for target in (made.run, made.pruned, made.float32, tmp_path / "alone.onnx"):
         assert open_runner(target).dtype == "float32"
     assert open_runner(made.onnx).dtype == "int8"
+    shutil.copy(made.onnx / "model.onnx", tmp_path / "bare.onnx")
+    assert open_runner(tmp_path / "bare.onnx").dtype == "int8"  # as its graph says: no manifest does
 
 
 def test_same_source_gives_the_same_bytes(made, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A run that is killed at any moment goes on to the very end that it would have come to."""
 
+import errno
 import json
 import shutil
 import signal
@@ -24,11 +25,12 @@ from gatepress.checkpoint import read_run
 from gatepress.cli.app import app
 from gatepress.config import TrainSettings
 from gatepress.embedding import write_modules
-from gatepress.errors import ArtifactError, OutputError
-from gatepress.files import RUN_FILE, read_json, replace_file
+from gatepress.errors import ArtifactError, ModelError, OutputError
+from gatepress.files import RUN_FILE, lock, read_json, release, replace_file
 from gatepress.progress import NoProgress
 from gatepress.pruning import prune
 from gatepress.resume import uninterrupted
+from gatepress.runwriter import RunWriter
 from gatepress.tasks.sources import load_rows
 from gatepress.training import resume, train
 
@@ -437,3 +439,51 @@ def test_a_run_that_is_training_is_left_alone(
     resume(half)
     assert tried
     assert_same(half, whole)
+
+
+# --- what must not be written over ---------------------------------------------------------------
+
+
+def test_a_checkpoint_of_numbers_is_not_replaced_by_one_without(settings, whole, tmp_path, monkeypatch):
+    """The loss is read every five steps; what is written in between is looked at."""
+    step = training._step
+
+    def broken(job, batch):
+        loss = step(job, batch)
+        if job.step == 5:
+            with torch.no_grad():
+                next(one for one in job.gated.parameters() if one.requires_grad).fill_(torch.nan)
+        return loss
+
+    monkeypatch.setattr(training, "_step", broken)
+    with pytest.raises(ModelError, match=r"no number at step 6; try a smaller --learning-rate"):
+        train(settings, tmp_path / "run")
+    assert read_run(tmp_path / "run").step == 3
+    monkeypatch.undo()
+    resume(tmp_path / "run")
+    assert_same(tmp_path / "run", whole)
+
+
+def test_half_of_a_checkpoint_does_not_stay(settings, tmp_path, monkeypatch):
+    write = RunWriter._write
+
+    def full(writer, kind, step, tensors):
+        if (kind, step) == ("state", 6):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(writer, kind, step, tensors)
+
+    monkeypatch.setattr(RunWriter, "_write", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(settings, tmp_path / "run")
+    kept = sorted(name for name in names(tmp_path / "run") if name.startswith(("gates", "state")))
+    assert kept == ["gates-00000003.safetensors", "state-00000003.safetensors"]
+
+
+def test_a_run_that_another_process_trains_is_not_read(half, monkeypatch):
+    monkeypatch.setattr(training, "prepared", lambda *_, **__: pytest.fail("it was prepared first"))
+    held = lock(half)
+    try:
+        with pytest.raises(OutputError, match="another gatepress"):
+            resume(half)
+    finally:
+        release(held)

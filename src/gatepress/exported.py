@@ -1,7 +1,7 @@
 """An exported graph: what is known about it stands in the files beside it, whichever runtime computes it."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +19,12 @@ MAC_TERMS = ("token", "pair", "row")
 Opened = Callable[..., "ExportedRunner"]  # takes the fields that all of them have
 
 
-def dtype_of(manifest: Mapping[str, Any] | None) -> str:
-    """Return the type that a graph was exported in, by its manifest; a file from elsewhere is taken for float32."""
-    return str((manifest or {}).get("dtype") or "float32")
-
-
 @dataclass(frozen=True)
 class ExportedRunner(Runner):
     """An ONNX graph, and what its manifest and the configuration beside it say."""
 
     config: dict[str, Any] | None = None  # config.json beside it
+    stored: str = "float32"  # the type that it was exported in
     label: ClassVar[str]  # of the runtime, in errors
 
     @property
@@ -39,7 +35,7 @@ class ExportedRunner(Runner):
     @property
     def dtype(self) -> str:
         """The type that it was exported in."""
-        return dtype_of(self.manifest)
+        return self.stored
 
     @property
     def output_name(self) -> str:

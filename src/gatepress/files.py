@@ -150,6 +150,7 @@ def sync_tree(directory: Path) -> None:
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Yield a name beside `path`; what is written there replaces it as a whole if the block succeeds, or is removed."""
+    path = behind_link(path)
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -174,6 +175,10 @@ def check_output(target: Path, *, force: bool, reads: Iterable[str | Path | None
 
     What is read on the way, `reads`, must not lie in the target.
     """
+    try:
+        str(target).encode()
+    except UnicodeEncodeError:
+        raise OutputError(f"{str(target)!r}: is no text in UTF-8, as files need it; choose another with -o") from None
     if target.exists() and not force:
         raise OutputError(f"{target}: exists already; choose another with -o or replace it with --force")
     if target.exists() and not target.is_dir():

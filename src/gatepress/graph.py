@@ -22,6 +22,7 @@ CARRYING = {
     **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Max", "Min", "Concat", "Where"), FEW),
     **dict.fromkeys(("Cast", "Identity", "Slice", "Gather", "Squeeze", "Unsqueeze", "Reshape"), 1),
 }
+INTEGER_PRODUCTS = ("MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul")
 DOMAINS = ("", "ai.onnx", "com.microsoft")  # ONNX itself, and ONNX Runtime's own operators
 _KIND = onnx.AttributeProto
 _NESTED = (_KIND.GRAPH, _KIND.GRAPHS, _KIND.SPARSE_TENSOR, _KIND.SPARSE_TENSORS)
@@ -49,6 +50,11 @@ def read_graph(file: Path) -> onnx.ModelProto:
         if not isinstance(name, str) or not name.isprintable():
             raise ArtifactError(f"{file}: has the name {repr(name)[:80]}, which cannot be shown; export again")
     return model
+
+
+def computes_in(model: onnx.ModelProto) -> str:
+    """Return the type of a graph's matrix products: int8 if some are of integers, otherwise float32."""
+    return "int8" if any(node.op_type in INTEGER_PRODUCTS for node in model.graph.node) else "float32"
 
 
 def describe(model: onnx.ModelProto) -> dict[str, Any]:

@@ -36,12 +36,12 @@ class OpenVinoRunner(ExportedRunner):
     @property
     def takes_precision(self) -> bool:
         """Whether its weights are in float32; int8 products stay what they are."""
-        return super().dtype == "float32"
+        return self.stored == "float32"
 
     @property
     def dtype(self) -> str:
         """The type that was asked for; int8 if that is what the file holds."""
-        return HINTS[self.precision][1] if self.takes_precision else super().dtype
+        return HINTS[self.precision][1] if self.takes_precision else self.stored
 
     @property
     def input_names(self) -> tuple[str, ...]:

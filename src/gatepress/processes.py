@@ -34,7 +34,13 @@ class Processes:
     @classmethod
     def here(cls, device: str) -> "Processes":
         """Join the processes that a launcher started, on `device` ("cpu" or "cuda"); blocks until all are there."""
-        state = PartialState(cpu=device == "cpu")
+        try:
+            state = PartialState(cpu=device == "cpu")
+        except (ValueError, RuntimeError, OSError) as error:  # what the variables of a launcher can say wrongly
+            raise ProcessError(
+                f"cannot join the processes that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT tell of "
+                f"({reason_of(error)}); start all of them with torchrun or accelerate launch, or unset these for one"
+            ) from error
         if state.num_processes == 1:
             return cls(device=torch.device(device))
         atexit.register(state.destroy_process_group)

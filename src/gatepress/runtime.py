@@ -24,9 +24,9 @@ from gatepress.embedding import (
     weight_files,
 )
 from gatepress.errors import DeviceError, MissingExtraError, ModelError, UsageError
-from gatepress.exported import ExportedRunner, dtype_of
+from gatepress.exported import ExportedRunner
 from gatepress.files import PRUNED_FILE, RUN_FILE, expanded, read_json
-from gatepress.graph import check_graph, read_graph
+from gatepress.graph import check_graph, computes_in, read_graph
 from gatepress.hub import locate_model
 from gatepress.manifests import (
     ONNX_MODEL,
@@ -166,7 +166,8 @@ def _load_model(target: str, path: Path, *, trust_remote_code: bool) -> tuple[Pr
 
 def _open_onnx(path: Path, runtime: Runtime, device: str, precision: Arithmetic) -> ExportedRunner:
     directory, file, named = onnx_parts(path)
-    manifest, beside = None, check_graph(read_graph(file), directory)
+    graph = read_graph(file)
+    manifest, beside = None, check_graph(graph, directory)
     if named:
         manifest = read_manifest(named)
         hashes = hashes_of(manifest, named, (ONNX_MODEL, *sorted(beside)), "export again")
@@ -174,7 +175,8 @@ def _open_onnx(path: Path, runtime: Runtime, device: str, precision: Arithmetic)
     computing = _computing(runtime)
     place = "cpu" if device == "auto" and not computing.has_gpu() else torch_device(device)
     config = directory / "config.json"
-    given = precision if dtype_of(manifest) == "float32" else "fp32"  # int8 products stay what they are
+    stored = str((manifest or {}).get("dtype") or computes_in(graph))
+    given = precision if stored == "float32" else "fp32"  # int8 products stay what they are
     runner: ExportedRunner = computing.open_graph(file, place, given)(
         _name(path),
         "onnx",
@@ -184,6 +186,7 @@ def _open_onnx(path: Path, runtime: Runtime, device: str, precision: Arithmetic)
         manifest,
         bool(manifest and manifest.get("head_is_random")),
         config=read_config(config) if config.is_file() else None,
+        stored=stored,
     )
     unknown = [name for name in runner.input_names if name not in INPUTS]
     if unknown or not runner.input_names or not runner.outputs:

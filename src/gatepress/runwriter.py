@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gatepress.checkpoint import PROBE_FILE, RunManifest, read_run
+from gatepress.errors import ModelError
 from gatepress.files import (
     RUN_FILE,
     behind_link,
@@ -91,12 +92,27 @@ class RunWriter:
     def save(
         self, model: PreTrainedModel, manifest: RunManifest, state: dict[str, Tensor] | None = None
     ) -> RunManifest:
-        """Write a checkpoint, with the `state` to continue from; return its manifest with the files named."""
-        tensors = self._write("gates", manifest.step, kept(model, manifest.settings))
-        manifest = replace(manifest, tensors=tensors, sha256=self.bound)
-        if state:
-            manifest = replace(manifest, resume={**self._write("state", manifest.step, state), **manifest.resume})
-        replace_file(self.directory / RUN_FILE, json_text(manifest.to_json()).encode())
+        """Write a checkpoint, with the `state` to continue from; return its manifest with the files named.
+
+        Raises `ModelError` if what was trained is no longer a number: the checkpoint before is worth more.
+        """
+        trained = kept(model, manifest.settings)
+        lost = [name for name, tensor in trained.items() if not tensor.isfinite().all()]
+        if lost:
+            raise ModelError(
+                f"{lost[0]} and {len(lost) - 1} more tensors hold what is no number at step {manifest.step}; try a "
+                "smaller --learning-rate (the checkpoint before is kept)"
+            )
+        try:
+            manifest = replace(manifest, tensors=self._write("gates", manifest.step, trained), sha256=self.bound)
+            if state:
+                manifest = replace(manifest, resume={**self._write("state", manifest.step, state), **manifest.resume})
+            replace_file(self.directory / RUN_FILE, json_text(manifest.to_json()).encode())
+        except BaseException:
+            for path in self.directory.glob(f"*-{manifest.step:08d}*.safetensors"):
+                if path.name not in self._named:  # half of a checkpoint, on a disk that may be full
+                    path.unlink(missing_ok=True)
+            raise
         self._named = _tensors_of(manifest)
         clear_(self.directory, manifest)
         if not self.published:

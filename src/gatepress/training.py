@@ -18,7 +18,7 @@ from gatepress.config import TrainSettings
 from gatepress.distill import Teacher, learn_from_teacher_
 from gatepress.errors import ModelError, ProcessError
 from gatepress.evaluation import evaluate_model, outputs_of
-from gatepress.files import check_output, explained, try_writing
+from gatepress.files import check_output, explained, lock, release, try_writing
 from gatepress.losses import batch_loss
 from gatepress.modeling_gatepress import first_token_alone
 from gatepress.narrowing import narrow_
@@ -60,6 +60,9 @@ def resume(output: str | Path, *, progress: Progress | None = None) -> dict[str,
     """
     output = Path(output)
     manifest = read_run(output)
+    if manifest.status != "finished":
+        release(lock(output))  # whoever still trains there writes over what is read next
+        manifest = read_run(output)
     if manifest.status == "finished":
         clear_(output, manifest)
         logger.info("%s is finished: nothing is left to train, this is its report", output)

@@ -18,7 +18,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import typer
 
@@ -72,7 +72,7 @@ class Screen:
     def __init__(self, stdout: TextIO, stderr: TextIO, *, as_json: bool, quiet: bool) -> None:
         """Write results to `stdout` and everything else to `stderr`."""
         self.stdout = stdout
-        self.stderr = stderr
+        self.stderr = cast("TextIO", _Unhindered(stderr))
         self.as_json = as_json
         self.quiet = quiet
         self.interrupt_note = NOTHING_WRITTEN  # a command that keeps checkpoints says so here
@@ -143,6 +143,31 @@ class Screen:
         """End live bars, if there are any."""
         if self._drawing is not None:
             self._drawing.close()
+
+
+class _Unhindered:
+    """A stream for what is not data: if nobody reads it any more, or its disk is full, the work goes on without it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, or discard this and all that follows."""
+        try:
+            return self._stream.write(text)
+        except (OSError, ValueError):
+            leave(self._stream)
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush, or discard what is left."""
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            leave(self._stream)
 
 
 def leave(stream: TextIO) -> None:

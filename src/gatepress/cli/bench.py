@@ -198,7 +198,6 @@ def bench(  # noqa: PLR0913 - every option is a parameter
         _check_alternatives(targets, built, alternatives=alternatives)
         if alternatives:
             _refuse_given({"runtime": runtime}, "does not go with --alternatives; export the forms and name them")
-        _check_factor(fail_under, enough=alternatives or len(targets or ()) > 1)
         asked = _asked(
             batch_sizes=batch_size,
             seq_lens=seq_len,
@@ -207,6 +206,7 @@ def bench(  # noqa: PLR0913 - every option is a parameter
             runtimes=runtime,
             precisions=precision,
         )
+        _check_factor(fail_under, asked, models=len(targets or ()), alternatives=alternatives)
         plain = {"tokens": tokens, "max_length": max_length, "repetitions": repetitions, "warmup": warmup}
         asked |= {name: value for name, value in plain.items() if value is not None}
         data = asked_data(rows)
@@ -316,13 +316,20 @@ def _check_alternatives(targets: list[str] | None, built: dict[str, Any], *, alt
         _refuse_given({"for": built["target"], "baseline": built["baseline"]}, "goes with --alternatives")
 
 
-def _check_factor(factor: float | None, *, enough: bool) -> None:
+def _check_factor(factor: float | None, asked: dict[str, Any], *, models: int, alternatives: bool) -> None:
     if factor is None:
         return
     if not 0 < factor < math.inf:
         raise UsageError(f"--fail-under is {factor:g}, expected a factor above 0, e.g. 1.3")
-    if not enough:
+    if alternatives:
+        return
+    if models <= 1:
         raise UsageError("--fail-under compares the last model with the first; name two, or add --alternatives")
+    several = {name: asked.get(f"{name}s", ())[1:] for name in ("runtime", "precision")}
+    _refuse_given(
+        {name: more or None for name, more in several.items()},
+        "with several values leaves open which of the last model's times --fail-under means; give one",
+    )
 
 
 def _missed(record: "Record") -> dict[str, Any]:

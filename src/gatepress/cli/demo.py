@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from gatepress.cli import _options as opt
 from gatepress.cli._console import Screen, Titled, count, grid, megabytes, percent, session
 from gatepress.config import DataSettings, TrainSettings
-from gatepress.files import RUN_FILE, check_output
+from gatepress.errors import OutputError
+from gatepress.files import RUN_FILE, check_output, read_json
 
 if TYPE_CHECKING:
     from gatepress.bench.record import Record
@@ -25,6 +26,7 @@ DEMO = TrainSettings(
     device="cpu",
 )
 BATCH_SIZE, SEQ_LEN, REPETITIONS = 8, 64, 20  # of the latencies in the table
+STEPS = ("dense", "run", "dense-pruned", "pruned", "dense-onnx", "onnx")  # what it writes, each in its directory
 
 EXAMPLES = opt.examples("gatepress demo", "gatepress demo --sparsity 0.7 -o demo-0.7 --json")
 
@@ -58,7 +60,9 @@ def demo(  # noqa: PLR0913 - every option is a parameter
     with session(**vars(shown)) as screen:
         data = replace(DEMO.data, max_train_samples=max_train_samples, max_validation_samples=max_validation_samples)
         settings = replace(DEMO, data=data, sparsity=sparsity, epochs=epochs, seed=seed)
-        if not (force and (output / "dense" / RUN_FILE).is_file()):  # an earlier demo is repeated step by step
+        if force and (output / "dense" / RUN_FILE).is_file():  # an earlier demo is repeated step by step
+            _refuse_other_tasks(output)
+        else:
             check_output(output, force=force)
         try:
             result = run(settings, output, screen)
@@ -72,10 +76,21 @@ def demo(  # noqa: PLR0913 - every option is a parameter
         screen.result(result, tables)
 
 
+def _refuse_other_tasks(output: Path) -> None:
+    """Raise `OutputError` if a directory that the demo would replace is of another task than its own."""
+    from gatepress.manifests import MANIFESTS, form_of
+
+    for directory in filter(Path.exists, (output / name for name in STEPS)):
+        form = form_of(directory)
+        task = (read_json(directory / MANIFESTS[form]).get("task") or {}) if form else {}
+        if not isinstance(task, dict) or task.get("name") != DEMO.data.task:
+            raise OutputError(f"{directory}: was not written by gatepress demo; move it, or choose another with -o")
+
+
 def run(settings: TrainSettings, output: Path, screen: Screen) -> dict[str, Any]:
     """Take the five steps, for the model with all gates open (before) and with gates closed (after)."""
     begun = time.monotonic()
-    steps = {name: output / name for name in ("dense", "run", "dense-pruned", "pruned", "dense-onnx", "onnx")}
+    steps = {name: output / name for name in STEPS}
     progress = screen.progress
 
     from gatepress import training
