@@ -31,6 +31,7 @@ from gatepress.cli._launched import is_first
 from gatepress.cli._progress import BarProgress, LineProgress, clock_text, rate_text
 from gatepress.cli.app import app
 from gatepress.config import DataSettings, TrainSettings
+from gatepress.files import ONNX_FILE
 from gatepress.progress import NoProgress
 
 VERBS = ("train", "prune", "export", "bench", "evaluate", "sweep", "inspect", "verify", "report", "demo")
@@ -975,6 +976,12 @@ def test_force_takes_no_run_of_another_task_for_an_earlier_demo(tmp_path):
         assert result.exit_code == 1
         assert "dense: was not written by gatepress demo" in result.stderr
         assert run_file.is_file()
+    files = dict.fromkeys(demo_verb.STEPS, "gatepress_pruned.json")
+    files |= {"dense": run_file.name, "run": run_file.name, "dense-onnx": ONNX_FILE, "onnx": ONNX_FILE}
+    for step, name in files.items():
+        (tmp_path / step).mkdir(exist_ok=True)
+        (tmp_path / step / name).write_text(json.dumps({"task": {"name": "demo"}}))
+    demo_verb._refuse_other_tasks(tmp_path)
 
 
 # --- progress ------------------------------------------------------------------------------------
