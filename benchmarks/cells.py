@@ -208,9 +208,7 @@ def _start_of(manifest: dict[str, Any], start: Path) -> dict[str, Any]:
     return {"start_sha256": manifest["base_sha256"], "start_metric": _manifest(start)["report"]["metric_value"]}
 
 
-@cache
-def _weights_of(directory: Path) -> dict[str, str]:
-    return model_files(directory)
+_weights_of = cache(model_files)  # the models of a sweep are asked for in every cell
 
 
 def _is_of(base_sha256: dict[str, str], model: str) -> bool:

@@ -4,6 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,10 +38,11 @@ class ExportedRunner(Runner):
         """The type that it was exported in."""
         return self.stored
 
-    @property
+    @cached_property
     def output_name(self) -> str:
         """The output that is read: the logits, or vectors of texts, or the first one if none has such a name."""
-        return next((name for name in (LOGITS, VECTORS) if name in self.outputs), next(iter(self.outputs)))
+        names = list(self.outputs)  # looked up once: every call that is timed reads the name
+        return next((name for name in (LOGITS, VECTORS) if name in names), names[0])
 
     @property
     def embeds(self) -> bool:

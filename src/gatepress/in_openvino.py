@@ -15,11 +15,11 @@ from gatepress.errors import DeviceError
 from gatepress.exported import ExportedRunner, Opened, loading
 from gatepress.runners import Batch, fitted
 
-# What it calls an arithmetic, the type that is, and what a CPU must be able to do for it.
-HINTS: dict[Arithmetic, tuple[str, str, str]] = {
-    "fp32": ("f32", "float32", "FP32"),
-    "bf16": ("bf16", "bfloat16", "BF16"),
-    "fp16": ("f16", "float16", "FP16"),
+# What it calls an arithmetic, and the type that is.
+HINTS: dict[Arithmetic, tuple[str, str]] = {
+    "fp32": ("f32", "float32"),
+    "bf16": ("bf16", "bfloat16"),
+    "fp16": ("f16", "float16"),
 }
 
 
@@ -81,11 +81,10 @@ def open_graph(file: Path, device: str, precision: Arithmetic) -> Opened:
     if device != "cpu":
         raise DeviceError(f"OpenVINO computes on the CPU here, --device is {device}; use --device cpu")
     core = openvino.Core()
-    hint, _, needed = HINTS[precision]
     able = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    if needed not in able:
+    if precision.upper() not in able:
         raise DeviceError(f"OpenVINO computes no {precision} on this CPU, only {', '.join(able)}; use --precision fp32")
-    told = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    told = {"INFERENCE_PRECISION_HINT": HINTS[precision][0], "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     with loading(OpenVinoRunner.label, file):
         compiled = core.compile_model(str(file), "CPU", told)
     return partial(OpenVinoRunner, compiled=compiled, request=compiled.create_infer_request(), precision=precision)

@@ -199,10 +199,10 @@ def _open(
     pairs = list(targets.items()) if isinstance(targets, Mapping) else [(None, target) for target in targets]
     opened: list[tuple[str | None, str | Path, dict[Runtime, Runner]]] = []
     for given, target in pairs:
-        forms = {runtimes[0]: opening(target, precision=precisions[0], runtime=runtimes[0])}
-        for runtime in runtimes[1:] if forms[runtimes[0]].kind == "onnx" else ():
-            forms[runtime] = opening(target, precision=precisions[0], runtime=runtime)
-        opened.append((given, target, forms))
+        first = opening(target, precision=precisions[0], runtime=runtimes[0])
+        others = runtimes[1:] if first.kind == "onnx" else ()
+        more = {runtime: opening(target, precision=precisions[0], runtime=runtime) for runtime in others}
+        opened.append((given, target, {runtimes[0]: first, **more}))
     every = [runner for *_, forms in opened for runner in forms.values()]
     if set(runtimes) != {DEFAULT_RUNTIME} and all(runner.kind != "onnx" for runner in every):
         raise UsageError("--runtime chooses what computes ONNX files; name a directory that gatepress export wrote")

@@ -175,7 +175,7 @@ def absent(cells: Iterable[dict[str, Any]]) -> str:
         if cell["status"] != "finished":
             point = Cell(cell["method"], cell["sparsity"], cell["seed"]).point
             lost.setdefault((point, cell["status"]), []).append(str(cell["seed"]))
-    return ", ".join(f"{point} seed {' '.join(seeds)} ({status})" for (point, status), seeds in lost.items())
+    return ", ".join(f"{point} seed {' '.join(numbers)} ({status})" for (point, status), numbers in lost.items())
 
 
 def _shown(value: float | None, unit: float, name: str) -> str:
