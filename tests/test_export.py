@@ -153,6 +153,7 @@ def test_run_and_pruned_directory_export_to_what_torch_computes(  # noqa: PLR091
     assert_last_layer_is_of_one_token(tmp_path / "pruned", result["macs"], family)
     assert result["source_kind"] == "pruned"
     assert result["max_abs_logit_diff"] <= 1e-4
+    assert verify(tmp_path / "onnx")["max_abs_logit_diff"] <= 1e-5
     assert len({(shape["rows"], shape["length"]) for shape in result["shapes"]}) >= 3
     assert any(shape["padding"] for shape in result["shapes"])
     agree_on_unseen_shapes(load_pruned(tmp_path / "pruned"), tmp_path / "onnx", family)

@@ -132,7 +132,7 @@ def test_documents_link_to_files_that_exist(document):
     assert [target for target in local if not (document.parent / target).exists()] == []
 
 
-FILES = (".py", ".json", ".md", ".png", ".svg")  # `sweep.md` is one, whatever the module sweep holds
+FILES = (".py", ".json", ".md", ".png", ".svg", ".safetensors")  # `sweep.md` is one, whatever the module sweep holds
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

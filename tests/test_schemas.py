@@ -311,7 +311,7 @@ def test_one_metric_in_every_form(written: Written) -> None:
 def test_every_kind_of_error_is_valid(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     error = {**LEAVES, **OUTSIDE}[kind]
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise error
 
     monkeypatch.setattr("gatepress.manifests.written_form", lambda _: None)  # as if there were something to verify

@@ -427,6 +427,12 @@ def check_export(*, max_diff: float, quantize: str | None, max_metric_drop: floa
     refuse(problems)
 
 
+def refuse_runtime(runtime: Runtime, target: object, form: str | None) -> None:
+    """Raise `UsageError` if a `runtime` of ONNX files was chosen for a `target` of another form."""
+    if runtime != DEFAULT_RUNTIME and form != "onnx":
+        raise UsageError(f"--runtime is {runtime}, but {target} is no ONNX file; leave it out")
+
+
 def check_timing(  # noqa: PLR0913 - what a comparison of models can be asked wrongly
     *,
     batch_sizes: Sequence[int] = (1,),

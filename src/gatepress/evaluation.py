@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gatepress.batches import PROBE_ROWS, fitting, make_loader, probe_batch, queries_of, rows_in_order, tokenize
-from gatepress.config import DEFAULT_RUNTIME, Arithmetic, DataSettings, Runtime, refuse_below
+from gatepress.config import DEFAULT_RUNTIME, Arithmetic, DataSettings, Runtime, refuse_below, refuse_runtime
 from gatepress.errors import ArtifactError, ModelError, UsageError
 from gatepress.heads import MULTI, OTHER_CLASSES, problem_of
 from gatepress.metrics import compute_metric, cosines
@@ -63,8 +63,7 @@ def evaluate(  # noqa: PLR0913 - every option of the command is one
     runner = open_runner(
         target, device=device, precision=precision, runtime=runtime, trust_remote_code=trust_remote_code
     )
-    if runtime != DEFAULT_RUNTIME and runner.kind != "onnx":
-        raise UsageError(f"--runtime is {runtime}, but {target} is no ONNX file; leave it out")
+    refuse_runtime(runtime, target, runner.kind)
     if precision != "fp32" and not runner.takes_precision:
         raise UsageError(f"--precision is {precision}, but {target} computes in what it was exported in; leave it out")
     dials: dict[str, Any] = {"max_length": max_length, "trust_remote_code": trust_remote_code}

@@ -18,6 +18,7 @@ from gatepress.config import MAX_LOGIT_DIFF, DataSettings, check_export, dropped
 from gatepress.embedding import as_saved, write_modules_of
 from gatepress.errors import ArtifactError, GatepressError, MetricDropError, UsageError
 from gatepress.evaluation import Basis, basis_of, evaluate_runner, probe_rows
+from gatepress.expected import write_expected
 from gatepress.families import dense_type
 from gatepress.files import ONNX_FILE, check_output, expanded, json_text, new_directory, sha256_of
 from gatepress.graph import opset_of
@@ -86,29 +87,25 @@ def export(  # noqa: PLR0913 - every option of the command is one
     with new_directory(output, force=force) as staged:
         model_file = staged / ONNX_MODEL
         write_onnx(runner.model, model_file, opset=opset)
-        bound: dict[str, str] = {}
-        if runner.tokenizer_dir is not None:
-            tokenizer = open_tokenizer(runner.tokenizer_dir, trust_remote_code=trust_remote_code)
-            if tokenizer.init_kwargs.get("auto_map"):  # what gatepress writes must not ask anyone to run code
-                logger.warning("%s: its tokenizer has code of its own, so none is written beside the graph", source)
-            else:
-                bound = save_tokenizer(tokenizer, staged)
+        bound = _write_tokenizer(runner, source, staged, trust_remote_code=trust_remote_code)
         (staged / "config.json").write_text(json_text(_config(runner.model)), encoding="utf-8")
         bound |= {name: sha256_of(staged / name) for name in write_modules_of(runner.model, staged)}
         exact = _opened(model_file, opset)
         checked = compare(runner, exact, [*random, *real], max_diff)
         smaller: dict[str, Any] = {}
+        deployed = exact
         if quantize:
             size = _size(staged)
             quantized = quantize_file_(model_file)
             slim(model_file)
-            after = open_runner(model_file)  # `exact` stays open although its file is gone
+            deployed = open_runner(model_file)  # `exact` stays open although its file is gone
             quantized["logit_diff"] = {
-                kind: quantized_difference(exact, after, batches) if batches else None
+                kind: quantized_difference(exact, deployed, batches) if batches else None
                 for kind, batches in (("random", random), ("probe", real))
             }
             smaller = {"quantize": "int8", "quantized": quantized, "size_bytes_fp32": size}
-            smaller |= _metric(exact, after, basis, max_metric_drop, progress)
+            smaller |= _metric(exact, deployed, basis, max_metric_drop, progress)
+        bound |= write_expected(staged, runner.model, deployed.logits)
         made = operators(model_file, random[0])
         report = {
             "source_kind": runner.kind,
@@ -149,6 +146,17 @@ def export(  # noqa: PLR0913 - every option of the command is one
         refuse_unsound(manifest)
         (staged / ONNX_FILE).write_text(json_text(manifest), encoding="utf-8")
     return {**report, "head_is_random": runner.head_is_random, "output_dir": str(output)}
+
+
+def _write_tokenizer(runner: Runner, source: str | Path, directory: Path, *, trust_remote_code: bool) -> dict[str, str]:
+    """Write the tokenizer, if there is one that needs no code; return file name -> sha256."""
+    if runner.tokenizer_dir is None:
+        return {}
+    tokenizer = open_tokenizer(runner.tokenizer_dir, trust_remote_code=trust_remote_code)
+    if tokenizer.init_kwargs.get("auto_map"):  # what gatepress writes must not ask anyone to run code
+        logger.warning("%s: its tokenizer has code of its own, so none is written beside the graph", source)
+        return {}
+    return save_tokenizer(tokenizer, directory)
 
 
 def _opened(file: Path, opset: int | None) -> Runner:

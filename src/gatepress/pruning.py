@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from gatepress.config import (
 from gatepress.costs import Costs, analytic
 from gatepress.embedding import as_saved, write_modules_of
 from gatepress.errors import UsageError
+from gatepress.expected import write_expected
 from gatepress.files import PRUNED_FILE, check_output, json_text, new_directory, read_json, sha256_of
 from gatepress.gates import counted, gates_of
 from gatepress.latency import for_target
@@ -37,6 +39,7 @@ from gatepress.ondisk import stands_on
 from gatepress.plan import Live, chooses, make_plan
 from gatepress.progress import Progress
 from gatepress.resolve import Layer, family_of, resolve
+from gatepress.runners import Batch, Logits
 from gatepress.schema import refuse_unsound
 from gatepress.versions import MADE_WITH, versions
 
@@ -116,9 +119,11 @@ def prune(  # noqa: PLR0913 - every option of the command is one
     with new_directory(output, force=force) as staged:
         parts = _write(pruned, staged, layout)
         del pruned  # what counts is what is on disk, which is loaded now
-        reloaded = _logits(open_pruned(staged), probe)
-        difference = max(difference, agree(wanted, reloaded, "gated and reloaded logits", UNCHANGED))
-        bound = save_tokenizer(open_tokenizer(run_dir), staged)
+        reloaded = open_pruned(staged)
+        difference = max(difference, agree(wanted, _logits(reloaded, probe), "gated and reloaded logits", UNCHANGED))
+        bound = save_tokenizer(open_tokenizer(run_dir), staged) | write_expected(
+            staged, reloaded, partial(_answer, reloaded)
+        )
         report |= {"max_abs_logit_diff": difference, "probe_rows": len(probe["input_ids"])}
         loaded = [staged / "config.json", staged / "model.safetensors", *staged.glob("*.py"), *parts]
         body = {
@@ -202,6 +207,12 @@ def _write(pruned: PreTrainedModel, staged: Path, layout: Layout) -> list[Path]:
         ship_code(config, staged)
         (staged / "config.json").write_text(json_text(config), encoding="utf-8")
     return [staged / name for name in write_modules_of(pruned, staged)]
+
+
+@torch.inference_mode()
+def _answer(model: PreTrainedModel, rows: Batch) -> Logits:
+    logits: Logits = model(**{name: torch.from_numpy(values) for name, values in rows.items()}).logits.float().numpy()
+    return logits
 
 
 @torch.inference_mode()

@@ -172,7 +172,7 @@ def _open_onnx(path: Path, runtime: Runtime, device: str, precision: Arithmetic)
         manifest = read_manifest(named)
         hashes = hashes_of(manifest, named, (ONNX_MODEL, *sorted(beside)), "export again")
         check_files(directory, hashes.items(), "export again")
-    computing = _computing(runtime)
+    computing = module_of(runtime)
     place = "cpu" if device == "auto" and not computing.has_gpu() else torch_device(device)
     config = directory / "config.json"
     stored = str((manifest or {}).get("dtype") or computes_in(graph))
@@ -194,7 +194,7 @@ def _open_onnx(path: Path, runtime: Runtime, device: str, precision: Arithmetic)
     return runner
 
 
-def _computing(runtime: Runtime) -> ModuleType:
+def module_of(runtime: Runtime) -> ModuleType:
     """Return the module of a runtime; `MissingExtraError` if it is not installed."""
     if runtime == "onnxruntime":
         return in_onnxruntime

@@ -1,4 +1,4 @@
-"""Whether a directory still matches its manifest: files, shapes, the base model, finite logits. No network."""
+"""Whether a directory still matches its manifest: files, shapes, the base model, logits. No network."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,11 +9,14 @@ import numpy as np
 import torch
 
 from gatepress.checkpoint import PROBE_FILE, RunManifest, dense_base, load_run, read_probe, read_run
+from gatepress.config import DEFAULT_RUNTIME, Runtime, refuse, refuse_runtime, unknown_words
 from gatepress.errors import ArtifactError, GatepressError
+from gatepress.expected import EXPECTED_FILE, difference_from_expected
 from gatepress.files import ONNX_FILE, PRUNED_FILE, RUN_FILE
 from gatepress.graph import check_graph, describe, read_graph
 from gatepress.manifests import (
     ONNX_MODEL,
+    REMEDIES,
     Form,
     check_files,
     hashes_of,
@@ -24,8 +27,8 @@ from gatepress.manifests import (
 )
 from gatepress.models import TOKENIZER_FILES, open_tokenizer, refuse_unfit
 from gatepress.ondisk import base_of, offline
-from gatepress.runners import COUNTED_TOKEN
-from gatepress.runtime import open_runner
+from gatepress.runners import COUNTED_TOKEN, Runner
+from gatepress.runtime import module_of, open_runner
 
 TRIED = (2, 8)  # rows and tokens that a model is tried on
 _TRIED = f"logits of {TRIED[0]} x {TRIED[1]} tokens: finite"
@@ -38,6 +41,7 @@ class Findings:
     checked: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    difference: float | None = None  # of logits from those when it was written
 
     def check(self, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call `function` and note the outcome; return its result, or None if it found a fault."""
@@ -54,22 +58,32 @@ class Findings:
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it, and whether there is no fault."""
-        return {"ok": not self.faults, "checked": self.checked, "faults": self.faults, "skipped": self.skipped}
+        return {
+            "ok": not self.faults,
+            "checked": self.checked,
+            "faults": self.faults,
+            "skipped": self.skipped,
+            "max_abs_logit_diff": self.difference,
+        }
 
 
-def verify(path: str | Path) -> dict[str, Any]:
+def verify(path: str | Path, *, runtime: Runtime = DEFAULT_RUNTIME) -> dict[str, Any]:
     """Check a run, a pruned directory, an ONNX directory or an .onnx file; return the `Findings` as JSON values.
 
-    A model is run only if its files hold. Raises `ArtifactError` if it is none of these.
+    A model is run only if its files hold, a graph in `runtime`. Raises `ArtifactError` if it is none of these,
+    `UsageError` for a runtime that has nothing to compute, and `MissingExtraError` if that is not installed.
     """
     path = Path(path)
     form = written_form(path)
+    refuse(unknown_words(runtime=(runtime, Runtime)))
+    refuse_runtime(runtime, path, form)
+    module_of(runtime)  # or an error
     found = Findings()
-    _VERIFIERS[form](path, found)
+    _VERIFIERS[form](path, found, runtime)
     return found.to_json()
 
 
-def _run(path: Path, found: Findings) -> None:
+def _run(path: Path, found: Findings, _runtime: Runtime) -> None:
     manifest = found.check(f"{RUN_FILE}: format and version", read_manifest, path / RUN_FILE)
     if manifest is None:
         return
@@ -111,7 +125,7 @@ def _finite_on_probe(model: Any, path: Path) -> None:
     _finite(model(**read_probe(path, model)).logits.float().numpy(), path / PROBE_FILE)
 
 
-def _pruned(path: Path, found: Findings) -> None:
+def _pruned(path: Path, found: Findings, runtime: Runtime) -> None:
     manifest = found.check(f"{PRUNED_FILE}: format and version", read_manifest, path / PRUNED_FILE)
     if manifest is None:
         return
@@ -123,11 +137,10 @@ def _pruned(path: Path, found: Findings) -> None:
     _files(path, hashes or {}, "prune again", found)
     found.check("model.safetensors: header, and all shapes against config.json", refuse_unfit, path)
     found.check("tokenizer", open_tokenizer, path)
-    if not found.faults:
-        found.check(_TRIED, _finite_on_tokens, path)
+    _answers(path, manifest, "pruned", found, runtime)
 
 
-def _onnx(path: Path, found: Findings) -> None:
+def _onnx(path: Path, found: Findings, runtime: Runtime) -> None:
     directory, file, named = onnx_parts(path)
     manifest: dict[str, Any] | None = None
     if named:
@@ -147,8 +160,7 @@ def _onnx(path: Path, found: Findings) -> None:
         found.skipped.append(f"sha256 of {file.name}: no {ONNX_FILE} names it")
     if not found.faults:
         found.check(f"{file.name}: graph, weights beside it, inputs and operator set", _graph, file, manifest)
-    if not found.faults:
-        found.check(_TRIED, _finite_on_tokens, path)
+    _answers(path, manifest, "onnx", found, runtime)
 
 
 def _graph(file: Path, manifest: dict[str, Any] | None) -> None:
@@ -165,8 +177,22 @@ def _graph(file: Path, manifest: dict[str, Any] | None) -> None:
             raise ArtifactError(f"{file}: {key} is {value}, its manifest says {manifest[key]}; export again")
 
 
-def _finite_on_tokens(path: Path) -> None:
-    _finite(open_runner(path).logits({"input_ids": np.full(TRIED, COUNTED_TOKEN)}), path)
+def _answers(path: Path, manifest: dict[str, Any] | None, form: Form, found: Findings, runtime: Runtime) -> None:
+    """Run a model whose files hold: on two rows, and on those that it was asked when it was written."""
+    runner = None if found.faults else found.check(_TRIED, _finite_on_tokens, path, runtime)
+    if runner is None or manifest is None:
+        return
+    if EXPECTED_FILE in (manifest.get("sha256") or {}):
+        what = f"logits of {EXPECTED_FILE}: as when it was written"
+        found.difference = found.check(what, difference_from_expected, runner, path, REMEDIES[form])
+    else:
+        found.skipped.append("logits as when it was written: releases before 0.44 kept none")
+
+
+def _finite_on_tokens(path: Path, runtime: Runtime) -> Runner:
+    runner = open_runner(path, runtime=runtime)
+    _finite(runner.logits({"input_ids": np.full(TRIED, COUNTED_TOKEN)}), path)
+    return runner
 
 
 def _files(path: Path, hashes: dict[Any, Any], remedy: str, found: Findings) -> None:
@@ -179,4 +205,4 @@ def _finite(logits: Any, where: Path) -> None:
         raise ArtifactError(f"{where}: logits are not finite numbers; write the directory again")
 
 
-_VERIFIERS: dict[Form, Callable[[Path, Findings], None]] = {"run": _run, "pruned": _pruned, "onnx": _onnx}
+_VERIFIERS: dict[Form, Callable[[Path, Findings, Runtime], None]] = {"run": _run, "pruned": _pruned, "onnx": _onnx}

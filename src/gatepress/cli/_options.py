@@ -17,6 +17,7 @@ from gatepress.config import (
     Method,
     Metric,
     Precision,
+    Runtime,
     Target,
     TrainSettings,
 )
@@ -368,6 +369,9 @@ Written = Annotated[
 # --- where and how --------------------------------------------------------------------------------
 
 DeviceOption = Annotated[Device, TRAINING(help="Where to compute. auto uses a CUDA GPU if there is one.")]
+RuntimeOption = Annotated[
+    Runtime, MEASURING(help="What computes an ONNX file. openvino needs gatepress[openvino] and a CPU.")
+]
 MeasuringDevice = Annotated[Device, MEASURING(help="Where to compute. auto uses a CUDA GPU if there is one.")]
 Threads = Annotated[int | None, MEASURING(metavar="N", help="CPU threads to compute with. Default: all cores.")]
 LayoutOption = Annotated[

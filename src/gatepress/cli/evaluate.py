@@ -9,7 +9,7 @@ from gatepress.cli import _options as opt
 from gatepress.cli._asked import rows_of
 from gatepress.cli._console import Titled, count, facts, pick, session
 from gatepress.cli.train import metric_rows
-from gatepress.config import DEFAULT_RUNTIME, Arithmetic, Runtime, dropped, refuse_below
+from gatepress.config import DEFAULT_RUNTIME, Arithmetic, dropped, refuse_below
 from gatepress.errors import UsageError
 
 EXAMPLES = opt.examples(
@@ -58,9 +58,7 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
         ),
     ] = None,
     device: opt.MeasuringDevice = "auto",
-    runtime: Annotated[
-        Runtime, opt.MEASURING(help="What computes an ONNX file. openvino needs gatepress[openvino] and a CPU.")
-    ] = DEFAULT_RUNTIME,
+    runtime: opt.RuntimeOption = DEFAULT_RUNTIME,
     precision: Annotated[
         Arithmetic,
         opt.MEASURING(
