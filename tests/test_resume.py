@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import tiny
 from conftest import TaskFiles
 from forms import settings_for
-from gatepress import preparing, training
+from gatepress import preparing, runwriter, training
 from gatepress.checkpoint import read_run
 from gatepress.cli.app import app
 from gatepress.config import TrainSettings
@@ -477,6 +477,18 @@ def test_half_of_a_checkpoint_does_not_stay(settings, tmp_path, monkeypatch):
         train(settings, tmp_path / "run")
     kept = sorted(name for name in names(tmp_path / "run") if name.startswith(("gates", "state")))
     assert kept == ["gates-00000003.safetensors", "state-00000003.safetensors"]
+
+
+def test_a_first_checkpoint_that_cannot_be_written_is_told_of_the_run(settings, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(runwriter, "save_file", lambda _, file: full() if "gates" in Path(file).name else None)
+    monkeypatch.setattr(runwriter, "sha256_of", lambda _: "")
+    with pytest.raises(OutputError, match="No space left") as raised:
+        train(settings, tmp_path / "run")
+    assert str(raised.value).startswith(f"{tmp_path / 'run' / 'gates-00000003.safetensors'}: cannot write")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_that_another_process_trains_is_not_read(half, monkeypatch):

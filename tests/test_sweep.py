@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 
 import forms
@@ -582,6 +583,14 @@ def test_the_figure_names_methods_sparsities_and_conditions(times):
     assert "median of 3 seeds" in drawn
     assert tradeoff.draw(made_up(times), "svg").decode() == drawn
     assert tradeoff.draw(made_up(times), "png").startswith(b"\x89PNG")
+
+
+def test_points_at_one_place_share_a_label():
+    axes = Figure().subplots()
+    rows = [{**row, "latency_ms_median": 9.0, "metric_median": 0.8} for row in made_up([10] * 5)["summary"]]
+    tradeoff._method(axes, [row for row in rows if row["method"] == "gates"], "k", "o")
+    assert [text.get_text() for text in axes.texts] == ["0, 0.5, 0.8"]
+    assert len(axes.lines) - len(axes.containers[0].lines[1]) == 2  # the curve, and one ring around the knee
 
 
 # --- command line ---------------------------------------------------------------------------------

@@ -148,10 +148,13 @@ def sync_tree(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """Yield a name beside `path`; what is written there replaces it as a whole if the block succeeds, or is removed."""
+def new_file(path: Path, *, within: Path | None = None) -> Iterator[Path]:
+    """Yield a name beside `path`; what is written there replaces it as a whole if the block succeeds, or is removed.
+
+    `within` is what errors call the directory of a file, if that is still one to be renamed.
+    """
     path = behind_link(path)
-    with explained(path):
+    with explained(within / path.name if within else path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         os.close(handle)
@@ -164,9 +167,9 @@ def new_file(path: Path) -> Iterator[Path]:
             raise
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Write `path` whole or not at all, replacing what is there."""
-    with new_file(path) as staged:
+def replace_file(path: Path, data: bytes, *, within: Path | None = None) -> None:
+    """Write `path` whole or not at all, replacing what is there; for `within` see `new_file`."""
+    with new_file(path, within=within) as staged:
         staged.write_bytes(data)
 
 

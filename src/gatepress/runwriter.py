@@ -107,7 +107,7 @@ class RunWriter:
             manifest = replace(manifest, tensors=self._write("gates", manifest.step, trained), sha256=self.bound)
             if state:
                 manifest = replace(manifest, resume={**self._write("state", manifest.step, state), **manifest.resume})
-            replace_file(self.directory / RUN_FILE, json_text(manifest.to_json()).encode())
+            replace_file(self.directory / RUN_FILE, json_text(manifest.to_json()).encode(), within=self.target)
         except BaseException:
             for path in self.directory.glob(f"*-{manifest.step:08d}*.safetensors"):
                 if path.name not in self._named:  # half of a checkpoint, on a disk that may be full
@@ -127,7 +127,7 @@ class RunWriter:
         path = self.directory / f"{kind}-{step:08d}.safetensors"
         again = path.with_stem(f"{path.stem}-again")  # a head that was moved after the last step
         target = again if path.name in self._named else path
-        with new_file(target) as staged:
+        with new_file(target, within=self.target) as staged:
             save_file(tensors, staged)
         digest = sha256_of(target)
         if target is again and digest == self._named[path.name]:

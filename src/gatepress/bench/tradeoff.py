@@ -63,10 +63,12 @@ def _method(axes: Axes, points: Sequence[dict[str, Any]], color: str, marker: st
         capsize=2.5,
         label=points[0]["method"],
     )
+    there: dict[tuple[float, float], list[dict[str, Any]]] = {}
     for row in points if gated else ():
-        place = (row["latency_ms_median"], row["metric_median"])
+        there.setdefault((row["latency_ms_median"], row["metric_median"]), []).append(row)
+    for place, rows in there.items():
         axes.annotate(
-            f"{row['sparsity']:g}",
+            ", ".join(f"{row['sparsity']:g}" for row in rows),
             place,
             (6, -6),
             textcoords="offset points",
@@ -75,7 +77,7 @@ def _method(axes: Axes, points: Sequence[dict[str, Any]], color: str, marker: st
             fontsize=8,
             bbox=PATCH,
         )
-        if row["knee"]:
+        if any(row["knee"] for row in rows):
             axes.plot(*place, marker="o", markersize=13, markerfacecolor="none", markeredgecolor=INK, linestyle="none")
 
 
