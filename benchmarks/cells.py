@@ -202,10 +202,15 @@ def train(run: Path, name: str, model: str, words: Sequence[object], options: ar
 
 
 def _start_of(manifest: dict[str, Any], start: Path) -> dict[str, Any]:
-    """Return the sha256 of what a run started from, and, if that was a run, its metric."""
+    """Return the sha256 of the model below a run; if it started from a run, also that run's, and its metric."""
     if not (start / RUN_FILE).is_file():
         return {"base_sha256": manifest["base_sha256"]}
-    return {"start_sha256": manifest["base_sha256"], "start_metric": _manifest(start)["report"]["metric_value"]}
+    finetuned = _manifest(start)
+    return {
+        "start_sha256": manifest["base_sha256"],
+        "start_metric": finetuned["report"]["metric_value"],
+        "base_sha256": finetuned["base_sha256"],
+    }
 
 
 _weights_of = cache(model_files)  # the models of a sweep are asked for in every cell
@@ -283,7 +288,7 @@ def put(path: Path, names: Sequence[str], done: dict[str, Any], render: Callable
     """Write one more cell to the JSON at `path` and its table beside it, in the place of one with its `names`."""
     key = tuple(done[name] for name in names)
     with _locked(path):  # read anew: another process may have added cells meanwhile, this one too
-        others = [one for one in _read(path) if tuple(one[name] for name in names) != key]
+        others = [one for one in records_in(path) if tuple(one[name] for name in names) != key]
         _keep(path, [*others, done], render)
 
 
@@ -299,7 +304,7 @@ def _locked(path: Path) -> Iterator[None]:
 def _keep(path: Path, measured: Any, render: Callable[[Any], str]) -> Any:
     if measured is not None:
         replace_file(path, (json.dumps(measured, indent=1) + "\n").encode())
-    found = _read(path)
+    found = records_in(path)
     if not found:
         raise SystemExit(f"{path}: has no records, so there is nothing to render; run some first")
     replace_file(path.with_suffix(".md"), render(found).encode())
@@ -349,7 +354,7 @@ def sweep(  # noqa: PLR0913 - what is run, where it is kept, how it is shown
             _tell(failed[-1])
         else:
             put(path, names, done, render)
-    if _read(path) or not failed:
+    if records_in(path) or not failed:
         found = keep(path, None, render)
         if draw:
             draw_both(path, lambda figure: draw(found, figure))
@@ -362,7 +367,7 @@ def _tell(line: str) -> None:
 
 
 def _keys(path: Path, names: Sequence[str]) -> dict[tuple[Any, ...], dict[str, Any]]:
-    return {tuple(one[name] for name in names): one for one in _read(path)}
+    return {tuple(one[name] for name in names): one for one in records_in(path)}
 
 
 def _refuse_other(path: Path, cell: dict[str, Any], options: argparse.Namespace | None) -> None:
@@ -376,7 +381,8 @@ def _refuse_other(path: Path, cell: dict[str, Any], options: argparse.Namespace 
         raise SystemExit(f"is in {path} with other weights than {model} has now; take it out")
 
 
-def _read(path: Path) -> Any:
+def records_in(path: Path) -> Any:
+    """Return what a JSON of results holds; nothing if it is not there."""
     return json.loads(path.read_text()) if path.exists() else []
 
 

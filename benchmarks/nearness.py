@@ -12,18 +12,18 @@ learnt by heart.
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
-from torch import Tensor
+from torch.utils.data import DataLoader
 
-from gatepress.batches import make_loader, tokenize
+from gatepress.batches import make_loader, queries_of, rows_in_order, tokenize
 from gatepress.checkpoint import load_run, open_base
-from gatepress.distill import hidden_distances, logit_distances
+from gatepress.distill import hidden_distances, logit_distances, of_classes
 from gatepress.hub import locate_model
 from gatepress.losses import task_losses
 from gatepress.metrics import compute_metric
@@ -43,12 +43,12 @@ def nearness(run: Path) -> Iterator[tuple[str, dict[str, float]]]:
     rows = load_rows(settings.data, spec=spec)
     validation = next(iter(rows.validation.values()))
     for name, split in {"validation": validation, "train": rows.train}.items():
-        table = tokenize(split.select(range(min(len(split), len(validation)))), tokenizer, settings.max_length)
+        table = tokenize(split.select(range(min(len(split), len(validation)))), tokenizer, manifest.tokens)
         yield name, _measured(student, teacher, make_loader(table, tokenizer, BATCH, shuffle=False, seed=0), spec)
 
 
 @torch.inference_mode()
-def _measured(student: Any, teacher: Any, loader: Iterable[dict[str, Tensor]], spec: TaskSpec) -> dict[str, float]:
+def _measured(student: Any, teacher: Any, loader: DataLoader[Any], spec: TaskSpec) -> dict[str, float]:
     logits, labels, sums = [], [], np.zeros(3)
     for batch in loader:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
@@ -60,9 +60,10 @@ def _measured(student: Any, teacher: Any, loader: Iterable[dict[str, Tensor]], s
         labels.append(batch["labels"].numpy())
     outputs, wanted = np.concatenate(logits), np.concatenate(labels)
     loss, answers, inner = sums / len(wanted)
-    found: dict[str, float] = {spec.metric: compute_metric(spec.metric, outputs, wanted)}
-    if spec.num_labels == 2:  # noqa: PLR2004 - positives against negatives
-        found["auc"] = roc_auc_score(wanted, outputs[:, 1] - outputs[:, 0])
+    queries = queries_of(loader)[rows_in_order(loader)]
+    found: dict[str, float] = {spec.metric: compute_metric(spec.metric, outputs, wanted, queries)}
+    if spec.num_labels == 2 and not spec.multi_label:  # noqa: PLR2004 - positives against negatives
+        found["auc"] = roc_auc_score(wanted, of_classes(torch.from_numpy(outputs)).diff().numpy())
     return {**found, "loss": loss, "logits": answers, "hidden": inner, "distance": answers + inner}
 
 

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cells import KEPT_IN, add, count, gatepress, keep, machine, parser, read, sweep
+from cells import KEPT_IN, add, count, gatepress, keep, machine, parser, read, records_in, sweep
 
 from gatepress.versions import MADE_WITH, versions
 
@@ -70,8 +70,25 @@ def cell(key: tuple[Any, ...], words: list[str], whole: Path, seconds: float) ->
         "equal": equal,
         "versions": versions(*MADE_WITH),
         **machine(),
-        "command": "gatepress " + " ".join(words),
+        "command": command_of(words),
     }
+
+
+def refuse_other(path: Path, words: list[str]) -> None:
+    """Exit where the results hold kills of another command or of other versions: the table says one thing of all."""
+    told = {"command": command_of(words), "versions": versions(*MADE_WITH)}
+    for one in records_in(path):
+        for name, value in told.items():
+            if one[name] != value:
+                raise SystemExit(
+                    f"{path}: holds kills with another {name} ({one[name]}) than is asked for ({value}); take them "
+                    "out, or give another --results"
+                )
+
+
+def command_of(words: list[str]) -> str:
+    """Return the command that is killed, as a cell tells it."""
+    return "gatepress " + " ".join(words)
 
 
 def render(cells: list[dict[str, Any]]) -> str:
@@ -111,6 +128,7 @@ def main() -> None:
     words = ["train", "--task", "demo", "--model", options.model, "--device", "cpu", "--epochs", "3"]
     words += ["--max-train-samples", str(options.max_train_samples), "--max-validation-samples", "256"]
     words += ["--save-every", str(options.save_every)]
+    refuse_other(path, words)
     whole = options.work / "whole"
     begun = time.monotonic()
     gatepress(*words, "-o", whole, "--force")

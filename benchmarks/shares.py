@@ -41,7 +41,7 @@ BATCH = 64
 def measure(key: tuple[Any, ...], options: argparse.Namespace) -> dict[str, Any]:
     """Measure one run as it was trained, and with each class named as often as it occurs."""
     encoder, task, arm, seed = key
-    run, _ = trained("accuracy", (encoder, task, arm, seed), options.models, options)
+    run, told = trained("accuracy", (encoder, task, arm, seed), options.models, options)
     model, manifest = load_run(run)
     rows, tokenizer = load_rows(manifest.settings.data, spec=manifest.task), open_tokenizer(run)
     (validation,) = rows.validation.values()
@@ -62,7 +62,7 @@ def measure(key: tuple[Any, ...], options: argparse.Namespace) -> dict[str, Any]
         "offsets": offsets,
         "larger_share": float((labels == larger).mean()),
         "trained_by": manifest.versions["gatepress"],
-        "precision": manifest.settings.precision,
+        **{name: told[name] for name in ("precision", "epochs", "base_sha256")},
         **machine(),
         "versions": versions(*MADE_WITH),
     }

@@ -302,6 +302,46 @@ def test_a_cell_of_other_settings_is_no_answer(cells, script, tmp_path):
     assert len(json.loads(path.read_text())) == 2
 
 
+def test_kills_of_another_command_are_no_part_of_the_claim(script, tmp_path, monkeypatch):
+    killing, ran = script("resume"), []
+    monkeypatch.setattr(killing, "gatepress", lambda *words: ran.append(words[0]))
+    monkeypatch.setattr(killing, "cell", lambda *_, words, **__: {**committed[0], "command": killing.command_of(words)})
+    committed = json.loads((RESULTS / "resume.json").read_text())
+    committed[0]["versions"] = killing.versions(*killing.MADE_WITH)
+    del committed[0]["kill"]
+
+    def begun(*words):
+        monkeypatch.setattr(sys, "argv", ["resume.py", "--work", str(tmp_path), "--kills", "2", *words])
+        killing.main()
+
+    begun()
+    begun()
+    assert ran == ["train", "train"]
+    with pytest.raises(SystemExit, match=r"resume.json: holds kills with another command \(gatepress train"):
+        begun("--save-every", "5")
+    assert ran == ["train", "train"]  # nor is anything trained for it
+
+
+@pytest.mark.usefixtures("here")
+def test_shares_of_other_epochs_or_weights_are_no_answer(script, options, tiny_classifier_dir):
+    shares = script("shares")
+    options.work.mkdir(exist_ok=True)
+    key = ("tiny", "sst2", "full", 0)
+    cell = shares.measure(key, options)
+    assert (cell["epochs"], cell["base_sha256"]) == (1, model_files(Path(options.models["tiny"])))
+
+    def asked() -> None:
+        script("cells").sweep(options.work / "x.json", [key], shares.KEY, lambda _: cell, str, options=options)
+
+    asked()
+    options.epochs = 2
+    with pytest.raises(SystemExit, match=r"with {'epochs': 1}"):
+        asked()
+    options.epochs, options.models = 1, {"tiny": str(tiny_classifier_dir("bert"))}
+    with pytest.raises(SystemExit, match="with other weights"):
+        asked()
+
+
 def test_figure_2_reads_all_rows_at_the_paper_s_size_alone(script, tmp_path, monkeypatch):
     paper = script("paper")
     monkeypatch.setattr(paper, "train", lambda *call: {"command": " ".join(map(str, call[3]))})
@@ -393,6 +433,7 @@ def test_a_cell_says_what_it_started_from_and_which_machine_trained_it(here, scr
     assert here == ["train", "train"]
     assert told["start_sha256"] == read_run(run).base_sha256 == model_files(start)
     assert told["start_metric"] == of_start["metric_value"]
+    assert told["base_sha256"] == of_start["base_sha256"] == model_files(Path(options.models["tiny"]))
     assert not {"start_sha256", "start_metric"} & of_start.keys()
     assert (told["device"], told["device_name"]) == ("cpu", told["cpu"])
     assert told["threads"] == 1

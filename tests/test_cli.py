@@ -1130,6 +1130,22 @@ def test_of_one_process_the_only_one_prints(monkeypatch, environment, first):
     assert is_first() is first
 
 
+@pytest.mark.parametrize(
+    "line", [("prune", "run", "--sparsity", "0.5", "--recover-epochs", "1"), ("sweep", "--task", "sst2"), ("demo",)]
+)
+def test_verbs_that_train_in_one_process_are_not_launched_in_several(monkeypatch, tmp_path, line):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ran = []
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        ran.append(run(*line, "--json"))
+    assert [one.exit_code for one in ran] == [2, 2]
+    assert "start it without torchrun or accelerate launch" in json.loads(ran[0].stdout)["error"]["message"]
+    assert (ran[1].stdout, ran[1].stderr) == ("", "")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_tables_lose_nothing_of_what_is_too_long() -> None:
     """Texts go on in the next line, and a command that is to be copied stays in one."""
     path, command = f"/data/{'abcdefghij' * 20}/dev.csv", f"gatepress train --train-file {'x y' * 60} -o runs/x"

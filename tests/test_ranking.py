@@ -1,5 +1,6 @@
 """How high the passages of a query rank, as rerankers are measured: `--metric mrr@10` and `ndcg@10`."""
 
+import importlib
 import math
 import random
 from collections.abc import Callable
@@ -182,3 +183,28 @@ def test_the_first_relevant_passage_of_several_is_what_is_ranked() -> None:
     assert compute_metric("mrr@10", logits, labels, np.zeros(3, dtype=int)) == 1
     assert compute_metric("mrr@10", -logits, labels, np.zeros(3, dtype=int)) == 1
     assert compute_metric("mrr@10", logits, 1 - labels, np.zeros(3, dtype=int)) == 1 / 2
+
+
+@pytest.mark.parametrize("name", ["average_precision", "ndcg@10"])
+def test_no_perfect_ranking_is_more_than_perfect(name: Metric) -> None:
+    """Sums of parts round: some were 1.0000000000000002, and no schema says that metrics may be."""
+    random_numbers = np.random.default_rng(0)
+    for positives in range(1, 40):
+        labels = np.array([1] * positives + [0] * 3)
+        scores = random_numbers.random(len(labels)) + labels
+        value = compute_metric(name, scores[:, None], labels, np.zeros(len(labels), int))
+        assert 1 - 1e-9 < value <= 1
+    sets = np.array([[1, 1]] * 20 + [[0, 0]] * 3)
+    if name == "average_precision":
+        assert compute_metric(name, sets + random_numbers.random((23, 2)) - 0.5, sets) <= 1
+
+
+def test_nearness_ranks_passages_within_their_queries(
+    ranking: TaskFiles, tiny_model_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    nearness = importlib.import_module("nearness").nearness
+    settings = settings_for(tiny_model_dir("bert"), ranking, sparsity=0.5, epochs=1)
+    report = train(replace(settings, data=asking(ranking, "mrr@10")), tmp_path / "run")
+    told = dict(nearness(tmp_path / "run"))
+    assert told["validation"]["mrr@10"] == pytest.approx(report["metric_value"])

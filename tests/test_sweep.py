@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -192,6 +193,17 @@ def test_the_first_training_may_be_stopped_too(settings, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             run(replace(settings, epochs=2), tmp_path / "sweep")
     assert read_run(tmp_path / "sweep/runs" / RUNS[0]).status == "interrupted"
+
+
+@pytest.mark.parametrize("name", ["probe.safetensors", "tokenizer.json"])
+def test_a_run_whose_other_files_were_damaged_is_trained_again(settings, trained, tmp_path, name):
+    whole = run(settings, tmp_path / "sweep", plot=False)
+    trained.clear()
+    with (tmp_path / "sweep/runs" / RUNS[1] / name).open("ab") as file:
+        file.write(b" ")
+    again = run(settings, tmp_path / "sweep", plot=False, threads=1)
+    assert trained == RUNS[1:2]
+    assert [cell["metric_value"] for cell in again["cells"]] == [cell["metric_value"] for cell in whole["cells"]]
 
 
 def test_a_cell_that_is_half_trained_is_not_finished(settings, trained, tmp_path):
@@ -452,6 +464,22 @@ def test_a_process_that_dies_is_an_error_with_a_remedy(settings, tmp_path, monke
     monkeypatch.setattr(sweep, "_train", print)
     with pytest.raises(ModelError, match=r"ended without a word \(exit code 0; .* lower --batch-size"):
         sweep.train_apart(settings, tmp_path / "run")
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_an_interrupt_while_a_training_is_started_leaves_none_behind(settings, tmp_path, monkeypatch, started):
+    """A signal that was held back meanwhile arrives as soon as the process is there."""
+
+    @contextlib.contextmanager
+    def interrupted():
+        if started:
+            yield
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "_deaf_to_interrupts", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.train_apart(replace(settings, epochs=5000), tmp_path / "run")
+    assert multiprocessing.active_children() == []
 
 
 @pytest.fixture

@@ -72,10 +72,16 @@ def _f1_of_sets(average: str) -> Callable[[Numbers, Numbers], float]:
     return lambda wanted, logits: f1_score(wanted, logits > 0, average=average, zero_division=0.0)
 
 
+def _precision(wanted: Numbers, scores: Numbers) -> float:
+    """Return the average precision; a sum of parts may round to more than 1."""
+    return min(average_precision_score(wanted, scores), 1.0) if wanted.any() else 0.0
+
+
 def _mean_precision(wanted: Numbers, logits: Numbers) -> float:
     """Return the mean over the classes that some row has."""
     there = wanted.any(0)
-    return average_precision_score(wanted[:, there], logits[:, there], average="macro") if there.any() else 0.0
+    value = average_precision_score(wanted[:, there], logits[:, there], average="macro") if there.any() else 0.0
+    return min(value, 1.0)
 
 
 def _constant(values: Numbers) -> bool:
@@ -93,13 +99,13 @@ def _reciprocal_rank(wanted: Numbers, scores: Numbers) -> float:
 
 
 OF_SCORES: dict[str, Callable[[Numbers, Numbers], float]] = {
-    "average_precision": lambda wanted, scores: average_precision_score(wanted, scores) if wanted.any() else 0.0,
+    "average_precision": _precision,
     "pearson": _correlation(pearsonr),
     "spearman": _correlation(spearmanr),
 }
 RANKS: dict[str, Callable[[Numbers, Numbers], float]] = {
     "mrr@10": _reciprocal_rank,
-    "ndcg@10": lambda wanted, scores: ndcg_score(wanted[None], scores[None], k=RANKED),
+    "ndcg@10": lambda wanted, scores: min(ndcg_score(wanted[None], scores[None], k=RANKED), 1.0),
 }
 OF_CLASSES: dict[str, Callable[[Numbers, Numbers, int], float]] = {
     "accuracy": lambda labels, predicted, _: accuracy_score(labels, predicted),

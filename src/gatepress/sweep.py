@@ -60,7 +60,7 @@ from gatepress.files import (
     temporary_directory,
 )
 from gatepress.hub import locate_model
-from gatepress.manifests import SWEEP_FILE, SWEEP_FORMAT, read_manifest, understood
+from gatepress.manifests import SWEEP_FILE, SWEEP_FORMAT, check_beside, read_manifest, understood
 from gatepress.models import model_files
 from gatepress.ondisk import stands_on
 from gatepress.progress import NoProgress, Progress
@@ -290,10 +290,10 @@ def train_apart(settings: TrainSettings, output: Path) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     reports, end = context.Pipe(duplex=False)
     process = context.Process(target=_train, args=(settings, output, end))
-    with _deaf_to_interrupts():
-        process.start()
-    end.close()
     try:
+        with _deaf_to_interrupts():
+            process.start()
+        end.close()
         answer = reports.recv()
     except EOFError:
         process.join()
@@ -302,14 +302,16 @@ def train_apart(settings: TrainSettings, output: Path) -> dict[str, Any]:
             "out of memory does); lower --batch-size or --max-length, and run the same command again"
         ) from None
     except BaseException:
-        try:
-            process.terminate()
-            process.join(PATIENCE_S)
-        finally:  # a second signal must not leave it behind
-            process.kill()
+        if process.pid is not None:  # it was started
+            try:
+                process.terminate()
+                process.join(PATIENCE_S)
+            finally:  # a second signal must not leave it behind
+                process.kill()
         raise
     finally:
-        process.join()
+        if process.pid is not None:
+            process.join()
         reports.close()
     if isinstance(answer, Exception):
         raise answer
@@ -410,6 +412,8 @@ def _finished(directory: Path, wanted: TrainSettings) -> RunManifest | None:
     """Return the manifest of a finished run; `UsageError` if it was trained with other settings."""
     try:
         manifest = read_run(directory)
+        if manifest.status == "finished":
+            check_beside(directory, *manifest.sha256)
     except ArtifactError:
         return None  # not there, or broken: it is trained again
     there = _as_json(manifest.settings.to_json())

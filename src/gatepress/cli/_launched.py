@@ -3,12 +3,27 @@
 import os
 from collections.abc import Sequence
 
+import typer
+
+from gatepress.errors import UsageError
+
 LAUNCHED = "train"  # the one verb that launchers start
 
 
 def is_first() -> bool:
     """Return whether this is the process that prints: launchers number the processes of one training."""
     return os.environ.get("RANK", "") in ("", "0") or os.environ.get("WORLD_SIZE") == "1"
+
+
+def refuse_launched(what: str) -> None:
+    """Raise `UsageError` in the first of several processes, and end the others: `what` trains in one."""
+    if os.environ.get("RANK") and os.environ.get("WORLD_SIZE", "1") != "1":
+        if not is_first():
+            raise typer.Exit(2)
+        raise UsageError(
+            f"{what} trains in one process, RANK and WORLD_SIZE tell of {os.environ['WORLD_SIZE']}; start it without "
+            "torchrun or accelerate launch (gatepress train is what they start), or unset these"
+        )
 
 
 def wants_json(arguments: Sequence[str]) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from gatepress.cli import _options as opt
 from gatepress.cli._console import Screen, Titled, count, grid, megabytes, percent, session
+from gatepress.cli._launched import refuse_launched
 from gatepress.config import DataSettings, TrainSettings
 from gatepress.errors import OutputError
 from gatepress.files import RUN_FILE, check_output, read_json
@@ -58,6 +59,7 @@ def demo(  # noqa: PLR0913 - every option is a parameter
     five to eight minutes on two cores.
     """
     with session(**vars(shown)) as screen:
+        refuse_launched("gatepress demo")
         data = replace(DEMO.data, max_train_samples=max_train_samples, max_validation_samples=max_validation_samples)
         settings = replace(DEMO, data=data, sparsity=sparsity, epochs=epochs, seed=seed)
         if force and (output / "dense" / RUN_FILE).is_file():  # an earlier demo is repeated step by step

@@ -9,6 +9,7 @@ import typer
 from gatepress.cli import _options as opt
 from gatepress.cli._asked import numbers
 from gatepress.cli._console import Titled, count, facts, grid, megabytes, percent, pick, session
+from gatepress.cli._launched import refuse_launched
 from gatepress.cli.train import metric_rows
 from gatepress.config import DEFAULT_LAYOUT, DEFAULT_TARGET
 from gatepress.errors import UsageError
@@ -91,6 +92,8 @@ def prune(  # noqa: PLR0913 - every option is a parameter
             )
         if recover_epochs and asked is None:
             raise UsageError("--recover-epochs trains on at another sparsity; give --sparsity FRACTION with it")
+        if recover_epochs:
+            refuse_launched("--recover-epochs")
         if refit and asked is None:
             raise UsageError("--refit is for gates that are closed anew; give --sparsity FRACTION with it")
         from gatepress.manifests import run_file

@@ -9,6 +9,7 @@ import typer
 from gatepress.cli import _options as opt
 from gatepress.cli._asked import numbers, refuse_unused, train_settings, whole_numbers, words
 from gatepress.cli._console import Screen, Titled, grid, session
+from gatepress.cli._launched import refuse_launched
 from gatepress.config import DEFAULT_TARGET, TrainSettings, default_run_name
 from gatepress.hub import refuse_misspelt
 from gatepress.manifests import SWEEP_FILE
@@ -90,6 +91,7 @@ def sweep(  # noqa: PLR0913 - every option is a parameter
     gatepress train leaves it.
     """
     with session(**vars(shown)) as screen:
+        refuse_launched("gatepress sweep")
         settings = train_settings(rows, base, gating, schedule, machine)
         refuse_unused(settings, context)
         asked: dict[str, Any] = {
