@@ -2,18 +2,27 @@
 
 import json
 import logging
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import gatepress
 from conftest import TaskFiles
 from forms import settings_for
 from gatepress import sweep
+from gatepress.bench import endtoend
 from gatepress.checkpoint import load_run
+from gatepress.config import DataSettings, TrainSettings
 from gatepress.errors import GatepressError, UsageError
 from gatepress.evaluation import evaluate
 from gatepress.export import export
@@ -120,3 +129,96 @@ def test_a_head_that_is_loaded_next_is_not_reported_as_missing(
         assert own.level == logging.INFO
     finally:
         own.setLevel(before)
+
+
+def test_a_call_leaves_the_random_numbers_of_its_caller(
+    run: Path, tiny_model_dir: Any, tiny_task_files: TaskFiles, tmp_path: Path
+) -> None:
+    """Otherwise a random search that trains would draw the same again and again."""
+
+    def drawn() -> tuple[float, float, float]:
+        return random.random(), float(np.random.random()), float(torch.rand(()))  # noqa: NPY002 - of all of them
+
+    def seeded() -> None:
+        random.seed(7)
+        np.random.seed(7)  # noqa: NPY002 - as above
+        torch.manual_seed(7)
+
+    seeded()
+    wanted = drawn()
+    settings = settings_for(tiny_model_dir("bert"), tiny_task_files, epochs=1)
+    for call in (
+        lambda: train(settings, tmp_path / "run"),
+        lambda: prune(run, tmp_path / "pruned"),
+        lambda: export(tmp_path / "pruned", tmp_path / "onnx"),
+    ):
+        seeded()
+        call()
+        assert drawn() == wanted
+
+
+def test_calls_in_threads_wait_for_each_other(
+    run: Path, tiny_model_dir: Any, tiny_task_files: TaskFiles, tmp_path: Path
+) -> None:
+    settings = settings_for(tiny_model_dir("bert"), tiny_task_files, epochs=1)
+    with ThreadPoolExecutor(4) as threads:
+        trained = [threads.submit(train, settings, tmp_path / f"run-{number}") for number in range(3)]
+        pruned = [threads.submit(prune, run, tmp_path / f"pruned-{number}") for number in range(4)]
+        losses = {(one.result()["metric_value"], len(one.result()["curve"])) for one in trained}
+        assert [one.result()["max_abs_logit_diff"] < 1e-4 for one in pruned] == [True] * 4
+    assert len(losses) == 1
+    tensors = [load_run(tmp_path / f"run-{number}")[1].tensors for number in range(3)]
+    assert tensors[0] == tensors[1] == tensors[2]
+    assert torch.nn.Linear(2, 2).weight.device.type == "cpu"
+
+
+def test_a_sweep_does_not_run_the_script_that_calls_it_again(
+    tiny_model_dir: Any, tiny_task_files: TaskFiles, tmp_path: Path
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from gatepress import sweep\n"
+        "from gatepress.config import DataSettings, TrainSettings\n"
+        "print('begun', flush=True)\n"
+        f"data = DataSettings(train_file={str(tiny_task_files.train)!r}, "
+        f"validation_file={str(tiny_task_files.validation)!r}, max_train_samples=32)\n"
+        f"settings = TrainSettings(data, model={str(tiny_model_dir('bert'))!r}, epochs=1)\n"
+        "result = sweep.run(settings, 'sweep', methods=['gates'], sparsities=[0.3], batch_sizes=[1], seq_lens=[8],\n"
+        "                   repetitions=1, plot=False)\n"
+        "print([cell['status'] for cell in result['cells']])\n"
+    )
+    for words, given in (([str(script)], None), (["-"], script.read_text().replace("'sweep'", "'other'"))):
+        done = subprocess.run(
+            [sys.executable, *words], cwd=tmp_path, input=given, capture_output=True, text=True, check=False
+        )
+        assert done.stdout.splitlines() == ["begun", "['finished']"], done.stderr
+
+
+WRONG_TYPES: dict[str, Callable[[], object]] = {
+    "--max-train-samples is 40.0, expected a whole number": lambda: DataSettings("rte", max_train_samples=40.0),
+    "--max-validation-samples is '4', expected a whole": lambda: DataSettings("rte", max_validation_samples="4"),
+    "--tokens is '8', expected a whole number": lambda: prune("x", "y", tokens="8"),
+    "batch_sizes is 1, expected a list of them": lambda: endtoend.run(["x"], batch_sizes=1),
+    "targets is 'a/b', expected a list of them": lambda: endtoend.run("a/b"),
+    "methods is 'gates', expected a list": lambda: sweep.run(some(), "x", methods="gates", sparsities=[0.1]),
+    "sparsities is 0.3, expected a list": lambda: sweep.run(some(), "x", methods=["gates"], sparsities=0.3),
+    "directories is 'a/b', expected a list": lambda: report("a/b", "x.html"),
+    "--matrices is 'q,k', expected some of": lambda: TrainSettings(DataSettings("rte"), matrices="q,k"),
+    "the model is a Linear, expected the name": lambda: evaluate(torch.nn.Linear(2, 2)),
+}
+
+
+def some() -> TrainSettings:
+    return TrainSettings(DataSettings("rte"))
+
+
+@pytest.mark.parametrize("words", WRONG_TYPES)
+def test_a_wrong_type_is_a_usage_error(words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=re.escape(words)):
+        WRONG_TYPES[words]()
+
+
+def test_a_batch_without_ids_is_a_usage_error(run: Path) -> None:
+    with pytest.raises(UsageError, match="the batch holds attention_mask, expected input_ids"):
+        open_runner(run).logits({"attention_mask": np.ones((1, 3), np.int64)})

@@ -6,7 +6,7 @@ A wrong value raises one `UsageError` that lists every problem in the spelling o
 
 import math
 import numbers
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -103,8 +103,14 @@ class DataSettings:
         problems = []
         for name in ("max_train_samples", "max_validation_samples"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is None:
+                continue
+            if not isinstance(value, numbers.Integral):
+                problems.append(f"{spelled(name)} is {value!r}, expected a whole number")
+            elif value < 1:
                 problems.append(f"{spelled(name)} is {value}, expected 1 or more")
+            else:
+                object.__setattr__(self, name, int(value))  # numbers of NumPy, too
         if self.metric is not None:
             problems += unknown_words(metric=(self.metric, Metric))
         if self.task is not None and (self.train_file or self.validation_file):
@@ -194,9 +200,10 @@ class TrainSettings:
             "lora_matrices": (self.lora_matrices, self.matrices),
         }
         problems += [
-            f"{spelled(name)} is {','.join(asked)!r}, expected some of {','.join(possible)}"
+            f"{spelled(name)} is {','.join([asked] if isinstance(asked, str) else asked)!r}, "
+            f"expected some of {','.join(possible)}"
             for name, (asked, possible) in matrices.items()
-            if asked is not None and not (asked and set(asked) <= set(possible))
+            if asked is not None and (isinstance(asked, str) or not (asked and set(asked) <= set(possible)))
         ]
         return problems
 
@@ -460,13 +467,32 @@ def check_timing(  # noqa: PLR0913 - what a comparison of models can be asked wr
     refuse_below(0, warmup=warmup, seed=seed)
 
 
-def refuse_below(least: int, **options: int | None) -> None:
+def refuse_below(least: int, **options: Any) -> None:
     """Raise one `UsageError` naming every given option that is below `least`, or above the most it may be."""
+    given = {name: value for name, value in options.items() if value is not None}
+    refuse(
+        [
+            f"{spelled(name)} is {value!r}, expected a whole number"
+            for name, value in given.items()
+            if not isinstance(value, numbers.Integral)
+        ]
+    )
     refuse(
         [
             f"{spelled(name)} is {value}, expected {least} {f'to {MOST[name]:,}' if name in MOST else 'or more'}"
+            for name, value in given.items()
+            if not least <= value <= MOST.get(name, value)
+        ]
+    )
+
+
+def refuse_single(**options: Any) -> None:
+    """Raise one `UsageError` for options that are one thing where a sequence of them is expected."""
+    refuse(
+        [
+            f"{name} is {value!r}, expected a list of them: [{value!r}]"
             for name, value in options.items()
-            if value is not None and not least <= value <= MOST.get(name, value)
+            if isinstance(value, str) or not isinstance(value, Iterable)
         ]
     )
 

@@ -22,6 +22,7 @@ from gatepress.expected import write_expected
 from gatepress.families import dense_type
 from gatepress.files import ONNX_FILE, check_output, expanded, json_text, new_directory, sha256_of
 from gatepress.graph import opset_of
+from gatepress.guest import as_guest
 from gatepress.hub import now_at
 from gatepress.manifests import ONNX_FORMAT, ONNX_MODEL, form_of
 from gatepress.models import model_errors, open_tokenizer, save_tokenizer
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 MIN_OPSET = 17  # LayerNormalization as one operator
 
 
+@as_guest()
 def export(  # noqa: PLR0913 - every option of the command is one
     source: str | Path,
     output: str | Path,

@@ -32,6 +32,7 @@ from gatepress.errors import UsageError
 from gatepress.expected import write_expected
 from gatepress.files import PRUNED_FILE, check_output, json_text, new_directory, read_json, sha256_of
 from gatepress.gates import counted, gates_of
+from gatepress.guest import as_guest
 from gatepress.latency import for_target
 from gatepress.manifests import PRUNED_FORMAT
 from gatepress.models import open_pruned, open_tokenizer, save_tokenizer
@@ -48,6 +49,7 @@ logger = logging.getLogger(__name__)
 UNCHANGED = "nothing was written, please report it"
 
 
+@as_guest()
 def prune(  # noqa: PLR0913 - every option of the command is one
     run_dir: str | Path,
     output: str | Path,

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from gatepress.collapse import parameters_of
 from gatepress.config import Runtime
 from gatepress.embedding import embeds
-from gatepress.errors import ModelError
+from gatepress.errors import ModelError, UsageError
 from gatepress.families import row_of
 from gatepress.tasks.labels import in_order
 
@@ -251,6 +251,8 @@ def macs_of(terms: Mapping[str, int] | None, batch: int, length: int) -> int | N
 
 def fitted(batch: Batch, names: tuple[str, ...]) -> dict[str, npt.NDArray[np.int64]]:
     """Return the named inputs as contiguous int64 arrays: a missing mask is all ones, missing segments are 0."""
+    if "input_ids" not in batch:
+        raise UsageError(f"the batch holds {', '.join(batch) or 'nothing'}, expected input_ids")
     ids = batch["input_ids"]
     missing = {"attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
     return {

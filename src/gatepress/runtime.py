@@ -5,6 +5,7 @@ bench, evaluate and export need not ask.
 """
 
 import logging
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -70,6 +71,8 @@ def open_runner(
     and what `hub.locate_model` raises.
     """
     refuse(unknown_words(precision=(precision, Arithmetic), runtime=(runtime, Runtime)))
+    if not isinstance(target, str | os.PathLike):
+        raise UsageError(f"the model is a {type(target).__name__}, expected the name of a directory, file or hub id")
     here = path = expanded(str(target))
     kind: Kind = model_form(str(target)) or "model"
     if kind == "onnx":

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from multiprocessing import resource_tracker
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from gatepress import training
@@ -40,6 +41,7 @@ from gatepress.config import (
     TrainSettings,
     refuse,
     refuse_below,
+    refuse_single,
     spelled,
     unknown_words,
 )
@@ -115,6 +117,7 @@ def run(  # noqa: PLR0913 - every option of the command is one
     """
     progress, output = progress or NoProgress(), Path(output)
     refuse(unknown_words(**{"for": (target, Target)}))
+    refuse_single(methods=methods, sparsities=sparsities, batch_sizes=batch_sizes, seq_lens=seq_lens)
     asked = _cells(settings, methods, sparsities, seeds)
     measuring: dict[str, Any] = {
         "batch_sizes": list(batch_sizes),
@@ -291,7 +294,7 @@ def train_apart(settings: TrainSettings, output: Path) -> dict[str, Any]:
     reports, end = context.Pipe(duplex=False)
     process = context.Process(target=_train, args=(settings, output, end))
     try:
-        with _deaf_to_interrupts():
+        with _deaf_to_interrupts(), _of_no_script():
             process.start()
         end.close()
         answer = reports.recv()
@@ -343,6 +346,17 @@ def _end_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(PATIENCE_S)
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _of_no_script() -> Iterator[None]:
+    """Let a process started in the block not run again what this one was started with: a caller's script, or a verb."""
+    here = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = here
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from gatepress.distill import Teacher, learn_from_teacher_
 from gatepress.errors import ModelError, ProcessError
 from gatepress.evaluation import evaluate_model, outputs_of
 from gatepress.files import check_output, explained, lock, release, try_writing
+from gatepress.guest import as_guest
 from gatepress.losses import batch_loss
 from gatepress.modeling_gatepress import first_token_alone
 from gatepress.narrowing import narrow_
@@ -38,6 +39,7 @@ MAX_GRADIENT_NORM = 1.0
 LOSS_EVERY = 5  # steps; reading the loss waits for the device
 
 
+@as_guest()
 def train(
     settings: TrainSettings, output: str | Path, *, force: bool = False, progress: Progress | None = None
 ) -> dict[str, Any]:
@@ -52,6 +54,7 @@ def train(
     return _run(prepared(settings), output, progress or NoProgress(), force=force)
 
 
+@as_guest()
 def resume(output: str | Path, *, progress: Progress | None = None) -> dict[str, Any]:
     """Continue a run that was stopped, from its last checkpoint to the end it would have reached; return the report.
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from gatepress.batches import fitting, make_loader, tokenize
 from gatepress.bench import timing
 from gatepress.bench.record import Record, latencies, now, relative_to
-from gatepress.config import DEFAULT_RUNTIME, Arithmetic, DataSettings, Runtime, check_timing, refuse
+from gatepress.config import DEFAULT_RUNTIME, Arithmetic, DataSettings, Runtime, check_timing, refuse, refuse_single
 from gatepress.errors import GatepressError, ModelError, UsageError, reason_of
 from gatepress.machine import device_name
 from gatepress.models import open_tokenizer
@@ -122,6 +122,7 @@ def run(  # noqa: PLR0913 - every knob of a measurement is named
     own number, for every runtime.
     Raises `UsageError`, `DeviceError`, and `ModelError` if a target cannot run a cell.
     """
+    refuse_single(targets=targets, batch_sizes=batch_sizes, seq_lens=seq_lens)
     refuse([] if targets else ["nothing to time: give a directory, an .onnx file or a model"])
     place = check(
         device=device,

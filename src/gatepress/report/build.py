@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gatepress.bench import render
+from gatepress.config import refuse_single
 from gatepress.errors import UsageError
 from gatepress.files import replace_file
 from gatepress.report import facts, page
@@ -27,6 +28,7 @@ def report(
     understood.
     """
     output = Path(output)
+    refuse_single(directories=directories, benches=benches)
     if not directories:
         raise UsageError("nothing to report: give a directory of gatepress train, prune, export or sweep")
     render.check_file(output, SUFFIXES, "--output", force=force)

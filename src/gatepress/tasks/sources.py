@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -53,6 +54,10 @@ class _Split:
     columns: Columns
 
 
+CORRELATIONS = ("matthews", "pearson", "spearman")
+OF_SECOND = ("average_precision", "f1_micro")  # of the second of two classes, or of each of any number
+
+
 def load_rows(
     data: DataSettings,
     *,
@@ -95,6 +100,7 @@ def load_rows(
     if spec.metric in RANKS:
         for split in validation:
             _refuse_unrankable(checked[split.name], spec, split.where, cut=data.max_validation_samples is not None)
+    _refuse_undefined(checked, spec, validation[0].where, cut=data.max_validation_samples is not None)
     tables += checked.values()
     more = None
     if data.unlabelled_file and splits == "all":
@@ -318,6 +324,23 @@ def _refuse_one_class(ids: list[Any], spec: TaskSpec, where: str, *, cut: bool) 
         raise DataError(f"{where}: every row used has the same classes, expected rows that differ{remedy}")
     only = spec.label_names[ids[0]]
     raise DataError(f"{where}: every row used has the label {only!r}, expected two classes or more{remedy}")
+
+
+def _refuse_undefined(tables: Mapping[str, Columns], spec: TaskSpec, where: str, *, cut: bool) -> None:
+    """Raise `DataError` if no answers to these rows have a metric: whatever a model said, it would be 0."""
+    labels = [label for table in tables.values() for label in table["label"]]
+    of_second = spec.metric in OF_SECOND or (spec.metric == "f1" and (spec.multi_label or spec.num_labels == 2))  # noqa: PLR2004 - of two classes, one is looked for
+    if spec.metric in CORRELATIONS and all(label == labels[0] for label in labels):
+        lack = "has the same label, and a correlation is of labels that differ"
+    elif of_second and not any(labels):
+        lack = f"lacks {'any class' if spec.multi_label else 'the class that is looked for'}"
+    else:
+        return
+    remedy = "raise --max-validation-samples, or " if cut else ""
+    raise DataError(
+        f"{where}: every row used {lack}, so there is no {spec.metric}; {remedy}give --metric accuracy "
+        "if rows have classes, or other rows"
+    )
 
 
 def _refuse_unrankable(table: Columns, spec: TaskSpec, where: str, *, cut: bool) -> None:
