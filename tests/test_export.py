@@ -234,6 +234,7 @@ def test_result_says_what_was_written(bert) -> None:
     assert {file.name for file in bert.output.iterdir()} == {
         "model.onnx",
         "gatepress_onnx.json",
+        "expected.safetensors",
         "config.json",
         "tokenizer.json",
         "tokenizer_config.json",

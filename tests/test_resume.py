@@ -121,10 +121,10 @@ def test_killed_again_and_again_it_ends_in_the_same(
     def settings(**changes: Any) -> TrainSettings:
         return settings_for(tiny_model_dir("bert"), tiny_task_files, batch_size=32, **WAYS[way], **changes)
 
-    def cut_off(path: Path, data: bytes) -> None:
+    def cut_off(path: Path, data: bytes, **told: Any) -> None:
         if path.name == RUN_FILE and (path.parent / f"state-{2 * EPOCH:08d}.safetensors").exists():
             raise KilledError
-        replace_file(path, data)
+        replace_file(path, data, **told)
 
     train(settings(), tmp_path / "whole")
     run = stopped(settings(save_every=3), tmp_path / "run", 5)
@@ -428,8 +428,8 @@ def test_a_run_that_is_training_is_left_alone(
 ) -> None:
     tried: list[str] = []
 
-    def another(path: Path, data: bytes) -> None:
-        replace_file(path, data)
+    def another(path: Path, data: bytes, **told: Any) -> None:
+        replace_file(path, data, **told)
         if path.parent == half and not tried:
             with pytest.raises(OutputError, match="another gatepress is training into it") as error:
                 resume(half) if way == "resumed" else train(settings, half, force=True)

@@ -225,10 +225,10 @@ def test_a_checkpoint_is_whole_until_the_next_one_is(
     stop(settings, tmp_path / "run", "match_", monkeypatch)
     written = runwriter.replace_file
 
-    def full(path: Path, content: bytes) -> None:
+    def full(path: Path, content: bytes, **told: Any) -> None:
         if path.name == "gatepress_run.json":
             raise OSError(errno.ENOSPC, "No space left on device")
-        written(path, content)
+        written(path, content, **told)
 
     with monkeypatch.context() as patch:
         patch.setattr(runwriter, "replace_file", full)
