@@ -1,6 +1,7 @@
 """The forms a model takes, made without training: a run directory, and what stands in it."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,10 +12,12 @@ from gatepress.checkpoint import RunManifest, open_base
 from gatepress.collapse import cut, plan_model
 from gatepress.config import DataSettings, Granularity, Layout, TrainSettings
 from gatepress.costs import Costs
+from gatepress.export import export
 from gatepress.gates import gates_of
 from gatepress.inject import attach_gates_, gated_linear, trainable
 from gatepress.models import model_files, open_tokenizer
 from gatepress.plan import PrunePlan
+from gatepress.pruning import prune
 from gatepress.runwriter import RunWriter
 from gatepress.tasks.sources import load_rows
 from gatepress.versions import versions
@@ -112,3 +115,11 @@ def settings_for(model: Path, files: Any, **changes: Any) -> TrainSettings:
     """Return the settings of a short training on one of the `TaskFiles` fixtures."""
     options: dict[str, Any] = {"epochs": 3, "batch_size": 16, "max_length": 32, "device": "cpu", "learning_rate": 2e-3}
     return TrainSettings(data=data_settings(files), model=str(model), **{**options, **changes})
+
+
+def every_form(root: Path, model: Path, files: Any) -> SimpleNamespace:
+    """Write one run, what was pruned from it, and that as ONNX in float32 and in int8; return where each lies."""
+    prune(save_run(root / "run", model, files), root / "pruned")
+    export(root / "pruned", root / "onnx")
+    export(root / "pruned", root / "int8", quantize="int8")
+    return SimpleNamespace(**{name: root / name for name in ("run", "pruned", "onnx", "int8")})

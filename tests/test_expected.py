@@ -17,13 +17,11 @@ from typer.testing import CliRunner
 
 import gatepress
 import tiny
-from forms import save_run
+from forms import every_form
 from gatepress.cli.app import app
 from gatepress.errors import MissingExtraError, UsageError
 from gatepress.expected import EXPECTED_FILE, write_expected
-from gatepress.export import export
 from gatepress.files import sha256_of
-from gatepress.pruning import prune
 from gatepress.runtime import open_runner
 from gatepress.verifying import verify
 
@@ -34,11 +32,7 @@ Tensors = dict[str, torch.Tensor]
 
 @pytest.fixture(scope="module")
 def made(tiny_model_dir, tiny_task_files, tmp_path_factory) -> SimpleNamespace:
-    root = tmp_path_factory.mktemp("expected")
-    prune(save_run(root / "run", tiny_model_dir("bert"), tiny_task_files), root / "pruned")
-    export(root / "pruned", root / "onnx")
-    export(root / "pruned", root / "int8", quantize="int8")
-    return SimpleNamespace(run=root / "run", **{form: root / form for form in FORMS})
+    return every_form(tmp_path_factory.mktemp("expected"), tiny_model_dir("bert"), tiny_task_files)
 
 
 @pytest.fixture

@@ -12,14 +12,12 @@ from typer.testing import CliRunner
 
 import gatepress
 import tiny
-from forms import save_run
+from forms import every_form
 from gatepress.bench import endtoend, figures
 from gatepress.bench.tables import conditions
 from gatepress.cli.app import app
 from gatepress.errors import DeviceError, MissingExtraError, UsageError
 from gatepress.evaluation import evaluate
-from gatepress.export import export
-from gatepress.pruning import prune
 from gatepress.runtime import open_runner
 
 openvino = pytest.importorskip("openvino", reason="needs the extra openvino")
@@ -29,12 +27,7 @@ SMALL: dict[str, Any] = {"batch_sizes": [2], "seq_lens": [8], "repetitions": 2, 
 
 @pytest.fixture(scope="module")
 def made(tiny_model_dir, tiny_task_files, tmp_path_factory) -> SimpleNamespace:
-    """One run, and what was pruned from it in float32 and int8."""
-    root = tmp_path_factory.mktemp("openvino")
-    prune(save_run(root / "run", tiny_model_dir("bert"), tiny_task_files), root / "pruned")
-    export(root / "pruned", root / "onnx")
-    export(root / "pruned", root / "int8", quantize="int8")
-    return SimpleNamespace(**{name: root / name for name in ("run", "pruned", "onnx", "int8")})
+    return every_form(tmp_path_factory.mktemp("openvino"), tiny_model_dir("bert"), tiny_task_files)
 
 
 def batch(rows: int = 3, length: int = 9, seed: int = 0) -> dict[str, np.ndarray]:

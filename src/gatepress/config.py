@@ -6,7 +6,7 @@ A wrong value raises one `UsageError` that lists every problem in the spelling o
 
 import math
 import numbers
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -100,17 +100,8 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         """Collect all problems and raise them at once."""
-        problems = []
-        for name in ("max_train_samples", "max_validation_samples"):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if not isinstance(value, numbers.Integral):
-                problems.append(f"{spelled(name)} is {value!r}, expected a whole number")
-            elif value < 1:
-                problems.append(f"{spelled(name)} is {value}, expected 1 or more")
-            else:
-                object.__setattr__(self, name, int(value))  # numbers of NumPy, too
+        limits = {name: getattr(self, name) for name in ("max_train_samples", "max_validation_samples")}
+        problems = _below(1, limits)
         if self.metric is not None:
             problems += unknown_words(metric=(self.metric, Metric))
         if self.task is not None and (self.train_file or self.validation_file):
@@ -118,6 +109,8 @@ class DataSettings:
         if self.task is None and not (self.train_file or self.validation_file):
             problems.append("no data: give --task NAME, or --train-file and --validation-file")
         refuse(problems)
+        for name, value in limits.items():
+            object.__setattr__(self, name, None if value is None else int(value))  # numbers of NumPy, too
 
     def absolute(self) -> "DataSettings":
         """Return the settings with absolute paths, so that what a manifest names can be read from anywhere."""
@@ -469,21 +462,20 @@ def check_timing(  # noqa: PLR0913 - what a comparison of models can be asked wr
 
 def refuse_below(least: int, **options: Any) -> None:
     """Raise one `UsageError` naming every given option that is below `least`, or above the most it may be."""
-    given = {name: value for name, value in options.items() if value is not None}
-    refuse(
-        [
-            f"{spelled(name)} is {value!r}, expected a whole number"
-            for name, value in given.items()
-            if not isinstance(value, numbers.Integral)
-        ]
-    )
-    refuse(
-        [
-            f"{spelled(name)} is {value}, expected {least} {f'to {MOST[name]:,}' if name in MOST else 'or more'}"
-            for name, value in given.items()
-            if not least <= value <= MOST.get(name, value)
-        ]
-    )
+    refuse(_below(least, options))
+
+
+def _below(least: int, options: Mapping[str, Any]) -> list[str]:
+    """Return a line for each option that is given and is no whole number of those that `refuse_below` takes."""
+    problems = []
+    for name, value in options.items():
+        whole = value is None or isinstance(value, numbers.Integral)
+        if not whole:
+            problems.append(f"{spelled(name)} is {value!r}, expected a whole number")
+        elif value is not None and not least <= value <= MOST.get(name, value):
+            most = f"to {MOST[name]:,}" if name in MOST else "or more"
+            problems.append(f"{spelled(name)} is {value}, expected {least} {most}")
+    return problems
 
 
 def refuse_single(**options: Any) -> None:

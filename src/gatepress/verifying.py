@@ -16,7 +16,6 @@ from gatepress.files import ONNX_FILE, PRUNED_FILE, RUN_FILE
 from gatepress.graph import check_graph, describe, read_graph
 from gatepress.manifests import (
     ONNX_MODEL,
-    REMEDIES,
     Form,
     check_files,
     hashes_of,
@@ -137,7 +136,7 @@ def _pruned(path: Path, found: Findings, runtime: Runtime) -> None:
     _files(path, hashes or {}, "prune again", found)
     found.check("model.safetensors: header, and all shapes against config.json", refuse_unfit, path)
     found.check("tokenizer", open_tokenizer, path)
-    _answers(path, manifest, "pruned", found, runtime)
+    _answers(path, manifest, "prune again", found, runtime)
 
 
 def _onnx(path: Path, found: Findings, runtime: Runtime) -> None:
@@ -160,7 +159,7 @@ def _onnx(path: Path, found: Findings, runtime: Runtime) -> None:
         found.skipped.append(f"sha256 of {file.name}: no {ONNX_FILE} names it")
     if not found.faults:
         found.check(f"{file.name}: graph, weights beside it, inputs and operator set", _graph, file, manifest)
-    _answers(path, manifest, "onnx", found, runtime)
+    _answers(path, manifest, "export again", found, runtime)
 
 
 def _graph(file: Path, manifest: dict[str, Any] | None) -> None:
@@ -177,14 +176,14 @@ def _graph(file: Path, manifest: dict[str, Any] | None) -> None:
             raise ArtifactError(f"{file}: {key} is {value}, its manifest says {manifest[key]}; export again")
 
 
-def _answers(path: Path, manifest: dict[str, Any] | None, form: Form, found: Findings, runtime: Runtime) -> None:
+def _answers(path: Path, manifest: dict[str, Any] | None, remedy: str, found: Findings, runtime: Runtime) -> None:
     """Run a model whose files hold: on two rows, and on those that it was asked when it was written."""
     runner = None if found.faults else found.check(_TRIED, _finite_on_tokens, path, runtime)
     if runner is None or manifest is None:
         return
     if EXPECTED_FILE in (manifest.get("sha256") or {}):
         what = f"logits of {EXPECTED_FILE}: as when it was written"
-        found.difference = found.check(what, difference_from_expected, runner, path, REMEDIES[form])
+        found.difference = found.check(what, difference_from_expected, runner, path, remedy)
     else:
         found.skipped.append("logits as when it was written: releases before 0.44 kept none")
 

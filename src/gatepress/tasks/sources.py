@@ -26,7 +26,7 @@ from gatepress.tasks.labels import (
     some,
 )
 from gatepress.tasks.readers import Columns, read_columns
-from gatepress.tasks.spec import METRICS, MIN_CLASSES, PAIR, RANKS, TASKS, TaskSpec, task_named
+from gatepress.tasks.spec import CORRELATIONS, METRICS, MIN_CLASSES, OF_SECOND, PAIR, RANKS, TASKS, TaskSpec, task_named
 
 _HALF = re.compile("[\ud800-\udfff]")
 
@@ -52,10 +52,6 @@ class _Split:
     name: str
     where: str  # its name in errors: a path, or a hub address
     columns: Columns
-
-
-CORRELATIONS = ("matthews", "pearson", "spearman")
-OF_SECOND = ("average_precision", "f1_micro")  # of the second of two classes, or of each of any number
 
 
 def load_rows(

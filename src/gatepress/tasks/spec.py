@@ -20,6 +20,8 @@ METRICS: dict[Metric, tuple[str, ...]] = {  # each with the labels that it can b
     "ndcg@10": (*_OF_TWO, *_OF_NUMBERS),
     **dict.fromkeys(("pearson", "spearman"), _OF_NUMBERS),
 }
+CORRELATIONS = ("matthews", "pearson", "spearman")
+OF_SECOND = ("average_precision", "f1_micro")  # of the second of two classes, or of each of any number
 RANKS = ("mrr@10", "ndcg@10")  # of pairs alone: rows with the same first text belong to one query
 ONE_TEXT, PAIR = 1, 2  # text columns a row can have
 MIN_CLASSES = 2
