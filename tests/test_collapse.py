@@ -25,7 +25,7 @@ from transformers import (
 import gatepress.auto  # noqa: F401 - registers the Auto classes
 import tiny
 from forms import collapse
-from gatepress.collapse import parameters_of
+from gatepress.collapse import cut, parameters_of, plan_model
 from gatepress.config import Granularity, Layout
 from gatepress.errors import ModelError
 from gatepress.families import FAMILIES, ROLES
@@ -33,7 +33,7 @@ from gatepress.gates import GatedLinear, counted, gates_of
 from gatepress.inject import attach_gates_, gated_linear
 from gatepress.modeling_gatepress import GATHER_FROM, pick
 from gatepress.pruning import _write
-from gatepress.resolve import resolve
+from gatepress.resolve import model_class, resolve
 
 GRANULARITIES: list[Granularity] = ["structured", "matrix", "heads"]
 LAYOUTS: list[Layout] = ["auto", "inner", "index", "paper", "stock"]
@@ -358,6 +358,29 @@ def test_calls_that_read_different_tokens_may_run_at_once_and_after_one_that_fai
     with ThreadPoolExecutor(4) as threads:
         answers = threads.map(ask, range(64)), threads.map(ask_for_all, range(64))
         assert all(itertools.chain(*answers))
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_what_other_threads_make_meanwhile_is_not_empty(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing of the smaller model is left empty."""
+    wanted, made = logits(pressed := gated_model(family, "structured"), family), []
+
+    def asked_meanwhile(*args: Any, **options: Any) -> Any:
+        pruned_class = model_class(*args, **options)
+
+        class Watched(pruned_class):  # type: ignore[misc, valid-type]
+            def __init__(self, config: Any) -> None:
+                with ThreadPoolExecutor(1) as other:
+                    made.append(other.submit(torch.nn.Linear, 2, 2).result())
+                super().__init__(config)
+
+        return Watched
+
+    monkeypatch.setattr("gatepress.collapse.model_class", asked_meanwhile)
+    pruned = cut(pressed, plan_model(pressed, "auto"))
+    assert [one.weight.device.type for one in made] == ["cpu"]
+    assert {one.device.type for one in itertools.chain(pruned.parameters(), pruned.buffers())} == {"cpu"}
+    torch.testing.assert_close(logits(pruned, family), wanted, atol=1e-5, rtol=0)
 
 
 def test_a_forward_of_its_own_reads_all_tokens() -> None:

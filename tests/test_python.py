@@ -172,6 +172,27 @@ def test_calls_in_threads_wait_for_each_other(
     assert torch.nn.Linear(2, 2).weight.device.type == "cpu"
 
 
+def test_models_are_loaded_and_run_while_another_thread_prunes(run: Path, tmp_path: Path) -> None:
+    prune(run, served := tmp_path / "served")
+    tokens = torch.arange(5, 13)[None]
+
+    def ask(_: Any) -> torch.Tensor:
+        with torch.inference_mode():
+            logits: torch.Tensor = gatepress.load_pruned(served)(input_ids=tokens).logits
+        return logits
+
+    wanted = ask(0)
+    with ThreadPoolExecutor(4) as threads:
+        pruned = [threads.submit(prune, run, tmp_path / f"pruned-{number}") for number in range(2)]
+        answers = []
+        while not all(one.done() for one in pruned):
+            answers += threads.map(ask, range(4))
+        assert [one.result()["max_abs_logit_diff"] < 1e-4 for one in pruned] == [True] * 2
+    assert answers
+    for answer in answers:
+        torch.testing.assert_close(answer, wanted)
+
+
 def test_a_sweep_does_not_run_the_script_that_calls_it_again(
     tiny_model_dir: Any, tiny_task_files: TaskFiles, tmp_path: Path
 ) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
@@ -47,7 +47,7 @@ def cut(model: PreTrainedModel, plan: PrunePlan, *, consume: bool = False) -> Pr
         pruned_class = embedder_class(config.model_type)
     else:
         pruned_class = model_class(family_of(model.config), stock=plan.layout == "stock")
-    with init_empty_weights(include_buffers=False):
+    with _Unfilled():
         pruned: PreTrainedModel = pruned_class(config)
     state = _pruned_state(model, layers, plan, consume=consume)
     if plan.layout == "stock":
@@ -55,6 +55,18 @@ def cut(model: PreTrainedModel, plan: PrunePlan, *, consume: bool = False) -> Pr
     pruned.load_state_dict(state, strict=True, assign=True)
     pruned.eval()
     return pruned
+
+
+class _Unfilled(TorchFunctionMode):
+    """In this thread, what modules make with `torch.empty` has no memory: their matrices, and no buffer of a family.
+
+    accelerate's `init_empty_weights` changes the class of all modules instead, so those that other threads make
+    meanwhile are without values too.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return func(*args, **({**kwargs, "device": "meta"} if func is torch.empty else kwargs))
 
 
 def refuse_activation(model: PreTrainedModel) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-# Making empty modules, tracing a graph and seeding all change what a whole process shares. A call may make others.
+# Tracing a graph and seeding change what a whole process shares. A call may make others.
 _ALONE = threading.RLock()
 
 
