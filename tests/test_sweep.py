@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 
 import forms
-from gatepress import bench, sweep, training
+from gatepress import apart, bench, sweep, training
 from gatepress.bench import tradeoff
 from gatepress.bench.record import Record, latencies
 from gatepress.bench.summary import Cell, knee, seeds, summarize
@@ -461,7 +461,7 @@ def test_a_training_apart_is_the_training_here_and_its_errors_come_over(settings
 
 
 def test_a_process_that_dies_is_an_error_with_a_remedy(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "_train", print)
+    monkeypatch.setattr(apart, "_answer", print)
     with pytest.raises(ModelError, match=r"ended without a word \(exit code 0; .* lower --batch-size"):
         sweep.train_apart(settings, tmp_path / "run")
 
@@ -476,7 +476,7 @@ def test_an_interrupt_while_a_training_is_started_leaves_none_behind(settings, t
             yield
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweep, "_deaf_to_interrupts", interrupted)
+    monkeypatch.setattr(apart, "_deaf_to_interrupts", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sweep.train_apart(replace(settings, epochs=5000), tmp_path / "run")
     assert multiprocessing.active_children() == []

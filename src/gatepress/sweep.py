@@ -9,24 +9,15 @@ import contextlib
 import functools
 import json
 import logging
-import multiprocessing
-import os
 import shutil
-import signal
-import sys
-import threading
-import time
-import traceback
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-from multiprocessing import resource_tracker
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gatepress import training
+from gatepress.apart import DiedError, called
 from gatepress.bench import endtoend
 from gatepress.bench.record import Record
 from gatepress.bench.render import drawing, markdown
@@ -71,12 +62,8 @@ from gatepress.resume import refuse_other
 from gatepress.runners import max_tokens
 from gatepress.tasks.sources import load_rows
 
-if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
-
 logger = logging.getLogger(__name__)
 
-PATIENCE_S = 30.0  # for a training that is told to end: it writes a checkpoint
 # Chosen by each training unless given.
 LEFT_OPEN = (
     *("lora_rank", "lora_matrices", "closing", "epochs", "learning_rate", "distill", "hidden_weight", "rotate_heads"),
@@ -285,92 +272,15 @@ class _Sweep:
 
 
 def train_apart(settings: TrainSettings, output: Path) -> dict[str, Any]:
-    """Train in a fresh process and return the report; raise what `training.train` raises there.
-
-    Raises `ModelError` if the process dies. If this one is interrupted, the other ends at once and its
-    half-written output is removed.
-    """
-    context = multiprocessing.get_context("spawn")
-    reports, end = context.Pipe(duplex=False)
-    process = context.Process(target=_train, args=(settings, output, end))
+    """Train in a fresh process and return the report; raises what training raises there, and what `called` does."""
     try:
-        with _deaf_to_interrupts(), _of_no_script():
-            process.start()
-        end.close()
-        answer = reports.recv()
-    except EOFError:
-        process.join()
+        report: dict[str, Any] = called(train_or_resume, settings, output)
+    except DiedError as error:
         raise ModelError(
-            f"{output}: its training ended without a word (exit code {process.exitcode}; -9 is what a machine "
+            f"{output}: its training ended without a word (exit code {error}; -9 is what a machine "
             "out of memory does); lower --batch-size or --max-length, and run the same command again"
         ) from None
-    except BaseException:
-        if process.pid is not None:  # it was started
-            try:
-                process.terminate()
-                process.join(PATIENCE_S)
-            finally:  # a second signal must not leave it behind
-                process.kill()
-        raise
-    finally:
-        if process.pid is not None:
-            process.join()
-        reports.close()
-    if isinstance(answer, Exception):
-        raise answer
-    report: dict[str, Any] = answer
     return report
-
-
-def _train(settings: TrainSettings, output: Path, end: "Connection[Any, Any]") -> None:
-    """Train and send the report, or the error; runs in the other process."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: a checkpoint is written
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    warnings.simplefilter("ignore")  # libraries would write to a terminal that is not theirs
-    with contextlib.redirect_stdout(sys.stderr):
-        try:
-            answer: object = train_or_resume(settings, output)
-        except Exception as error:  # noqa: BLE001 - raised again in the process that asked
-            error.add_note(traceback.format_exc())
-            answer = error
-        except KeyboardInterrupt:
-            sys.exit(1)
-    end.send(answer)
-
-
-def _end_with_parent() -> None:
-    """End this process if the one that asked is gone, killed without a chance to say so."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(PATIENCE_S)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-@contextlib.contextmanager
-def _of_no_script() -> Iterator[None]:
-    """Let a process started in the block not run again what this one was started with: a caller's script, or a verb."""
-    here = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = here
-
-
-@contextlib.contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """Let a process started in the block ignore Ctrl-C or a closed terminal from its first line on: its parent ends it.
-
-    Blocked signals are inherited; those that arrive meanwhile reach this process when the block ends.
-    """
-    resource_tracker.ensure_running()  # otherwise the first process starts it, and it unblocks the signal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _cells(
