@@ -104,3 +104,11 @@ def test_the_ways_to_load_work(layout: Any, tiny_model_dir: Any, tiny_task_files
     script = "\n".join(ways).replace('"DIR"', repr(str(tmp_path / "pruned")))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "span"), [("calm", "`calm`"), ("<b>a`b*", "``<b>a`b*``"), ("`", "`` ` ``"), ("a, b | c", "`a, b | c`")]
+)
+def test_names_are_shown_as_they_are(manifest: dict[str, Any], name: str, span: str) -> None:
+    manifest["task"]["label_names"] = [name, "wild"]
+    assert f"Classes: {span}, `wild`." in card(manifest)

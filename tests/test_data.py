@@ -569,3 +569,13 @@ def test_names_of_columns_may_have_blanks_around_them(tmp_path: Path) -> None:
 
 def test_versions_and_words_are_classes() -> None:
     assert infer_names(["1.0", "2.0", "beta"], "here") == ("1.0", "2.0", "beta")
+
+
+@pytest.mark.parametrize("values", [["0", "1", "1.0"], ["0.0", "0", "1", "1.0"]])
+def test_two_classes_in_more_spellings_are_not_scores(values: list[str]) -> None:
+    """Two exports in one file, of which one came by way of pandas."""
+    with pytest.raises(DataError, match=rf"^here: two classes are spelled in {len(values)} ways \(0, "):
+        infer_names(values, "here")
+    assert infer_names(["0.0", "1.0"], "here") == ("0.0", "1.0")
+    assert infer_names(["1", "01", "2"], "here") == ("01", "1", "2")
+    assert infer_names(["0", "1.0", "2"], "here") is None

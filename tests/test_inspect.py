@@ -16,11 +16,13 @@ import pytest
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
+import tiny
 from forms import save_run, settings_for
 from gatepress.cli.app import app
 from gatepress.cli.inspect import BAR, blocks, sparkline
 from gatepress.commands import commands_of
 from gatepress.config import DataSettings, TrainSettings
+from gatepress.embedding import write_modules
 from gatepress.errors import ArtifactError
 from gatepress.export import export
 from gatepress.inspecting import inspect
@@ -272,3 +274,20 @@ def test_a_directory_of_an_older_release_is_described(made: SimpleNamespace, tmp
     assert (found["commands"], found["metric_value"]) == ([], None)
     assert found["layers"] == inspect(made.pruned)["layers"]
     assert replace(made.settings).seed == found["provenance"]["seed"]
+
+
+@pytest.mark.parametrize("parts", ["modules.json", "no parts"])
+def test_a_run_of_an_embedder_is_described(
+    parts: str, family: str, tiny_model_dir: Any, tiny_regression_files: Any, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir(family), base)
+    if parts == "modules.json":
+        config = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps({**config, "architectures": None}))
+        write_modules(base, {"pooling": "mean", "normalize": True}, tiny.HIDDEN)
+    run = save_run(tmp_path / "run", base, tiny_regression_files, closed=0.6, embed=True)
+    report = prune(run, tmp_path / "pruned", layout="inner")
+    kept = [layer["neurons"] for layer in report["plan"]["layers"]]
+    for path in (run, tmp_path / "pruned"):
+        assert [layer["neurons"] for layer in inspect(path)["layers"]] == kept

@@ -24,7 +24,7 @@ import forms
 from gatepress import apart, bench, sweep, training
 from gatepress.bench import tradeoff
 from gatepress.bench.record import Record, latencies
-from gatepress.bench.summary import Cell, knee, seeds, summarize
+from gatepress.bench.summary import Cell, knee, seeds, summarize, unbeaten
 from gatepress.checkpoint import read_run
 from gatepress.config import Target, TrainSettings
 from gatepress.costs import TARGETS
@@ -706,3 +706,54 @@ def test_what_another_process_trains_is_not_swept_into(settings, trained, tmp_pa
         assert (tmp_path / "sweep" / held / "gatepress_run.json").stat() == before
     run(settings, tmp_path / "sweep", force=True)
     assert len(trained) == 2 * len(RUNS)
+
+
+@pytest.mark.parametrize("costs", [[100.0, 20.0, 2.0], [0.0, -0.5, -0.8]])
+def test_no_point_is_the_knee_if_another_is_as_good_for_less(costs):
+    assert unbeaten(costs, [0.9, 0.55, 0.55]) == [0, 2]
+    assert unbeaten(costs, [0.9, 0.91, 0.92]) == [2]
+    assert unbeaten(costs, [0.9, 0.88, 0.5]) == [0, 1, 2]
+    assert unbeaten([1.0, 1.0], [0.5, 0.5]) == [0, 1]
+
+
+def test_the_summary_has_no_knee_that_is_beaten():
+    reports = {
+        Cell("gates", sparsity, 0): {"metric_value": metric, "encoder_macs_removed": sparsity}
+        for sparsity, metric in {0.0: 0.54, 0.5: 0.55, 0.8: 0.55}.items()
+    }
+    assert not any(row["knee"] for row in summarize(reports, []))
+
+
+@pytest.mark.usefixtures("trained")
+def test_what_was_timed_stays_until_all_is_timed_anew(settings, tmp_path, monkeypatch):
+    before = run(settings, tmp_path / "sweep", methods=["lora"], plot=False)
+    written, told = (tmp_path / "sweep" / name for name in ("sweep.json", "sweep.md"))
+    text = told.read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "_build", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(settings, tmp_path / "sweep", methods=["lora"], plot=False, batch_sizes=[3])
+    there = json.loads(written.read_text())
+    assert (there["latency"], there["settings"]) == (before["latency"], before["settings"])
+    assert told.read_text() == text
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "_build", stopped)
+        assert run(settings, tmp_path / "sweep", methods=["lora"], plot=False) == before  # nothing is timed again
+        with pytest.raises(KeyboardInterrupt):
+            run(settings, tmp_path / "sweep", methods=["lora"], seeds=1, sparsities=[0.5], plot=False, repetitions=3)
+    again = run(settings, tmp_path / "sweep", methods=["lora"], plot=False, batch_sizes=[3])
+    assert again["settings"]["batch_sizes"] == [3]
+    assert {record["batch_size"] for record in again["latency"]} == {3}
+
+
+def stopped(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.usefixtures("trained")
+def test_no_table_is_left_of_another_sweep(settings, tmp_path, monkeypatch):
+    run(settings, tmp_path / "sweep", methods=["lora"], plot=False)
+    monkeypatch.setattr(sweep, "_build", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, tmp_path / "sweep", methods=["lora", "full"], plot=False)
+    assert not (tmp_path / "sweep/sweep.md").exists()

@@ -400,3 +400,28 @@ def test_rates_warm_up_again_where_gates_begin_to_close(
 )
 def test_texts_are_cut_where_the_first_of_all_ends(asked: int, model: int | None, tokenizer: int, cut: int) -> None:
     assert batches.fitting(asked, model, SimpleNamespace(model_max_length=tokenizer)) == cut  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "asked", [{"return_dict": False}, {"output_attentions": True}, {"chunk_size_feed_forward": 4}], ids=str
+)
+def test_what_a_configuration_asks_of_others_is_left_out(
+    asked: dict[str, Any], tiny_model_dir: Any, tiny_task_files: TaskFiles, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_model_dir("bert"), base := tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, **asked}))
+    report = train(settings_for(base, tiny_task_files, epochs=1), tmp_path / "run")
+    assert report["metric_value"] == evaluate(tmp_path / "run")["metric_value"]
+    assert prune(tmp_path / "run", tmp_path / "pruned")["max_abs_logit_diff"] < 1e-5
+    assert evaluate(tmp_path / "pruned")["metric_value"] == report["metric_value"]
+
+
+@pytest.mark.parametrize("sparsity", [0.01, 0.1, 0.3])
+def test_no_whole_head_closes_for_a_remainder(sparsity: float, tiny_task_files: TaskFiles, tmp_path: Path) -> None:
+    """Its 320 dimensions would be 9 % of all: neurons are one each, and pairs of the rest two."""
+    wide = {"hidden_size": 64, "num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 512}
+    base = tiny.save_model(tiny.build_encoder("gemma3_text", **wide), "gemma3_text", tmp_path / "base")
+    settings = settings_for(base, tiny_task_files, granularity="heads", sparsity=sparsity, epochs=3)
+    report = train(settings, tmp_path / "run")
+    assert report["closed_fraction"] == pytest.approx(sparsity, abs=0.005)

@@ -464,3 +464,23 @@ def test_a_tokenizer_that_no_manifest_binds_is_opened(
         assert verify(file.parent)["ok"]
         (file.parent / "tokenizer.json").write_text("{}")
         assert not verify(file.parent)["ok"]
+
+
+@pytest.mark.parametrize("form", ["run", "pruned", "onnx"])
+def test_a_file_that_may_not_be_read_is_told_as_that(
+    form: str, made: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not as one that is missing, as safetensors says, nor as a field that is wrong."""
+    whole = Path.open
+
+    def denied(self: Path, *args: Any, **options: Any) -> Any:
+        if self.suffix in (".safetensors", ".onnx") or self.name == "tokenizer.json":
+            raise PermissionError(13, "Permission denied", str(self))
+        return whole(self, *args, **options)
+
+    monkeypatch.setattr(Path, "open", denied)
+    faults = verify(getattr(made, form))["faults"]
+    assert faults
+    for fault in faults:
+        assert "Permission denied" in fault
+        assert "field is missing" not in fault

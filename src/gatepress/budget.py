@@ -207,12 +207,12 @@ class Ranking:
     def _close_single(self, mask: Tensor, left: int) -> Tensor:
         """Close elements worth `left` more dimensions, still the least important first.
 
-        If only larger elements are open, one of them closes and smaller ones open again for the excess: those that
-        closed last or, if these do not fit, any.
+        If only larger elements are open, one of the smallest of them closes (a whole head for one dimension would be
+        far too much) and smaller ones open again for the excess: those that closed last or, if these do not fit, any.
         """
         values, counts, elements = mask.tolist(), self.counts.tolist(), self.elements.tolist()
         for larger in (False, True):
-            for element in elements:
+            for element in sorted(elements, key=counts.__getitem__) if larger else elements:
                 if left > 0 and values[element] and (larger or counts[element] <= left):
                     values[element] = 0.0
                     left -= counts[element]

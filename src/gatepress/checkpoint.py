@@ -30,7 +30,7 @@ from gatepress.heads import set_labels_
 from gatepress.hub import locate_model
 from gatepress.manifests import RUN_FORMAT, check_beside, check_files, read_manifest, run_file, tensor_shapes
 from gatepress.methods import kept, merge_, prepare_
-from gatepress.models import model_errors, model_files, read_tensors, refuse_missing, told_of_padding_
+from gatepress.models import model_errors, model_files, read_tensors, refuse_missing, told_of_use_
 from gatepress.resolve import family_named, family_of
 from gatepress.rotation import turn_
 from gatepress.tasks import TaskSpec
@@ -156,7 +156,7 @@ def open_base(directory: Path, spec: TaskSpec, above: frozenset[Path] = frozense
             f"{directory}: is pruned, expected a dense model; go on from the run that it was cut from with --start"
         )
     with model_errors(directory):
-        config = told_of_padding_(AutoConfig.from_pretrained(directory, trust_remote_code=False), directory)
+        config = told_of_use_(AutoConfig.from_pretrained(directory, trust_remote_code=False), directory)
         if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
             raise ModelError(
                 f"{directory}: is a decoder by its config.json (is_decoder, add_cross_attention), expected an encoder, "

@@ -153,8 +153,8 @@ def new_file(path: Path, *, within: Path | None = None) -> Iterator[Path]:
 
     `within` is what errors call the directory of a file, if that is still one to be renamed.
     """
-    path = behind_link(path)
     with explained(within / path.name if within else path):
+        path = behind_link(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         os.close(handle)
@@ -182,11 +182,13 @@ def check_output(target: Path, *, force: bool, reads: Iterable[str | Path | None
         str(target).encode()
     except UnicodeEncodeError:
         raise OutputError(f"{str(target)!r}: is no text in UTF-8, as files need it; choose another with -o") from None
-    if target.exists() and not force:
+    with explained(target):  # what lies in a directory that may not be entered cannot be looked for
+        there = target.exists()
+    if there and not force:
         raise OutputError(f"{target}: exists already; choose another with -o or replace it with --force")
-    if target.exists() and not target.is_dir():
+    if there and not target.is_dir():
         raise OutputError(f"{target}: is a file, expected a directory; choose another with -o")
-    if target.is_symlink() and not target.exists():
+    if target.is_symlink() and not there:
         raise OutputError(f"{target}: is a link to what is not there; remove it or choose another with -o")
     if target.name in ("", "..") or os.path.ismount(target):
         raise OutputError(f"{target}: cannot be replaced as a whole; name a directory in it with -o")

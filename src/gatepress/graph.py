@@ -42,6 +42,8 @@ def read_graph(file: Path) -> onnx.ModelProto:
     """Read an ONNX file; `ArtifactError` if it is not one, or has names that no terminal can show."""
     try:
         model = onnx.load(file, load_external_data=False)
+    except PermissionError as error:
+        raise ArtifactError(f"{file}: cannot be read ({error.strerror}); check that you have access to it") from None
     except Exception as error:  # protobuf has errors of its own
         raise ArtifactError(f"{file}: not readable as ONNX ({reason_of(error)}); export again") from error
     if not model.graph.node:

@@ -46,6 +46,8 @@ def locate_model(name: str, revision: str | None = None, *, code: bool = False) 
     try:
         local = expanded(name)
         local.exists()
+    except PermissionError as error:
+        raise ModelError(f"{name}: cannot be read ({error.strerror}); check that you have access to it") from None
     except (OSError, ValueError) as error:  # too long, or not characters of a file system
         raise ModelError(
             f"{name[:80]!r}: is no directory and no name ({str(error)[:80]}); check the spelling"

@@ -28,7 +28,7 @@ from onnx import TensorProto, helper, numpy_helper
 from gatepress import __version__, costs
 from gatepress.config import Target
 from gatepress.costs import TARGETS, Costs, Entry, Op
-from gatepress.errors import ArtifactError, DeviceError, OutputError, UsageError
+from gatepress.errors import ArtifactError, DeviceError, OutputError, UsageError, reason_of
 from gatepress.files import explained, temporary_directory
 from gatepress.in_onnxruntime import session_options
 from gatepress.machine import device_name
@@ -82,7 +82,13 @@ def for_target(target: Target, table: str | Path | None = None, progress: Progre
     try:
         costs.save(measured, kept)
     except OutputError as error:
-        logger.info("cannot keep the latency table (%s): it will be measured again", error)
+        reason = reason_of(error.__cause__ or error)
+        logger.info(
+            "cannot keep the latency table in %s (%s), so it will be measured again; XDG_CACHE_HOME can name "
+            "another place for it",
+            kept.parent,
+            reason,
+        )
     return measured
 
 

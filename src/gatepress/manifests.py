@@ -317,6 +317,7 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     Raises `ArtifactError` if the file is missing or broken, or its header claims more than it holds.
     """
     try:
+        path.open("rb").close()  # safetensors says of every file that it cannot open that there is none
         with safe_open(path, framework="numpy") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (OSError, SafetensorError) as error:

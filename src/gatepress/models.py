@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from gatepress.embedding import (
     as_saved,
     embedder_class,
+    embedding_of,
     is_embedder,
     read_projections_,
     refuse_projections,
@@ -175,6 +176,8 @@ def empty_model(directory: Path, *, most_layers: int | None = None) -> PreTraine
     kind = _class_of(directory)
     with model_errors(directory):
         config = kind.config_class.from_pretrained(directory)
+        if is_embedder(directory):
+            config.embedding = embedding_of(directory)
         if most_layers is not None and config.num_hidden_layers > most_layers:
             raise ArtifactError(
                 f"{directory / 'config.json'}: asks for {config.num_hidden_layers} layers, its weights are "
@@ -237,13 +240,17 @@ def _refuse_unwanted(directory: Path) -> None:
         raise ArtifactError(f"{settings}: has {', '.join(files)}, which gatepress never writes; remove it")
 
 
-def told_of_padding_(config: Any, directory: Path) -> Any:
-    """Prepare the configuration of a decoder for texts that are read once, in place, and return it.
+def told_of_use_(config: Any, directory: Path) -> Any:
+    """Prepare a configuration for how gatepress reads texts, in place, and return it.
 
-    It keeps nothing for a next token, and its head finds the last token of a text by what padding is: what the
-    tokenizer pads with, whatever the configuration says. Raises `ModelError` if there is no embedding of that, or if
-    this release of transformers would not save the configuration as it is.
+    Outputs have names, and no attention weights are among them. A decoder reads a text once and keeps nothing for a
+    next token, and its head finds the last token of a text by what padding is: what the tokenizer pads with, whatever
+    the configuration says. Raises `ModelError` if there is no embedding of that, or if this release of transformers
+    would not save the configuration as it is.
     """
+    config.return_dict, config.output_attentions = True, False
+    if getattr(config, "chunk_size_feed_forward", 0):
+        config.chunk_size_feed_forward = 0  # the same numbers; a graph would be of as many chunks as its first text has
     family = row_of(config.model_type)
     if family is None or not family.causal:
         return config

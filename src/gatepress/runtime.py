@@ -45,7 +45,7 @@ from gatepress.models import (
     model_errors,
     open_pruned,
     refuse_missing,
-    told_of_padding_,
+    told_of_use_,
 )
 from gatepress.runners import INPUTS, Kind, Runner, TorchRunner
 
@@ -154,7 +154,7 @@ def _load_model(target: str, path: Path, *, trust_remote_code: bool) -> tuple[Pr
         torch.manual_seed(0)
         model, info = kind.from_pretrained(
             path,
-            config=told_of_padding_(config, path),
+            config=told_of_use_(config, path),
             dtype=torch.float32,
             output_loading_info=True,
             trust_remote_code=trust_remote_code,

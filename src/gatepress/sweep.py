@@ -124,7 +124,7 @@ def run(  # noqa: PLR0913 - every option of the command is one
     sweep = _Sweep(output, asked, _as_json({"train": train, **grid, "target": target, **measuring}))
     before = _before(output, sweep.settings, force=force)
     if not force:
-        sweep.records = _timed(before, sweep.settings)
+        sweep.timed, sweep.records = _timed(before)
         known = {cell: _trained_as(settings, cell) for cell in _finished_cells(before, output / SWEEP_FILE)} | asked
         done = {cell: run for cell, how in known.items() if (run := _finished(sweep.run_dir(cell), how))}
         sweep.wanted = {cell: how for cell, how in known.items() if cell in done or cell in asked}
@@ -140,14 +140,12 @@ def run(  # noqa: PLR0913 - every option of the command is one
             sweep.save()
             if force:
                 shutil.rmtree(output / "runs", ignore_errors=True)
-                for name in SUMMARY:
-                    (output / name).unlink(missing_ok=True)
             sweep.train(progress)
         except BaseException:
             if fresh and not any(output.glob(f"runs/*/{RUN_FILE}")):  # nothing to continue from
                 shutil.rmtree(output, ignore_errors=True)
             raise
-        sweep.time(target, measuring, progress)
+        sweep.time(_timing(sweep.settings), measuring, progress)
         result = sweep.to_json()
         _write_summary(output, result, plot=plot)
     return {**result, "output_dir": str(output)}
@@ -199,6 +197,7 @@ class _Sweep:
     reports: dict[Cell, dict[str, Any]] = field(default_factory=dict)
     failures: dict[Cell, str] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
+    timed: dict[str, Any] = field(default_factory=dict)  # those of `settings` that `records` were measured with
 
     def run_dir(self, cell: Cell) -> Path:
         """Return the directory in which a cell is trained."""
@@ -209,6 +208,8 @@ class _Sweep:
         missing = [cell for cell in self.wanted if cell not in self.reports]
         if not missing:
             return
+        for name in SUMMARY:  # a table and pictures without these would be of another sweep
+            (self.output / name).unlink(missing_ok=True)
         progress.start(len(missing), "trainings")
         try:
             for cell in missing:
@@ -225,12 +226,16 @@ class _Sweep:
         finally:
             progress.finish()
 
-    def time(self, target: Target, measuring: dict[str, Any], progress: Progress) -> None:
-        """Time one model for each point against the densest, unless exactly these are timed already."""
+    def time(self, asked: dict[str, Any], measuring: dict[str, Any], progress: Progress) -> None:
+        """Time one model for each point against the densest, unless exactly these are timed already, as `asked`.
+
+        Until all of them are, what was measured before stays.
+        """
+        target: Target = asked["target"]
         points: dict[str, Cell] = {}
         for cell in sorted(filter(self.reports.__contains__, self.wanted), key=density):
             points.setdefault(cell.point, cell)
-        if {record.name for record in self.records} == set(points):
+        if self.timed == asked and {record.name for record in self.records} == set(points):
             return
         with temporary_directory() as root:
             progress.start(len(points), "building what is timed")
@@ -243,6 +248,7 @@ class _Sweep:
             finally:
                 progress.finish()
             self.records = endtoend.run(built, device=TARGETS[target].device, progress=progress, **measuring)
+        self.timed = asked
         self.save()
 
     def save(self) -> None:
@@ -253,7 +259,7 @@ class _Sweep:
         """Return everything that is known as plain JSON values."""
         return {
             **SWEEP_FORMAT,
-            "settings": self.settings,
+            "settings": {**self.settings, **self.timed},
             "cells": [self._cell(cell) for cell in self.wanted],
             "latency": [record.to_json(samples=False) for record in self.records],
             "summary": summarize(self.reports, self.records),
@@ -387,15 +393,18 @@ def _finished_cells(before: dict[str, Any], path: Path) -> list[Cell]:
         return [Cell(one["method"], float(one["sparsity"]), int(one["seed"])) for one in cells]
 
 
-def _timed(before: dict[str, Any], settings: dict[str, Any]) -> list[Record]:
-    """Return the measurements that a sweep holds, or none if others are asked for."""
-    there = before.get("settings", {})
-    if any(there.get(key) != settings.get(key) for key in TIMING):
-        return []
+def _timing(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that measurements depend on."""
+    return {key: settings.get(key) for key in TIMING}
+
+
+def _timed(before: dict[str, Any]) -> tuple[dict[str, Any], list[Record]]:
+    """Return what a sweep has measured, and with which settings; nothing if it has not."""
     try:
-        return [Record.from_json(value) for value in before.get("latency") or []]
+        records = [Record.from_json(value) for value in before.get("latency") or []]
     except (ArtifactError, TypeError, AttributeError):  # damaged, or of another release: timed anew
-        return []
+        records = []
+    return (_timing(before.get("settings", {})) if records else {}), records
 
 
 def _refuse_other(where: Path, there: dict[str, Any], here: dict[str, Any]) -> None:

@@ -49,8 +49,14 @@ class Findings:
         except GatepressError as error:
             self.faults.append(str(error))
             return None
-        except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
-            self.faults.append(f"{what}: a field is missing or of a wrong kind, or a file cannot be read ({error!r})")
+        except OSError as error:
+            self.faults.append(
+                f"{what}: {error.filename or 'a file'}: cannot be read ({error.strerror or error}); check that you "
+                "have access to it"
+            )
+            return None
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            self.faults.append(f"{what}: a field is missing or of a wrong kind ({error!r})")
             return None
         self.checked.append(what)
         return result

@@ -65,11 +65,23 @@ def summarize(reports: dict[Cell, dict[str, Any]], records: Sequence[Record]) ->
     ]
     for method in {row["method"] for row in rows if METHODS[row["method"]].gated}:
         curve = [row for row in rows if row["method"] == method]
-        axis = "latency_ms_median" if all(row["latency_ms_median"] for row in curve) else "encoder_macs_removed"
-        place = knee([row[axis] for row in curve], [row["metric_median"] for row in curve])
+        timed_all = all(row["latency_ms_median"] for row in curve)
+        costs = [row["latency_ms_median"] if timed_all else -row["encoder_macs_removed"] for row in curve]
+        front = unbeaten(costs, [row["metric_median"] for row in curve])
+        place = knee([costs[index] for index in front], [curve[index]["metric_median"] for index in front])
         if place is not None:
-            curve[place]["knee"] = True
+            curve[front[place]]["knee"] = True
     return rows
+
+
+def unbeaten(costs: Sequence[float], metrics: Sequence[float]) -> list[int]:
+    """Return the indices of the points than which none costs less for as high a metric, or is higher for the same."""
+    points = list(zip(costs, metrics, strict=True))
+
+    def beaten(cost: float, metric: float) -> bool:
+        return any(other != (cost, metric) and other[0] <= cost and other[1] >= metric for other in points)
+
+    return [index for index, point in enumerate(points) if not beaten(*point)]
 
 
 def knee(x: Sequence[float], y: Sequence[float]) -> int | None:

@@ -87,7 +87,7 @@ def _frame(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
     one = rows[0]
     axes.set(
         xlabel=f"latency of one batch of {one['latency_batch_size']} x {one['latency_seq_len']} tokens (ms)",
-        ylabel=f"{one['metric_name']} on {one['task']}",
+        ylabel=f"validation {one['metric_name']} on {one['task']}",
     )
     if max(times) > LOGARITHMIC_FROM * min(times):
         axes.set_xscale("log")

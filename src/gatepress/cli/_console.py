@@ -48,9 +48,10 @@ QUIET_LIBRARIES = {
     "DATASETS_VERBOSITY": "error",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+# Nor does a tool that compresses models report on who runs it. Read at import too, also with --debug.
+NO_TELEMETRY = {"HF_HUB_DISABLE_TELEMETRY": "1", "ORT_DISABLE_TELEMETRY": "1"}
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -213,9 +214,9 @@ def session(*, as_json: bool, quiet: bool, debug: bool, launched: bool = False) 
         # A library that prints must not spoil the data on stdout.
         stack.enter_context(contextlib.redirect_stdout(screen.stderr))
         stack.enter_context(_logging_to(screen, debug=debug))
+        for name, value in (NO_TELEMETRY | ({} if debug else QUIET_LIBRARIES)).items():
+            os.environ.setdefault(name, value)
         if not debug:
-            for name, value in QUIET_LIBRARIES.items():
-                os.environ.setdefault(name, value)
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
         try:

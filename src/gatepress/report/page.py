@@ -70,8 +70,8 @@ def _finding(sheet: Sheet) -> Finding:
     numbers = []
     said = f"is a model of {_task(item)}"
     if item.metric is not None:
-        said = f"reaches {_metric_name(item)} {_metric(item.metric)} on {_task(item)}"
-        numbers.append((_metric(item.metric), f"{_metric_name(item)} on {_task(item)}"))
+        said = f"reaches {_metric_name(item)} {_metric(item.metric)} on validation rows of {_task(item)}"
+        numbers.append((_metric(item.metric), f"{_metric_name(item)} on validation rows of {_task(item)}"))
     sentence = f"{item.label}{', the knee of its curve,' if item.knee else ''} {said}"
     if item.removed:
         sentence += f" with {_share(item.removed)} of the encoder's multiplications removed"
@@ -139,7 +139,9 @@ def _tradeoff(sheet: Sheet) -> Iterable[Section]:
         ]
         if not any(one.points for one in series):
             continue
-        picture = plot(f"{_metric_name(one)} over {x.name}", series, x, Axis(f"{_metric_name(one)} on {_task(one)}"))
+        picture = plot(
+            f"{_metric_name(one)} over {x.name}", series, x, Axis(f"validation {_metric_name(one)} on {_task(one)}")
+        )
         note = "Beside each point its sparsity; the ring is the knee, where the curve leaves its chord most."
         if one.spread:
             note += " Points are medians over seeds, whiskers the least and the most."
@@ -195,7 +197,7 @@ def _metrics(sheet: Sheet) -> Iterable[Section]:
                 told.setdefault(key, bar)
         rows = list(told.values())
         if rows:
-            picture = bars(f"{metric} on {task}", rows)
+            picture = bars(f"validation {metric} on {task}", rows)
             yield Section(
                 _numbered("metric", number),
                 _moved(items),

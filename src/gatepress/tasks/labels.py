@@ -37,8 +37,14 @@ def infer_names(values: list[Any], where: str) -> tuple[str, ...] | None:
     numbers = [_number(text) for text in spelled]
     if all(number is not None for number in numbers):
         whole = all(number is not None and number.is_integer() for number in numbers)
-        if not all(_is_int(text) for text in spelled) and not (whole and len(spelled) == MIN_CLASSES):
-            return None
+        if not all(_is_int(text) for text in spelled):
+            if not (whole and len(set(numbers)) == MIN_CLASSES):
+                return None
+            if len(spelled) > MIN_CLASSES:
+                raise DataError(
+                    f"{where}: two classes are spelled in {len(spelled)} ways ({', '.join(sorted(spelled))}); "
+                    "write each in one"
+                )
         names = sorted(spelled, key=lambda text: (float(text), text))  # 1 and 01 are two classes
     else:
         _refuse_mixed(spelled, where)
