@@ -1160,3 +1160,14 @@ def test_tables_lose_nothing_of_what_is_too_long() -> None:
     assert path in joined
     assert all(number in line for line in shown.splitlines() if "123.45 ms" in line for number in numbers)
     assert f" 1  {command}" in shown.splitlines()
+
+
+@pytest.mark.parametrize("debug", [[], ["--debug"]], ids=["", "debug"])
+@pytest.mark.parametrize(("before", "after"), [(None, "1"), ("0", "0")])
+def test_libraries_keep_no_usage_data_unless_asked(monkeypatch, tmp_path, debug, before, after):
+    for name in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):
+        monkeypatch.setenv(name, before or "")  # what is set here is restored, whatever the command does
+        if before is None:
+            monkeypatch.delenv(name)
+    CliRunner().invoke(app, ["inspect", str(tmp_path / "nothing"), *debug])
+    assert os.environ["ORT_DISABLE_TELEMETRY"] == os.environ["HF_HUB_DISABLE_TELEMETRY"] == after

@@ -168,19 +168,19 @@ def _from_hub(manifest: dict[str, Any]) -> bool:
 def _about(manifest: dict[str, Any], outputs: int | None) -> str:
     task, base, report = manifest["task"], manifest["base"], manifest["report"]
     labels = task["label_names"]
-    classes = [code(label) for label in labels or ()]
+    classes = [_code(label) for label in labels or ()]
     kind = f"Classes: {', '.join(classes)}." if classes else "It predicts a number."
     if task.get("multi_label"):
         kind = f"A text has any number of the classes {', '.join(classes)}: those whose output is above 0."
     if classes and outputs == 1:
         kind = f"One output, whose sigmoid is the probability of {classes[1]} against {classes[0]}."
-    revision = f" at revision `{base['revision']}`" if base["revision"] else ""
+    revision = f" at revision {_code(base['revision'])}" if base["revision"] else ""
     taught, gives = "trained on", "logit"
     if _embeds(manifest):
         kind = f"It gives a vector of {outputs} numbers for each text, to be compared by their cosine."
         taught, gives = "taught by itself on", "number of a vector"
     return (
-        f"{code(shown(base['model']))}{revision}, {taught} the rows of {code(task['name'])} with gates over its "
+        f"{_code(shown(base['model']))}{revision}, {taught} the rows of {_code(task['name'])} with gates over its "
         "matrices; what they closed was then cut out of the weights by gatepress. "
         f"{kind} On {report['probe_rows']} validation rows no {gives} differs by more than "
         f"{report['max_abs_logit_diff']:.1e} from the model before it was cut."
@@ -211,7 +211,7 @@ def _numbers(manifest: dict[str, Any]) -> str:
     return f"## Numbers\n\n{table}\n\n{gates} {before}"
 
 
-def code(text: str) -> str:
+def _code(text: str) -> str:
     """Return `text` as a code span, in which Markdown and HTML mean nothing."""
     fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
     gap = " " if text.startswith("`") or text.endswith("`") else ""
@@ -244,7 +244,7 @@ def _limits(manifest: dict[str, Any]) -> str:
     splits = " and ".join(task["validation_splits"])
     return (
         "## What it cannot do\n\n"
-        f"- {'Texts of another kind than' if _embeds(manifest) else 'Any task but'} {code(task['name'])}: what others "
+        f"- {'Texts of another kind than' if _embeds(manifest) else 'Any task but'} {_code(task['name'])}: what others "
         "need may be among what was removed, and cannot be reopened.\n"
         f"- Longer texts: it was trained and measured on at most {manifest['max_length']} tokens.\n"
         f"- Promise its metric elsewhere: that is of one seed, on {splits}. Which rows pruning and training served "

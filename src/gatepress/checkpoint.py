@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from gatepress.config import TrainSettings, spelled
-from gatepress.embedding import embedder_class, embedding_of, read_projections_, refuse_projections
+from gatepress.embedding import embedder_class, read_projections_, told_of_embedding_
 from gatepress.errors import ArtifactError, HubError, ModelError, UsageError
 from gatepress.files import RUN_FILE, read_json
 from gatepress.heads import set_labels_
@@ -163,8 +163,7 @@ def open_base(directory: Path, spec: TaskSpec, above: frozenset[Path] = frozense
                 "whose tokens all see each other"
             )
         if spec.embeds:
-            config.embedding = embedding_of(directory)
-            refuse_projections(directory, config)
+            told_of_embedding_(config, directory)
         else:
             set_labels_(config, directory, spec)
         kind = embedder_class(model_type) if spec.embeds else AutoModelForSequenceClassification

@@ -174,10 +174,12 @@ def read_projections_(model: Any, directory: Path) -> None:
             read_(projection, folder)
 
 
-def refuse_projections(directory: Path, config: Any) -> None:
-    """Raise `ModelError` unless what projects vectors by a configuration is in the directory, and fits."""
-    if not hasattr(config, "embedding"):
-        return
+def told_of_embedding_(config: Any, directory: Path) -> None:
+    """Tell the configuration of an embedder how its directory makes vectors, in place.
+
+    Raises what `embedding_of` raises, and `ModelError` unless what projects vectors is in the directory, and fits.
+    """
+    config.embedding = embedding_of(directory)
     said, folders = config.embedding.get("dense", []), _folders(directory)
     if len(said) != len(folders):
         raise ModelError(f"{directory}: has {len(folders)} Dense layers, expected {len(said)} by its config.json")

@@ -19,6 +19,11 @@ def reason_of(error: BaseException, *, lines: int | None = None) -> str:
     return " ".join(" ".join(said).split())[:_LONGEST] or type(error).__name__
 
 
+def unreadable(path: object, error: OSError) -> str:
+    """Return what to say of a file or directory that is there, and that this user may not read."""
+    return f"{path}: cannot be read ({error.strerror or error}); check that you have access to it"
+
+
 class GatepressError(Exception):
     """Root of all errors that a user can cause or meet; exit code 1 (could not)."""
 

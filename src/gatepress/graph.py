@@ -10,7 +10,7 @@ import onnx
 from onnx import numpy_helper
 from onnx.external_data_helper import uses_external_data
 
-from gatepress.errors import ArtifactError, reason_of
+from gatepress.errors import ArtifactError, reason_of, unreadable
 from gatepress.manifests import file_in
 
 LARGE = 1024  # a size that any graph may ask for
@@ -43,7 +43,7 @@ def read_graph(file: Path) -> onnx.ModelProto:
     try:
         model = onnx.load(file, load_external_data=False)
     except PermissionError as error:
-        raise ArtifactError(f"{file}: cannot be read ({error.strerror}); check that you have access to it") from None
+        raise ArtifactError(unreadable(file, error)) from None
     except Exception as error:  # protobuf has errors of its own
         raise ArtifactError(f"{file}: not readable as ONNX ({reason_of(error)}); export again") from error
     if not model.graph.node:

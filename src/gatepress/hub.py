@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from gatepress.errors import ArtifactError, HubError, MissingExtraError, ModelError, OutputError, UsageError
+from gatepress.errors import ArtifactError, HubError, MissingExtraError, ModelError, OutputError, UsageError, unreadable
 from gatepress.files import RUN_FILE, expanded, read_json, sha256_of
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def locate_model(name: str, revision: str | None = None, *, code: bool = False) 
         local = expanded(name)
         local.exists()
     except PermissionError as error:
-        raise ModelError(f"{name}: cannot be read ({error.strerror}); check that you have access to it") from None
+        raise ModelError(unreadable(name, error)) from None
     except (OSError, ValueError) as error:  # too long, or not characters of a file system
         raise ModelError(
             f"{name[:80]!r}: is no directory and no name ({str(error)[:80]}); check the spelling"

@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gatepress.embedding import (
+    Embedder,
     as_saved,
     embedder_class,
-    embedding_of,
     is_embedder,
     read_projections_,
-    refuse_projections,
+    told_of_embedding_,
     weight_files,
 )
 from gatepress.errors import ArtifactError, GatepressError, ModelError, reason_of
@@ -176,14 +176,13 @@ def empty_model(directory: Path, *, most_layers: int | None = None) -> PreTraine
     kind = _class_of(directory)
     with model_errors(directory):
         config = kind.config_class.from_pretrained(directory)
-        if is_embedder(directory):
-            config.embedding = embedding_of(directory)
         if most_layers is not None and config.num_hidden_layers > most_layers:
             raise ArtifactError(
                 f"{directory / 'config.json'}: asks for {config.num_hidden_layers} layers, its weights are "
                 f"{most_layers} tensors"
             )
-        refuse_projections(directory, config)  # before it builds as many as are asked for
+        if issubclass(kind, Embedder):
+            told_of_embedding_(config, directory)  # refuses projections before as many are built as are asked for
         with torch.device("meta"):
             model: PreTrainedModel = kind(config)
     return model

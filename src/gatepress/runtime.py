@@ -18,10 +18,9 @@ from gatepress.checkpoint import load_run, located, read_run
 from gatepress.config import DEFAULT_RUNTIME, Arithmetic, Runtime, refuse, unknown_words
 from gatepress.embedding import (
     embedder_class,
-    embedding_of,
     is_embedder,
     read_projections_,
-    refuse_projections,
+    told_of_embedding_,
     weight_files,
 )
 from gatepress.errors import DeviceError, MissingExtraError, ModelError, UsageError
@@ -147,8 +146,7 @@ def _load_model(target: str, path: Path, *, trust_remote_code: bool) -> tuple[Pr
     with model_errors(target), torch.random.fork_rng(devices=[]):
         if embeds:
             config = kind.config_class.from_pretrained(path)
-            config.embedding = embedding_of(path)
-            refuse_projections(path, config)
+            told_of_embedding_(config, path)
         else:
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         torch.manual_seed(0)

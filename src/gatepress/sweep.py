@@ -145,7 +145,7 @@ def run(  # noqa: PLR0913 - every option of the command is one
             if fresh and not any(output.glob(f"runs/*/{RUN_FILE}")):  # nothing to continue from
                 shutil.rmtree(output, ignore_errors=True)
             raise
-        sweep.time(_timing(sweep.settings), measuring, progress)
+        sweep.time(progress)
         result = sweep.to_json()
         _write_summary(output, result, plot=plot)
     return {**result, "output_dir": str(output)}
@@ -226,11 +226,13 @@ class _Sweep:
         finally:
             progress.finish()
 
-    def time(self, asked: dict[str, Any], measuring: dict[str, Any], progress: Progress) -> None:
-        """Time one model for each point against the densest, unless exactly these are timed already, as `asked`.
+    def time(self, progress: Progress) -> None:
+        """Time one model for each point against the densest, unless exactly these are timed already.
 
         Until all of them are, what was measured before stays.
         """
+        asked = _timing(self.settings)
+        measuring = {key: value for key, value in asked.items() if key != "target"}
         target: Target = asked["target"]
         points: dict[str, Cell] = {}
         for cell in sorted(filter(self.reports.__contains__, self.wanted), key=density):
@@ -278,7 +280,7 @@ class _Sweep:
 
 
 def train_apart(settings: TrainSettings, output: Path) -> dict[str, Any]:
-    """Train in a fresh process and return the report; raises what training raises there, and what `called` does."""
+    """Train in a fresh process and return the report; raise what training raises there, `ModelError` if it dies."""
     try:
         report: dict[str, Any] = called(train_or_resume, settings, output)
     except DiedError as error:

@@ -10,7 +10,7 @@ import torch
 
 from gatepress.checkpoint import PROBE_FILE, RunManifest, dense_base, load_run, read_probe, read_run
 from gatepress.config import DEFAULT_RUNTIME, Runtime, refuse, refuse_runtime, unknown_words
-from gatepress.errors import ArtifactError, GatepressError
+from gatepress.errors import ArtifactError, GatepressError, unreadable
 from gatepress.expected import EXPECTED_FILE, difference_from_expected
 from gatepress.files import ONNX_FILE, PRUNED_FILE, RUN_FILE
 from gatepress.graph import check_graph, describe, read_graph
@@ -50,10 +50,7 @@ class Findings:
             self.faults.append(str(error))
             return None
         except OSError as error:
-            self.faults.append(
-                f"{what}: {error.filename or 'a file'}: cannot be read ({error.strerror or error}); check that you "
-                "have access to it"
-            )
+            self.faults.append(f"{what}: {unreadable(error.filename or 'a file', error)}")
             return None
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             self.faults.append(f"{what}: a field is missing or of a wrong kind ({error!r})")
