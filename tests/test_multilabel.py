@@ -260,7 +260,7 @@ def test_every_form_has_one_metric(files: SimpleNamespace, finetuned: Path, tmp_
     assert config["problem_type"] == "multi_label_classification"
     assert list(config["id2label"].values()) == list(CLASSES)
     card = (pruned / "README.md").read_text()
-    assert "A text has any number of the classes calm, odd, wild" in card
+    assert "A text has any number of the classes `calm`, `odd`, `wild`: those" in card
     assert "- f1\n" in card
     export(pruned, onnx)
     values = {evaluate(form)["metric_value"] for form in (run, pruned, onnx)}
