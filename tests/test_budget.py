@@ -267,6 +267,23 @@ def test_a_budget_is_met_by_the_plan_that_it_names(granularity: Granularity, uni
     assert (planned < budget.removed - 0.01) if differ else (planned == pytest.approx(budget.removed))
 
 
+@pytest.mark.parametrize("family", ["bert", "llama", "qwen2", "eurobert"])
+@pytest.mark.parametrize("unit", ["weights", "macs"])
+@pytest.mark.parametrize("asked", [0.75, 0.97])
+def test_what_closes_with_others_counts_too(family: str, unit: BudgetUnit, asked: float) -> None:
+    """A matrix that has lost all inputs gives nothing, whichever of its rows are open: closure removes them."""
+    model = tiny.build_classifier(family)
+    layers = attach_gates_(model, granularity="matrix", controller="importance")
+    settings = TrainSettings(data=DataSettings(task="sst2"), model="any", granularity="matrix", budget=unit)
+    budget = budget_of(model, layers, replace(settings, sparsity=asked), steps=10, tokens=8)
+    draw = torch.Generator().manual_seed(0)
+    for vector in budget.vectors:  # inputs go first, and all of some matrices
+        vector.gate.score.copy_(torch.rand(vector.gate.size, generator=draw) * (0.1 if vector.axis == "in" else 1))
+    budget.close(asked)
+    assert asked <= budget.removed
+    assert plan_model(model, "inner").removed(unit, 8) == pytest.approx(budget.removed)
+
+
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("controller", CONTROLLERS)
 @pytest.mark.parametrize("asked", [0.0, 0.2, 0.4, 0.41, 0.9])

@@ -1,5 +1,6 @@
 """What DeBERTa has that no other family has: scores that hang on where tokens stand."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from gatepress.inject import attach_gates_
 from gatepress.modeling_gatepress import PrunedAttention, PrunedDisentangledAttention, _skewed
 from gatepress.narrowing import quicken_
 from gatepress.plan import PrunePlan
+from gatepress.resolve import resolve
 from gatepress.runners import TorchRunner
 
 FAMILY = "deberta-v2"
@@ -51,6 +53,19 @@ def test_pruned_attention_is_that_of_transformers(changes: dict[str, Any], lengt
     torch.testing.assert_close(given.logits, wanted.logits, atol=1e-5, rtol=1e-5)
     for mine, theirs in zip(given.attentions, wanted.attentions, strict=True):
         torch.testing.assert_close(mine[0], theirs[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("relative", "products"), [(True, 3), (False, 1)])
+def test_only_products_that_run_count_as_multiply_accumulates(*, relative: bool, products: int) -> None:
+    """What scores are divided by depends on the products that the configuration names, whether they run or not."""
+    model = tiny.build_classifier(FAMILY, relative_attention=relative)
+    layer, tokens = resolve(model)[0], 16
+    attach_gates_(model, granularity="structured", controller="importance")
+    dense = plan_model(model, "inner").layers[0].macs(tokens, dense=True)
+    of_scores = tokens * (1 + 2 * (products - 1)) * layer.shapes["q"][0]
+    of_values = tokens * layer.shapes["v"][0]
+    assert dense == sum(math.prod(shape) for shape in layer.shapes.values()) + of_scores + of_values
+    assert layer.scale == pytest.approx((3 * layer.head_width) ** -0.5)
 
 
 @pytest.mark.parametrize("family", ["bert", FAMILY])

@@ -230,6 +230,17 @@ def test_a_budget_that_cannot_be_reached_is_refused_at_once(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("recover_epochs", [0, 1])
+def test_sizes_of_which_one_cannot_be_had_are_refused_before_any_is_written(
+    tiny_model_dir: Any, tiny_task_files: Any, tmp_path: Path, recover_epochs: int
+) -> None:
+    settings = settings_for(tiny_model_dir("bert"), tiny_task_files, budget="macs", sparsity=0.5, epochs=1)
+    train(settings, tmp_path / "run")
+    with pytest.raises(UsageError, match="all gates together reach only"):
+        prune_each(tmp_path / "run", {0.3: tmp_path / "a", 0.999: tmp_path / "b"}, recover_epochs=recover_epochs)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_an_open_model_teaches_the_one_that_closes(tiny_model_dir: Any, tiny_task_files: Any, tmp_path: Path) -> None:
     settings = settings_for(tiny_model_dir("bert"), tiny_task_files, distill=True, sparsity=0.5, epochs=3)
     report = train(settings, tmp_path / "run")

@@ -112,6 +112,16 @@ def test_a_head_without_rank_stays_as_it_is() -> None:
     torch.testing.assert_close(model(**tiny.random_batch("bert")).logits, before, atol=1e-5, rtol=1e-5)
 
 
+def test_heads_wider_than_what_they_read_stay_as_they_are() -> None:
+    model: Any = tiny.build_classifier(
+        "llama", hidden_size=6, num_attention_heads=2, num_key_value_heads=1, head_dim=12
+    )
+    attach_gates_(model, granularity="structured", controller="importance", rotate_heads=True)
+    bases = bases_of(model.eval(), batches("llama"))
+    assert bases
+    assert all(torch.equal(basis, torch.eye(12).expand_as(basis)) for basis in bases.values())
+
+
 @pytest.fixture(scope="module")
 def settings(tiny_model_dir: ModelDir, tiny_task_files: TaskFiles) -> TrainSettings:
     return settings_for(tiny_model_dir("bert"), tiny_task_files, epochs=1, sparsity=0.5)
@@ -190,6 +200,25 @@ def test_bases_that_change_the_model_are_refused(
     with pytest.raises(ParityError, match="--no-rotate-heads"):
         train(settings, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("bert", {"matrices": ("down",)}),
+        ("bert", {"granularity": "matrix", "matrices": ("up",), "gate_axes": "in"}),
+        ("bert", {"granularity": "matrix", "matrices": ("q", "k"), "gate_axes": "in"}),
+        ("llama", {"granularity": "matrix"}),  # heads of queries share values, and single dimensions of those cannot go
+    ],
+)
+def test_it_is_refused_where_it_would_do_nothing(
+    tiny_model_dir: ModelDir, tiny_task_files: TaskFiles, tmp_path: Path, family: str, changes: dict[str, Any]
+) -> None:
+    asked = settings_for(tiny_model_dir(family), tiny_task_files, epochs=1, **changes)
+    with pytest.raises(UsageError, match="--rotate-heads is without effect"):
+        train(replace(asked, rotate_heads=True), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    train(asked, tmp_path / "run")  # unless it is asked for, nothing is said
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,10 @@ def biases_of(model: nn.Module, layers: list[Layer]) -> list[dict[str, bool]]:
 def open_parts(
     layers: list[Layer], biased: list[dict[str, bool]], vectors: list[GateVector], masks: Masks
 ) -> list[dict[str, Live]]:
-    """Return what `masks`, one per vector, leave open of each matrix: role -> `Live`, per layer."""
+    """Return what `masks`, one per vector, leave open of each matrix: role -> `Live`, per layer.
+
+    A row without an open column is zero but for its bias, and so is a column without an open row.
+    """
     open_sides = [
         {role: tuple(torch.ones(size, dtype=torch.bool) for size in layer.shapes[role]) for role in ROLES}
         for layer in layers
@@ -132,7 +135,10 @@ def open_parts(
             side = open_sides[vector.layer][role][vector.axis == "in"]
             side &= vector.gate.repeated(mask.cpu().bool(), repeat)
     return [
-        {role: Live(rows, columns, biases[role]) for role, (rows, columns) in sides.items()}
+        {
+            role: Live(rows & (columns.any() | biases[role]), columns & rows.any(), biases[role])
+            for role, (rows, columns) in sides.items()
+        }
         for sides, biases in zip(open_sides, biased, strict=True)
     ]
 

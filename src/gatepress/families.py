@@ -30,6 +30,7 @@ class FamilySpec:
     kv_heads_attribute: str | None = None  # on the config: heads of keys and values, if several of queries share one
     positions_behind: Literal["padding"] | int | None = None  # positions are numbered from after this id, so fewer fit
     position_scores: str | None = None  # on the config: products with positions that scores also sum
+    position_scores_if: str | None = None  # on the config: whether they do, if the products may be left out
     scaled_by: str | None = None  # on the config: scores are divided by its root, otherwise by that of a head's width
     activation_attribute: str = "hidden_act"  # on the config
     qkv: str | None = None  # one matrix that holds the rows of q, k and v; once split, they lie beside it
@@ -51,11 +52,19 @@ class FamilySpec:
 
     def scores(self, config: Any) -> int:
         """Return the number of products whose sum is a score: queries with keys, and those with positions."""
-        return 1 + len((self.position_scores and getattr(config, self.position_scores, None)) or ())
+        summed = self.position_scores_if is None or getattr(config, self.position_scores_if, False)
+        return 1 + (self._position_scores(config) if summed else 0)
 
     def scale_of(self, config: Any, head_width: int) -> float:
-        """Return what scores are divided by the root of: the width of a head, or what the configuration says."""
-        return float(getattr(config, self.scaled_by) if self.scaled_by else head_width)
+        """Return what scores are divided by the root of: the width of a head, or what the configuration says.
+
+        Each product with positions that the configuration names counts as much again, whether it is computed or not.
+        """
+        one = getattr(config, self.scaled_by) if self.scaled_by else head_width
+        return float(one * (1 + self._position_scores(config)))
+
+    def _position_scores(self, config: Any) -> int:
+        return len((self.position_scores and getattr(config, self.position_scores, None)) or ())
 
 
 BERT = FamilySpec(
@@ -96,6 +105,7 @@ DEBERTA = replace(
     k="attention.self.key_proj",
     v="attention.self.value_proj",
     position_scores="pos_att_type",
+    position_scores_if="relative_attention",
 )
 DISTILBERT = FamilySpec(
     model_type="distilbert",

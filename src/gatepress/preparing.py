@@ -36,7 +36,7 @@ from gatepress.ondisk import base_of
 from gatepress.processes import Processes
 from gatepress.resolve import Layer
 from gatepress.resume import Resumable, make_optimizer
-from gatepress.rotation import bases_of, turn_
+from gatepress.rotation import bases_of, turn_, turns
 from gatepress.runners import input_names, max_tokens
 from gatepress.runtime import torch_device
 from gatepress.schema import refuse_unsound
@@ -85,8 +85,15 @@ def prepared(settings: TrainSettings, *, resumed: bool = False) -> Job:
     rows = _rows(settings)  # before the model: errors in rows are found without a download
     base = locate_model(settings.model, settings.revision)
     finetuned = is_finetuned(base, rows.spec)
+    asked_to_turn = settings.rotate_heads and not (resumed or start)
     settings = settings.resolved(rows.spec.metric, finetuned=finetuned)
     model, base_sha256, layers, kinds, dense_params, before = _wrapped(settings, rows.spec, base, start)
+    if asked_to_turn and not turns(model):
+        raise UsageError(
+            f"--rotate-heads is without effect: with --granularity {settings.granularity}, --gate-axes "
+            f"{settings.gate_axes} and --matrices {','.join(settings.matrices)}, no gate of {settings.model} stands on "
+            "a dimension of a head that may be turned; leave it out"
+        )
     if processes.main and not resumed:
         tell_of_head(base, rows.spec)
     tokenizer = _tokenizer_of(base, model)

@@ -81,6 +81,8 @@ def prune_each(  # noqa: PLR0913 - every option of the command is one
     reads = (run_dir, *stands_on(settings))
     for output in places.values():
         check_output(output, force=force, reads=reads)
+    if len(places) > 1:  # what cannot be closed is refused before anything is written
+        prune(run_dir, next(iter(places.values())), sparsity=max(places), layout="inner", dry_run=True)
     reports = []
     for sparsity, output in places.items():
         options: dict[str, Any] = {"force": force, "progress": progress, **pruning}

@@ -24,7 +24,7 @@ class Layer:
     heads: int
     group: int  # number of query heads that share a head of keys and values
     scores: int  # number of products whose sum is a score
-    scaled_by: float  # scores are divided by the root of so much for each of these products
+    scaled_by: float  # scores are divided by the root of so much
     paired: tuple[str, ...]  # roles whose rows come in pairs
     normed: bool = False  # queries and keys are normed over what is left of them, so both lose the same dimensions
     halves: tuple[str, ...] = ()  # the two matrices that hold the rows of `up` until they are joined
@@ -36,7 +36,7 @@ class Layer:
     @property
     def scale(self) -> float:
         """Factor that scores are multiplied by."""
-        scale: float = (self.scaled_by * self.scores) ** -0.5
+        scale: float = self.scaled_by**-0.5
         return scale
 
     @property

@@ -76,6 +76,11 @@ def turn_(model: PreTrainedModel, bases: Mapping[str, Tensor]) -> None:
                 values.copy_((by[:, None] @ _sharing(values, by)).reshape(values.shape))
 
 
+def turns(model: PreTrainedModel) -> bool:
+    """Return whether gates of a gated `model` stand on dimensions of heads that may be turned."""
+    return any(True for _ in _pairs(model))
+
+
 def _pairs(model: PreTrainedModel) -> Iterator[_Pair]:
     """Yield what may be turned: q with k and o with v of each layer, if the gates there have a basis."""
     for layer in resolve(model):
@@ -109,11 +114,15 @@ def _singular_basis(first: Tensor, second: Tensor) -> Tensor:
     """Return T [heads, d, d] of first [heads, d, m] and second [heads, d, n], which act through first^T second.
 
     With first = R^T Q^T and second = P^T O^T, only a d x d matrix is decomposed: R P^T = u s v^T, T = sqrt(s) u^T R^-T.
+    A head that is as good as singular, like each that is wider than what it reads or gives, keeps its basis.
     """
+    heads, width, _ = first.shape
+    same = torch.eye(width, dtype=first.dtype, device=first.device).expand(heads, -1, -1)
+    if min(first.shape[2], second.shape[2]) < width:
+        return same
     r, p = (torch.linalg.qr(matrix.mT)[1] for matrix in (first, second))
     u, s, _ = torch.linalg.svd(r @ p.mT)
     whole = (s[:, -1] > FLAT * s[:, 0])[:, None, None]
-    same = torch.eye(r.shape[1], dtype=r.dtype, device=r.device).expand_as(r)
     basis = s.sqrt()[:, :, None] * torch.linalg.solve_triangular(torch.where(whole, r, same), u, upper=True).mT
     return torch.where(whole, basis, same)
 
