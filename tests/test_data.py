@@ -288,6 +288,7 @@ BROKEN = {
     "missing.csv": (b"text,label\na,pos\nb,nan\nc,neg\n", "row 2: label 'nan' is how a missing value is written"),
     "commas.tsv": (b"text,label\na,b\n", r"separated by ',', expected '\\t'"),
     "comma.csv": (b'text,label\na,"3,5"\nb,"4,0"\n', "row 1: label '3,5' has a decimal comma"),
+    "blank.csv": (b'text,label\n"a", "x"\n"b",y\n"c",x\n', "row 1: label '\"x\"' is another than 'x'"),
     "constant.csv": (b"text,label\na,2.5\nb,2.5\n", "every row has the label 2.5, expected numbers that differ"),
     "inf.csv": (b"text,label\na,1.5\nb,inf\n", "row 2: label 'inf' is not a finite number"),
 }
@@ -324,6 +325,25 @@ def test_missing_files_and_directories(tmp_path: Path, good: Path):
 def test_a_file_that_may_not_be_read(good: Path):
     good.chmod(0)
     assert "Permission denied" in refused(own(good, good))
+
+
+@pytest.mark.parametrize(
+    ("trained", "validated", "said"),
+    [
+        (("0", "1"), ("0.0", "1.0"), "label '0.0' is not one of 0, 1, the labels of training; write 0"),
+        (("yes", "no"), ("Yes", "no"), "label 'Yes' is not one of no, yes, the labels of training; write yes"),
+        (("yes", "no"), (' "yes"', "no"), "is not one of no, yes, the labels of training; write yes"),
+    ],
+)
+def test_another_spelling_of_a_label_is_named(
+    tmp_path: Path, trained: tuple[str, ...], validated: tuple[str, ...], said: str
+):
+    files = []
+    for name, labels in (("t.csv", trained), ("v.csv", validated)):
+        rows = [f"a b,{label}" for label in labels]
+        (tmp_path / name).write_text("\n".join(["text,label", *rows, ""]))
+        files.append(tmp_path / name)
+    assert refused(own(*files)).endswith(said)
 
 
 def test_columns_that_are_not_there(good: Path):

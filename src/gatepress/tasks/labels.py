@@ -48,6 +48,7 @@ def infer_names(values: list[Any], where: str) -> tuple[str, ...] | None:
         names = sorted(spelled, key=lambda text: (float(text), text))  # 1 and 01 are two classes
     else:
         _refuse_mixed(spelled, where)
+        _refuse_quoted(spelled, where)
         names = sorted(spelled)
     if len(names) > MAX_CLASSES:
         raise DataError(
@@ -78,6 +79,23 @@ def _refuse_mixed(spelled: Mapping[str, int], where: str) -> None:
             f"{where}, row {spelled[words[0]]}: label {words[0]!r} is not a finite number, and others are, as "
             f"{parts[0]}; drop the row, or write all classes as words"
         )
+
+
+def _refuse_quoted(spelled: Mapping[str, int], where: str) -> None:
+    """Raise `DataError` if a class has quotes and is another without: behind a blank, a csv keeps them."""
+    for text, row in spelled.items():
+        bare = text.strip("\"'")
+        if bare != text and bare in spelled:
+            raise DataError(
+                f"{where}, row {row}: label {text!r} is another than {bare!r}, which has no quotes; drop them or, in a "
+                "csv, the blank before them"
+            )
+
+
+def _bare(text: str) -> str | float:
+    """Return what two spellings of one label have in common: the number, or the word in lower case without quotes."""
+    number = _number(text)
+    return text.strip("\"'").lower() if number is None else number
 
 
 def in_order(id2label: Mapping[Any, Any]) -> tuple[str, ...]:
@@ -112,7 +130,8 @@ def class_ids(values: list[Any], names: tuple[str, ...], where: str, *, ids_too:
         text = label_text(value, where, row)
         if text not in ids:
             or_id = f" or of their ids 0 to {len(names) - 1}" if ids_too else ", the labels of training"
-            raise DataError(f"{where}, row {row}: label {text!r} is not one of {some(names)}{or_id}")
+            meant = next((f"; write {name}" for name in names if _bare(name) == _bare(text)), "")
+            raise DataError(f"{where}, row {row}: label {text!r} is not one of {some(names)}{or_id}{meant}")
         result.append(ids[text])
     return result
 
