@@ -288,7 +288,7 @@ BROKEN = {
     "missing.csv": (b"text,label\na,pos\nb,nan\nc,neg\n", "row 2: label 'nan' is how a missing value is written"),
     "commas.tsv": (b"text,label\na,b\n", r"separated by ',', expected '\\t'"),
     "comma.csv": (b'text,label\na,"3,5"\nb,"4,0"\n', "row 1: label '3,5' has a decimal comma"),
-    "blank.csv": (b'text,label\n"a", "x"\n"b",y\n"c",x\n', "row 1: label '\"x\"' is another than 'x'"),
+    "quoted.csv": (b'text,label\n"a", "x"\n"b",y\n"c",x\n', "row 1: label '\"x\"' is another than 'x'"),
     "constant.csv": (b"text,label\na,2.5\nb,2.5\n", "every row has the label 2.5, expected numbers that differ"),
     "inf.csv": (b"text,label\na,1.5\nb,inf\n", "row 2: label 'inf' is not a finite number"),
 }

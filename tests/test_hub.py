@@ -3,15 +3,22 @@
 import errno
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
+from transformers import PreTrainedModel
 
+from conftest import TaskFiles
+from forms import save_run
 from gatepress.errors import GatepressError, HubError, ModelError, OutputError, UsageError
 from gatepress.hub import locate_model
+from gatepress.pruning import prune
+from gatepress.runtime import open_runner
 
 
 def model_directory(path: Path, weights: str = "model.safetensors", config: str = '{"model_type": "bert"}') -> Path:
@@ -175,3 +182,25 @@ def test_only_pickles_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_a, **_o: str(tmp_path))
     message = refused("somebody/some-model", ModelError)
     assert message.startswith("somebody/some-model: has no *.safetensors")
+
+
+def test_kernels_of_the_hub_are_never_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model_dir: Callable[[str], Path], tiny_task_files: TaskFiles
+):
+    """transformers fetches them by default since 5.25 and runs them on GPUs; they are code."""
+    asked: list[Any] = []
+    load = PreTrainedModel.from_pretrained.__func__
+
+    def spy(cls: type[PreTrainedModel], *args: Any, **options: Any) -> Any:
+        asked.append(options.get("use_kernels"))
+        return load(cls, *args, **options)
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(spy))
+    base = tiny_model_dir("bert")
+    run = save_run(tmp_path / "run", base, tiny_task_files)
+    prune(run, tmp_path / "pruned")
+    for target in (base, run, tmp_path / "pruned"):
+        asked.clear()
+        open_runner(str(target))
+        assert asked, target
+        assert all(used is False for used in asked), target

@@ -30,7 +30,14 @@ from gatepress.heads import set_labels_
 from gatepress.hub import locate_model
 from gatepress.manifests import RUN_FORMAT, check_beside, check_files, read_manifest, run_file, tensor_shapes
 from gatepress.methods import kept, merge_, prepare_
-from gatepress.models import model_errors, model_files, read_tensors, refuse_missing, told_of_use_
+from gatepress.models import (
+    AS_WRITTEN,
+    model_errors,
+    model_files,
+    read_tensors,
+    refuse_missing,
+    told_of_use_,
+)
 from gatepress.resolve import family_named, family_of
 from gatepress.rotation import turn_
 from gatepress.tasks import TaskSpec
@@ -170,11 +177,10 @@ def open_base(directory: Path, spec: TaskSpec, above: frozenset[Path] = frozense
         model, info = kind.from_pretrained(
             directory,
             config=config,
-            dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             trust_remote_code=False,
-            use_safetensors=True,
+            **AS_WRITTEN,
         )
         read_projections_(model, directory)
     # A mismatched size in the head comes from the task; any other mismatched tensor was drawn at random.

@@ -46,6 +46,9 @@ PANIC = "PanicException"  # of tokenizers, written in Rust: not an Exception, an
 BACKEND = "TokenizersBackend"  # what transformers 5 calls tokenizers without a class of their own; 4 does not know it
 OTHER_PADDING = "%s: pad_token_id is %s by its configuration and %s by its tokenizer, which is taken"
 SHOWN = 3  # number of tensors to name that do not fit
+# How models are loaded: in full precision, from no pickle, and without the kernels of a hub. Since 5.25, transformers
+# fetches these for GPUs unless told not to, and they are code that nobody asked for.
+AS_WRITTEN: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "use_kernels": False}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -134,7 +137,7 @@ def open_pruned(path: Path) -> PreTrainedModel:
     """
     refuse_unfit(path)
     with model_errors(path):
-        model: PreTrainedModel = _class_of(path).from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+        model: PreTrainedModel = _class_of(path).from_pretrained(path, **AS_WRITTEN)
         read_projections_(model, path)
         model.eval()
         with torch.inference_mode():  # not around loading: buffers made in it could not take part in training

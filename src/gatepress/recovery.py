@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gatepress.batches import make_loader, tokenize
 from gatepress.checkpoint import RunManifest, load_run, located, open_base, read_run
-from gatepress.config import DEFAULT_TARGET, refuse_below
+from gatepress.config import DEFAULT_TARGET, TrainSettings, refuse_below
 from gatepress.distill import varied
 from gatepress.embedding import reads_all
 from gatepress.errors import UsageError
@@ -61,13 +61,10 @@ def prune_each(  # noqa: PLR0913 - every option of the command is one
     if refit and recover_epochs:
         raise UsageError("--refit is for what is not trained on; leave it out, or --recover-epochs")
     settings = gated_settings(run_dir)
-    if len({output.resolve() for output in places.values()}) < len(places):
-        raise UsageError("two sparsities are to be written into one directory; give each its own")
-    for sparsity in places:
-        replace(settings, sparsity=sparsity)  # refuses what is not a fraction
-    refuse_unusable(**pruning)  # these two now, not after a training
+    refuse_unusable(**pruning)  # these now, not after a training
     if table := pruning.get("latency_table"):
         for_target(pruning.get("target", DEFAULT_TARGET), table)
+    _refuse_sizes(run_dir, settings, places, force=force)
     taught = False
     if recover_epochs or refit:
         run, rows = read_run(run_dir), load_rows(settings.data, embeds=settings.embed)
@@ -78,11 +75,6 @@ def prune_each(  # noqa: PLR0913 - every option of the command is one
         if refit:
             teacher = open_base(located(settings), run.task).eval() if finetuned else load_run(run_dir)[0]
             pruning["refit_"] = _refit_to(teacher, rows, run, open_tokenizer(run_dir), progress)
-    reads = (run_dir, *stands_on(settings))
-    for output in places.values():
-        check_output(output, force=force, reads=reads)
-    if len(places) > 1:  # what cannot be closed is refused before anything is written
-        prune(run_dir, next(iter(places.values())), sparsity=max(places), layout="inner", dry_run=True)
     reports = []
     for sparsity, output in places.items():
         options: dict[str, Any] = {"force": force, "progress": progress, **pruning}
@@ -107,6 +99,17 @@ def prune_each(  # noqa: PLR0913 - every option of the command is one
         kept = ("metric_name", "metric_value", "examples", "epochs", "steps", "train_seconds")
         reports.append({**report, "recovery": {key: trained[key] for key in kept}})
     return reports
+
+
+def _refuse_sizes(run_dir: Path, settings: TrainSettings, places: Mapping[float, Path], *, force: bool) -> None:
+    """Raise what one of several sizes would be refused by, before another is written."""
+    if len({output.resolve() for output in places.values()}) < len(places):
+        raise UsageError("two sparsities are to be written into one directory; give each its own")
+    for sparsity, output in places.items():
+        replace(settings, sparsity=sparsity)  # refuses what is not a fraction
+        check_output(output, force=force, reads=(run_dir, *stands_on(settings)))
+    if len(places) > 1:
+        prune(run_dir, output, sparsity=max(places), layout="inner", dry_run=True)
 
 
 def _refit_to(

@@ -39,6 +39,7 @@ from gatepress.manifests import (
     read_manifest,
 )
 from gatepress.models import (
+    AS_WRITTEN,
     has_tokenizer,
     load_pruned,
     model_errors,
@@ -153,10 +154,9 @@ def _load_model(target: str, path: Path, *, trust_remote_code: bool) -> tuple[Pr
         model, info = kind.from_pretrained(
             path,
             config=told_of_use_(config, path),
-            dtype=torch.float32,
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
-            use_safetensors=True,
+            **AS_WRITTEN,
         )
         read_projections_(model, path)
     refuse_missing(target, model, info["missing_keys"])
