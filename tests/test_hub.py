@@ -97,6 +97,29 @@ def test_a_cached_copy_serves_without_a_network(tmp_path: Path, monkeypatch: pyt
     assert locate_model("somebody/some-model").resolve() == directory.resolve()
 
 
+def test_what_is_fetched_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """A download may take minutes."""
+    cache = tmp_path / "cache"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+
+    def download(repo_id: str, **_options: Any) -> str:
+        return str(model_directory(cache / "models--somebody--some-model" / "snapshots" / repo_id.partition("/")[0]))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with caplog.at_level("INFO", "gatepress"):
+        locate_model("somebody/some-model")
+    assert caplog.messages == [f"somebody/some-model: asking the hub for it; what comes is kept in {cache}"]
+    caplog.clear()
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *_a, **_o: str(next(cache.glob("models--*/snapshots/*")))
+    )
+    with caplog.at_level("INFO", "gatepress"):
+        locate_model("somebody/some-model")
+    assert not caplog.messages
+
+
 def test_no_pickle_no_code_and_of_folders_only_parts_of_an_embedder_are_asked_of_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -160,6 +183,7 @@ ANSWER = SimpleNamespace(headers={}, request=None)
         (errors.OfflineModeIsEnabled("offline"), HubError, "point HF_HOME at a cache"),
         (TimeoutError("slow"), HubError, "point HF_HOME at a cache"),
         (OSError(errno.ENOSPC, "No space left on device"), OutputError, "HF_HOME"),
+        (PermissionError(errno.EPERM, "Operation not permitted"), OutputError, "HF_HOME"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )

@@ -134,8 +134,11 @@ def download(
     Raises `ModelError` if the hub knows no such repository or revision, `HubError` with
     `ways_out` if it cannot be reached and nothing is cached.
     """
-    from huggingface_hub import snapshot_download  # slow to import, and most runs need no hub
+    from huggingface_hub import constants, snapshot_download  # slow to import, and most runs need no hub
 
+    cached = Path(constants.HF_HUB_CACHE, f"{kind}s--{repo_id.replace('/', '--')}")
+    if not (cached.is_dir() or constants.HF_HUB_OFFLINE):
+        logger.info("%s: asking the hub for it; what comes is kept in %s", repo_id, constants.HF_HUB_CACHE)
     with _explained(repo_id, revision, ways_out):
         return Path(
             snapshot_download(
@@ -174,6 +177,7 @@ def _explained(repo_id: str, revision: str | None, ways_out: str) -> Iterator[No
             errno.ENOSPC,
             errno.EDQUOT,
             errno.EACCES,
+            errno.EPERM,
             errno.EROFS,
         ):
             raise OutputError(
