@@ -84,8 +84,8 @@ def _refuse_mixed(spelled: Mapping[str, int], where: str) -> None:
 def _refuse_quoted(spelled: Mapping[str, int], where: str) -> None:
     """Raise `DataError` if a class has quotes and is another without: behind a blank, a csv keeps them."""
     for text, row in spelled.items():
-        bare = text.strip("\"'")
-        if bare != text and bare in spelled:
+        bare = text[1:-1]
+        if text[0] == text[-1] and text[0] in "\"'" and bare in spelled:
             raise DataError(
                 f"{where}, row {row}: label {text!r} is another than {bare!r}, which has no quotes; drop them or, in a "
                 "csv, the blank before them"
