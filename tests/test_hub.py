@@ -165,6 +165,7 @@ def test_a_hub_id_may_name_its_revision(
 def test_a_revision_is_named_once(tmp_path: Path):
     assert "names a revision of the hub twice" in refused("a/b@v1", UsageError, revision="v2")
     assert "by @ and says none" in refused("a/b@", UsageError)
+    assert "--revision is empty" in refused("a/b", UsageError, revision="")
     directory = model_directory(tmp_path / "a@b")
     assert locate_model(str(directory)) == directory
 

@@ -59,6 +59,10 @@ def locate_model(name: str, revision: str | None = None, *, code: bool = False) 
     if local.exists() or _is_path(name):
         return check_model_directory(now_at(local))
     repo_id, at, named = name.partition("@")
+    if revision == "":
+        raise UsageError(
+            f"--revision is empty, expected a branch, tag or commit of {name} on the hub, or no --revision"
+        )
     if at and (not named or revision is not None):
         raise UsageError(f"{name}: names a revision of the hub {'twice' if named else 'by @ and says none'}; give one")
     patterns = (*MODEL_PATTERNS, *(CODE_PATTERNS if code else ()))
