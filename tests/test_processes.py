@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -136,6 +137,34 @@ def test_what_is_refused_is_told_once_for_each(words, tmp_path):
     assert json.loads(stdout)["error"]["type"] == "UsageError"
     assert "error: --batch-size is 1, expected at least 1 row for each of 2 processes" in stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_waits_for_others_that_never_come_can_be_ended(number: signal.Signals):
+    """Variables of a launcher may be left over."""
+    code = """
+import signal
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda *_: print("told"))
+from gatepress.processes import Processes
+print("waits", flush=True)
+Processes.here("cpu")
+"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    there = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env={**ENVIRONMENT, **there}, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "waits\n"
+            time.sleep(5)
+            process.send_signal(number)
+            assert process.wait(30) == -number
+        finally:
+            process.kill()
 
 
 def test_seeds_differ_by_each_of_their_numbers():

@@ -7,7 +7,11 @@ The first process writes for all.
 """
 
 import atexit
-from collections.abc import Callable, Iterable
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -22,6 +26,8 @@ from gatepress.errors import ProcessError, reason_of
 
 T = TypeVar("T")
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -35,7 +41,8 @@ class Processes:
     def here(cls, device: str) -> "Processes":
         """Join the processes that a launcher started, on `device` ("cpu" or "cuda"); blocks until all are there."""
         try:
-            state = PartialState(cpu=device == "cpu")
+            with _ended_by_signals():
+                state = PartialState(cpu=device == "cpu")
         except (ValueError, RuntimeError, OSError) as error:  # what the variables of a launcher can say wrongly
             raise ProcessError(
                 f"cannot join the processes that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT tell of "
@@ -74,6 +81,25 @@ class Processes:
 
 
 ALONE = Processes()
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let signals end this process at once in the block, which waits where no handler of Python's runs.
+
+    The other processes may never come, and nothing is written yet.
+    """
+    waits = os.environ.get("WORLD_SIZE", "1") not in ("", "1")
+    main = threading.current_thread() is threading.main_thread()  # no other can change what signals do
+    handlers = {name: signal.getsignal(name) for name in SIGNALS} if waits and main else {}
+    own = {name: handler for name, handler in handlers.items() if callable(handler)}  # not what nohup ignores
+    try:
+        for name in own:
+            signal.signal(name, signal.SIG_DFL)
+        yield
+    finally:
+        for name, handler in own.items():
+            signal.signal(name, handler)
 
 
 def seed_of(*numbers: int) -> int:
