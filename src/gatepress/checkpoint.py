@@ -30,14 +30,7 @@ from gatepress.heads import set_labels_
 from gatepress.hub import locate_model
 from gatepress.manifests import RUN_FORMAT, check_beside, check_files, read_manifest, run_file, tensor_shapes
 from gatepress.methods import kept, merge_, prepare_
-from gatepress.models import (
-    AS_WRITTEN,
-    model_errors,
-    model_files,
-    read_tensors,
-    refuse_missing,
-    told_of_use_,
-)
+from gatepress.models import AS_WRITTEN, model_errors, model_files, read_tensors, refuse_missing, told_of_use_
 from gatepress.resolve import family_named, family_of
 from gatepress.rotation import turn_
 from gatepress.tasks import TaskSpec

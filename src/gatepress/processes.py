@@ -10,8 +10,7 @@ import atexit
 import contextlib
 import os
 import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -23,10 +22,9 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from gatepress.errors import ProcessError, reason_of
+from gatepress.signals import interrupts
 
 T = TypeVar("T")
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -40,8 +38,10 @@ class Processes:
     @classmethod
     def here(cls, device: str) -> "Processes":
         """Join the processes that a launcher started, on `device` ("cpu" or "cuda"); blocks until all are there."""
+        others = os.environ.get("WORLD_SIZE", "1") not in ("", "1")
         try:
-            with _ended_by_signals():
+            # Torch waits for the others where no handler of Python runs. They may never come: signals end this process.
+            with interrupts(signal.SIG_DFL) if others else contextlib.nullcontext():
                 state = PartialState(cpu=device == "cpu")
         except (ValueError, RuntimeError, OSError) as error:  # what the variables of a launcher can say wrongly
             raise ProcessError(
@@ -81,25 +81,6 @@ class Processes:
 
 
 ALONE = Processes()
-
-
-@contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Let signals end this process at once in the block, which waits where no handler of Python's runs.
-
-    The other processes may never come, and nothing is written yet.
-    """
-    waits = os.environ.get("WORLD_SIZE", "1") not in ("", "1")
-    main = threading.current_thread() is threading.main_thread()  # no other can change what signals do
-    handlers = {name: signal.getsignal(name) for name in SIGNALS} if waits and main else {}
-    own = {name: handler for name, handler in handlers.items() if callable(handler)}  # not what nohup ignores
-    try:
-        for name in own:
-            signal.signal(name, signal.SIG_DFL)
-        yield
-    finally:
-        for name, handler in own.items():
-            signal.signal(name, handler)
 
 
 def seed_of(*numbers: int) -> int:

@@ -10,7 +10,6 @@ step (dropout, noise of gates). Between steps there are no gradients.
 
 import contextlib
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ from gatepress.machine import peak_memory
 from gatepress.manifests import check_files
 from gatepress.methods import Kinds
 from gatepress.models import read_tensors
+from gatepress.signals import interrupts
 
 NUMBERS = {"learning_rates", "gates_fixed", "train_seconds", "peak_memory_bytes"}  # besides the file and its sha256
 
@@ -63,19 +63,9 @@ def refuse_other(directory: Path, there: RunManifest, here: RunManifest) -> None
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
     """Hold back Ctrl-C, SIGTERM and SIGHUP until the block is done: half a step is nothing to continue from."""
-    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
-        yield
-        return
     came: list[int] = []
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    own = {number: handler for number, handler in handlers.items() if callable(handler)}  # the others never raise
-    try:
-        for number in own:
-            signal.signal(number, lambda sign, _: came.append(sign))
+    with interrupts(lambda sign, _: came.append(sign)):
         yield
-    finally:
-        for number, handler in own.items():
-            signal.signal(number, handler)
     if came:
         signal.raise_signal(came[0])
 
