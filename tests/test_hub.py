@@ -15,10 +15,12 @@ from transformers import PreTrainedModel
 
 from conftest import TaskFiles
 from forms import save_run
+from gatepress.config import DataSettings
 from gatepress.errors import GatepressError, HubError, ModelError, OutputError, UsageError
 from gatepress.hub import locate_model
 from gatepress.pruning import prune
 from gatepress.runtime import open_runner
+from gatepress.tasks.sources import load_rows
 
 
 def model_directory(path: Path, weights: str = "model.safetensors", config: str = '{"model_type": "bert"}') -> Path:
@@ -173,6 +175,18 @@ def test_a_revision_is_named_once(tmp_path: Path):
 ANSWER = SimpleNamespace(headers={}, request=None)
 
 
+def answered(status: int) -> Exception:
+    """Return what the client raises if the hub gives such an answer and the cache has no copy."""
+    error = errors.LocalEntryNotFoundError("Cannot find an appropriate cached snapshot folder")
+    answer = SimpleNamespace(headers={}, request=None, status_code=status)
+    error.__cause__ = errors.HfHubHTTPError(str(status), response=answer)
+    return error
+
+
+class ReadError(Exception):
+    """What the client's transport raises of a connection that ended early."""
+
+
 @pytest.mark.parametrize(
     ("raised", "kind", "expected"),
     [
@@ -181,10 +195,17 @@ ANSWER = SimpleNamespace(headers={}, request=None)
         (errors.RevisionNotFoundError("404", response=ANSWER), ModelError, "no revision 'v1'"),
         (errors.HFValidationError("name"), ModelError, "check the spelling"),
         (errors.HfHubHTTPError("500", response=ANSWER), HubError, "point HF_HOME at a cache"),
+        (answered(403), HubError, "the hub answers HTTP 403; set HF_TOKEN to a token that may read it, or check the"),
+        (answered(429), HubError, "the hub answers HTTP 429; wait, or set HF_TOKEN: it has had too many requests, or"),
+        (answered(503), HubError, "not cached here and the hub answers HTTP 503; try again later, or check the path"),
+        (ReadError("cut"), HubError, "the transfer from the hub broke off; run the same command again"),
+        (OSError("Consistency check failed: 2 of 4"), HubError, "the transfer from the hub broke off; run the same"),
+        (errors.OfflineModeIsEnabled("offline"), HubError, "the hub cannot be reached; check the path"),
         (errors.OfflineModeIsEnabled("offline"), HubError, "point HF_HOME at a cache"),
         (TimeoutError("slow"), HubError, "point HF_HOME at a cache"),
         (OSError(errno.ENOSPC, "No space left on device"), OutputError, "HF_HOME"),
         (PermissionError(errno.EPERM, "Operation not permitted"), OutputError, "HF_HOME"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory"), OutputError, "HF_HOME"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
@@ -200,6 +221,34 @@ def test_what_the_hub_answers_is_one_clear_line(monkeypatch: pytest.MonkeyPatch,
 
 def test_a_name_that_is_no_id_is_refused():
     assert "check the spelling" in refused("no such model!", ModelError)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("", "--model is empty, expected a directory, owner/name on the hub, or demo"),
+        (" ", "--model is empty"),
+        ("@v1", "@v1: names a revision and no model, expected owner/name@v1"),
+        ("https://hub.example/owner/name", "https://hub.example/owner/name: is an address, expected a directory"),
+    ],
+)
+def test_what_names_no_model_is_told(name: str, expected: str):
+    assert refused(name, UsageError).startswith(expected)
+
+
+def test_rows_that_a_mirror_lacks_have_other_ways(monkeypatch: pytest.MonkeyPatch):
+    def download(*_args: Any, **_options: Any) -> None:
+        raise errors.RepositoryNotFoundError("404", response=ANSWER)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(HubError, match="the hub has no such dataset, or gives it to others only; use --data-dir"):
+        load_rows(DataSettings(task="rte"))
+
+
+def test_a_broken_copy_in_the_cache_can_be_fetched_again(tmp_path: Path):
+    directory = model_directory(tmp_path / "models--a--b" / "snapshots" / ("1" * 40))
+    with pytest.raises(ModelError, match=f"; delete {tmp_path}/models--a--b, and it is fetched again"):
+        open_runner(str(directory))
 
 
 def test_only_pickles_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

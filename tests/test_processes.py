@@ -139,6 +139,19 @@ def test_what_is_refused_is_told_once_for_each(words, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_stops_all_is_told_once(longer, tmp_path):
+    run = tmp_path / "run"
+    with start(TORCHRUN, [*longer, str(run)], start_new_session=True) as process:
+        while not run.exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        _, stderr = process.communicate(timeout=300)
+    assert stderr.count("error: interrupted; the last complete checkpoint is in ") == 1
+    assert f"go on with: gatepress train --resume {run}" in stderr
+    assert "joining the 2 processes of WORLD_SIZE" in stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_who_waits_for_others_that_never_come_can_be_ended(number: signal.Signals):
     """Variables of a launcher may be left over."""

@@ -204,7 +204,7 @@ def _open_run_as_base(directory: Path, spec: TaskSpec, above: frozenset[Path]) -
 
 def located(settings: TrainSettings) -> Path:
     """Return the directory of the model or run that a run was trained on; raises what `locate_model` raises."""
-    return locate_model(settings.model, settings.revision)
+    return locate_model(settings.model, settings.revision, commit=settings.commit)
 
 
 def models_below(settings: TrainSettings, locate: Callable[[TrainSettings], Place]) -> Iterator[Place]:

@@ -1,7 +1,7 @@
 """The command lines that rebuild a directory, from its manifest: only options that differ from the defaults."""
 
 import shlex
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from gatepress.config import (
     unused_by,
 )
 from gatepress.errors import ArtifactError
+from gatepress.hub import without_revision
 from gatepress.manifests import ONNX_FORMAT, PRUNED_FORMAT, RUN_FORMAT
 
 PRUNE_DEFAULTS: dict[str, Any] = {
@@ -63,8 +64,11 @@ def commands_of(manifest: dict[str, Any], name: str, *, portable: bool = False) 
 
 
 def _train(value: dict[str, Any], output: str, *, portable: bool) -> str:
-    """Return the line of a training from its settings, as a manifest holds them."""
+    """Return the line of a training from its settings, as a manifest holds them, on the commit that it found."""
     settings = TrainSettings.from_json(value)
+    if settings.commit:
+        model = without_revision(settings.model)
+        settings = replace(settings, model=model, revision=settings.commit, commit=None)
     rows = _given(settings.data, portable=portable)
     return _line(["train", *rows, *_given(settings, "data", *unused_by(settings), portable=portable), "-o", output])
 

@@ -141,6 +141,7 @@ class TrainSettings:
     data: DataSettings
     model: str = "FacebookAI/roberta-base"  # hub id, local directory, run of another method, or "demo"
     revision: str | None = None  # branch, tag or commit on the hub
+    commit: str | None = None  # what a training found there, so that a run stays with it; None: on this disk
     embed: bool = False  # an embedder: texts are read one by one, and the model itself teaches, without labels
     method: Method = "gates+lora"
     sparsity: float = 0.3  # fraction of `budget` to remove, in [0, 1)
@@ -322,7 +323,8 @@ class TrainSettings:
     def absolute(self) -> "TrainSettings":
         """Return the settings with absolute local paths, so that a run can be used from anywhere."""
         start = _absolute(self.start) if self.start else None
-        model = _absolute(self.model) if self.model != "demo" and _is_directory(self.model) else self.model
+        here = not self.commit and self.model != "demo" and _is_directory(self.model)
+        model = _absolute(self.model) if here else self.model
         return replace(self, data=self.data.absolute(), model=model, start=start)
 
     def to_json(self) -> dict[str, Any]:

@@ -26,6 +26,15 @@ CODE_PATTERNS = ("*.py",)
 OTHER_FOLDERS = "[!0-9]*/*"  # all except the parts of an embedder, 1_Pooling and the like
 TIMEOUT_S = 10.0  # for the first answer of the hub; downloads themselves may take as long as they need
 
+_UNWRITABLE = (  # what a cache can be that nothing can be written to
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOTDIR, errno.EEXIST),  # a file stands where a directory must be
+)
+_WAYS_OF = {  # answers of the hub, by their number
+    **dict.fromkeys((401, 403), "set HF_TOKEN to a token that may read it"),
+    429: "wait, or set HF_TOKEN: it has had too many requests",
+}
+_BROKEN_OFF = ("ReadError", "ReadTimeout", "RemoteProtocolError")  # of the client's transport, which has two names
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _CONVERT = (
     "model and tokenizer: AutoModelForSequenceClassification.from_pretrained(OLD).save_pretrained(NEW), "
@@ -34,15 +43,18 @@ _CONVERT = (
 _MODEL_WAYS = "check the path, name a directory that is here, or demo, or point HF_HOME at a cache that holds it"
 
 
-def locate_model(name: str, revision: str | None = None, *, code: bool = False) -> Path:
+def locate_model(name: str, revision: str | None = None, *, commit: str | None = None, code: bool = False) -> Path:
     """Return the directory that holds the model `name`: "demo", a local directory, or a hub id.
 
     An absolute path that does not exist is looked for in the folders that the environment variable `GATEPRESS_MODELS`
-    names. A hub id may name the branch, tag or commit itself, as in owner/name@v1, instead of `revision`. With `code`,
-    the modules beside the model are fetched too. Raises `MissingExtraError` without the demo package, `ModelError` if
-    the model does not exist or has no safetensors, `UsageError` if a revision means nothing or `~name` is no user, and
-    `HubError` if the hub is out of reach and its cache has no copy.
+    names. A hub id may name the branch, tag or commit itself, as in owner/name@v1, instead of `revision`. With
+    `commit`, what `commit_of` said of it before, the hub's model of that time is meant, wherever branches are now and
+    whatever is here. With `code`, the modules beside the model are fetched too. Raises `MissingExtraError` without the
+    demo package, `ModelError` if the model does not exist or has no safetensors, `UsageError` if a revision means
+    nothing or `~name` is no user, and `HubError` if the hub is out of reach and its cache has no copy.
     """
+    if commit:
+        return _of_hub(name, without_revision(name), commit, code=code)
     try:
         local = expanded(name)
         local.exists()
@@ -52,23 +64,52 @@ def locate_model(name: str, revision: str | None = None, *, code: bool = False) 
         raise ModelError(
             f"{name[:80]!r}: is no directory and no name ({str(error)[:80]}); check the spelling"
         ) from None
+    _refuse_no_name(name)
     if revision is not None and (name == "demo" or local.exists()):
         raise UsageError(f"--revision is {revision!r}, but --model {name} is on this disk; drop --revision")
     if name == "demo":
         return _demo_model()
     if local.exists() or _is_path(name):
         return check_model_directory(now_at(local))
+    repo_id, at = _hub_name(name, revision)
+    return _of_hub(name, repo_id, at, code=code)
+
+
+def _refuse_no_name(name: str) -> None:
+    if not name.strip():
+        raise UsageError("--model is empty, expected a directory, owner/name on the hub, or demo")
+    if "://" in name:
+        raise UsageError(f"{name[:80]}: is an address, expected a directory, owner/name on the hub, or demo")
+
+
+def _hub_name(name: str, revision: str | None) -> tuple[str, str | None]:
+    """Return the id and the revision that a name of the hub and an option ask for; None: its main branch."""
     repo_id, at, named = name.partition("@")
     if revision == "":
         raise UsageError(
             f"--revision is empty, expected a branch, tag or commit of {name} on the hub, or no --revision"
         )
+    if not repo_id:
+        raise UsageError(f"{name}: names a revision and no model, expected owner/name{name}")
     if at and (not named or revision is not None):
         raise UsageError(f"{name}: names a revision of the hub {'twice' if named else 'by @ and says none'}; give one")
+    return repo_id, named or revision
+
+
+def _of_hub(name: str, repo_id: str, revision: str | None, *, code: bool) -> Path:
     patterns = (*MODEL_PATTERNS, *(CODE_PATTERNS if code else ()))
     return check_model_directory(
-        download(repo_id, "model", patterns, revision=named or revision, ways_out=_MODEL_WAYS), shown=name
+        download(repo_id, "model", patterns, revision=revision, ways_out=_MODEL_WAYS), shown=name
     )
+
+
+def commit_of(name: str, directory: Path) -> str | None:
+    """Return which commit of the hub the model `name` is, by where it was located; None if it is not of the hub.
+
+    `name` is absolute if it is a directory: one in the hub's cache, named as a directory, is one of this disk.
+    """
+    from_hub = directory.parent.name == "snapshots" and name != "demo" and not Path(name).is_absolute()
+    return directory.name if from_hub else None
 
 
 def now_at(path: Path) -> Path:
@@ -143,7 +184,7 @@ def download(
     cached = Path(constants.HF_HUB_CACHE, f"{kind}s--{repo_id.replace('/', '--')}")
     if not (cached.is_dir() or constants.HF_HUB_OFFLINE):
         logger.info("%s: asking the hub for it; what comes is kept in %s", repo_id, constants.HF_HUB_CACHE)
-    with _explained(repo_id, revision, ways_out):
+    with _explained(repo_id, kind, revision, ways_out):
         return Path(
             snapshot_download(
                 repo_id,
@@ -157,7 +198,7 @@ def download(
 
 
 @contextmanager
-def _explained(repo_id: str, revision: str | None, ways_out: str) -> Iterator[None]:
+def _explained(repo_id: str, kind: str, revision: str | None, ways_out: str) -> Iterator[None]:
     """Turn what the hub's client raises into one line of ours."""
     from huggingface_hub import errors
 
@@ -172,27 +213,34 @@ def _explained(repo_id: str, revision: str | None, ways_out: str) -> Iterator[No
             f"{repo_id}: the hub has no revision {revision!r} of it; look up its branches and tags there"
         ) from None
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        if kind == "dataset":  # of a name that nobody misspelt
+            raise HubError(f"{repo_id}: the hub has no such dataset, or gives it to others only; {ways_out}") from None
         raise ModelError(
             f"{repo_id}: no directory here and no public repository of the hub has that name; "
             "check the spelling, or set HF_TOKEN if it is private"
         ) from None
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EACCES,
-            errno.EPERM,
-            errno.EROFS,
-        ):
+        if isinstance(error, OSError) and error.errno in _UNWRITABLE:
             raise OutputError(
                 f"{repo_id}: the hub's cache cannot be written ({error.strerror}); "
                 "make room or set HF_HOME to a directory on another disk"
             ) from error
         # If the hub is out of reach, the client raises OSError, ValueError and its transport's own kinds.
         logger.debug("the hub's client failed", exc_info=True)
-        raise HubError(
-            f"{repo_id}: {_not_here(repo_id)}not cached here and the hub cannot be reached; {ways_out}"
-        ) from error
+        raise HubError(f"{repo_id}: {_not_here(repo_id)}not cached here and {_failure(error)}{ways_out}") from error
+
+
+def _failure(error: BaseException) -> str:
+    """Return what kept the hub from giving something, and the first way out if it is one of waiting or asking again."""
+    if type(error).__name__ in _BROKEN_OFF or "Consistency check failed" in str(error):
+        return "the transfer from the hub broke off; run the same command again, which goes on from there, or "
+    chain: BaseException | None = error
+    while chain is not None:
+        status = getattr(getattr(chain, "response", None), "status_code", None)
+        if status is not None:
+            return f"the hub answers HTTP {status}; {_WAYS_OF.get(status, 'try again later')}, or "
+        chain = chain.__cause__
+    return "the hub cannot be reached; "
 
 
 def _not_here(name: str) -> str:

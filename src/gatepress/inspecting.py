@@ -137,7 +137,7 @@ def provenance(manifest: Facts) -> Facts:
     base = manifest.get("base") or settings
     return {
         "model": base.get("model"),
-        "revision": base.get("revision"),
+        "revision": base.get("commit") or base.get("revision"),
         **{key: manifest.get(key) for key in ("base_sha256", "data_fingerprint", "versions")},
         "seed": manifest.get("seed", settings.get("seed")),
         "settings": _effective(settings, report) if settings else None,

@@ -94,7 +94,9 @@ def model_errors(directory: Path | str) -> Iterator[None]:
     except BaseException as error:  # the many parts of transformers raise errors without a common base
         if not isinstance(error, Exception) and type(error).__name__ != PANIC:
             raise
-        raise ModelError(f"{directory}: cannot be loaded as a model ({reason_of(error)})") from error
+        place = Path(directory).parent
+        way = f"; delete {place.parent}, and it is fetched again" if place.name == "snapshots" else ""
+        raise ModelError(f"{directory}: cannot be loaded as a model ({reason_of(error)}){way}") from error
     finally:
         own.setLevel(level)
 

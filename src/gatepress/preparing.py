@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from gatepress.agreement import agree
 from gatepress.batches import fitting, make_loader, probe_batch, tokenize
 from gatepress.budget import budget_of
-from gatepress.checkpoint import RunManifest, load_start_, open_base, read_run, refuse_unlike
+from gatepress.checkpoint import RunManifest, load_start_, located, open_base, read_run, refuse_unlike
 from gatepress.collapse import parameters_of, refuse_activation
 from gatepress.config import TrainSettings
 from gatepress.distill import Lesson, Teacher
@@ -26,7 +26,7 @@ from gatepress.errors import UsageError
 from gatepress.files import RUN_FILE
 from gatepress.gates import gates_of
 from gatepress.heads import is_finetuned, tell_of_head
-from gatepress.hub import locate_model
+from gatepress.hub import commit_of
 from gatepress.inject import mark_trainable_
 from gatepress.manifests import read_manifest
 from gatepress.methods import Kinds, prepare_, refuse_rank, trained
@@ -83,7 +83,8 @@ def prepared(settings: TrainSettings, *, resumed: bool = False) -> Job:
     if start:
         settings = _as_start(settings, start)
     rows = _rows(settings)  # before the model: errors in rows are found without a download
-    base = locate_model(settings.model, settings.revision)
+    base = located(settings)
+    settings = replace(settings, commit=commit_of(settings.model, base))
     finetuned = is_finetuned(base, rows.spec)
     asked_to_turn = settings.rotate_heads and not (resumed or start)
     settings = settings.resolved(rows.spec.metric, finetuned=finetuned)
@@ -234,7 +235,7 @@ def _rows(settings: TrainSettings) -> Rows:
 
 
 def _as_start(settings: TrainSettings, start: Path) -> TrainSettings:
-    """Return settings with the heads and low rank of the run that they start from, unless others are asked for.
+    """Return settings with the commit, heads and low rank of the run that they start from, unless others are asked for.
 
     `UsageError` if that run was trained otherwise, or on a model of another name, which would have to be fetched.
     """
@@ -242,7 +243,9 @@ def _as_start(settings: TrainSettings, start: Path) -> TrainSettings:
     elsewhere = ("model",) if run.model != settings.model and base_of(settings) is None else ()
     refuse_unlike(start, run, settings, *elsewhere, "method", "granularity", "controller", "gate_axes", "matrices")
     run = replace(run, lora_rank=run.rank or None)  # an older run names none and has its method's
-    left_open = [name for name in ("rotate_heads", "lora_matrices", "lora_rank") if getattr(settings, name) is None]
+    alike = (run.model, run.revision) == (settings.model, settings.revision)
+    own = ("rotate_heads", "lora_matrices", "lora_rank", *(("commit",) if alike else ()))
+    left_open = [name for name in own if getattr(settings, name) is None]
     return replace(settings, **{name: getattr(run, name) for name in left_open})
 
 

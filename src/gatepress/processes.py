@@ -8,6 +8,7 @@ The first process writes for all.
 
 import atexit
 import contextlib
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterable
@@ -26,6 +27,8 @@ from gatepress.signals import interrupts
 
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -38,7 +41,10 @@ class Processes:
     @classmethod
     def here(cls, device: str) -> "Processes":
         """Join the processes that a launcher started, on `device` ("cpu" or "cuda"); blocks until all are there."""
-        others = os.environ.get("WORLD_SIZE", "1") not in ("", "1")
+        count = os.environ.get("WORLD_SIZE") or "1"
+        others = count != "1"
+        if others:
+            logger.info("joining the %s processes of WORLD_SIZE; if it was left over, stop this and unset it", count)
         try:
             # Torch waits for the others where no handler of Python runs. They may never come: signals end this process.
             with interrupts(signal.SIG_DFL) if others else contextlib.nullcontext():
@@ -46,7 +52,8 @@ class Processes:
         except (ValueError, RuntimeError, OSError) as error:  # what the variables of a launcher can say wrongly
             raise ProcessError(
                 f"cannot join the processes that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT tell of "
-                f"({reason_of(error)}); start all of them with torchrun or accelerate launch, or unset these for one"
+                f"({reason_of(error)}); start all of them with torchrun or accelerate launch, or unset these and "
+                "LOCAL_RANK for one"
             ) from error
         if state.num_processes == 1:
             return cls(device=torch.device(device))
@@ -94,6 +101,5 @@ def _together(call: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return call(*arguments)
     except RuntimeError as error:  # of torch.distributed: a peer closed its connection, or time ran out
-        raise ProcessError(
-            f"another process of this training has ended, its own error says why ({reason_of(error)})"
-        ) from error
+        logger.debug("processes do not reach each other", exc_info=True)
+        raise ProcessError("another process of this training has ended, its own error says why") from error

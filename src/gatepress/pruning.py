@@ -133,7 +133,10 @@ def prune(  # noqa: PLR0913 - every option of the command is one
             "task": manifest.task.to_json(),
             "data": manifest.to_json()["data"],
             "max_length": manifest.tokens,
-            "base": {"model": manifest.settings.model, "revision": manifest.settings.revision},
+            "base": {
+                "model": manifest.settings.model,
+                "revision": manifest.settings.commit or manifest.settings.revision,
+            },
             "base_sha256": manifest.base_sha256,
             "data_fingerprint": manifest.data_fingerprint,
             "seed": manifest.settings.seed,

@@ -10,7 +10,7 @@ import functools
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,7 +52,7 @@ from gatepress.files import (
     replace_file,
     temporary_directory,
 )
-from gatepress.hub import locate_model
+from gatepress.hub import commit_of
 from gatepress.manifests import SWEEP_FILE, SWEEP_FORMAT, check_beside, read_manifest, understood
 from gatepress.models import model_files
 from gatepress.ondisk import stands_on
@@ -67,7 +67,9 @@ logger = logging.getLogger(__name__)
 # Chosen by each training unless given.
 LEFT_OPEN = (
     *("lora_rank", "lora_matrices", "closing", "epochs", "learning_rate", "distill", "hidden_weight", "rotate_heads"),
+    "commit",
 )
+OF_CELLS = ("method", "sparsity", "commit")  # of its trainings, not of a sweep
 GRID = ("methods", "sparsities", "seeds")  # may grow; the rest of a training must stay for figures to be comparable
 TIMING = ("target", "batch_sizes", "seq_lens", "repetitions", "threads")  # may change: everything is timed anew
 SUMMARY = ("sweep.md", "sweep.png", "sweep.svg")  # a table, and the same as pictures
@@ -115,14 +117,14 @@ def run(  # noqa: PLR0913 - every option of the command is one
     endtoend.check(device=TARGETS[target].device, prefix="bench-", **measuring)
     if plot:
         drawing()  # a missing matplotlib is reported at once: a sweep takes hours
-    train = {key: value for key, value in settings.absolute().to_json().items() if key not in ("method", "sparsity")}
+    train = {key: value for key, value in settings.absolute().to_json().items() if key not in OF_CELLS}
     grid = {"methods": list(methods), "sparsities": list(sparsities), "seeds": seeds}
     if force:
         refuse_held(output / "runs", (*settings.reads, *stands_on(settings)))
         _refuse_foreign(output / "runs")
     fresh = not output.exists()
     sweep = _Sweep(output, asked, _as_json({"train": train, **grid, "target": target, **measuring}))
-    before = _before(output, sweep.settings, force=force)
+    before, done = _before(output, sweep.settings, force=force), dict[Cell, RunManifest]()
     if not force:
         sweep.timed, sweep.records = _timed(before)
         known = {cell: _trained_as(settings, cell) for cell in _finished_cells(before, output / SWEEP_FILE)} | asked
@@ -131,6 +133,8 @@ def run(  # noqa: PLR0913 - every option of the command is one
         if len(done) < len(sweep.wanted):
             _refuse_changed({sweep.run_dir(cell): run for cell, run in done.items()})
         sweep.reports = {cell: run.report for cell, run in done.items()}
+    settings = _of_one_commit(settings, done.values())
+    sweep.wanted = {cell: replace(how, commit=settings.commit) for cell, how in sweep.wanted.items()}
     longest = max_tokens(read_json(_located(settings) / "config.json"))
     endtoend.refuse_longer(settings.model, longest, max(seq_lens))
     if force and not fresh:
@@ -315,6 +319,16 @@ def _trained_as(settings: TrainSettings, cell: Cell) -> TrainSettings:
     return replace(settings, **_meaningless(cell.method, settings), **own).absolute()
 
 
+def _of_one_commit(settings: TrainSettings, finished: Iterable[RunManifest]) -> TrainSettings:
+    """Return settings that name the commit of the hub which finished trainings had, or if there is none, today's.
+
+    Whatever its owner puts on the hub meanwhile, the trainings of a sweep can be compared.
+    """
+    there = next((commit for run in finished if (commit := run.settings.commit)), None)
+    asked = replace(settings.absolute(), commit=there)
+    return replace(settings, commit=commit_of(asked.model, located(asked)))
+
+
 def _located(settings: TrainSettings) -> Path:
     """Return the directory of the dense model, also below a run; raises what `locate_model` raises."""
     return dense_base(settings, located)
@@ -358,9 +372,9 @@ def _finished(directory: Path, wanted: TrainSettings) -> RunManifest | None:
 def _refuse_changed(runs: dict[Path, RunManifest]) -> None:
     """Raise `ArtifactError` if rows or base have changed since runs finished: what is added must be comparable."""
     fingerprint = functools.cache(lambda data, embed: load_rows(data, embeds=embed).fingerprint)
-    weights = functools.cache(lambda model, revision, embed: model_files(locate_model(model, revision), embeds=embed))
+    weights = functools.cache(lambda base, embed: model_files(base, embeds=embed))
     for directory, run in runs.items():
-        base = weights(run.settings.model, run.settings.revision, run.settings.embed)
+        base = weights(located(run.settings), run.settings.embed)
         rows = fingerprint(run.settings.data, run.settings.embed)
         refuse_other(directory, run, replace(run, data_fingerprint=rows, base_sha256=base))
 

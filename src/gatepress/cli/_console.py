@@ -39,6 +39,7 @@ SIGNALS: list[int] = []  # received signals: some libraries swallow what a handl
 DELIVERED = threading.Event()  # whether the one JSON object was written: from then on a signal has nothing to report
 OF_SIGNALS = 128  # plus the signal's number is the exit code, as in shells
 NOTHING_WRITTEN = "nothing was written"
+INTERRUPTED = "Interrupted"  # the kind of error that a signal is
 PIPE_WIDTH = 120  # columns of a table that goes into a file or a pipe
 
 # Libraries read these when they are first imported, so they must be set before a command imports one.
@@ -233,7 +234,8 @@ def session(*, as_json: bool, quiet: bool, debug: bool, launched: bool = False) 
             kind, message, exit_code = explain(error, screen.interrupt_note)
             if debug:
                 traceback.print_exc(file=screen.stderr)
-            screen.error(kind, message, exit_code)
+            if first or kind != INTERRUPTED:  # all of them are
+                screen.error(kind, message, exit_code)
             raise typer.Exit(exit_code) from None
 
 
@@ -245,7 +247,7 @@ def explain(error: BaseException, note: str = NOTHING_WRITTEN) -> tuple[str, str
     if isinstance(error, KeyboardInterrupt) or SIGNALS:
         came = [getattr(error, "number", signal.SIGINT), *SIGNALS]
         number = next((one for one in came if one != signal.SIGINT), signal.SIGINT)
-        return "Interrupted", f"interrupted; {note}", OF_SIGNALS + number
+        return INTERRUPTED, f"interrupted; {note}", OF_SIGNALS + number
     if _is_out_of_memory(error):
         return "OutOfMemory", "out of memory; take smaller batches, shorter texts or a smaller model", 1
     if isinstance(error, OSError):

@@ -17,7 +17,7 @@ EXAMPLES = opt.examples(
 BAR = 6  # columns of a full bar
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 HEIGHTS = "▁▂▃▄▅▆▇█"
-SAID = ("model", "revision", "seed", "method", "sparsity")  # shown in another row already
+SAID = ("model", "revision", "commit", "seed", "method", "sparsity")  # shown in another row already
 HASH = 12  # characters of a sha256 that a person compares
 
 Bar = Callable[[float], str]

@@ -10,7 +10,7 @@ from gatepress.cli import _options as opt
 from gatepress.cli._asked import refuse_beside, refuse_unused, train_settings
 from gatepress.cli._console import Screen, Titled, count, facts, percent, pick, session
 from gatepress.config import METHODS, TrainSettings, default_run_name
-from gatepress.errors import ArtifactError
+from gatepress.errors import ArtifactError, ProcessError
 from gatepress.files import RUN_FILE, check_output, read_json
 from gatepress.hub import refuse_misspelt
 
@@ -106,6 +106,8 @@ def _work(screen: Screen, target: Path, training: Callable[..., dict[str, Any]])
         elif target.exists():
             screen.interrupt_note = f"the last complete checkpoint is in {target}{_hint(target)}"
         raise
+    except ProcessError as error:
+        raise ProcessError(f"{error}{_hint(target)}") from error
     screen.result(result, tables)
     shown = shlex.quote(str(target))
     method = METHODS.get(result.get("method", TrainSettings.method))  # None: a report that somebody changed

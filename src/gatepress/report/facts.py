@@ -193,7 +193,8 @@ def _of_run(manifest: Manifest, path: Path) -> Item:
         metric=number(report.get("metric_value")),
         **_counted(report),
         size_bytes=_size(path, (manifest.get("tensors") or {}).get("file")),
-        origin=_origin(manifest, settings["model"], settings["revision"], settings["seed"]) | unfinished,
+        origin=_origin(manifest, settings["model"], settings.get("commit") or settings["revision"], settings["seed"])
+        | unfinished,
         commands=_commands(manifest, path),
     )
 
