@@ -79,6 +79,14 @@ def test_models_and_rows_of_the_hub_are_linked(manifest: dict[str, Any], task: s
     assert "--data-dir glue" in text
 
 
+@pytest.mark.parametrize(("name", "shown"), [("cola_s0.5-a", "cola_s0.5-a"), ("a *b* <i>", "`a *b* <i>`")])
+def test_a_name_is_no_markup(manifest: dict[str, Any], name: str, shown: str) -> None:
+    manifest["run"]["name"] = name
+    text = card(manifest)
+    assert f"\n# {shown}, pruned\n" in text
+    assert front_matter(text)["model-index"][0]["name"] == f"{name}, pruned"
+
+
 def test_no_place_of_this_machine_is_told(pruned: Path, manifest: dict[str, Any]) -> None:
     text = card(manifest)
     places = [manifest["base"]["model"], *(value for value in manifest["data"].values() if str(value).startswith("/"))]

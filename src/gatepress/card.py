@@ -13,6 +13,7 @@ from gatepress.tasks import TASKS
 CARD_FILE = "README.md"
 GLUE = "nyu-mll/glue"
 DEMO_BASE = "sentence-transformers/all-MiniLM-L6-v2"  # the model behind --model demo
+PLAIN = r"[\w.-]+"  # in which Markdown and HTML find nothing
 HUB_METRICS = {  # those that the hub calls otherwise
     "matthews": "matthews_correlation",
     "pearson": "pearsonr",
@@ -88,7 +89,7 @@ def card(manifest: dict[str, Any], outputs: int | None = None) -> str:
     name = str(manifest["run"]["name"])
     parts = [
         f"---\n{_front_matter(manifest, name)}---",
-        f"# {name}, pruned",
+        f"# {name if re.fullmatch(PLAIN, name) else _code(name)}, pruned",
         _about(manifest, outputs),
         _numbers(manifest),
         f"## Loading it\n\n`DIR` is this directory, or its name on the hub.\n\n{_loading(manifest)}",
