@@ -1,6 +1,7 @@
 """The command lines that rebuild a directory, from its manifest: only options that differ from the defaults."""
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,11 @@ def _words(option: str, value: Any, *, portable: bool) -> list[str]:
         return [option, ",".join(map(str, value))]
     text = str(value)
     return [option, shown(text) if portable else text]
+
+
+def revision_of(base: Mapping[str, Any]) -> str | None:
+    """Return the revision of a base model: the commit that a training found, or what was asked for."""
+    return base.get("commit") or base.get("revision")
 
 
 def shown(text: str) -> str:

@@ -54,7 +54,7 @@ def locate_model(name: str, revision: str | None = None, *, commit: str | None =
     nothing or `~name` is no user, and `HubError` if the hub is out of reach and its cache has no copy.
     """
     if commit:
-        return _of_hub(name, without_revision(name), commit, code=code)
+        return _of_hub(name, commit, code=code)
     try:
         local = expanded(name)
         local.exists()
@@ -71,8 +71,7 @@ def locate_model(name: str, revision: str | None = None, *, commit: str | None =
         return _demo_model()
     if local.exists() or _is_path(name):
         return check_model_directory(now_at(local))
-    repo_id, at = _hub_name(name, revision)
-    return _of_hub(name, repo_id, at, code=code)
+    return _of_hub(name, _revision_of(name, revision), code=code)
 
 
 def _refuse_no_name(name: str) -> None:
@@ -82,8 +81,8 @@ def _refuse_no_name(name: str) -> None:
         raise UsageError(f"{name[:80]}: is an address, expected a directory, owner/name on the hub, or demo")
 
 
-def _hub_name(name: str, revision: str | None) -> tuple[str, str | None]:
-    """Return the id and the revision that a name of the hub and an option ask for; None: its main branch."""
+def _revision_of(name: str, revision: str | None) -> str | None:
+    """Return the revision that a name of the hub or an option asks for; None: its main branch."""
     repo_id, at, named = name.partition("@")
     if revision == "":
         raise UsageError(
@@ -93,13 +92,13 @@ def _hub_name(name: str, revision: str | None) -> tuple[str, str | None]:
         raise UsageError(f"{name}: names a revision and no model, expected owner/name{name}")
     if at and (not named or revision is not None):
         raise UsageError(f"{name}: names a revision of the hub {'twice' if named else 'by @ and says none'}; give one")
-    return repo_id, named or revision
+    return named or revision
 
 
-def _of_hub(name: str, repo_id: str, revision: str | None, *, code: bool) -> Path:
+def _of_hub(name: str, revision: str | None, *, code: bool) -> Path:
     patterns = (*MODEL_PATTERNS, *(CODE_PATTERNS if code else ()))
     return check_model_directory(
-        download(repo_id, "model", patterns, revision=revision, ways_out=_MODEL_WAYS), shown=name
+        download(without_revision(name), "model", patterns, revision=revision, ways_out=_MODEL_WAYS), shown=name
     )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gatepress.card import metric_after
-from gatepress.commands import commands_of
+from gatepress.commands import commands_of, revision_of
 from gatepress.config import TrainSettings
 from gatepress.files import PRUNED_FILE, RUN_FILE
 from gatepress.graph import describe, names_beside, read_graph
@@ -137,7 +137,7 @@ def provenance(manifest: Facts) -> Facts:
     base = manifest.get("base") or settings
     return {
         "model": base.get("model"),
-        "revision": base.get("commit") or base.get("revision"),
+        "revision": revision_of(base),
         **{key: manifest.get(key) for key in ("base_sha256", "data_fingerprint", "versions")},
         "seed": manifest.get("seed", settings.get("seed")),
         "settings": _effective(settings, report) if settings else None,

@@ -16,6 +16,7 @@ from gatepress.budget import budget_of
 from gatepress.card import CARD_FILE, card
 from gatepress.checkpoint import RunManifest, load_run, read_probe, read_run
 from gatepress.collapse import cut, live_parts, parameters_of, ship_code
+from gatepress.commands import revision_of
 from gatepress.config import (
     DEFAULT_LAYOUT,
     DEFAULT_TARGET,
@@ -133,10 +134,7 @@ def prune(  # noqa: PLR0913 - every option of the command is one
             "task": manifest.task.to_json(),
             "data": manifest.to_json()["data"],
             "max_length": manifest.tokens,
-            "base": {
-                "model": manifest.settings.model,
-                "revision": manifest.settings.commit or manifest.settings.revision,
-            },
+            "base": {"model": manifest.settings.model, "revision": revision_of(manifest.settings.to_json())},
             "base_sha256": manifest.base_sha256,
             "data_fingerprint": manifest.data_fingerprint,
             "seed": manifest.settings.seed,

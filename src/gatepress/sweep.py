@@ -52,7 +52,7 @@ from gatepress.files import (
     replace_file,
     temporary_directory,
 )
-from gatepress.hub import commit_of
+from gatepress.hub import commit_of, locate_model
 from gatepress.manifests import SWEEP_FILE, SWEEP_FORMAT, check_beside, read_manifest, understood
 from gatepress.models import model_files
 from gatepress.ondisk import stands_on
@@ -324,9 +324,9 @@ def _of_one_commit(settings: TrainSettings, finished: Iterable[RunManifest]) -> 
 
     Whatever its owner puts on the hub meanwhile, the trainings of a sweep can be compared.
     """
+    asked = settings.absolute()
     there = next((commit for run in finished if (commit := run.settings.commit)), None)
-    asked = replace(settings.absolute(), commit=there)
-    return replace(settings, commit=commit_of(asked.model, located(asked)))
+    return replace(settings, commit=there or commit_of(asked.model, located(asked)))
 
 
 def _located(settings: TrainSettings) -> Path:
@@ -372,9 +372,11 @@ def _finished(directory: Path, wanted: TrainSettings) -> RunManifest | None:
 def _refuse_changed(runs: dict[Path, RunManifest]) -> None:
     """Raise `ArtifactError` if rows or base have changed since runs finished: what is added must be comparable."""
     fingerprint = functools.cache(lambda data, embed: load_rows(data, embeds=embed).fingerprint)
-    weights = functools.cache(lambda base, embed: model_files(base, embeds=embed))
+    located_once = functools.cache(locate_model)
+    weights = functools.cache(model_files)
     for directory, run in runs.items():
-        base = weights(located(run.settings), run.settings.embed)
+        where = located_once(run.settings.model, run.settings.revision, commit=run.settings.commit)
+        base = weights(where, embeds=run.settings.embed)
         rows = fingerprint(run.settings.data, run.settings.embed)
         refuse_other(directory, run, replace(run, data_fingerprint=rows, base_sha256=base))
 

@@ -10,7 +10,7 @@ from typing import Any
 from gatepress.bench.record import Record
 from gatepress.bench.summary import Cell, absent
 from gatepress.card import metric_after
-from gatepress.commands import commands_of, shown
+from gatepress.commands import commands_of, revision_of, shown
 from gatepress.errors import ArtifactError
 from gatepress.files import RUN_FILE
 from gatepress.manifests import (
@@ -193,8 +193,7 @@ def _of_run(manifest: Manifest, path: Path) -> Item:
         metric=number(report.get("metric_value")),
         **_counted(report),
         size_bytes=_size(path, (manifest.get("tensors") or {}).get("file")),
-        origin=_origin(manifest, settings["model"], settings.get("commit") or settings["revision"], settings["seed"])
-        | unfinished,
+        origin=_origin(manifest, settings["model"], revision_of(settings), settings["seed"]) | unfinished,
         commands=_commands(manifest, path),
     )
 
