@@ -761,6 +761,21 @@ def test_stopped_outside_of_a_session(sign, where, verb, rank, prints):
     assert done.stderr == "error: interrupted; nothing was written\n"
 
 
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_windows_is_told_where_it_runs(options):
+    program = (
+        "import gatepress.__main__, os, sys\n"
+        f"sys.argv = ['gatepress', 'train', *{options}]\n"
+        "os.name = 'nt'\n"
+        "gatepress.__main__.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    line = "gatepress runs on Linux and macOS; on Windows run it in WSL (wsl --install)"
+    assert (done.returncode, done.stderr) == (2, f"error: {line}\n")
+    told = {"error": {"type": "UsageError", "message": line}, "exit_code": 2}
+    assert (json.loads(done.stdout) if options else done.stdout) == (told if options else "")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo terminal")
 @pytest.mark.parametrize(
     ("colours", "environment"), [(True, {}), (False, {"NO_COLOR": "1"}), (False, {"TERM": "dumb"})]

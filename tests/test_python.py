@@ -49,6 +49,24 @@ def test_the_public_names_are_listed() -> None:
         gatepress.prune  # noqa: B018 - that it is looked up is what is tested
 
 
+def test_a_pruned_model_loads_where_posix_ends(run: Path, tmp_path: Path) -> None:
+    """Windows has neither file locks of this kind nor SIGHUP: training wants both, a model that is loaded neither."""
+    prune(run, tmp_path / "pruned")
+    program = (
+        "import signal, sys\n"
+        "import peft, torch\n"  # they know where they are
+        "from transformers import BertForSequenceClassification, BertModel\n"
+        "del signal.SIGHUP, signal.SIGKILL, signal.pthread_sigmask\n"
+        "sys.modules.update(fcntl=None, resource=None)\n"
+        "import gatepress, gatepress.auto\n"
+        "from gatepress.runtime import open_runner\n"
+        f"gatepress.load_pruned({str(tmp_path / 'pruned')!r})\n"
+        f"open_runner({str(tmp_path / 'pruned')!r})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_directories_may_be_text(run: Path, tmp_path: Path) -> None:
     pruned, onnx, page = (str(tmp_path / name) for name in ("pruned", "onnx", "page.html"))
     prune(str(run), pruned)

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import glob
 import hashlib
 import json
@@ -278,6 +277,8 @@ def lock(directory: Path, *, target: Path | None = None) -> int | None:
     The claim follows the directory when that is renamed. None: the file system has no locks. Raises `OutputError` if
     another process holds the directory; the message is about `target` if the directory is yet to become that.
     """
+    import fcntl  # noqa: PLC0415 - Windows has none, and whoever loads a model there locks nothing
+
     handle = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

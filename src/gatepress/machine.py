@@ -1,7 +1,6 @@
 """What the machine calls itself: measured times belong to one machine and say which."""
 
 import platform
-import resource
 import sys
 from pathlib import Path
 
@@ -42,5 +41,7 @@ def peak_memory(device: torch.device) -> int:
     """Return the most bytes that this process has held at once: on the graphics card, or else on the machine."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    import resource  # noqa: PLC0415 - Windows has none
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
