@@ -237,6 +237,24 @@ def test_other_number_of_classes_is_refused(tiny_classifier_dir, tiny_task_files
         evaluate(tiny_classifier_dir("bert", 3), data=data_settings(tiny_task_files))
 
 
+def test_rows_that_lack_a_class_are_labelled_by_the_names_of_the_head(tiny_classifier_dir, tmp_path) -> None:
+    """Numbers could be ids of the head, or the classes of another task."""
+    source = tiny_classifier_dir("bert", 3)
+    wanted = "label them by name: LABEL_0, LABEL_1, LABEL_2$"
+    for labels, told in (
+        (("0", "2"), wanted),
+        (("LABEL_0", "LABEL_2"), None),
+        (("0.5", "1.5"), "model for this task$"),
+    ):
+        rows = tiny.write_table(tmp_path / "rows.csv", ("text", "label"), [("a", labels[0]), ("b", labels[1])])
+        data = DataSettings(validation_file=str(rows))
+        if told is None:
+            assert evaluate(source, data=data)["examples"] == 2
+        else:
+            with pytest.raises(ModelError, match=told):
+                evaluate(source, data=data)
+
+
 def test_as_many_outputs_as_a_graph_computes_count_not_as_many_as_it_names(forms, tmp_path) -> None:
     shutil.copytree(forms.onnx, tmp_path / "onnx")
     (tmp_path / "onnx/gatepress_onnx.json").unlink()

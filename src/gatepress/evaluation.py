@@ -25,7 +25,7 @@ from gatepress.progress import NoProgress, Progress
 from gatepress.runners import INPUTS, Runner
 from gatepress.runtime import open_runner
 from gatepress.tasks import TaskSpec
-from gatepress.tasks.labels import are_numbered, folded
+from gatepress.tasks.labels import are_numbered, folded, some
 from gatepress.tasks.sources import Rows, load_rows
 
 logger = logging.getLogger(__name__)
@@ -177,9 +177,12 @@ def evaluate_runner(  # noqa: PLR0913 - each is a dial of the measurement
 
 def _refuse_other_width(runner: Runner, spec: TaskSpec, outputs: int) -> None:
     if outputs not in spec.widths and not spec.embeds:
+        names = runner.label_names or ()
+        lacks = spec.num_labels < outputs == len(names) and spec.label_names is not None
+        way = f"; if its rows merely lack a class, label them by name: {some(names)}" if lacks else ""
         raise ModelError(
             f"{runner.name}: has {outputs} outputs, but {spec.name} needs {spec.num_labels}; "
-            "give the data it was trained for, or a model for this task"
+            f"give the data it was trained for, or a model for this task{way}"
         )
 
 
