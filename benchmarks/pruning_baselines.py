@@ -166,13 +166,31 @@ def place(record: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def render(records: list[dict[str, Any]], results: Path = RESULTS) -> str:
-    """Return the tables in Markdown: means over seeds with those of gates in `results`, then every record.
+    """Return the tables of records in Markdown, beside what `results` have of gates from the same starts."""
+    return tables_of(records, of_gates(records, results))
+
+
+def render_taught(records: list[dict[str, Any]]) -> str:
+    """Return the same of records among which those of gates are."""
+    return tables_of(*apart(records))
+
+
+def apart(records: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return what other methods gave, and what gates gave."""
+    others: list[dict[str, Any]] = []
+    gates: list[dict[str, Any]] = []
+    for one in records:
+        (gates if one["method"] == GATES else others).append(one)
+    return others, gates
+
+
+def tables_of(records: list[dict[str, Any]], gates: list[dict[str, Any]]) -> str:
+    """Return means over seeds of other methods and of gates, who is ahead, then every record of the others.
 
     A training may have been started anew since, so *full* is what each size began with.
     """
     records = sorted(records, key=place)
     fractions = sorted({one["asked_kept"] for one in records}, reverse=True)
-    gates = of_gates(records, results)
     text = "# Finetuned, pruned by a score, finetuned again\n\n"
     text += "| encoder | task | metric | method | " + " | ".join(f"full | {kept:.1%} of MACs" for kept in fractions)
     text += " |\n" + "|---" * (4 + 2 * len(fractions)) + "|\n"

@@ -299,7 +299,9 @@ def readme_pruned() -> str:
         "a row is what counts: over all seeds, gates keep less of CoLA at an eighth "
         "([table](benchmarks/results/paper_accuracy.md)).\n\n"
         f"{pruning_baselines.won(records, gates)} "
-        "[How](benchmarks/results/pruning_baselines.md).\n"
+        "[How](benchmarks/results/pruning_baselines.md).\n\n"
+        f"Finetuned again with the teacher that gates have, Taylor's cut comes nearer: {_taught()} "
+        "[Table](benchmarks/results/pruning_taught.md).\n"
     )
 
 
@@ -382,6 +384,11 @@ def _by_task(shown: Callable[[str, str], str]) -> str:
     return head + "\n".join(rows) + "\n"
 
 
+def _taught() -> str:
+    others, gates = pruning_baselines.apart(json.loads((RESULTS / "pruning_taught.json").read_text()))
+    return pruning_baselines.won([one for one in others if one["method"] == "taylor-taught"], gates)
+
+
 def _mean(values: list[float]) -> str:
     return f"{statistics.mean(values):.3f}" + (f" [{len(values)}]" if len(values) > 1 else "") if values else ""
 
@@ -394,6 +401,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "main_job": main_job.render,
     **{f"paper_{name}": partial(paper.render, experiment) for name, experiment in paper.EXPERIMENTS.items()},
     "pruning_baselines": pruning_baselines.render,
+    "pruning_taught": pruning_baselines.render_taught,
     "resume": resume.render,
     "shares": shares.render,
     "sizes": sizes.render,
