@@ -367,6 +367,8 @@ def test_a_missing_model_is_told_before_torch_is_imported(tmp_path):
     ("line", "told"),
     [
         (["export", "x", "--max-diff", "0"], "--max-diff is 0.0, expected a positive number"),
+        (["prune", "x", "--tokens", "-3"], "--tokens is -3, expected 1 or more"),
+        (["prune", "x", "--refit"], "--refit is for gates that are closed anew; give --sparsity FRACTION with it"),
         (["export", "x", "--task", "sst2"], "data options say what the metric of --quantize int8 is measured on"),
         (["evaluate", "x", "--batch-size", "0"], "--batch-size is 0, expected 1 or more"),
         (["bench", "x", "--seed", "-1"], "--seed is -1, expected 0 to 4,294,967,295"),
@@ -375,11 +377,30 @@ def test_a_missing_model_is_told_before_torch_is_imported(tmp_path):
 )
 def test_what_is_wrong_with_options_is_told_before_what_is_missing(monkeypatch, tmp_path, line, told):
     monkeypatch.chdir(tmp_path)
-    for name in ("export", "evaluation", "alternatives"):
+    for name in ("export", "evaluation", "alternatives", "pruning", "recovery"):
         monkeypatch.delattr(gatepress, name, raising=False)
         monkeypatch.setitem(sys.modules, f"gatepress.{name}", None)  # importing it now fails
+    (tmp_path / "pruned" / "x").mkdir(parents=True)  # the output that it would have
     result = run(*line)
     assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {told}")
+
+
+@pytest.mark.parametrize(
+    ("line", "exit_code", "told"),
+    [
+        (["prune", "pruned/x"], 1, "pruned/x: has no gatepress_run.json, expected a run directory written by "),
+        (["export", "onnx/x", "--quantize", "int8"], 2, "onnx/x: is ONNX already; give the directory that it was "),
+    ],
+)
+def test_a_wrong_source_is_told_before_an_output_that_is_in_the_way(monkeypatch, tmp_path, line, exit_code, told):
+    """By default the output of one is where the other is: nobody is to be told of --force."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("pruned/x/config.json", "onnx/x/model.onnx", "onnx/x/gatepress_onnx.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    result = run(*line)
+    assert result.exit_code == exit_code
     assert result.stderr.startswith(f"error: {told}")
 
 
@@ -759,6 +780,60 @@ def test_stopped_outside_of_a_session(sign, where, verb, rank, prints):
         {"error": told, "exit_code": 128 + sign} if prints else ""
     )
     assert done.stderr == "error: interrupted; nothing was written\n"
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_stopped_before_the_command_line_is_loaded(options):
+    """Whatever an import makes of what a handler raises: RuntimeError in place of KeyboardInterrupt, or nothing."""
+    program = (
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "import gatepress.__main__\n"
+        "assert 'typer' not in sys.modules\n"  # its import is long, and nothing answers before main() runs
+        "class Stop:\n"
+        "    def find_spec(name, *_):\n"
+        "        if name == 'typer':\n"
+        "            try:\n"
+        "                os.kill(os.getpid(), signal.SIGINT)\n"
+        "                for _ in range(1_000_000): pass\n"
+        "            except BaseException:\n"
+        "                raise RuntimeError from None\n"
+        "sys.meta_path.insert(0, Stop)\n"
+        f"sys.argv = ['gatepress', 'inspect', 'x', *{options}]\n"
+        "gatepress.__main__.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "error: interrupted; nothing was written\n")
+    told = {"type": "Interrupted", "message": "interrupted; nothing was written"}
+    assert (json.loads(done.stdout) if options else done.stdout) == (
+        {"error": told, "exit_code": 130} if options else ""
+    )
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_behind_the_result_changes_nothing(options, sign):
+    """All is written: nothing says that it was not, and the exit code is that of the result."""
+    program = (
+        "import atexit, os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "import gatepress.inspecting\n"
+        "from gatepress.cli import app, inspect\n"
+        "gatepress.inspecting.inspect = lambda _: {}\n"
+        "inspect.tables = lambda *_, **__: []\n"
+        "Screen = app.Screen\n"
+        "def result(self, *given, shown=Screen.result):\n"
+        "    shown(self, *given)\n"
+        f"    os.kill(os.getpid(), {int(sign)})\n"
+        "    for _ in range(1_000_000): pass\n"
+        "Screen.result = result\n"
+        f"atexit.register(lambda: print(int(signal.getsignal({int(sign)})), file=sys.stderr))\n"
+        f"sys.argv = ['gatepress', 'inspect', 'x', *{options}]\n"
+        "app.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    ignored = f"{int(signal.SIG_IGN)}\n"  # what Python handles is the system's again before the process has ended
+    assert (done.returncode, done.stdout, done.stderr) == (0, "{}\n" if options else "", ignored)
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])

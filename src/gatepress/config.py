@@ -413,6 +413,14 @@ def dropped(drop: float, limit: float) -> bool:
     return not drop <= limit + METRIC_ROUNDING
 
 
+def check_prune(
+    *, layout: Layout = DEFAULT_LAYOUT, target: Target = DEFAULT_TARGET, tokens: int | None = None, **_others: Any
+) -> None:
+    """Raise `UsageError` for options of `prune` that mean nothing, before anything is loaded or trained."""
+    refuse(unknown_words(layout=(layout, Layout), **{"for": (target, Target)}))
+    refuse_below(1, tokens=tokens)
+
+
 def check_export(*, max_diff: float, quantize: str | None, max_metric_drop: float | None, rows: bool) -> None:
     """Raise one `UsageError` for options of an export that mean nothing; `rows`: whether some were named."""
     problems = []

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import onnx
 from transformers import PreTrainedModel
@@ -24,7 +24,7 @@ from gatepress.files import ONNX_FILE, check_output, expanded, json_text, new_di
 from gatepress.graph import opset_of
 from gatepress.guest import as_guest
 from gatepress.hub import now_at
-from gatepress.manifests import ONNX_FORMAT, ONNX_MODEL, form_of
+from gatepress.manifests import ONNX_FORMAT, ONNX_MODEL, form_of, refuse_onnx
 from gatepress.models import model_errors, open_tokenizer, save_tokenizer
 from gatepress.ondisk import stands_on
 from gatepress.progress import Progress
@@ -72,12 +72,11 @@ def export(  # noqa: PLR0913 - every option of the command is one
     newest = onnx.defs.onnx_opset_version()
     if opset is not None and not MIN_OPSET <= opset <= newest:
         raise UsageError(f"--opset is {opset}, expected {MIN_OPSET} to {newest}")
+    refuse_onnx(source)
     path = now_at(expanded(str(source)))
     below = stands_on(read_run(path).settings) if form_of(path) == "run" else []
     check_output(output, force=force, reads=(path, *below))
-    runner = open_runner(source, trust_remote_code=trust_remote_code)
-    if not isinstance(runner, TorchRunner):
-        raise UsageError(f"{source}: is ONNX already; give the directory that it was exported from")
+    runner = cast("TorchRunner", open_runner(source, trust_remote_code=trust_remote_code))
     if runner.head_is_random:
         logger.warning("%s: has no task head, so its logits mean nothing; train one first: gatepress train", source)
     needed = bool(rows) or max_metric_drop is not None

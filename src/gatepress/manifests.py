@@ -9,7 +9,7 @@ from typing import Any, Literal
 from safetensors import SafetensorError, safe_open
 
 from gatepress.config import DataSettings, TrainSettings
-from gatepress.errors import ArtifactError, ModelError
+from gatepress.errors import ArtifactError, ModelError, UsageError
 from gatepress.families import FAMILIES
 from gatepress.files import ONNX_FILE, PROJECTION, PRUNED_FILE, RUN_FILE, expanded, read_json, sha256_of
 from gatepress.hub import refuse_misspelt
@@ -179,6 +179,12 @@ def refuse_absent(*targets: str | None) -> None:
     for target in filter(None, targets):
         if model_form(target) is None:
             refuse_misspelt(target)
+
+
+def refuse_onnx(source: str | Path) -> None:
+    """Raise `UsageError` if what is to be exported is ONNX already."""
+    if model_form(str(source)) == "onnx":
+        raise UsageError(f"{source}: is ONNX already; give the directory that it was exported from")
 
 
 def run_file(directory: Path) -> Path:

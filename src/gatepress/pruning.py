@@ -17,16 +17,7 @@ from gatepress.card import CARD_FILE, card
 from gatepress.checkpoint import RunManifest, load_run, read_probe, read_run
 from gatepress.collapse import cut, live_parts, parameters_of, ship_code
 from gatepress.commands import revision_of
-from gatepress.config import (
-    DEFAULT_LAYOUT,
-    DEFAULT_TARGET,
-    Layout,
-    Target,
-    TrainSettings,
-    refuse,
-    refuse_below,
-    unknown_words,
-)
+from gatepress.config import DEFAULT_LAYOUT, DEFAULT_TARGET, Layout, Target, TrainSettings, check_prune
 from gatepress.costs import Costs, analytic
 from gatepress.embedding import as_saved, write_modules_of
 from gatepress.errors import UsageError
@@ -77,7 +68,7 @@ def prune(  # noqa: PLR0913 - every option of the command is one
     `config.MAX_LOGIT_DIFF`; otherwise `ParityError` is raised and nothing is written. With `refit_`, gated and pruned
     model are compared before it, pruned and loaded one after it. With `dry_run`, only plans.
     """
-    refuse_unusable(layout=layout, target=target, tokens=tokens)
+    check_prune(layout=layout, target=target, tokens=tokens)
     run_dir, output = Path(run_dir), Path(output)
     settings = gated_settings(run_dir)
     if not dry_run:
@@ -159,14 +150,6 @@ def prune(  # noqa: PLR0913 - every option of the command is one
         (staged / PRUNED_FILE).write_text(json_text(body), encoding="utf-8")
         (staged / CARD_FILE).write_text(card(body, outputs=wanted.shape[1]), encoding="utf-8")
     return {**report, "size_bytes": (output / "model.safetensors").stat().st_size, "output_dir": str(output)}
-
-
-def refuse_unusable(
-    *, layout: Layout = DEFAULT_LAYOUT, target: Target = DEFAULT_TARGET, tokens: int | None = None, **_others: Any
-) -> None:
-    """Raise `UsageError` on options of `prune` that mean nothing, before anything is loaded or trained."""
-    refuse(unknown_words(layout=(layout, Layout), **{"for": (target, Target)}))
-    refuse_below(1, tokens=tokens)
 
 
 def _close_anew_(

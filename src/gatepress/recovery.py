@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gatepress.batches import make_loader, tokenize
 from gatepress.checkpoint import RunManifest, load_run, located, open_base, read_run
-from gatepress.config import DEFAULT_TARGET, TrainSettings, refuse_below
+from gatepress.config import DEFAULT_TARGET, TrainSettings, check_prune, refuse_below
 from gatepress.distill import varied
 from gatepress.embedding import reads_all
 from gatepress.errors import UsageError
@@ -27,7 +27,7 @@ from gatepress.latency import for_target
 from gatepress.models import open_tokenizer
 from gatepress.ondisk import stands_on
 from gatepress.progress import Progress
-from gatepress.pruning import gated_settings, prune, refuse_unusable
+from gatepress.pruning import gated_settings, prune
 from gatepress.refit import first_tokens, refit_
 from gatepress.resume import refuse_other
 from gatepress.runtime import device_here
@@ -61,7 +61,7 @@ def prune_each(  # noqa: PLR0913 - every option of the command is one
     if refit and recover_epochs:
         raise UsageError("--refit is for what is not trained on; leave it out, or --recover-epochs")
     settings = gated_settings(run_dir)
-    refuse_unusable(**pruning)  # these now, not after a training
+    check_prune(**pruning)  # these now, not after a training
     if table := pruning.get("latency_table"):
         for_target(pruning.get("target", DEFAULT_TARGET), table)
     _refuse_sizes(run_dir, settings, places, force=force)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 Titled = tuple[str, "Table | Group"]  # rich is imported only when something is shown
 
 SIGNALS: list[int] = []  # received signals: some libraries swallow what a handler raises while they are imported
-DELIVERED = threading.Event()  # whether the one JSON object was written: from then on a signal has nothing to report
+DELIVERED = threading.Event()  # whether the one JSON object, or all tables, were written: nothing is left to stop
 OF_SIGNALS = 128  # plus the signal's number is the exit code, as in shells
 NOTHING_WRITTEN = "nothing was written"
 INTERRUPTED = "Interrupted"  # the kind of error that a signal is
@@ -117,6 +117,7 @@ class Screen:
             for title, table in view(value):
                 console.print(title, markup=False, highlight=False, soft_wrap=not self.stdout.isatty())
                 console.print(table, crop=False)  # a terminal that is too narrow breaks lines; nothing is lost
+            DELIVERED.set()
         self.stdout.flush()
 
     def error(self, kind: str, message: str, exit_code: int) -> None:

@@ -3,8 +3,6 @@
 import os
 from collections.abc import Sequence
 
-import typer
-
 from gatepress.errors import UsageError
 
 LAUNCHED = "train"  # the one verb that launchers start
@@ -19,6 +17,8 @@ def refuse_launched(what: str) -> None:
     """Raise `UsageError` in the first of several processes, and end the others: `what` trains in one."""
     if os.environ.get("RANK") and os.environ.get("WORLD_SIZE", "1") != "1":
         if not is_first():
+            import typer  # not with the module: until it is loaded, an interrupt is answered by a traceback
+
             raise typer.Exit(2)
         raise UsageError(
             f"{what} trains in one process, RANK and WORLD_SIZE tell of {os.environ['WORLD_SIZE']}; start it without "

@@ -16,6 +16,7 @@ from gatepress.cli._console import DELIVERED, SIGNALS, Screen, Terminated, expla
 from gatepress.cli._groups import spread
 from gatepress.cli._launched import wants_json
 from gatepress.cli._options import examples
+from gatepress.signals import INTERRUPTS
 
 
 class StoppedError(Exception):
@@ -153,7 +154,7 @@ VERBS = [str(command.name or getattr(command.callback, "__name__", "")) for comm
 
 
 def _stop(number: int, _frame: object) -> None:
-    if DELIVERED.is_set():  # the command is at its end, and a second object would spoil the first
+    if DELIVERED.is_set():  # the command is at its end: a second object would spoil the first, and all is written
         return
     SIGNALS.append(number)
     raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
@@ -170,8 +171,9 @@ def main() -> NoReturn:
     try:
         app(prog_name="gatepress")  # also when started as `python -m gatepress`
     finally:
-        if SIGNALS:  # everything is reported; a second Ctrl-C would only disturb the end of the process
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in INTERRUPTS:  # everything is reported, and Python leaves a process at its end to the system
+            if signal.getsignal(number) is _stop:
+                signal.signal(number, signal.SIG_IGN)
     sys.exit(0)
 
 

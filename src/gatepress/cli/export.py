@@ -81,10 +81,11 @@ def export(  # noqa: PLR0913 - every option is a parameter
         data = rows_of(rows)
         check_export(max_diff=max_diff, quantize=quantize, max_metric_drop=max_metric_drop, rows=bool(data))
         target = output or Path("onnx") / name_of(source)
-        check_output(target, force=force)  # at once: what follows takes seconds to import
-        from gatepress.manifests import refuse_absent
+        from gatepress.manifests import refuse_absent, refuse_onnx
 
-        refuse_absent(source)  # for the same reason
+        refuse_absent(source)  # these at once: what follows takes seconds to import
+        refuse_onnx(source)
+        check_output(target, force=force)
 
         from gatepress import export as exporting
 

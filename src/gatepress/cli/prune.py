@@ -11,7 +11,7 @@ from gatepress.cli._asked import numbers
 from gatepress.cli._console import Titled, count, facts, grid, megabytes, percent, pick, session
 from gatepress.cli._launched import refuse_launched
 from gatepress.cli.train import metric_rows
-from gatepress.config import DEFAULT_LAYOUT, DEFAULT_TARGET
+from gatepress.config import DEFAULT_LAYOUT, DEFAULT_TARGET, check_prune
 from gatepress.errors import UsageError
 from gatepress.files import check_output
 
@@ -82,10 +82,8 @@ def prune(  # noqa: PLR0913 - every option is a parameter
         directory = output or Path("pruned") / run.resolve().name
         asked = None if sparsity is None else numbers("--sparsity", sparsity)
         outputs = _outputs(directory, asked)
-        if not dry_run:
-            for path in outputs.values():
-                check_output(path, force=force)  # before the slow imports
-        elif recover_epochs or refit or len(outputs) > 1:
+        check_prune(layout=layout, target=target, tokens=tokens)
+        if dry_run and (recover_epochs or refit or len(outputs) > 1):
             raise UsageError(
                 "--dry-run plans one size of what is trained; "
                 "leave out --recover-epochs and --refit, give one --sparsity"
@@ -99,6 +97,8 @@ def prune(  # noqa: PLR0913 - every option is a parameter
         from gatepress.manifests import run_file
 
         run_file(run)  # before the slow imports
+        for path in outputs.values() if not dry_run else ():
+            check_output(path, force=force)
         options: dict[str, Any] = {"layout": layout, "target": target, "latency_table": latency_table}
         options |= {"tokens": tokens, "force": force}
 
