@@ -51,14 +51,15 @@ class Verbs(TyperGroup):
         try:
             exit_code = super().main(arguments, *given, **settings)
         except (StoppedError, typer.Abort):
-            kind, message, exit_code = explain(KeyboardInterrupt())
-            _screen(arguments).error(kind, message, exit_code)
+            exit_code = _interrupted(arguments)
         except OSError as error:  # help and errors of usage are printed outside of a session
             leave(sys.stdout)
             _, message, exit_code = explain(error)
             if not isinstance(error, BrokenPipeError):
                 typer.echo(f"error: {message}", err=True)
         except Exception as error:
+            if SIGNALS:  # what was imported has made another exception of it
+                sys.exit(_interrupted(arguments))
             # typer has bundled click, renamed, since 0.20-odd, so its errors are recognised by their shape.
             if not hasattr(error, "format_message"):
                 raise
@@ -69,6 +70,13 @@ class Verbs(TyperGroup):
 def _screen(arguments: Sequence[str]) -> Screen:
     """Return where to print outside of a session."""
     return Screen(sys.stdout, sys.stderr, as_json=wants_json(arguments), quiet=False)
+
+
+def _interrupted(arguments: Sequence[str]) -> int:
+    """Print that the command was interrupted; return the exit code."""
+    kind, message, exit_code = explain(KeyboardInterrupt())
+    _screen(arguments).error(kind, message, exit_code)
+    return exit_code
 
 
 def _wrong_usage(error: Any, arguments: Sequence[str]) -> int:
