@@ -149,6 +149,22 @@ def test_a_head_that_is_loaded_next_is_not_reported_as_missing(
         own.setLevel(before)
 
 
+def test_the_level_of_a_logger_is_that_before_the_first_of_several_threads() -> None:
+    own = logging.getLogger("transformers")
+    before = own.level
+    try:
+        own.setLevel(logging.WARNING)
+        first, second = model_errors("x"), model_errors("x")
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert own.level == logging.ERROR
+        second.__exit__(None, None, None)
+        assert own.level == logging.WARNING
+    finally:
+        own.setLevel(before)
+
+
 def test_a_call_leaves_the_random_numbers_of_its_caller(
     run: Path, tiny_model_dir: Any, tiny_task_files: TaskFiles, tmp_path: Path
 ) -> None:

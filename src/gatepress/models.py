@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import threading
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -77,18 +78,36 @@ def refuse_missing(shown: Path | str, model: PreTrainedModel, missing: Iterable[
         raise ModelError(f"{shown}: weights are missing ({', '.join(lost[:3])}, ...); the checkpoint is not whole")
 
 
+_BEFORE: list[int] = []  # the level that transformers' logger had, once for each block that is entered
+_ENTERING = threading.Lock()
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Hold back the warnings of transformers until the last of several threads has left such a block."""
+    own = logging.getLogger("transformers")
+    with _ENTERING:
+        _BEFORE.append(_BEFORE[0] if _BEFORE else own.level)
+        if own.level == logging.WARNING:  # its default; whoever set another one sees what they asked for
+            own.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        with _ENTERING:
+            level = _BEFORE.pop()
+            if not _BEFORE:
+                own.setLevel(level)
+
+
 @contextlib.contextmanager
 def model_errors(directory: Path | str) -> Iterator[None]:
     """Turn what transformers raises on an unreadable model into one `ModelError`.
 
     Its report of heads that are missing or new is held back: what it asks to train is loaded next, or refused.
     """
-    own = logging.getLogger("transformers")
-    level = own.level
-    if level == logging.WARNING:  # its default; whoever set another one sees what they asked for
-        own.setLevel(logging.ERROR)
     try:
-        yield
+        with _without_warnings():
+            yield
     except (GatepressError, MemoryError):
         raise
     except BaseException as error:  # the many parts of transformers raise errors without a common base
@@ -97,8 +116,6 @@ def model_errors(directory: Path | str) -> Iterator[None]:
         place = Path(directory).parent
         way = f"; delete {place.parent}, and it is fetched again" if place.name == "snapshots" else ""
         raise ModelError(f"{directory}: cannot be loaded as a model ({reason_of(error)}){way}") from error
-    finally:
-        own.setLevel(level)
 
 
 def load_pruned(directory: str | Path) -> PreTrainedModel:
