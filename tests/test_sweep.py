@@ -343,6 +343,7 @@ def test_a_picture_says_of_how_many_seeds_its_points_are():
     [
         ({"max_length": 16}, r"--max-length 24, asked is 16"),
         ({"seed": 3}, r"--seed 0, asked is 3"),
+        ({"revision": "v1"}, r"was made without --revision, asked is v1"),
     ],
 )
 def test_other_settings_are_refused(settings, trained, tmp_path, changes, message):

@@ -436,8 +436,10 @@ def _refuse_other(where: Path, there: dict[str, Any], here: dict[str, Any]) -> N
         if key in (*GRID, *TIMING) or (key not in found and was is None):
             continue
         if was != asked.get(key):
+            made = f"without {spelled(key)}" if was is None else f"with {spelled(key)} {was}"
+            now = "none" if asked.get(key) is None else asked[key]
             raise UsageError(
-                f"{where}: was made with {spelled(key)} {was}, asked is {asked.get(key)}; "
+                f"{where}: was made {made}, asked is {now}; "
                 "ask for the same, choose another -o, or start over with --force"
             )
 
