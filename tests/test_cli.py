@@ -1118,6 +1118,15 @@ def test_quick_work_gets_a_first_and_a_last_line():
     assert last.startswith("training: 100 % (1,000/1,000, ")
 
 
+def test_few_units_have_their_own_percentage():
+    stream = io.StringIO()
+    progress = LineProgress(stream)
+    progress.start(3, "trainings")
+    progress._open[-1].last -= 60  # as if they took a minute
+    progress.advance(1)
+    assert stream.getvalue().splitlines()[-1].startswith("trainings: 33 % (1/3, ")
+
+
 def test_a_terminal_gets_a_live_bar_that_ends(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     stream = Terminal()

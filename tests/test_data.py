@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -372,6 +373,29 @@ def test_labels_of_validation_must_be_those_of_training(tmp_path: Path, good: Pa
     message = refused(own(good, other))
     assert message.startswith(str(other))
     assert "row 4: label 'odd' is not one of calm, wild" in message
+
+
+def test_classes_that_differ_in_capital_letters_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    file = write(tmp_path / "case.csv", [("a", "Calm"), ("b", "wild"), ("c", "calm")])
+    assert load_rows(own(file, file)).spec.label_names == ("Calm", "calm", "wild")
+    assert caplog.messages == [
+        f"{file}, column 'label': 'Calm' and 'calm' are two classes; if they are one, write all of its rows alike"
+    ]
+
+
+def test_validation_rows_of_one_class_are_told(tmp_path: Path, good: Path, caplog: pytest.LogCaptureFixture):
+    one = write(tmp_path / "one.csv", [("a", "calm"), ("b", "calm")])
+    load_rows(own(good, good))
+    assert not caplog.messages
+    load_rows(own(good, one))
+    assert caplog.messages == [f"{one}: every row used has the same label, so naming it always would score highest"]
+
+
+def test_decimal_numbers_of_a_parquet_file_are_numbers(tmp_path: Path):
+    table = {"text": ["a", "b", "c"], "label": [Decimal("0.50"), Decimal("1.25"), Decimal("3.00")]}
+    parquet.write_table(pa.table(table), tmp_path / "scores.parquet")
+    rows = load_rows(own(tmp_path / "scores.parquet", tmp_path / "scores.parquet"))
+    assert rows.train["label"][:] == [0.5, 1.25, 3.0]
 
 
 def test_too_many_classes_is_the_wrong_column(tmp_path: Path):

@@ -499,6 +499,24 @@ def test_a_file_that_times_no_model_is_refused(made, tmp_path):
         report([made.run], tmp_path / "page.html", benches=[tmp_path / "matmul.json"])
 
 
+def test_times_of_other_models_are_told(made, tmp_path, caplog):
+    other = tmp_path / "other.json"
+    render.write(records({"onnx/cola": 3.0, "dense": 9.0}), other, force=True)
+    report([made.onnx], tmp_path / "page.html", benches=[made.bench, other])
+    assert caplog.messages == [
+        f"{other}: times no model of this page, but onnx/cola, dense; the page shows it as it is"
+    ]
+
+
+def test_a_model_that_was_measured_is_told_first(made, tmp_path):
+    unknown = dict.fromkeys(("source_manifest", "task", "data", "quantize"))
+    manifest = {**made.onnx_manifest, **unknown, "source": "elsewhere"}
+    bare = write(tmp_path / "onnx" / "bare", "gatepress_onnx.json", manifest)
+    told = report([made.run, bare], tmp_path / "page.html")
+    assert told["models"][1]["metric_value"] is None
+    assert told["finding"].startswith("run sst2 reaches accuracy")
+
+
 # --- charts ---------------------------------------------------------------------------------------
 
 

@@ -358,6 +358,36 @@ def test_other_settings_are_refused(settings, trained, tmp_path, changes, messag
     assert (tmp_path / "sweep/sweep.json").read_bytes() == before
 
 
+def test_the_metric_that_a_sweep_chose_may_be_named(settings, trained, tmp_path):
+    first = run(settings, tmp_path / "sweep", methods=["lora"], plot=False)
+    named = replace(settings, data=replace(settings.data, metric="accuracy"))
+    assert run(named, tmp_path / "sweep", methods=["lora"], plot=False) == first
+    run(named, tmp_path / "sweep", methods=["lora"], seeds=2, plot=False)
+    assert len(run(settings, tmp_path / "sweep", methods=["lora"], seeds=2, plot=False)["cells"]) == 2
+    assert trained == ["lora-s0-seed0", "lora-s0-seed1"]
+    other = replace(settings, data=replace(settings.data, metric="f1"))
+    with pytest.raises(UsageError, match="was made without --metric, asked is f1"):
+        run(other, tmp_path / "sweep", methods=["lora"], plot=False)
+
+
+def test_a_run_that_lost_its_manifest_is_told_what_to_remove(settings, tmp_path):
+    cell = tmp_path / "runs" / "lora-s0-seed0"
+    cell.mkdir(parents=True)
+    (cell / "gates-00000002.safetensors").touch()
+    with pytest.raises(OutputError, match=rf"has no gatepress_run.json.*; remove {cell}, and run the same command"):
+        sweep.train_or_resume(settings, cell)
+    assert list(cell.iterdir())
+
+
+@pytest.mark.usefixtures("never")
+@pytest.mark.parametrize("force", [False, True])
+def test_a_file_is_no_place_for_a_sweep(settings, tmp_path, force):
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(OutputError, match="is a file, expected a directory"):
+        run(settings, tmp_path / "file", force=force)
+    assert (tmp_path / "file").read_text() == "precious"
+
+
 def test_runs_that_were_not_matched_are_not_added_to_where_matching_is_the_default(settings, trained, tmp_path):
     own = replace(settings, data=replace(settings.data, metric="matthews"))
     grid = {"methods": ["lora"], "plot": False}

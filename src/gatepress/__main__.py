@@ -1,4 +1,4 @@
-"""`gatepress` and `python -m gatepress`: run the command line, and end without a traceback even before it is loaded."""
+"""`gatepress` and `python -m gatepress`: run the command line, and end without a traceback even while it is loaded."""
 
 import json
 import os

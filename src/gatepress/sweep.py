@@ -107,6 +107,8 @@ def run(  # noqa: PLR0913 - every option of the command is one
     progress, output = progress or NoProgress(), Path(output)
     refuse(unknown_words(**{"for": (target, Target)}))
     refuse_single(methods=methods, sparsities=sparsities, batch_sizes=batch_sizes, seq_lens=seq_lens)
+    if not force:
+        settings = _spelled_as_before(settings, output / SWEEP_FILE)
     asked = _cells(settings, methods, sparsities, seeds)
     measuring: dict[str, Any] = {
         "batch_sizes": list(batch_sizes),
@@ -385,15 +387,19 @@ def train_or_resume(settings: TrainSettings, output: Path) -> dict[str, Any]:
     """Train a cell, from where it was stopped if it was; its settings have been compared before."""
     try:
         stopped = bool(read_run(output).resume)
-    except ArtifactError:
+    except ArtifactError as error:
+        try:
+            check_output(output, force=True)
+        except OutputError:
+            raise OutputError(f"{error}; remove {output}, and run the same command again") from None
         stopped = False
     return training.resume(output) if stopped else training.train(settings, output, force=True)
 
 
 def _before(output: Path, settings: dict[str, Any], *, force: bool) -> dict[str, Any]:
     """Return what the sweep in `output` says about itself, or {} if there is none; refuse the place of another one."""
-    if not output.exists():
-        check_output(output, force=False)
+    if not output.is_dir():
+        check_output(output, force=True)  # a file, or a link to nothing, is none that can be added to
         return {}
     try:
         found = read_manifest(output / SWEEP_FILE)
@@ -402,6 +408,18 @@ def _before(output: Path, settings: dict[str, Any], *, force: bool) -> dict[str,
     if not force:
         _refuse_other(output, found.get("settings", {}), settings)
     return found
+
+
+def _spelled_as_before(settings: TrainSettings, path: Path) -> TrainSettings:
+    """Leave out the metric if the sweep at `path` was made without naming one, and by itself took the same."""
+    if settings.data.metric is None or not path.is_file():
+        return settings
+    before = read_manifest(path)
+    with understood(path):
+        named = before["settings"]["train"]["data"]["metric"]
+        chosen = {cell["metric_name"] for cell in before["cells"] if cell["status"] == "finished"}
+    same = named is None and chosen == {settings.data.metric}
+    return replace(settings, data=replace(settings.data, metric=None)) if same else settings
 
 
 def _finished_cells(before: dict[str, Any], path: Path) -> list[Cell]:

@@ -165,4 +165,4 @@ class _Lines:
         if self.done < self.total:
             parts.append(f"{clock_text(spent * (self.total - self.done) / self.done)} left")
         parts.append(figures_text(self.figures))
-        return f"{self.description}: {tenths * 100 // LINES_PER_TASK} % ({', '.join(p for p in parts if p)})"
+        return f"{self.description}: {min(100, self.done * 100 // self.total)} % ({', '.join(p for p in parts if p)})"

@@ -1,5 +1,6 @@
 """What manifests say, in one shape for every kind of directory. JSON only: no weights, no torch."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,8 @@ from gatepress.manifests import (
     understood,
 )
 from gatepress.schema import is_number
+
+logger = logging.getLogger(__name__)
 
 BYTES_A_PARAMETER = 4  # float32
 SHORT = 12  # characters of a hash that people compare
@@ -105,10 +108,11 @@ class Sheet:
     records: tuple[tuple[Record, ...], ...]  # of each sweep and file, end to end
 
 
-def read(directories: Iterable[Path], benches: Iterable[tuple[Path, Sequence[Record]]] = ()) -> Sheet:
+def read(directories: Iterable[Path], benches: Sequence[tuple[Path, Sequence[Record]]] = ()) -> Sheet:
     """Read every directory and attach what was timed.
 
     Raises `ArtifactError` on a directory of no known kind, and on a manifest or measurement that is not understood.
+    Warns of measurements of which none is certainly of these models.
     """
     files = [_end_to_end(path, records) for path, records in benches]
     loose = [record for records in files for record in records]
@@ -122,6 +126,11 @@ def read(directories: Iterable[Path], benches: Iterable[tuple[Path, Sequence[Rec
             for item in items
         ]
         groups.append(tuple(_named_apart(item, taken) for item in timed))
+    shown = [item.timed for group in groups for item in group]
+    for (path, _), own in zip(benches, files, strict=True):
+        if not any(record in own for record in shown):
+            names = ", ".join(dict.fromkeys(record.name for record in own))
+            logger.warning("%s: times no model of this page, but %s; the page shows it as it is", path, names)
     return Sheet(
         items=tuple(item for group in groups for item in group),
         sweeps=tuple(group for group in groups if group[0].kind == "sweep"),

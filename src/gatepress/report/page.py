@@ -65,7 +65,9 @@ def render(sheet: Sheet, title: str | None = None) -> Page:
 
 def _finding(sheet: Sheet) -> Finding:
     """Return what matters most: the knee of a sweep, or else the last form of a model that was given."""
-    item = max(sheet.items, key=lambda one: (one.knee, _LATE.index(one.kind), one.closed or 0.0))
+    item = max(
+        sheet.items, key=lambda one: (one.knee, one.metric is not None, _LATE.index(one.kind), one.closed or 0.0)
+    )
     record = item.timed
     numbers = []
     said = f"is a model of {_task(item)}"

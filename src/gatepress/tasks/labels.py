@@ -1,13 +1,17 @@
 """From the values of a label column to ids or numbers, and to the kind of task they make."""
 
+import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 from gatepress.errors import DataError
 from gatepress.schema import is_sound
 from gatepress.tasks.spec import MIN_CLASSES
+
+logger = logging.getLogger(__name__)
 
 MAX_SCORE = 3.4e38  # float32 holds little more
 _NAMED = (
@@ -49,6 +53,7 @@ def infer_names(values: list[Any], where: str) -> tuple[str, ...] | None:
     else:
         _refuse_mixed(spelled, where)
         _refuse_quoted(spelled, where)
+        _tell_alike(spelled, where)
         names = sorted(spelled)
     if len(names) > MAX_CLASSES:
         raise DataError(
@@ -89,6 +94,16 @@ def _refuse_quoted(spelled: Mapping[str, int], where: str) -> None:
             raise DataError(
                 f"{where}, row {row}: label {text!r} is another than {bare!r}, which has no quotes; drop them or, in a "
                 "csv, the blank before them"
+            )
+
+
+def _tell_alike(spelled: Iterable[str], where: str) -> None:
+    """Warn of classes whose names differ in nothing but capital letters."""
+    first: dict[str, str] = {}
+    for text in sorted(spelled):
+        if (other := first.setdefault(text.casefold(), text)) != text:
+            logger.warning(
+                "%s: %r and %r are two classes; if they are one, write all of its rows alike", where, other, text
             )
 
 
@@ -209,7 +224,7 @@ def label_text(value: Any, where: str, row: int) -> str:
     """Return the one spelling of a label; `DataError` if there is none or it is a structure."""
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, int | float):
+    if isinstance(value, int | float | Decimal):
         return str(value)
     if not isinstance(value, str) or not value.strip():
         got = "missing" if value is None or isinstance(value, str) else type(value).__name__

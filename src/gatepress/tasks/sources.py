@@ -1,6 +1,7 @@
 """Rows of a task from where the user has them: a GLUE directory, the hub, the demo, own files."""
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -27,6 +28,8 @@ from gatepress.tasks.labels import (
 )
 from gatepress.tasks.readers import Columns, read_columns
 from gatepress.tasks.spec import CORRELATIONS, METRICS, MIN_CLASSES, OF_SECOND, PAIR, RANKS, TASKS, TaskSpec, task_named
+
+logger = logging.getLogger(__name__)
 
 _HALF = re.compile("[\ud800-\udfff]")
 
@@ -331,6 +334,8 @@ def _refuse_undefined(tables: Mapping[str, Columns], spec: TaskSpec, where: str,
     elif of_second and not any(labels):
         lack = f"lacks {'any class' if spec.multi_label else 'the class that is looked for'}"
     else:
+        if spec.names_classes and all(label == labels[0] for label in labels):
+            logger.warning("%s: every row used has the same label, so naming it always would score highest", where)
         return
     remedy = "raise --max-validation-samples, or " if cut else ""
     raise DataError(
