@@ -436,8 +436,10 @@ def test_a_foreign_directory_is_not_touched(settings, tmp_path, text, force):
     if text:
         (tmp_path / "sweep.json").write_text(text)
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(OutputError, match="exists and holds no sweep"):
-        run(settings, tmp_path, force=force)
+    for metric in (None, "accuracy"):
+        asked = replace(settings, data=replace(settings.data, metric=metric))
+        with pytest.raises(OutputError, match="exists and holds no sweep"):
+            run(asked, tmp_path, force=force)
     assert sorted(tmp_path.iterdir()) == before
 
 

@@ -412,12 +412,13 @@ def _before(output: Path, settings: dict[str, Any], *, force: bool) -> dict[str,
 
 def _spelled_as_before(settings: TrainSettings, path: Path) -> TrainSettings:
     """Leave out the metric if the sweep at `path` was made without naming one, and by itself took the same."""
-    if settings.data.metric is None or not path.is_file():
+    try:
+        before = read_manifest(path)
+        with understood(path):
+            named = before["settings"]["train"]["data"].get("metric")
+            chosen = {cell["metric_name"] for cell in before["cells"] if cell["status"] == "finished"}
+    except ArtifactError:  # there is none, or it is refused where all of it is read
         return settings
-    before = read_manifest(path)
-    with understood(path):
-        named = before["settings"]["train"]["data"]["metric"]
-        chosen = {cell["metric_name"] for cell in before["cells"] if cell["status"] == "finished"}
     same = named is None and chosen == {settings.data.metric}
     return replace(settings, data=replace(settings.data, metric=None)) if same else settings
 
