@@ -7,6 +7,7 @@ import sys
 from typing import NoReturn
 
 from gatepress.cli._launched import wants_json
+from gatepress.signals import interrupts
 
 
 def main() -> NoReturn:
@@ -14,12 +15,9 @@ def main() -> NoReturn:
     if os.name != "posix":  # file locks, the signals of a closed terminal, renamed directories
         _end("UsageError", "gatepress runs on Linux and macOS; on Windows run it in WSL (wsl --install)", 2)
     try:
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # otherwise shells asked to ignore it
-            signal.signal(signal.SIGINT, _leave)
-        from gatepress.cli.app import main as run
+        with interrupts(_leave):
+            from gatepress.cli.app import main as run
 
-        if signal.getsignal(signal.SIGINT) is _leave:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         run()
     except KeyboardInterrupt as stopped:
         _end(*_interrupted(getattr(stopped, "number", signal.SIGINT)))

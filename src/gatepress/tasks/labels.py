@@ -3,7 +3,7 @@
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -53,8 +53,8 @@ def infer_names(values: list[Any], where: str) -> tuple[str, ...] | None:
     else:
         _refuse_mixed(spelled, where)
         _refuse_quoted(spelled, where)
-        _tell_alike(spelled, where)
         names = sorted(spelled)
+        _tell_alike(names, where)
     if len(names) > MAX_CLASSES:
         raise DataError(
             f"{where} has {len(names):,} distinct values, expected at most {MAX_CLASSES:,} classes; "
@@ -97,11 +97,11 @@ def _refuse_quoted(spelled: Mapping[str, int], where: str) -> None:
             )
 
 
-def _tell_alike(spelled: Iterable[str], where: str) -> None:
+def _tell_alike(names: Sequence[str], where: str) -> None:
     """Warn of classes whose names differ in nothing but capital letters."""
     first: dict[str, str] = {}
-    for text in sorted(spelled):
-        if (other := first.setdefault(text.casefold(), text)) != text:
+    for form, text in zip(folded(names), names, strict=True):
+        if (other := first.setdefault(form, text)) != text:
             logger.warning(
                 "%s: %r and %r are two classes; if they are one, write all of its rows alike", where, other, text
             )
