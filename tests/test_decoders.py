@@ -43,6 +43,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("gemma3_text", {"attention_bias": True, "layer_types": ["full_attention", "full_attention"]}),
 ]
 
+HALVES = "each saving of this release halves how far local layers see"
+
 pytestmark = pytest.mark.skipif(NORMED not in tiny.FAMILIES, reason="this release of transformers has no such family")
 
 
@@ -86,6 +88,8 @@ def test_padding_may_be_on_either_side(family: str) -> None:
 @pytest.mark.parametrize(("family", "changes"), VARIANTS)
 @pytest.mark.parametrize("granularity", ["structured", "matrix"])
 def test_pruned_models_compute_what_gated_ones_do(family: str, granularity: Any, changes: dict[str, Any]) -> None:
+    if "use_bidirectional_attention" in changes and tiny.RELEASE < (5, 16):
+        pytest.skip(HALVES)
     model = gated_model(family, granularity, **changes)
     pruned, plan = collapse(model, "paper" if granularity == "matrix" else "inner")
     assert plan.removed_fraction > 0.2
@@ -209,6 +213,14 @@ def test_padding_without_an_embedding_is_told(tmp_path: Path) -> None:
         open_runner(base)
 
 
+def test_a_head_that_cannot_find_the_last_token_of_a_batch_is_not_exported(tmp_path: Path) -> None:
+    model = tiny.build_classifier(NORMED, pad_token_id=None)
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(ModelError, match=r"base: has no padding token, so texts cannot share a batch; set pad_token"):
+        export(tmp_path / "base", tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
+
+
 def test_layers_that_see_near_tokens_alone_may_lose_all_queries(tiny_task_files: TaskFiles, tmp_path: Path) -> None:
     """Their last token may then see nothing but what is masked, which `prune` must not compare."""
     model = tiny.build_classifier("mistral", sliding_window=3)
@@ -233,7 +245,7 @@ def test_angles_that_depend_on_the_length_of_a_text_are_those_of_short_ones_in_a
 ALL_SEEN = {"use_bidirectional_attention": True, "sliding_window": 6}
 
 
-@pytest.mark.skipif(tiny.RELEASE < (5, 16), reason="each saving of this release halves how far local layers see")
+@pytest.mark.skipif(tiny.RELEASE < (5, 16), reason=HALVES)
 def test_tokens_may_all_see_each_other(tiny_task_files: TaskFiles, tmp_path: Path) -> None:
     """In texts longer than local layers see, before and after a model is saved and pruned."""
     model = tiny.build_classifier("gemma3_text", **ALL_SEEN)
@@ -256,7 +268,8 @@ def test_a_configuration_that_changes_when_it_is_saved_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = tiny.save_model(tiny.build_classifier("gemma3_text", **ALL_SEEN), "gemma3_text", tmp_path / "base")
-    monkeypatch.delattr(transformers.Gemma3TextConfig, "to_dict", raising=False)  # as releases before 5.16 are
+    if "to_dict" in vars(transformers.Gemma3TextConfig):  # not in releases before 5.16
+        monkeypatch.delattr(transformers.Gemma3TextConfig, "to_dict")
     with pytest.raises(ModelError, match=r"see \d+ others to each side, and \d+ once transformers .* has saved it"):
         open_runner(base)
 

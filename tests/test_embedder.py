@@ -1,10 +1,14 @@
 """Embedders (`--embed`): one vector a text in every form, as sentence-transformers has it, learnt without labels."""
 
+import copy
 import json
 import logging
 import math
+import pickle
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
@@ -35,6 +39,7 @@ from gatepress.embedding import embedding_of, is_embedder, write_modules
 from gatepress.errors import ArtifactError, DataError, ModelError, OutputError, UsageError
 from gatepress.evaluation import evaluate
 from gatepress.export import export
+from gatepress.gates import counted, gates_of
 from gatepress.losses import batch_loss
 from gatepress.models import open_pruned
 from gatepress.pruning import prune
@@ -195,15 +200,89 @@ def test_the_metric_is_that_of_cosines(embedder: Make, tmp_path: Path) -> None:
 
 
 def test_open_gates_change_no_vector_and_closed_ones_are_made_up_for(
-    embedder: Make, trained: Path, tiny_regression_files: TaskFiles, tmp_path: Path
+    embedder: Make, tiny_regression_files: TaskFiles, tmp_path: Path
 ) -> None:
     train(embedding(embedder(), tiny_regression_files, sparsity=0, epochs=1), tmp_path / "open")
     whole = vectors_of(embedder())
     assert np.abs(vectors_of(tmp_path / "open") - whole).max() < 0.02
-    report = train(embedding(embedder(), tiny_regression_files, epochs=1, learning_rate=1e-9), tmp_path / "idle")
-    assert report["closed_gates"]
-    apart = [float(np.square(vectors_of(run) - whole).mean()) for run in (trained, tmp_path / "idle")]
+    idle = {"learning_rate": 1e-9, "gate_learning_rate": 1e-9}
+    for name, rates in (("taught", {}), ("idle", idle)):
+        assert train(embedding(embedder(), tiny_regression_files, epochs=6, **rates), tmp_path / name)["closed_gates"]
+    apart = [float(np.square(vectors_of(tmp_path / name) - whole).mean()) for name in ("taught", "idle")]
     assert apart[0] < 0.6 * apart[1]
+
+
+def test_what_costs_no_vector_anything_closes_first(
+    embedder: Make, tiny_regression_files: TaskFiles, tmp_path: Path
+) -> None:
+    """Although an embedder starts as its own teacher, from which nothing is any distance away."""
+    model = tiny.build_encoder("bert")
+    last = tiny.LAYERS - 1
+    with torch.no_grad():
+        weight = model.get_submodule(f"encoder.layer.{last}.output.dense").weight
+        weight[:, ::2] = 0  # neurons that nobody hears
+    base = shutil.copytree(embedder(), tmp_path / "base")
+    model.save_pretrained(base)
+    alone = {"method": "gates", "lora_rank": None}  # a low rank would hear them
+    settings = embedding(base, tiny_regression_files, granularity="structured", matrices=("up", "down"), **alone)
+    unheard = weight.shape[1] // 2
+    train(replace(settings, sparsity=unheard / (tiny.LAYERS * weight.shape[1])), tmp_path / "run")
+    masks = [gate.mask for _, gate in gates_of(load_run(tmp_path / "run")[0])]
+    assert sum(int((mask == 0).sum()) for mask in masks) == unheard
+    assert masks[last][::2].sum() <= 1  # one was closed at random, to begin with
+
+
+def test_an_embedder_learns_from_its_first_step(
+    embedder: Make, tiny_regression_files: TaskFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[Any] = []
+    step = training._step
+
+    def stopping(job: Any, batch: Any) -> Any:
+        if len(taken) == 3:
+            raise KeyboardInterrupt
+        taken.append(batch)
+        return step(job, batch)
+
+    monkeypatch.setattr(training, "_step", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        train(embedding(embedder(), tiny_regression_files, granularity="structured"), tmp_path / "run")
+    gates = [gate for _, gate in gates_of(load_run(tmp_path / "run")[0])]
+    total, closed = counted(gates)
+    assert 0 < closed < 0.02 * total
+    scores = torch.cat([gate.score for gate in gates])
+    assert (scores > 0).float().mean() > 0.9
+
+
+@pytest.mark.parametrize(("family", "most"), [("bert", "5GB"), ("qwen3", "5GB"), ("bert", "20KB")])
+def test_what_transformers_saved_anew_pools_as_before(
+    family: str, most: str, embedder: Make, tiny_regression_files: TaskFiles, tmp_path: Path
+) -> None:
+    start = embedder(family, NORMALIZED, old_pooling("lasttoken" if family == "qwen3" else "cls_token"))
+    prune(save_run(tmp_path / "run", start, tiny_regression_files, embed=True), tmp_path / "pruned")
+    model, anew = gatepress.load_pruned(tmp_path / "pruned"), tmp_path / "anew"
+    for _ in range(2):  # also over what is there
+        model.save_pretrained(anew, max_shard_size=most)
+    AutoTokenizer.from_pretrained(tmp_path / "pruned").save_pretrained(anew)
+    assert len(list(anew.glob("*.safetensors"))) > 1 or most == "5GB"
+    wanted = vectors_of(tmp_path / "pruned")
+    np.testing.assert_array_equal(vectors_of(anew), wanted)
+    np.testing.assert_allclose(SentenceTransformer(str(anew)).encode(TEXTS), wanted, atol=1e-5)
+    export(anew, tmp_path / "onnx")
+    np.testing.assert_allclose(vectors_of(tmp_path / "onnx"), wanted, atol=1e-5)
+
+
+def test_an_embedder_is_pickled_and_copied(trained: Path, tmp_path: Path) -> None:
+    prune(trained, tmp_path / "pruned")
+    model = gatepress.load_pruned(tmp_path / "pruned")
+    ids = torch.arange(5, 13)[None]
+    told = f"import sys, pickle; print(type(pickle.load(open({str(tmp_path / 'model')!r}, 'rb'))).__name__)"
+    (tmp_path / "model").write_bytes(pickle.dumps(model))
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == [type(model).__name__], done.stderr
+    for again in (pickle.loads((tmp_path / "model").read_bytes()), copy.deepcopy(model)):  # noqa: S301 - our own
+        with torch.inference_mode():
+            assert torch.equal(again(ids).logits, model(ids).logits)
 
 
 def test_every_token_of_the_last_layer_is_asked_for() -> None:

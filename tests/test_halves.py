@@ -51,6 +51,8 @@ def logits(model: Any, family: str) -> torch.Tensor:
 @pytest.mark.parametrize("changes", VARIANTS, ids=lambda changes: "-".join(changes) or "usual")
 @pytest.mark.parametrize("family", HALVED)
 def test_one_product_takes_the_place_of_two(family: str, changes: dict[str, Any]) -> None:
+    if family == "gemma3_text" and "rope_parameters" in changes and tiny.RELEASE < (5, 1):
+        pytest.skip("this release wants the angles of local and of global layers apart")
     model = gated_model(family, **changes)
     for layer in resolve(model):
         gated_linear(model, layer, "down").gate_in.mask[:] = 1
@@ -115,7 +117,7 @@ def test_a_family_that_this_transformers_does_not_have_is_told(monkeypatch: pyte
     with pytest.raises(ModelError, match=r"gte needs a newer release of transformers than 5\.0\.0"):
         model_class(FAMILIES["gte"])
     assert modeling_gatepress._classes("Gte") == {}
-    monkeypatch.delattr(modeling_gatepress, "GatepressGteModel", raising=False)
+    monkeypatch.delitem(vars(modeling_gatepress), "GatepressGteModel", raising=False)
     with pytest.raises(ImportError, match="needs a release of transformers with GteModel, this is 5"):
         _ = modeling_gatepress.GatepressGteModel
     with pytest.raises(AttributeError, match="has no attribute 'GatepressGtModel'"):

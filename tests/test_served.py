@@ -68,6 +68,29 @@ def test_what_transformers_saved_anew_is_a_model_like_any_other(
 
 
 @pytest.mark.parametrize("family", ["bert"], indirect=True)
+def test_a_large_model_is_saved_anew_in_several_files(pruned: Path, tmp_path: Path) -> None:
+    anew = tmp_path / "anew"
+    load_pruned(pruned).save_pretrained(anew, max_shard_size="20KB")
+    open_tokenizer(pruned).save_pretrained(anew)
+    parts = sorted(anew.glob("model-*.safetensors"))
+    assert len(parts) > 1
+    batch = {name: value.numpy() for name, value in tiny.random_batch("bert").items()}
+    wanted, got = (open_runner(place).logits(batch) for place in (pruned, anew))
+    assert (got == wanted).all()
+
+    index = json.loads((anew / "model.safetensors.index.json").read_text())
+    for odd in ("../elsewhere.safetensors", 3):
+        weights = {**index["weight_map"], "odd": odd}
+        (anew / "model.safetensors.index.json").write_text(json.dumps({**index, "weight_map": weights}))
+        with pytest.raises(ArtifactError, match=r"index\.json: a field is missing or of a wrong kind"):
+            open_runner(anew)
+    parts[0].unlink()
+    (anew / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ArtifactError, match=rf"{parts[0].name}: not readable as safetensors"):
+        open_runner(anew)
+
+
+@pytest.mark.parametrize("family", ["bert"], indirect=True)
 def test_norms_may_be_named_as_transformers_before_5_6_saves_them(pruned: Path, tmp_path: Path) -> None:
     anew, file = tmp_path / "anew", tmp_path / "anew" / "model.safetensors"
     load_pruned(pruned).save_pretrained(anew)

@@ -89,6 +89,10 @@ def test_a_whole_directory_passes(made: SimpleNamespace, kind: str) -> None:
     assert any("sha256" in line for line in found["checked"])
 
 
+def test_the_graph_of_a_directory_is_verified_with_all_beside_it(made: SimpleNamespace) -> None:
+    assert verify(made.onnx / "model.onnx") == verify(made.onnx)
+
+
 def test_a_base_of_the_hub_is_looked_for_on_this_disk_alone(copy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
 

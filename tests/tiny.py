@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -220,6 +221,8 @@ def widen_(model: nn.Module, seed: int = 0) -> None:
 
 def build_config(family: str, **changes: Any) -> Any:
     """Return the tiny configuration of `family`; `changes` win over the row."""
+    if family not in BY_FAMILY:
+        pytest.skip(f"this release of transformers has no {family}")
     return AutoConfig.for_model(family, **{**BY_FAMILY[family].config_settings(), **changes})
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gatepress.models import load_pruned
 
-__version__ = "0.47.2"
+__version__ = "0.48.0"
 __all__ = ["__version__", "load_pruned"]
 
 

@@ -15,7 +15,8 @@ squared gradient (dL/dz)^2, the diagonal of the Fisher information of the gates.
 gates of the encoder are ranked by average / multiply-accumulates saved, and the last of them close. The
 number that may stay open falls on a cubic schedule to the exact budget. A closed gate stays closed, so
 the following steps need not compute it (narrowing.py). Layers share the loss where it hurts least. All
-heads of a layer keep the same width.
+heads of a layer keep the same width. An embedder starts as its own teacher: as long as all of its gates are
+open, nothing is any distance away and no gate has a gradient. So the first step closes a few at random.
 
 `penalty` (the paper): the loss gets lambda * mean over gate vectors of |mean(P) - (1 - s)|, eq. (9).
 The penalty alone does not close gates (all settle near the target value, hardly any at 0). So at the end of
@@ -41,6 +42,7 @@ from gatepress.resolve import Layer
 CLOSING_STARTS = 0.08  # fraction of the steps
 RERANK_EVERY = 10  # steps
 ROUNDING = 1e-6  # of a gate: the rounding error allowed in a product of a fraction and a whole number
+AT_RANDOM = 0.01  # share of the closing that an embedder begins with
 AVERAGE_KEEPS = 0.98  # share of the moving average that a step keeps
 TOLERANCE = 5e-4  # of a budget that is not counted in gates: the search ends within it
 
@@ -248,6 +250,7 @@ class Budget:
         penalty_weight: float = 0.0,
         unit: BudgetUnit = "gates",
         removed: Callable[[Masks], float] | None = None,  # from `removed_by`, for units that are not counted in gates
+        own_teacher: bool = False,  # whether the loss is 0 as long as all gates are open
     ) -> None:
         self.vectors = vectors
         self.sparsity = sparsity
@@ -259,6 +262,7 @@ class Budget:
         self.fixed = sparsity == 0
         self.moved = True  # whether masks may have changed since they were last read (training.py)
         self._removed = removed
+        self._own_teacher = own_teacher
         self._most = 1.0  # fraction of the unit that all gates together reach
         if removed is not None:
             self._most = removed([torch.zeros_like(vector.gate.mask) for vector in vectors])
@@ -305,6 +309,8 @@ class Budget:
         """Update importances from the gradients and close what the schedule requires at `step`."""
         if self.controller == "importance":
             self._rank()
+            if self._own_teacher and step == 1 and not self.fixed:
+                self._close_at_random()
             if not self.fixed and step >= self.starts and (step % RERANK_EVERY == 0 or step >= self.ends):
                 self.close(self.target(step))
         elif not self.fixed and step >= self.ends:
@@ -320,6 +326,15 @@ class Budget:
             gradient, score = vector.gate.mu.grad, vector.gate.score
             if gradient is not None:
                 score.add_((gradient.square() - score) * vector.gate.mask, alpha=1 - AVERAGE_KEEPS)
+
+    def _close_at_random(self) -> None:
+        """Close a few gates, the same in all processes, and forget what they were drawn by."""
+        drawn = torch.Generator().manual_seed(0)
+        for vector in self.vectors:
+            vector.gate.score.copy_(torch.rand(vector.gate.size, generator=drawn))
+        self.close(AT_RANDOM * self.sparsity)
+        for vector in self.vectors:
+            vector.gate.score.zero_()
 
     @torch.no_grad()
     def close(self, fraction: float) -> None:
@@ -432,4 +447,5 @@ def budget_of(model: nn.Module, layers: list[Layer], settings: TrainSettings, *,
         penalty_weight=settings.penalty_weight,
         unit=settings.unit,
         removed=removed,
+        own_teacher=settings.embed,
     )

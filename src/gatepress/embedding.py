@@ -104,6 +104,27 @@ class Embedder(PreTrainedModel):
             vectors = functional.normalize(vectors, dim=-1)
         return Embedded(logits=vectors, hidden_states=out.hidden_states, last_hidden_state=hidden)
 
+    def save_pretrained(  # type: ignore[override]  # the other options are passed on
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,  # noqa: FBT001, FBT002 - as transformers calls it
+        **options: Any,
+    ) -> None:
+        """Save as transformers does, with the files beside it that say how its tokens become a vector."""
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **options)
+        if is_main_process:
+            write_modules_of(self, Path(save_directory))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by the model type: the class is made when it is needed, so no module has it under its name."""
+        return _blank, (self.config.model_type,), self.__dict__
+
+
+def _blank(model_type: str) -> Any:
+    """Return an embedder that has nothing yet, as pickle fills it."""
+    kind = embedder_class(model_type)
+    return kind.__new__(kind)
+
 
 @functools.cache
 def embedder_class(model_type: str) -> Any:
@@ -239,7 +260,7 @@ def write_modules(directory: Path, embedding: Embedding, width: int, projections
     ]
     pooling = {"word_embedding_dimension": width}
     pooling |= {key: name == embedding["pooling"] for name, key in _OLD_NAMES.items()}
-    (directory / POOLING_DIR).mkdir()
+    (directory / POOLING_DIR).mkdir(exist_ok=True)
     (directory / MODULES_FILE).write_text(json.dumps(modules, indent=2) + "\n", encoding="utf-8")
     (directory / POOLING_DIR / "config.json").write_text(json_text(pooling), encoding="utf-8")
     written = [MODULES_FILE]

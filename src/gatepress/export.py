@@ -16,10 +16,10 @@ from gatepress.agreement import compare, quantized_difference, random_batches
 from gatepress.checkpoint import PROBE_FILE, read_probe, read_run
 from gatepress.config import MAX_LOGIT_DIFF, DataSettings, check_export, dropped
 from gatepress.embedding import as_saved, write_modules_of
-from gatepress.errors import ArtifactError, GatepressError, MetricDropError, UsageError
+from gatepress.errors import ArtifactError, GatepressError, MetricDropError, ModelError, UsageError
 from gatepress.evaluation import Basis, basis_of, evaluate_runner, probe_rows
 from gatepress.expected import write_expected
-from gatepress.families import dense_type
+from gatepress.families import dense_type, row_of
 from gatepress.files import ONNX_FILE, check_output, expanded, json_text, new_directory, sha256_of
 from gatepress.graph import opset_of
 from gatepress.guest import as_guest
@@ -77,6 +77,12 @@ def export(  # noqa: PLR0913 - every option of the command is one
     below = stands_on(read_run(path).settings) if form_of(path) == "run" else []
     check_output(output, force=force, reads=(path, *below))
     runner = cast("TorchRunner", open_runner(source, trust_remote_code=trust_remote_code))
+    family = row_of(runner.model.config.model_type)
+    if family and family.causal and not runner.embeds and runner.model.config.pad_token_id is None:
+        raise ModelError(
+            f"{source}: has no padding token, so texts cannot share a batch; set pad_token in its tokenizer, or "
+            "pad_token_id in its config.json"
+        )
     if runner.head_is_random:
         logger.warning("%s: has no task head, so its logits mean nothing; train one first: gatepress train", source)
     needed = bool(rows) or max_metric_drop is not None

@@ -36,6 +36,7 @@ from gatepress.manifests import (
     read_config,
     read_manifest,
     tensor_shapes,
+    understood,
 )
 from gatepress.resolve import family_named, model_class
 
@@ -166,18 +167,31 @@ def open_pruned(path: Path) -> PreTrainedModel:
 
 def refuse_unfit(path: Path) -> None:
     """Compare the tensors of a pruned directory with its configuration; `ArtifactError` if they differ."""
-    file = path / "model.safetensors"
-    found = tensor_shapes(file)
+    file, shards = path / "model.safetensors", _shards(path)
+    found = {name: shape for shard in shards or [file] for name, shape in tensor_shapes(shard).items()}
     read_config(path / "config.json")
     model = empty_model(path, most_layers=len(found))
     got = {name if _loaded_as(name) in found else _loaded_as(name): shape for name, shape in found.items()}
-    wanted = {name: tuple(value.shape) for name, value in as_saved(model).state_dict().items()}
+    anew = any(name.startswith(f"{model.base_model_prefix}.") for name in found)  # by transformers, not by gatepress
+    wanted = {name: tuple(value.shape) for name, value in (model if anew else as_saved(model)).state_dict().items()}
     odd = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))
     if odd:
         told = "; ".join(
             f"{name} is {_shape(got.get(name))}, expected {_shape(wanted.get(name))}" for name in odd[:SHOWN]
         )
         raise ArtifactError(f"{file}: {len(odd)} tensors do not fit config.json ({told}); prune again")
+
+
+def _shards(path: Path) -> list[Path]:
+    """Return the files that the weights of a directory are spread over; empty if they are all in one."""
+    index = path / "model.safetensors.index.json"
+    if (path / "model.safetensors").is_file() or not index.is_file():
+        return []
+    with understood(index):
+        names = sorted({*read_json(index)["weight_map"].values()})
+        if any(Path(name).name != name for name in names):
+            raise ValueError("its files lie elsewhere")
+    return [path / name for name in names]
 
 
 def _loaded_as(name: str) -> str:

@@ -104,8 +104,8 @@ def read_(projection: Any, folder: Path) -> None:
 
 
 def write(projection: Any, folder: Path) -> list[Path]:
-    """Write a projection into a new folder, as sentence-transformers does; return the files."""
-    folder.mkdir()
+    """Write a projection into a folder, as sentence-transformers does; return the files."""
+    folder.mkdir(exist_ok=True)
     values = {name: value.detach().cpu().contiguous() for name, value in projection.state_dict().items()}
     save_file(values, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json_text({key: projection.said[key] for key in _KNOWN}), encoding="utf-8")

@@ -39,6 +39,7 @@ from gatepress.versions import MADE_WITH, versions
 logger = logging.getLogger(__name__)
 
 UNCHANGED = "nothing was written, please report it"
+NOTHING_REMOVED = "%s: layout %s cannot leave out any of what is closed, so this is the whole model; --layout auto can"
 
 
 @as_guest()
@@ -83,6 +84,8 @@ def prune(  # noqa: PLR0913 - every option of the command is one
     live = live_parts(model, layers)
     costs = replace(_costs(live, layout, target, latency_table, progress), tokens=tokens)
     plan = make_plan(layers, live, layout, costs)
+    if closed and not plan.removed_fraction:
+        logger.warning(NOTHING_REMOVED, run_dir, layout)
     report: dict[str, Any] = {
         "task": manifest.task.name,
         "layout": layout,

@@ -186,7 +186,8 @@ def _answers(path: Path, manifest: dict[str, Any] | None, remedy: str, found: Fi
         return
     if EXPECTED_FILE in (manifest.get("sha256") or {}):
         what = f"logits of {EXPECTED_FILE}: as when it was written"
-        found.difference = found.check(what, difference_from_expected, runner, path, remedy)
+        directory = path if path.is_dir() else path.parent
+        found.difference = found.check(what, difference_from_expected, runner, directory, remedy)
     else:
         found.skipped.append("logits as when it was written: releases before 0.44 kept none")
 

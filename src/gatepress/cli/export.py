@@ -33,7 +33,10 @@ def export(  # noqa: PLR0913 - every option is a parameter
     ],
     *,
     opset: Annotated[
-        int | None, opt.OUTPUT(metavar="N", help="ONNX operator set. Default: chosen by the exporter.")
+        int | None,
+        opt.OUTPUT(
+            metavar="N", help="ONNX operator set, 17 or higher; most models need 18. Default: chosen by the exporter."
+        ),
     ] = None,
     max_diff: Annotated[
         float,
