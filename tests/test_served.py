@@ -165,3 +165,13 @@ def test_a_release_of_transformers_that_calls_attention_otherwise_is_refused_at_
     load_pruned(tmp_path / "bert")
     with pytest.raises(Exception, match=r"gatepress_mpnet needs transformers 5 or later, this is 4\.57\.6"):
         load_pruned(tmp_path / "mpnet")
+
+
+def test_a_layout_that_can_leave_out_nothing_says_so(
+    tiny_model_dir: Any, tiny_task_files: TaskFiles, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = save_run(tmp_path / "run", tiny_model_dir("bert"), tiny_task_files, closed=0.0, silent=True)
+    for layout in ("inner", "stock"):
+        report = prune(run, tmp_path / layout, layout=layout)
+        told = f"--layout {layout} can leave out none of its {report['closed_gates']} closed gates"
+        assert (told in caplog.text) == (report["encoder_macs_removed"] == 0) == (layout == "stock")

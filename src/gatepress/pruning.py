@@ -39,7 +39,7 @@ from gatepress.versions import MADE_WITH, versions
 logger = logging.getLogger(__name__)
 
 UNCHANGED = "nothing was written, please report it"
-NOTHING_REMOVED = "%s: layout %s cannot leave out any of what is closed, so this is the whole model; --layout auto can"
+NOTHING_REMOVED = "%s: --layout %s can leave out none of its %d closed gates, so this is the whole model; try another"
 
 
 @as_guest()
@@ -85,7 +85,7 @@ def prune(  # noqa: PLR0913 - every option of the command is one
     costs = replace(_costs(live, layout, target, latency_table, progress), tokens=tokens)
     plan = make_plan(layers, live, layout, costs)
     if closed and not plan.removed_fraction:
-        logger.warning(NOTHING_REMOVED, run_dir, layout)
+        logger.warning(NOTHING_REMOVED, run_dir, layout, closed)
     report: dict[str, Any] = {
         "task": manifest.task.name,
         "layout": layout,
