@@ -98,16 +98,48 @@ def assert_last_layer_is_of_one_token(pruned: Path, macs: dict[str, int], family
 
 
 PRE_NORM = ("modernbert", "eurobert")
-ONE_ATTENTION = ("roberta", "xlm-roberta", "electra")  # with BERT
-EXPORTED = [
-    (family, granularity)
-    for family in tiny.DISTINCT
-    for granularity in ("structured", *(() if family in ONE_ATTENTION else ("matrix", "heads")))
-]
+OWN_ATTENTION = [family for family in tiny.DISTINCT if family not in ("roberta", "xlm-roberta", "electra")]
 
 
-@pytest.mark.parametrize(("family", "granularity"), EXPORTED)
-def test_run_and_pruned_directory_export_to_what_torch_computes(  # noqa: PLR0913, PLR0917 - fixtures
+@pytest.mark.parametrize("family", OWN_ATTENTION)
+def test_a_run_is_exported_as_torch_computes_it(
+    family: str, tiny_model_dir: Callable[[str], Path], tiny_task_files, tmp_path: Path
+) -> None:
+    """Every other family with each granularity: an export takes seconds."""
+    granularity: Granularity = "structured" if OWN_ATTENTION.index(family) % 2 else "matrix"
+    run = save_run(tmp_path / "run", tiny_model_dir(family), tiny_task_files, granularity=granularity)
+    result = export(run, tmp_path / "onnx")
+    assert result["source_kind"] == "run"
+    assert result["shapes"][-1]["rows"] == PROBE_ROWS  # the run's own rows are compared as well
+    agree_on_unseen_shapes(load_run(run)[0], tmp_path / "onnx", family)
+
+
+def exported_as_torch_computes_it(run: Path, layout: Layout, directory: Path, family: str) -> SimpleNamespace:
+    """Prune a run, export that, assert what holds of every family, and return both directories and the result."""
+    pruned, output = directory / "pruned", directory / "onnx"
+    prune(run, pruned, layout=layout)
+    result = export(pruned, output)
+    assert result["source_kind"] == "pruned"
+    assert result["max_abs_logit_diff"] <= 1e-4
+    assert verify(output)["max_abs_logit_diff"] <= 1e-5
+    assert len({(shape["rows"], shape["length"]) for shape in result["shapes"]}) >= 3
+    assert any(shape["padding"] for shape in result["shapes"])
+    assert "Pad" not in result["operators"]  # zeros of closed outputs are computed
+    agree_on_unseen_shapes(load_pruned(pruned), output, family)
+    assert_last_layer_is_of_one_token(pruned, result["macs"], family)
+    pruned_manifest = json.loads((pruned / "gatepress_pruned.json").read_text())
+    manifest = json.loads((output / "gatepress_onnx.json").read_text())
+    assert all(manifest[key] == pruned_manifest[key] for key in ("task", "data", "max_length"))
+    config = json.loads((output / "config.json").read_text())
+    assert config["model_type"] == family  # other tools know the family, not its pruned class
+    assert not {"auto_map", "gatepress"} & set(config)
+    assert "gatepress_" not in json.dumps(config)
+    return SimpleNamespace(pruned=pruned, output=output, result=result)
+
+
+@pytest.mark.parametrize("granularity", ["matrix", "heads"])
+@pytest.mark.parametrize("family", OWN_ATTENTION)
+def test_a_pruned_directory_is_exported_with_all_fusions(  # noqa: PLR0913, PLR0917 - fixtures
     family: str,
     granularity: Granularity,
     tiny_model_dir: Callable[[str], Path],
@@ -115,55 +147,28 @@ def test_run_and_pruned_directory_export_to_what_torch_computes(  # noqa: PLR091
     tiny_task_files,
     tmp_path: Path,
 ) -> None:
-    """And ONNX Runtime fuses all that it fuses in the dense model of the family."""
+    """As torch computes it, and ONNX Runtime fuses all that it fuses in the dense model of the family."""
     run = save_run(tmp_path / "run", tiny_model_dir(family), tiny_task_files, granularity=granularity)
-    # An export takes seconds: each family's gated model is written with one of the granularities.
-    gated = "structured" if tiny.FAMILIES.index(family) % 2 or family in ONE_ATTENTION else "matrix"
-    if granularity == gated:
-        result = export(run, tmp_path / "run-onnx")
-        assert result["source_kind"] == "run"
-        assert result["shapes"][-1]["rows"] == PROBE_ROWS  # the run's own rows are compared as well
-        agree_on_unseen_shapes(load_run(run)[0], tmp_path / "run-onnx", family)
-
-    layout: Layout = "index" if granularity == "matrix" else "inner"
-    prune(run, tmp_path / "pruned", layout=layout)
-    result = export(tmp_path / "pruned", tmp_path / "onnx")
-    dense = dense_operators(family)
-    fused = result["fused_operators"]
+    made = exported_as_torch_computes_it(run, "index" if granularity == "matrix" else "inner", tmp_path, family)
+    dense, ran, fused = dense_operators(family), made.result["operators"], made.result["fused_operators"]
     assert all(fused.get(name, 0) >= dense[name] for name in dense if name in FUSED), (dense, fused)
     twice = int(family in PRE_NORM)  # what keys read in the last layer is normed before them, and the first token
     norm = "SimplifiedLayerNormalization" if family in ("eurobert", "qwen3", "gemma3_text") else "LayerNormalization"
     assert fused[norm] - twice == dense[norm] >= 2 * tiny.LAYERS
-    assert "Pad" not in result["operators"]  # zeros of closed outputs are computed
-    if (
-        family == "deberta-v2"
-    ):  # it adds shapes up as well, and positions are multiplied with keys: these need their biases
-        graph = onnx.load(tmp_path / "onnx" / "model.onnx").graph
+    if family == "deberta-v2":
+        # It adds shapes up as well, and positions are multiplied with keys: these need their biases.
+        graph = onnx.load(made.output / "model.onnx").graph
         biased = {one.name.rsplit(".", 2)[-2] for one in graph.initializer if one.name.endswith(".bias")}
         assert (biased & {"key_proj", "value_proj"}) == {"key_proj"}
         products = {"MatMul": 7 * tiny.LAYERS, "FusedMatMul": 3 * tiny.LAYERS, "Gemm": 2}  # none makes positions' own
-        assert products.items() <= result["operators"].items()
-    else:
-        # of values, and of keys that positions do not turn
-        biases = {
-            **dict.fromkeys(("modernbert", "eurobert", "gemma3_text"), 0),
-            **dict.fromkeys(("gte", "jina_embeddings_v3", "qwen3"), 1),
-        }.get(family, 2)
-        assert result["operators"]["Add"] == dense["Add"] - biases * tiny.LAYERS
-    assert_last_layer_is_of_one_token(tmp_path / "pruned", result["macs"], family)
-    assert result["source_kind"] == "pruned"
-    assert result["max_abs_logit_diff"] <= 1e-4
-    assert verify(tmp_path / "onnx")["max_abs_logit_diff"] <= 1e-5
-    assert len({(shape["rows"], shape["length"]) for shape in result["shapes"]}) >= 3
-    assert any(shape["padding"] for shape in result["shapes"])
-    agree_on_unseen_shapes(load_pruned(tmp_path / "pruned"), tmp_path / "onnx", family)
-    pruned_manifest = json.loads((tmp_path / "pruned" / "gatepress_pruned.json").read_text())
-    manifest = json.loads((tmp_path / "onnx" / "gatepress_onnx.json").read_text())
-    assert all(manifest[key] == pruned_manifest[key] for key in ("task", "data", "max_length"))
-    config = json.loads((tmp_path / "onnx" / "config.json").read_text())
-    assert config["model_type"] == family  # other tools know the family, not its pruned class
-    assert not {"auto_map", "gatepress"} & set(config)
-    assert "gatepress_" not in json.dumps(config)
+        assert products.items() <= ran.items()
+        return
+    # of values, and of keys that positions do not turn
+    biases = {
+        **dict.fromkeys(("modernbert", "eurobert", "gemma3_text"), 0),
+        **dict.fromkeys(("gte", "jina_embeddings_v3", "qwen3"), 1),
+    }.get(family, 2)
+    assert ran["Add"] == dense["Add"] - biases * tiny.LAYERS
 
 
 def test_uniform_attention_is_exported_as_torch_computes_it(
@@ -171,11 +176,8 @@ def test_uniform_attention_is_exported_as_torch_computes_it(
 ) -> None:
     """One that is computed once for all tokens, in the layer before the last."""
     run = save_run(tmp_path / "run", tiny_model_dir(family), tiny_task_files, silent=True)
-    prune(run, tmp_path / "pruned")
-    export(tmp_path / "pruned", tmp_path / "onnx")
-    pruned = load_pruned(tmp_path / "pruned")
-    assert [one["uniform"] for one in pruned.config.gatepress["attentions"].values()] == [True, False]
-    agree_on_unseen_shapes(pruned, tmp_path / "onnx", family)
+    pruned = exported_as_torch_computes_it(run, "inner", tmp_path, family).pruned
+    assert [one["uniform"] for one in load_pruned(pruned).config.gatepress["attentions"].values()] == [True, False]
 
 
 def test_axes_are_named_and_free(bert) -> None:
