@@ -98,15 +98,21 @@ def assert_last_layer_is_of_one_token(pruned: Path, macs: dict[str, int], family
 
 
 PRE_NORM = ("modernbert", "eurobert")
-OWN_ATTENTION = [family for family in tiny.DISTINCT if family not in ("roberta", "xlm-roberta", "electra")]
+ONE_ATTENTION = ("roberta", "xlm-roberta", "electra")  # with BERT
+EXPORTED = [
+    (family, granularity)
+    for family in tiny.DISTINCT
+    for granularity in ("structured", *(() if family in ONE_ATTENTION else ("matrix", "heads")))
+]
 
 
-@pytest.mark.parametrize("family", OWN_ATTENTION)
+@pytest.mark.parametrize("family", tiny.DISTINCT)
 def test_a_run_is_exported_as_torch_computes_it(
     family: str, tiny_model_dir: Callable[[str], Path], tiny_task_files, tmp_path: Path
 ) -> None:
-    """Every other family with each granularity: an export takes seconds."""
-    granularity: Granularity = "structured" if OWN_ATTENTION.index(family) % 2 else "matrix"
+    """Each family with one of the granularities: an export takes seconds."""
+    structured = tiny.FAMILIES.index(family) % 2 or family in ONE_ATTENTION
+    granularity: Granularity = "structured" if structured else "matrix"
     run = save_run(tmp_path / "run", tiny_model_dir(family), tiny_task_files, granularity=granularity)
     result = export(run, tmp_path / "onnx")
     assert result["source_kind"] == "run"
@@ -114,9 +120,9 @@ def test_a_run_is_exported_as_torch_computes_it(
     agree_on_unseen_shapes(load_run(run)[0], tmp_path / "onnx", family)
 
 
-def exported_as_torch_computes_it(run: Path, layout: Layout, directory: Path, family: str) -> SimpleNamespace:
-    """Prune a run, export that, assert what holds of every family, and return both directories and the result."""
-    pruned, output = directory / "pruned", directory / "onnx"
+def exported_as_torch_computes_it(run: Path, layout: Layout, family: str) -> dict[str, Any]:
+    """Write `pruned` and `onnx` beside a run, assert what holds of every family, and return the result."""
+    pruned, output = run.with_name("pruned"), run.with_name("onnx")
     prune(run, pruned, layout=layout)
     result = export(pruned, output)
     assert result["source_kind"] == "pruned"
@@ -134,11 +140,10 @@ def exported_as_torch_computes_it(run: Path, layout: Layout, directory: Path, fa
     assert config["model_type"] == family  # other tools know the family, not its pruned class
     assert not {"auto_map", "gatepress"} & set(config)
     assert "gatepress_" not in json.dumps(config)
-    return SimpleNamespace(pruned=pruned, output=output, result=result)
+    return result
 
 
-@pytest.mark.parametrize("granularity", ["matrix", "heads"])
-@pytest.mark.parametrize("family", OWN_ATTENTION)
+@pytest.mark.parametrize(("family", "granularity"), EXPORTED)
 def test_a_pruned_directory_is_exported_with_all_fusions(  # noqa: PLR0913, PLR0917 - fixtures
     family: str,
     granularity: Granularity,
@@ -149,15 +154,15 @@ def test_a_pruned_directory_is_exported_with_all_fusions(  # noqa: PLR0913, PLR0
 ) -> None:
     """As torch computes it, and ONNX Runtime fuses all that it fuses in the dense model of the family."""
     run = save_run(tmp_path / "run", tiny_model_dir(family), tiny_task_files, granularity=granularity)
-    made = exported_as_torch_computes_it(run, "index" if granularity == "matrix" else "inner", tmp_path, family)
-    dense, ran, fused = dense_operators(family), made.result["operators"], made.result["fused_operators"]
+    result = exported_as_torch_computes_it(run, "index" if granularity == "matrix" else "inner", family)
+    dense, ran, fused = dense_operators(family), result["operators"], result["fused_operators"]
     assert all(fused.get(name, 0) >= dense[name] for name in dense if name in FUSED), (dense, fused)
     twice = int(family in PRE_NORM)  # what keys read in the last layer is normed before them, and the first token
     norm = "SimplifiedLayerNormalization" if family in ("eurobert", "qwen3", "gemma3_text") else "LayerNormalization"
     assert fused[norm] - twice == dense[norm] >= 2 * tiny.LAYERS
     if family == "deberta-v2":
         # It adds shapes up as well, and positions are multiplied with keys: these need their biases.
-        graph = onnx.load(made.output / "model.onnx").graph
+        graph = onnx.load(tmp_path / "onnx" / "model.onnx").graph
         biased = {one.name.rsplit(".", 2)[-2] for one in graph.initializer if one.name.endswith(".bias")}
         assert (biased & {"key_proj", "value_proj"}) == {"key_proj"}
         products = {"MatMul": 7 * tiny.LAYERS, "FusedMatMul": 3 * tiny.LAYERS, "Gemm": 2}  # none makes positions' own
@@ -176,8 +181,9 @@ def test_uniform_attention_is_exported_as_torch_computes_it(
 ) -> None:
     """One that is computed once for all tokens, in the layer before the last."""
     run = save_run(tmp_path / "run", tiny_model_dir(family), tiny_task_files, silent=True)
-    pruned = exported_as_torch_computes_it(run, "inner", tmp_path, family).pruned
-    assert [one["uniform"] for one in load_pruned(pruned).config.gatepress["attentions"].values()] == [True, False]
+    exported_as_torch_computes_it(run, "auto", family)
+    pruned = load_pruned(tmp_path / "pruned")
+    assert [one["uniform"] for one in pruned.config.gatepress["attentions"].values()] == [True, False]
 
 
 def test_axes_are_named_and_free(bert) -> None:
